@@ -1,0 +1,206 @@
+"""Conversation formats as data, and how a conversation is written in one of them.
+
+Nothing here knows ids: `render` gives pieces of text, each of which is tokenized alone, and slots
+where a picture's embeddings go. A new format is a row in FORMATS and a golden test.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from seechat_lite.errors import ContextError
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer; `images` are the keys (content hashes) of its pictures."""
+
+    question: str
+    answer: str | None = None
+    images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageSlot:
+    """The place of one picture among the text; its ids are all `token_id`."""
+
+    key: str
+    token_id: int
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one family of models expects a conversation to be written.
+
+    turn: a turn's text around {images}, {question} and {answer}; {round} counts turns from 0. A
+    format without {images} takes no pictures.
+    image, after_images: what stands around each picture, and after a turn's pictures.
+    image_token_id: the id under a picture's embeddings (the repetition penalty sees it).
+    single: the text of a conversation of one turn, where it differs.
+    stop: text that ends an answer, besides the end-of-answer token.
+    specials: whether names of special tokens in the text become tokens, as the published code has
+    it; otherwise they stay text.
+    clean: what becomes of a finished answer before it is shown as a whole or enters the history.
+    demo: write the history as SEEChat's published demo does, see _render_demo.
+    """
+
+    name: str
+    turn: str
+    image: tuple[str, str] = ("", "")
+    after_images: str = ""
+    image_token_id: int = 0
+    single: str | None = None
+    stop: tuple[str, ...] = ()
+    specials: bool = False
+    clean: Callable[[str], str] = str.strip
+    demo: bool = False
+
+
+def render(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]:
+    """Segments of the prompt for `turns`, all of them answered but the last.
+
+    Raises ContextError if the turns are not like that, or hold pictures the format has no place
+    for.
+    """
+    if not turns or turns[-1].answer is not None or any(t.answer is None for t in turns[:-1]):
+        raise ContextError(
+            "conversation: expected every turn but the last to be answered; "
+            "append past turns with their answers and leave the question to be asked last"
+        )
+    if format.demo:
+        return _render_demo(format, turns)
+    if "{images}" not in format.turn and any(t.images for t in turns):
+        takers = ", ".join(f.name for f in FORMATS.values() if "{images}" in f.turn)
+        raise ContextError(
+            f"conversation format {format.name!r} has no place for pictures, a turn has one: "
+            f"ask without a picture or use a format that takes them ({takers})"
+        )
+    template = format.single if format.single and len(turns) == 1 else format.turn
+    segments = _Segments()
+    for i, turn in enumerate(turns):
+        before_answer, after_answer = template.replace("{round}", str(i)).split("{answer}")
+        before_images, images, before_answer = before_answer.rpartition("{images}")
+        segments.text(before_images)
+        if images and turn.images:
+            for key in turn.images:
+                segments.image(format, key)
+            segments.text(format.after_images)
+        segments.text(before_answer.replace("{question}", turn.question))
+        if turn.answer is not None:
+            segments.text(turn.answer + after_answer)
+    return segments.items
+
+
+class _Segments:
+    """Collects text, joined between pictures, because each piece is tokenized as one."""
+
+    def __init__(self) -> None:
+        self.items: list[str | ImageSlot] = []
+
+    def text(self, text: str) -> None:
+        if self.items and isinstance(self.items[-1], str):
+            self.items[-1] += text
+        elif text:
+            self.items.append(text)
+
+    def image(self, format: Format, key: str) -> None:
+        before, after = format.image
+        self.text(before)
+        self.items.append(ImageSlot(key, format.image_token_id))
+        self.text(after)
+
+
+_DEMO_MAX_CHARS = 2000
+
+
+def _render_demo(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]:
+    """The prompt as SEEChat's demo_stage2.py writes it, its oddities included.
+
+    The first question is always 详细描述这张图片, whatever was asked. Where the text after the
+    picture would exceed 2000 characters, the question is silently replaced by that first one and
+    the history is forgotten, while the history to come records the question that was asked.
+    """
+    if len(turns[0].images) != 1 or any(t.images for t in turns[1:]):
+        raise ContextError(
+            f"conversation format {format.name!r} is the published demo's: expected exactly one "
+            "picture, with the first question; use the format 'seechat' for anything else"
+        )
+    first = "</Img> 详细描述这张图片 ###Assistant: "
+    after = history = first
+    for i, turn in enumerate(turns):
+        if i:
+            asked = f"###Human: {turn.question} ###Assistant: "
+            after = history + asked
+            if len(after) > _DEMO_MAX_CHARS:
+                after = history = first
+            history += asked
+        history += turn.answer or ""
+    return ["###Human: <Img>", ImageSlot(turns[0].images[0], format.image_token_id), after]
+
+
+def postprocess(format: Format, text: str) -> str:
+    """A finished answer as it is shown whole and enters the history; `text` is the decoded ids."""
+    for marker in format.stop:
+        text = text.split(marker, 1)[0]
+    return format.clean(text)
+
+
+_HAN = "[\u4e00-\u9fff]"
+_FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+
+
+def _clean_chatglm(text: str) -> str:
+    """ChatGLM-6B's process_response: punctuation beside a Chinese character becomes full-width."""
+    text = text.strip().replace("[[训练时间]]", "2023年")
+    for half, full in _FULL_WIDTH.items():
+        text = re.sub(f"(?<={_HAN}){re.escape(half)}", full, text)
+        text = re.sub(f"{re.escape(half)}(?={_HAN})", full, text)
+    return text
+
+
+def _clean_demo(text: str) -> str:
+    """What demo_stage2.py does to an answer; it removes every space, so English and code suffer."""
+    text = text.replace(",", "，")
+    for remove in ("Human:", "<Img>", "</Img>", " "):
+        text = text.replace(remove, "")
+    answer = text.split("###", 1)[0].split("Assistant:")[-1].strip()
+    return answer or text.replace("###", "").replace("Assistant:", "").strip()
+
+
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        # SEEChat's prompt with the user's own questions and pictures in any turn, or none
+        Format(
+            name="seechat",
+            turn="###Human: {images}{question} ###Assistant: {answer}",
+            image=("<Img>", "</Img>"),
+            after_images=" ",
+            stop=("###",),
+        ),
+        Format(
+            name="seechat-compat",
+            turn="###Human: {images}{question} ###Assistant: {answer}",
+            image=("<Img>", "</Img>"),
+            after_images=" ",
+            specials=True,
+            clean=_clean_demo,
+            demo=True,
+        ),
+        Format(
+            name="chatglm",
+            turn="[Round {round}]\n问：{question}\n答：{answer}\n",
+            single="{question}{answer}",
+            specials=True,
+            clean=_clean_chatglm,
+        ),
+        # as its Hugging Face code writes it; <unk> under the picture
+        Format(
+            name="visualglm",
+            turn="{images}问：{question}\n答：{answer}\n",
+            image=("<img>", "</img>"),
+            specials=True,
+            clean=_clean_chatglm,
+        ),
+    )
+}

@@ -1,0 +1,278 @@
+"""The ICE tokenizer of ChatGLM-6B over sentencepiece, and streaming detokenization.
+
+Around sentencepiece the published tokenizer does four things of its own: newlines, tabs and runs of
+spaces travel as the pieces `<n>`, `<|tab|>` and `<|blank_k|>`; text is split at the literal names
+of five special tokens; `<pad>` is dropped before decoding; and in the old vocabulary of 150528 ids
+all text ids are shifted by the 20000 image tokens in front of them.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from seechat_lite.errors import BundleError
+
+_BLANKS = {f"<|blank_{k}|>": " " * k for k in range(2, 81)}
+_WHITESPACE = {"<n>": "\n", "<|tab|>": "\t", **_BLANKS}
+_WHITESPACE_PREFIXES = frozenset(name[:i] for name in _WHITESPACE for i in range(1, len(name)))
+_WHITESPACE_NAME = re.compile(r"<(?:n|\|tab\||\|blank_(?:[2-9]|[1-7][0-9]|80)\|)>")
+_SPACES = re.compile(r" {2,80}")
+_SPECIAL = re.compile(
+    r"(<sop>|<eop>|<unk>|<pad>|\[MASK\])"
+)  # [gMASK] is not among them: published so
+_LFS_POINTER = b"version https://git-lfs"
+
+
+class Tokenizer:
+    """Text to token ids and back, as the published ChatGLMTokenizer does it.
+
+    path: a sentencepiece model of the `ice_text.model` layout; whether its special tokens are
+    control or user-defined pieces and how it treats whitespace is read from the file.
+    num_image_tokens: what every text id is shifted by (20000 in the old vocabulary of 150528 ids).
+
+    Raises BundleError if the file is missing, a Git LFS pointer, no sentencepiece model or one
+    without the special tokens.
+    """
+
+    pad_id: int
+    mask_id: int  # [MASK]
+    gmask_id: int  # [gMASK]
+    bos_id: int  # <sop>: begins an answer
+    eos_id: int  # <eop>: ends an answer
+    vocab_size: int  # ids from here on are padding rows of the model's vocabulary
+
+    def __init__(self, path: Path, *, num_image_tokens: int = 0) -> None:
+        path = Path(path)
+        self._sp = _load(path)
+        self._shift = num_image_tokens
+        self.vocab_size = len(self._sp) + num_image_tokens
+        self.pad_id = self._special_id("<pad>", path)
+        self.mask_id = self._special_id("[MASK]", path)
+        self.gmask_id = self._special_id("[gMASK]", path)
+        self.bos_id = self._special_id("<sop>", path)
+        self.eos_id = self._special_id("<eop>", path)
+        # In models that declare their specials user-defined, plain text can produce these pieces.
+        self._structural = {self.pad_id, self.mask_id, self.gmask_id, self.bos_id, self.eos_id}
+        self.leading_spaces_dropped = _leading_spaces_dropped(self._sp)
+
+    def encode(self, text: str, *, specials: bool = True) -> list[int]:
+        """Token ids of `text`, none added: the published encode(text, add_special_tokens=False).
+
+        As published, the literal names <sop>, <eop>, <unk>, <pad> and [MASK] in the text become
+        those very tokens, white space beside them is stripped and each part between them gets a
+        dummy prefix of its own. With specials=False the names are spelled out like any other text,
+        so that nobody's words can end or begin an answer.
+        """
+        if not specials:
+            ids = self._encode_part(text)
+            return ids if self._structural.isdisjoint(ids) else self._spell_out(ids)
+        parts = _SPECIAL.split(text)
+        if len(parts) == 1:
+            return self._encode_part(text)
+        ids: list[int] = []
+        for i, part in enumerate(parts):
+            if i % 2:
+                ids.append(self._sp.piece_to_id(part) + self._shift)
+                continue
+            part = part.lstrip() if i else part
+            part = part.rstrip() if i < len(parts) - 1 else part
+            ids += self._encode_part(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`: sentencepiece, then newlines, tabs and blanks back; spaces are not cleaned
+        up.
+
+        <pad> and image tokens are left out; each byte of an incomplete UTF-8 sequence becomes
+        U+FFFD. Raises IndexError for ids beyond the tokenizer's vocabulary, as published.
+        """
+        text_ids = []
+        for i in ids:
+            if i >= self.vocab_size:
+                raise IndexError(
+                    f"token id {i}: expected less than {self.vocab_size}, the tokenizer's size; "
+                    "the ids come from another model or from padding rows of its vocabulary"
+                )
+            if i >= self._shift and i != self.pad_id:
+                text_ids.append(int(i) - self._shift)
+        return _restore_whitespace(self._sp.decode(text_ids))
+
+    def surface(self, token_id: int) -> str | int | None:
+        """What one token contributes inside a text: its characters, or a byte's value 0..255.
+
+        U+2581 stands for a space, because a leading one may be dropped. None: nothing at all, the
+        token is skipped before decoding (<pad>, image tokens, ids beyond the vocabulary).
+        """
+        if token_id == self.pad_id or not self._shift <= token_id < self.vocab_size:
+            return None
+        i = token_id - self._shift
+        piece = self._sp.id_to_piece(i)
+        if self._sp.is_byte(i):
+            return int(piece[3:-1], 16)  # <0xE4>
+        if self._sp.is_control(i):
+            return ""
+        return self._sp.decode([i]) if self._sp.is_unknown(i) else piece
+
+    def _encode_part(self, text: str) -> list[int]:
+        text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+        text = _SPACES.sub(lambda run: f"<|blank_{len(run[0])}|>", text)
+        try:
+            ids = self._sp.encode(text)
+        except UnicodeEncodeError:  # lone surrogates, e.g. undecodable bytes of a command line
+            ids = self._sp.encode(text.encode("utf-8", "replace").decode())
+        return [i + self._shift for i in ids] if self._shift else ids
+
+    def _spell_out(self, ids: list[int]) -> list[int]:
+        """Replace structural tokens by the pieces (or bytes) of their names' characters."""
+        spelled: list[int] = []
+        for i in ids:
+            if i not in self._structural:
+                spelled.append(i)
+                continue
+            for char in self._sp.id_to_piece(i - self._shift):
+                piece = self._sp.piece_to_id(char)
+                if self._sp.is_unknown(piece):
+                    piece = self._sp.piece_to_id(f"<0x{ord(char):02X}>")
+                spelled.append(piece + self._shift)
+        return spelled
+
+    def _special_id(self, piece: str, path: Path) -> int:
+        i = self._sp.piece_to_id(piece)
+        if self._sp.id_to_piece(i) != piece:
+            raise BundleError(
+                f"{path}: a sentencepiece model without {piece}; expected the layout of "
+                "ChatGLM-6B's ice_text.model: use the tokenizer that belongs to the model"
+            )
+        return i + self._shift
+
+
+class TextStream:
+    """Token ids in, text out, as early as it is certain.
+
+    Held back are incomplete UTF-8 characters, the beginning of what may become a newline, tab or
+    blank marker, and the beginning of what may become one of the `stop` markers. All pieces joined
+    equal `tokenizer.decode(all ids)` cut at the first stop marker; a token costs the same however
+    long the text has become. Ids beyond the tokenizer's vocabulary have no text and add none.
+
+    stopped: whether a stop marker was met; nothing more will come.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, stop: tuple[str, ...] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(s for s in stop if s)
+        self._bytes = b""  # an incomplete character
+        self._leading = tokenizer.leading_spaces_dropped  # how many more spaces the start swallows
+        self._raw = ""  # text that may be the start of a whitespace marker
+        self._held = ""  # text that may be the start of a stop marker
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Take the next token and return the text that has become certain, possibly none."""
+        surface = self._tokenizer.surface(token_id)
+        if surface is None or self.stopped:
+            return ""
+        if isinstance(surface, int):
+            self._bytes += bytes((surface,))
+            return self._release(self._characters(final=False))
+        text = self._characters(final=True)
+        if text:
+            self._leading = 0
+        if surface.startswith("\u2581") and self._leading:
+            surface = surface[1:]
+            self._leading -= 1
+        if surface:
+            self._leading = 0
+        return self._release(text + surface.replace("\u2581", " "))
+
+    def finish(self) -> str:
+        """The end of the text: whatever is still held back, unless a stop marker was met."""
+        if self.stopped:
+            return ""
+        return self._release(self._characters(final=True), final=True)
+
+    def _characters(self, *, final: bool) -> str:
+        """Take the complete characters out of the pending bytes; a byte of no character is
+        U+FFFD."""
+        data, text = self._bytes, ""
+        while data:
+            n = _utf8_length(data[0])
+            try:
+                text += data[:n].decode()
+            except UnicodeDecodeError as e:
+                # "unexpected end": so far it is a valid beginning, and more bytes may complete it
+                if not final and e.reason == "unexpected end of data":
+                    break
+                text, n = text + "\ufffd", 1
+            data = data[n:]
+        self._bytes = data
+        if text:
+            self._leading = 0
+        return text
+
+    def _release(self, text: str, *, final: bool = False) -> str:
+        raw = self._raw + text
+        cut = raw.rfind("<")  # the only place where a whitespace marker can begin and not yet end
+        if final or cut < 0 or raw[cut:] not in _WHITESPACE_PREFIXES:
+            cut = len(raw)
+        self._raw = raw[cut:]
+        text = self._held + _restore_whitespace(raw[:cut])
+        end = min((i for s in self._stop if (i := text.find(s)) >= 0), default=-1)
+        hold = len(text) if final else self._partial_stop(text)
+        if 0 <= end < hold:  # no marker that begins earlier can still be completed
+            self.stopped, self._held = True, ""
+            return text[:end]
+        self._held = text[hold:]
+        return text[:hold]
+
+    def _partial_stop(self, text: str) -> int:
+        """Index from which `text` may be the beginning of a stop marker, else its length."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for i in range(max(0, len(text) - longest), len(text)):
+            if any(len(s) > len(text) - i and s.startswith(text[i:]) for s in self._stop):
+                return i
+        return len(text)
+
+
+def _load(path: Path) -> SentencePieceProcessor:
+    expected = "expected a sentencepiece model such as ChatGLM-6B's ice_text.model"
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise BundleError(
+            f"{path}: cannot be read ({e.strerror}); {expected}: put the model's tokenizer there"
+        ) from None
+    if data.startswith(_LFS_POINTER):
+        raise BundleError(
+            f"{path}: a Git LFS pointer, not the file itself; {expected}: "
+            "fetch it with `git lfs pull` or download it again"
+        )
+    sp = SentencePieceProcessor()
+    try:
+        sp.LoadFromSerializedProto(data)
+    except (RuntimeError, OSError):
+        raise BundleError(
+            f"{path}: {len(data)} bytes that are no sentencepiece model; {expected}: "
+            "the file is damaged or something else, download it again"
+        ) from None
+    return sp
+
+
+def _leading_spaces_dropped(sp: SentencePieceProcessor) -> int:
+    """How many spaces the start of a decoded text swallows: all, one or none, by the model's flags.
+
+    sentencepiece drops the dummy prefix, and all leading spaces where the model removes extra
+    whitespace. Asked by example, because the flags themselves are not part of its interface.
+    """
+    space, comma = sp.piece_to_id("\u2581"), sp.piece_to_id(",")
+    kept = len(sp.decode([space, space, comma])) - len(sp.decode([comma]))
+    return 1_000_000_000 if kept == 0 else 2 - kept
+
+
+def _restore_whitespace(text: str) -> str:
+    return _WHITESPACE_NAME.sub(lambda name: _WHITESPACE[name[0]], text) if "<" in text else text
+
+
+def _utf8_length(lead: int) -> int:
+    return 1 if lead < 0xC2 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
