@@ -1,0 +1,155 @@
+"""From logits to the next token id, in numpy: greedy, or sampled from an explicitly seeded
+generator.
+
+The order is Hugging Face's, which the published models use: repetition penalty, minimum length,
+then temperature, top-k, top-p and softmax.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from seechat_lite.errors import EngineError, SeechatError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the defaults are greedy.
+
+    temperature: 0 always takes the likeliest token, whatever top_p and top_k say. top_p: sample
+    only from the likeliest tokens that together reach this probability. top_k: sample only from
+    this many likeliest tokens (and those tied with the last), 0 for all. repetition_penalty:
+    divides the positive logits and multiplies the negative ones of every token that occurred in the
+    prompt or the answer.
+    min_new_tokens: the answer does not end before. seed: the same seed gives the same answer.
+    invalid_token: the published chat() takes this token (5) whenever any logit is not finite, and
+    so at every step that min_new_tokens keeps from ending; None, the default, raises an error
+    instead.
+
+    Raises SeechatError for a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    seed: int = 0
+    invalid_token: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, ok, expected in (
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or a positive number"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1 (1: no limit)"),
+            ("top_k", self.top_k >= 0, "0 (no limit) or a positive whole number"),
+            (
+                "repetition_penalty",
+                0 < self.repetition_penalty < math.inf,
+                "a positive number (1: no penalty)",
+            ),
+            ("min_new_tokens", self.min_new_tokens >= 0, "0 or a positive whole number"),
+            ("seed", self.seed >= 0, "0 or a positive whole number"),
+        ):
+            if not ok:
+                raise SeechatError(
+                    f"{name} is {getattr(self, name)}; expected {expected}: change it"
+                )
+
+
+def scores(
+    logits: np.ndarray, past_ids: np.ndarray, sampling: Sampling, *, forbidden: int | None = None
+) -> np.ndarray:
+    """Logits after the repetition penalty and the minimum length, float32 [vocab]; the maximum is
+    the greedy choice.
+
+    logits: float [vocab]; past_ids: int [any], ids of the prompt and the answer so far, repeated or
+    not;
+    forbidden: the token that ends an answer, while it must not.
+
+    Raises EngineError if the logits are NaN or infinite (tokens masked by -inf are fine).
+    """
+    out = np.array(logits, np.float32)
+    if sampling.repetition_penalty != 1 and len(past_ids):
+        past = out[past_ids]
+        penalty = np.float32(sampling.repetition_penalty)
+        out[past_ids] = np.where(past < 0, past * penalty, past / penalty)
+    if forbidden is not None:
+        out[forbidden] = -np.inf
+    if sampling.invalid_token is not None and not np.isfinite(out).all():
+        out[:] = 0
+        out[sampling.invalid_token] = 5e4
+    if not np.isfinite(out.max()):  # NaN and +inf both show in the maximum
+        raise EngineError(
+            "the engine returned NaN or infinite logits; expected finite numbers: the weights are "
+            "damaged or the precision overflows, try another engine, device or precision"
+        )
+    return out
+
+
+def candidates(scores: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that temperature, top-k and top-p leave, and their probabilities.
+
+    scores: float32 [vocab]. Returns ids int64 [n] and probabilities float32 [n], which sum to 1.
+    """
+    scaled = scores / np.float32(sampling.temperature)
+    lowest = -np.inf
+    if 0 < sampling.top_k < len(scaled):
+        lowest = np.partition(scaled, -sampling.top_k)[-sampling.top_k]
+    ids = np.flatnonzero((scaled >= lowest) & (scaled > -np.inf))
+    probabilities = _softmax(scaled[ids])
+    if sampling.top_p < 1:
+        drop = np.float32(
+            1 - sampling.top_p
+        )  # the least likely tokens go while they sum up to this
+        # those below half of drop / n never sum up to it: most of a vocabulary need not be sorted
+        likely = probabilities > drop / len(ids) / 2
+        unlikely = probabilities[~likely].sum(dtype=np.float64)
+        likely = np.flatnonzero(likely)
+        # ascending, equal ones from high to low id: as greedy does, ties prefer the lowest id
+        order = likely[np.argsort(-probabilities[likely], kind="stable")[::-1]]
+        # accumulated in double and compared in single precision, as torch does
+        reached = unlikely + np.cumsum(probabilities[order], dtype=np.float64)
+        keep = reached.astype(np.float32) > drop
+        keep[-1] = True
+        ids = np.sort(ids[order[keep]])
+        probabilities = _softmax(scaled[ids])
+    return ids, probabilities
+
+
+class Sampler:
+    """Chooses the tokens of one answer.
+
+    prompt_ids: the prompt's ids, which the repetition penalty counts as said. eos_id: ends an
+    answer.
+    """
+
+    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], *, eos_id: int) -> None:
+        self._sampling = sampling
+        self._eos_id = eos_id
+        self._random = np.random.default_rng(sampling.seed)
+        self._past = np.unique(np.array(prompt_ids, np.int64))
+        self._new_tokens = 0
+
+    def next(self, logits: np.ndarray) -> int:
+        """Choose from float [vocab] and remember the choice. Raises EngineError, see scores()."""
+        forbidden = self._eos_id if self._new_tokens < self._sampling.min_new_tokens else None
+        processed = scores(logits, self._past, self._sampling, forbidden=forbidden)
+        if self._sampling.temperature == 0:
+            token = int(processed.argmax())
+        else:
+            ids, probabilities = candidates(processed, self._sampling)
+            reached = np.cumsum(probabilities, dtype=np.float64)
+            chosen = np.searchsorted(reached, self._random.random() * reached[-1], side="right")
+            token = int(ids[min(chosen, len(ids) - 1)])
+        self._new_tokens += 1
+        where = np.searchsorted(self._past, token)
+        if where == len(self._past) or self._past[where] != token:
+            self._past = np.insert(self._past, where, token)
+        return token
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    exp = np.exp(x - x.max())
+    return exp / exp.sum()
