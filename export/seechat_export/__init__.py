@@ -1,0 +1,1 @@
+"""Checkpoint → bundle: the step that needs torch, done once per model."""

@@ -1,0 +1,299 @@
+"""Checkpoint → bundle: one folder that holds all the runtime reads.
+
+The weights file is written one tensor at a time into `OUT.partial`, with a journal of what is
+finished. A run that was interrupted is continued by the next one; only a complete, checked bundle
+is renamed to OUT.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+
+from seechat_export import graphs, parity
+from seechat_export.quantize import SHRINK, stored_arrays
+from seechat_lite.tokenizer import Tokenizer
+from seechat_weights.bundle import (
+    MANIFEST,
+    Decoder,
+    FileHash,
+    LMConfig,
+    Manifest,
+    TokenizerConfig,
+    VisionConfig,
+    sha256,
+)
+from seechat_weights.checkpoints import Checkpoint, open_checkpoint, read_json
+from seechat_weights.errors import BundleError, CheckpointError
+from seechat_weights.names import OLD_VOCABULARY, lm_config, map_lm
+from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS, Precision
+
+log = logging.getLogger(__name__)
+
+GRAPH, WEIGHTS, EMBEDDINGS = "decoder.onnx", "decoder.onnx.data", "embeddings.bin"
+TOKENIZER, PARITY, JOURNAL = "ice_text.model", "parity.json", "journal.json"
+OLD_IMAGE_TOKENS = 20000  # ids before the text ids in the vocabulary of 150528
+ROWS = 4096  # rows of the embedding table written at a time
+
+Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
+
+
+def export_bundle(
+    *,
+    lm: Path,
+    out: Path,
+    vision: tuple[nn.Module, VisionConfig] | None = None,
+    precision: str = "int4",
+    block_size: int = 128,
+    vision_precision: str = "fp16",
+    conversation: str | None = None,
+    name: str | None = None,
+    provenance: dict[str, Any] | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Manifest:
+    """Write the bundle `out` from a ChatGLM-6B folder `lm` and, optionally, a vision network.
+
+    vision: a module in eval mode, float32 pixels [n, 3, S, S] to embeddings [n, tokens, hidden],
+    and its description. conversation: the default format; "seechat" with vision, else "chatglm".
+
+    Raises CheckpointError (sources), BundleError (`out` exists or cannot be written, or the
+    finished bundle does not agree with the torch networks).
+    """
+    out = Path(out)
+    if precision not in PRECISIONS:
+        raise BundleError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    if PRECISIONS[precision].block and block_size not in BLOCK_SIZES:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        raise BundleError(f"block size {block_size}; expected one of {sizes}")
+    if out.exists():
+        raise BundleError(f"{out}: exists already; remove it or choose another --out")
+    source = Source(Path(lm))
+    eye = parity.VisionCheck(*vision, source.config.hidden_size) if vision else None
+    form = PRECISIONS[precision]
+    writer = _Writer(source, out, form, block_size if form.block else 0, progress)
+    with writer.opened():
+        writer.weights()
+        writer.embeddings()
+        shutil.copyfile(source.tokenizer, writer.folder / TOKENIZER)
+        described = None
+        if vision:
+            described = dataclasses.replace(vision[1], precision=vision_precision)
+            # transformers, which this needs, takes seconds to import
+            from seechat_export.vision import export_vision
+
+            progress("vision", 0, 1)
+            path = writer.folder / described.graph
+            export_vision(vision[0], described, path, precision=vision_precision)
+            progress("vision", 1, 1)
+        manifest = Manifest(
+            name=name or out.name,
+            lm=source.config,
+            decoder=Decoder(
+                GRAPH, EMBEDDINGS, writer.embeddings_dtype, precision, writer.block_size
+            ),
+            tokenizer=TokenizerConfig(TOKENIZER, source.num_image_tokens),
+            conversation=conversation or ("seechat" if vision else "chatglm"),
+            vision=described,
+            provenance={
+                "lm": source.fingerprint(),
+                "versions": {p: version(p) for p in ("torch", "onnx", "onnxruntime")},
+                **(provenance or {}),
+            },
+        )
+        report = parity.check(source, writer.folder, manifest, writer.items, eye, progress)
+        (writer.folder / PARITY).write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        return writer.finish(manifest)
+
+
+class Source:
+    """The LM's checkpoint folder, checked: config, every tensor's name and shape, tokenizer.
+
+    Raises CheckpointError or BundleError (tokenizer) for whatever does not fit.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder}: no such folder; expected a ChatGLM-6B folder with config.json, weights "
+                "and ice_text.model: give it to --lm"
+            )
+        self.folder = folder
+        self.config: LMConfig = lm_config(
+            read_json(folder / "config.json"), where=str(folder / "config.json")
+        )
+        self.checkpoint: Checkpoint = open_checkpoint(folder)
+        self.names, self.ignored = map_lm(
+            self.checkpoint.shapes, self.config, where=str(self.checkpoint.path)
+        )
+        self.tokenizer = folder / TOKENIZER
+        old = self.config.vocab_size == OLD_VOCABULARY
+        self.num_image_tokens = OLD_IMAGE_TOKENS if old else 0
+        self._check_tokenizer()
+
+    def tensor(self, key: str) -> Tensor:
+        """One of our tensors, as stored."""
+        return torch.from_numpy(self.checkpoint.read(self.names[key]))
+
+    def dtype(self, key: str) -> str:
+        return self.checkpoint.shapes[self.names[key]].dtype
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Which files the weights come from: names, sizes and times of the last change."""
+        files = sorted({self.checkpoint.source(k) for k in self.names.values()} | {self.tokenizer})
+        stats = {f.name: f.stat() for f in files}
+        return {n: {"bytes": s.st_size, "modified": s.st_mtime_ns} for n, s in stats.items()}
+
+    def _check_tokenizer(self) -> None:
+        tokenizer = Tokenizer(self.tokenizer, num_image_tokens=self.num_image_tokens)
+        for name in ("mask_id", "gmask_id", "bos_id", "eos_id"):
+            ours, theirs = getattr(tokenizer, name), getattr(self.config, name)
+            if ours != theirs:
+                raise CheckpointError(
+                    f"{self.tokenizer}: {name} is {ours}, config.json says {theirs}: "
+                    "the tokenizer belongs to another release; download it from the same place"
+                )
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise CheckpointError(
+                f"{self.tokenizer}: {tokenizer.vocab_size} pieces, the model has "
+                f"{self.config.vocab_size}: download it from the same place as the weights"
+            )
+
+
+class _Writer:
+    """Writes `out.partial`, continues where an earlier run stopped, renames it when complete."""
+
+    def __init__(
+        self, source: Source, out: Path, precision: Precision, block_size: int, progress: Progress
+    ) -> None:
+        self.source = source
+        self.out = out
+        self.folder = out.with_name(out.name + ".partial")
+        self.precision = precision
+        self.block_size = block_size
+        self.progress = progress
+        self.graph, self.items, self.size = graphs.decoder(
+            source.config, precision, block_size, WEIGHTS
+        )
+        exact = precision.dtype == "float32" and not precision.block
+        wide = exact and source.dtype("word_embeddings.weight") != "float16"
+        self.embeddings_dtype = "float32" if wide else "float16"
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The partial folder, held by this process alone, cleared if another export's."""
+        lock = FileLock(f"{self.folder}.lock", timeout=0)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with lock:
+                if self._journal().get("fingerprint") != self._fingerprint():
+                    shutil.rmtree(self.folder)
+                    self.folder.mkdir()
+                    self._record(0)
+                yield
+            Path(lock.lock_file).unlink(missing_ok=True)
+        except Timeout:
+            raise BundleError(
+                f"{self.out}: another export is writing it; wait for it or choose another --out"
+            ) from None
+        except OSError as e:
+            if e.errno != errno.ENOSPC:
+                raise BundleError(
+                    f"{self.folder}: cannot be written ({e.strerror or e}): "
+                    "check the folder's permissions or choose another --out"
+                ) from e
+            raise BundleError(
+                f"{self.folder}: the disk is full; the weights take {self.size / 1e9:.2f} GB: "
+                "free some space and run the same command again, it continues where it stopped"
+            ) from e
+
+    def weights(self) -> None:
+        """The decoder's weights file, tensor by tensor, then its graph."""
+        done = self._journal()["done"]
+        log.info("%s: %d of %d tensors are there already", self.folder, done, len(self.items))
+        path = self.folder / WEIGHTS
+        with path.open("r+b" if path.exists() else "w+b") as f:
+            f.truncate(_end(self.items[done - 1]) if done else 0)
+            for i, item in enumerate(self.items[done:], start=done):
+                self.progress("weights", _end(self.items[i - 1]) if i else 0, self.size)
+                arrays = stored_arrays(
+                    item,
+                    self.source.tensor(item.key),
+                    self.source.config,
+                    self.precision,
+                    self.block_size,
+                )
+                for stored, array in zip(item.stored, arrays, strict=True):
+                    f.seek(stored.offset)
+                    f.write(array.contiguous().numpy().data)
+                if item.kind == "linear":  # vectors are too small to be worth a sync
+                    f.flush()
+                    os.fsync(f.fileno())
+                    self._record(i + 1)
+            f.truncate(self.size)
+        self.progress("weights", self.size, self.size)
+        ir.save(self.graph, self.folder / GRAPH)
+
+    def embeddings(self) -> None:
+        """The word embedding table, raw, as the runtime maps it."""
+        table = self.source.tensor("word_embeddings.weight")
+        dtype = getattr(torch, self.embeddings_dtype)
+        total = table.numel() * dtype.itemsize
+        with (self.folder / EMBEDDINGS).open("wb") as f:
+            for i in range(0, len(table), ROWS):
+                f.write(table[i : i + ROWS].to(dtype).contiguous().numpy().data)
+                self.progress("embeddings", f.tell(), total)
+
+    def finish(self, manifest: Manifest) -> Manifest:
+        """Hash all files, write the manifest, and give the folder its final name."""
+        (self.folder / JOURNAL).unlink()
+        files = sorted(f for f in self.folder.iterdir() if f.name != MANIFEST)
+        hashes = {f.name: FileHash(f.stat().st_size, sha256(f)) for f in files}
+        manifest = dataclasses.replace(manifest, files=hashes)
+        with (self.folder / MANIFEST).open("w", encoding="utf-8") as f:
+            f.write(manifest.to_json())
+            f.flush()
+            os.fsync(f.fileno())
+        self.folder.rename(self.out)
+        return manifest
+
+    def _fingerprint(self) -> str:
+        """What must be the same for a run to continue an earlier one's tensors."""
+        facts = {
+            "files": self.source.fingerprint(),
+            "config": dataclasses.asdict(self.source.config),
+            "precision": dataclasses.asdict(self.precision),
+            "block_size": self.block_size,
+            "shrink": SHRINK,
+            "tensors": [dataclasses.asdict(i) for i in self.items],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _journal(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / JOURNAL).read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def _record(self, done: int) -> None:
+        """Note that the first `done` tensors are on the disk; atomic, so never half a note."""
+        new = self.folder / f"{JOURNAL}.new"
+        new.write_text(json.dumps({"fingerprint": self._fingerprint(), "done": done}), "utf-8")
+        new.replace(self.folder / JOURNAL)
+
+
+def _end(item: graphs.Item) -> int:
+    last = item.stored[-1]
+    return last.offset + last.nbytes

@@ -1,0 +1,272 @@
+"""The decoder as an ONNX graph, written node by node, and the layout of its weights on disk.
+
+The graph is not traced from torch: its attention and its block-quantized products are ONNX
+Runtime's own operators, which torch does not have, and building it needs no weights, so that a
+13 GB checkpoint can be written out one tensor at a time (see docs/decisions.md).
+
+    inputs_embeds [1, s, hidden]
+      └─ per layer: LayerNorm ─ qkv ─ rotary(q, k) ─┬─ GroupQueryAttention (causal, fills the cache)
+                        │                           └─ If bidirectional: MultiHeadAttention
+                        ├─ * ALPHA ─── + ── dense ──┘
+                        └─ LayerNorm ─ MLP, the same way
+      └─ last row ─ LayerNorm ─ lm_head ─ logits [1, vocab]
+
+Two rearrangements happen to the query_key_value rows; both leave every product as it was:
+- the published order [head][q | k | v][head_size] becomes [q | k | v][head][head_size];
+- within a head of q and k, the quarters [a1 a2 b1 b2] become [a1 b1 a2 b2], which makes the
+  two-dimensional rotary embedding one ordinary rotation whose angles come from two positions.
+A head whose size is no multiple of 8, which GroupQueryAttention wants, has each quarter padded with
+zeros; the scale stays that of the true size.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from seechat_weights.bundle import LMConfig
+from seechat_weights.precisions import Precision
+
+OPSET = 21
+ALPHA = math.sqrt(2 * 28)  # the published residual scale, whatever the number of layers
+MICROSOFT = "com.microsoft"
+ALIGN = 4096  # a page: lets the runtime map each tensor straight from the file
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One array in the weights file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Item:
+    """One of our tensors and the arrays stored for it.
+
+    kind: "vector", stored as it is, or "linear", stored as the precision says. shape: the
+    tensor's, [outputs, inputs] of a linear, once its heads are rearranged. heads: which axis runs
+    over heads and is rearranged first: "rows" (query_key_value), "columns" (the attention's dense)
+    or "" for neither.
+    """
+
+    key: str
+    kind: str
+    shape: tuple[int, ...]
+    heads: str
+    stored: tuple[Stored, ...]
+
+
+def padded_head_size(config: LMConfig) -> int:
+    """Size of a head in the graph and its cache: the next multiple of 8."""
+    return -(-config.head_size // 8) * 8
+
+
+class Weights:
+    """Hands out graph values for weights and lays their bytes out one after another."""
+
+    def __init__(self, tape: Tape, location: str, precision: Precision, block_size: int) -> None:
+        self.tape = tape
+        self.location = location
+        self.precision = precision
+        self.block_size = block_size
+        self.items: list[Item] = []
+        self.end = 0
+
+    def vector(self, key: str, size: int, *, heads: str = "") -> ir.Value:
+        """A bias or a norm's parameter: float32 [size], never quantized."""
+        (stored,), (value,) = self._place([(key, "float32", (size,))])
+        self.items.append(Item(key, "vector", (size,), heads, (stored,)))
+        return value
+
+    def linear(
+        self,
+        x: ir.Value,
+        key: str,
+        outputs: int,
+        inputs: int,
+        *,
+        bias: bool = True,
+        heads: str = "",
+    ) -> ir.Value:
+        """x [..., inputs] times the transposed weight [outputs, inputs] (plus bias)."""
+        write = self._block_linear if self.precision.block else self._float_linear
+        y = write(x, key, outputs, inputs, heads)
+        if not bias:
+            return y
+        rows = heads if heads == "rows" else ""
+        return self.tape.op("Add", [y, self.vector(f"{key}.bias", outputs, heads=rows)])
+
+    def _float_linear(
+        self, x: ir.Value, key: str, outputs: int, inputs: int, heads: str
+    ) -> ir.Value:
+        arrays = [(f"{key}.weight_t", self.precision.dtype, (inputs, outputs))]
+        stored, (weight,) = self._place(arrays)
+        self.items.append(Item(f"{key}.weight", "linear", (outputs, inputs), heads, stored))
+        if self.precision.dtype != "float32":  # folded away when the graph is loaded on a CPU
+            weight = self.tape.op("Cast", [weight], {"to": ir.DataType.FLOAT})
+        return self.tape.op("MatMul", [x, weight])
+
+    def _block_linear(
+        self, x: ir.Value, key: str, outputs: int, inputs: int, heads: str
+    ) -> ir.Value:
+        bits, block = self.precision.bits, self.block_size
+        blocks = -(-inputs // block)
+        arrays = [
+            (f"{key}.quant", "uint8", (outputs, blocks, block * bits // 8)),
+            (f"{key}.scales", self.precision.dtype, (outputs, blocks)),
+        ]
+        stored, (quant, scales) = self._place(arrays)
+        self.items.append(Item(f"{key}.weight", "linear", (outputs, inputs), heads, stored))
+        # accuracy_level 4: the products' inputs are rounded to 8 bits a block, for integer kernels
+        attributes = {
+            "K": inputs,
+            "N": outputs,
+            "bits": bits,
+            "block_size": block,
+            "accuracy_level": 4,
+        }
+        return self.tape.op("MatMulNBits", [x, quant, scales], attributes, domain=MICROSOFT)
+
+    def _place(
+        self, arrays: list[tuple[str, str, tuple[int, ...]]]
+    ) -> tuple[tuple[Stored, ...], list[ir.Value]]:
+        stored, values = [], []
+        for name, dtype, shape in arrays:
+            one = Stored(name, dtype, shape, -(-self.end // ALIGN) * ALIGN)
+            self.end = one.offset + one.nbytes
+            tensor = ir.ExternalTensor(
+                self.location,
+                one.offset,
+                one.nbytes,
+                ir.DataType.from_numpy(np.dtype(dtype)),
+                shape=ir.Shape(shape),
+                name=name,
+            )
+            stored.append(one)
+            values.append(self.tape.initializer(tensor))
+        return tuple(stored), values
+
+
+def decoder(
+    config: LMConfig, precision: Precision, block_size: int, location: str
+) -> tuple[ir.Model, list[Item], int]:
+    """The decoder graph, the items of its weights file in file order, and the file's bytes.
+
+    `location` is the weights file's name beside the graph. Inputs of the graph (s new tokens,
+    `capacity` the length of the cache buffers, t = cached tokens + s):
+
+    inputs_embeds float32 [1, s, hidden] · rotary_cos, rotary_sin float32 [s, head / 2] ·
+    last_index int32 [1] = t - 1 · total_length int32 [] = t · bidirectional bool [] ·
+    past_key_i, past_value_i float32 [1, heads, capacity, head], with `head` as padded_head_size
+
+    Outputs: logits float32 [1, vocab] of the last token; present_key_i, present_value_i, to be
+    bound to the very buffers of the past. A bidirectional call must start with an empty cache.
+    """
+    graph = ir.Graph((), (), nodes=(), opset_imports={"": OPSET, MICROSOFT: 1}, name="decoder")
+    tape = Tape(graph)
+    weights = Weights(tape, location, precision, block_size)
+    hidden, heads = config.hidden_size, config.num_heads
+
+    def declare(name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        graph.inputs.append(value)
+        return value
+
+    x = declare("inputs_embeds", ir.DataType.FLOAT, [1, "s", hidden])
+    head = padded_head_size(config)
+    half, width = head // 2, heads * head
+    cos = declare("rotary_cos", ir.DataType.FLOAT, ["s", half])
+    sin = declare("rotary_sin", ir.DataType.FLOAT, ["s", half])
+    last_index = declare("last_index", ir.DataType.INT32, [1])
+    total_length = declare("total_length", ir.DataType.INT32, [])
+    bidirectional = declare("bidirectional", ir.DataType.BOOL, [])
+    rotary_start = tape.initializer(ir.tensor(np.zeros(1, np.int64), name="rotary_start"))
+    alpha = tape.initializer(ir.tensor(np.float32(ALPHA), name="alpha"))
+    scale = config.head_size**-0.5
+    cache_shape = [1, heads, "capacity", head]
+    presents: list[ir.Value] = []
+
+    def norm(x: ir.Value, key: str) -> ir.Value:
+        scale, bias = weights.vector(f"{key}.weight", hidden), weights.vector(f"{key}.bias", hidden)
+        attributes = {"axis": -1, "epsilon": config.layernorm_epsilon}
+        return tape.op("LayerNormalization", [x, scale, bias], attributes)
+
+    def residual(x: ir.Value, branch: Callable[[ir.Value], ir.Value]) -> ir.Value:
+        return tape.op("Add", [tape.op("Mul", [x, alpha]), branch(x)])
+
+    def attention(x: ir.Value, layer: int) -> ir.Value:
+        prefix = f"layers.{layer}.attention"
+        fused = weights.linear(x, f"{prefix}.query_key_value", 3 * width, hidden, heads="rows")
+        q, k, v = tape.op_multi_out("Split", [fused], {"axis": -1, "num_outputs": 3}, num_outputs=3)
+        rotary = {"num_heads": heads}
+        q, k = (
+            tape.op("RotaryEmbedding", [t, rotary_start, cos, sin], rotary, domain=MICROSOFT)
+            for t in (q, k)
+        )
+        past = [
+            declare(f"past_{part}_{layer}", ir.DataType.FLOAT, cache_shape)
+            for part in ("key", "value")
+        ]
+        causal, *present = tape.op_multi_out(
+            "GroupQueryAttention",
+            [q, k, v, *past, last_index, total_length],
+            {"num_heads": heads, "kv_num_heads": heads, "scale": scale},
+            num_outputs=3,
+            domain=MICROSOFT,
+        )
+        for part, value in zip(("key", "value"), present, strict=True):
+            value.name = f"present_{part}_{layer}"
+            value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(cache_shape)
+            presents.append(value)
+
+        # GroupQueryAttention always fills the cache, but it is causal: for the context of a prompt
+        # its output is replaced by attention of all new tokens to all new tokens
+        def branch(name: str, build: Callable[[Tape], ir.Value]) -> ir.Graph:
+            inner = ir.Graph((), (), nodes=(), name=f"{prefix}.{name}")
+            output = build(Tape(inner))
+            output.name = inner.name  # names are shared with the outer graph: keep them apart
+            inner.outputs.append(output)
+            return inner
+
+        full = branch(
+            "full",
+            lambda t: t.op(
+                "MultiHeadAttention",
+                [q, k, v],
+                {"num_heads": heads, "scale": scale},
+                domain=MICROSOFT,
+            ),
+        )
+        step = branch("step", lambda t: t.op("Identity", [causal]))
+        chosen = tape.op("If", [bidirectional], {"then_branch": full, "else_branch": step})
+        return weights.linear(chosen, f"{prefix}.dense", hidden, width, heads="columns")
+
+    def mlp(x: ir.Value, layer: int) -> ir.Value:
+        prefix = f"layers.{layer}.mlp"
+        wide = weights.linear(x, f"{prefix}.dense_h_to_4h", config.inner_size, hidden)
+        wide = tape.op("Gelu", [wide], {"approximate": "tanh"})
+        return weights.linear(wide, f"{prefix}.dense_4h_to_h", hidden, config.inner_size)
+
+    for i in range(config.num_layers):
+        x = residual(norm(x, f"layers.{i}.input_layernorm"), lambda x, i=i: attention(x, i))
+        x = residual(norm(x, f"layers.{i}.post_attention_layernorm"), lambda x, i=i: mlp(x, i))
+
+    last = tape.initializer(ir.tensor(np.int64(-1), name="last"))
+    x = norm(tape.op("Gather", [x, last], {"axis": 1}), "final_layernorm")  # [1, hidden]
+    logits = weights.linear(x, "lm_head", config.vocab_size, hidden, bias=False)
+    logits.name = "logits"
+    logits.type = ir.TensorType(ir.DataType.FLOAT)
+    logits.shape = ir.Shape([1, config.vocab_size])
+    graph.outputs.extend([logits, *presents])
+    return ir.Model(graph, ir_version=10, producer_name="seechat-lite"), weights.items, weights.end

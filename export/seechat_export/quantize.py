@@ -1,0 +1,113 @@
+"""Weights as a precision stores them: rearranged, transposed, or in blocks of 8 or 4 bits.
+
+The block layout is that of ONNX Runtime's MatMulNBits: every run of `block_size` inputs of an
+output row shares one scale; a weight is scale * (q - 2**(bits-1)); two 4-bit values share a byte,
+the earlier one in the low nibble; inputs are padded with zeros to whole blocks.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from seechat_export.graphs import Item, padded_head_size
+from seechat_weights.bundle import LMConfig
+from seechat_weights.precisions import Precision
+
+# Shrunken scales tried for each block, as fractions of the one that maps the largest weight to the
+# end of the range. A little clipping of the largest weights buys finer steps for all others.
+SHRINK = {8: (1.0,), 4: tuple(1.0 - i / 40 for i in range(17))}
+
+
+def rearrange_heads(tensor: Tensor, config: LMConfig, axis: str) -> Tensor:
+    """An attention tensor in the graph's order of heads (see graphs.py).
+
+    axis "rows": query_key_value, weight [3 * hidden, hidden] or bias [3 * hidden], from
+    [head][q | k | v][head_size] to [q | k | v][head][head_size], the quarters a1 a2 b1 b2 of each
+    head of q and k to a1 b1 a2 b2, every quarter padded to the graph's head size.
+    axis "columns": the attention's dense [hidden, hidden], its inputs padded to match v.
+    """
+    quarter, padding = config.head_size // 4, (padded_head_size(config) - config.head_size) // 4
+
+    def pad(halves: Tensor) -> Tensor:  # [..., 2, 2, quarter, columns]
+        return F.pad(halves, (0, 0, 0, padding))
+
+    if axis == "columns":
+        halves = tensor.t().unflatten(0, (config.num_heads, 2, 2, quarter))
+        return pad(halves).flatten(0, 3).t()
+    rows = tensor if tensor.ndim == 2 else tensor[:, None]
+    q, k, v = pad(rows.unflatten(0, (config.num_heads, 3, 2, 2, quarter))).unbind(1)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    return torch.stack([q, k, v]).flatten(0, 4).reshape(-1, *tensor.shape[1:])
+
+
+def quantize_blocks(weight: Tensor, *, bits: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """Symmetric weight-only quantization of [outputs, inputs].
+
+    Returns the packed values, uint8 [outputs, blocks, block_size * bits / 8], and the scales,
+    float32 [outputs, blocks]. Of the scales SHRINK allows, each block takes the one with the least
+    squared error.
+    """
+    weight = weight.float()
+    padding = -weight.shape[1] % block_size
+    blocks = F.pad(weight, (0, padding)).unflatten(1, (-1, block_size))
+    middle = 2 ** (bits - 1)
+    # the extreme of larger magnitude goes to -middle, the end of the range with one more step
+    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    full = extreme / -middle
+    best_error = torch.full_like(full, torch.inf)
+    scales, values = torch.zeros_like(full), torch.zeros_like(blocks)
+    for shrink in SHRINK[bits]:
+        scale = full * shrink
+        q = (blocks / torch.where(scale == 0, 1, scale)).round_().clamp_(-middle, middle - 1)
+        error = (q * scale - blocks).square_().sum(-1, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        scales, values = torch.where(better, scale, scales), torch.where(better, q, values)
+    codes = (values + middle).to(torch.uint8)
+    if bits == 4:
+        codes = codes[..., 0::2] | codes[..., 1::2] << 4
+    return codes, scales.squeeze(-1)
+
+
+def dequantize_blocks(codes: Tensor, scales: Tensor, *, bits: int, inputs: int) -> Tensor:
+    """The weight [outputs, inputs], float32, that quantize_blocks stored: its inverse."""
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+    values = codes.float() - 2 ** (bits - 1)
+    return (values * scales[..., None]).flatten(1)[:, :inputs]
+
+
+def stored_arrays(
+    item: Item, tensor: Tensor, config: LMConfig, precision: Precision, block_size: int
+) -> list[Tensor]:
+    """The arrays to write for `item`, in the order of item.stored, from its tensor as published."""
+    if item.heads:
+        tensor = rearrange_heads(tensor, config, item.heads)
+    if item.kind == "vector":
+        return [tensor.float()]
+    if precision.block:
+        return list(quantize_blocks(tensor, bits=precision.bits, block_size=block_size))
+    return [tensor.t().contiguous().to(getattr(torch, precision.dtype))]
+
+
+def restored_tensor(item: Item, data: np.ndarray, config: LMConfig, precision: Precision) -> Tensor:
+    """Our tensor of `item`, float32, from a weights file's bytes: the inverse of stored_arrays."""
+    arrays = [
+        torch.from_numpy(data[s.offset : s.offset + s.nbytes].view(s.dtype).reshape(s.shape).copy())
+        for s in item.stored
+    ]
+    if item.kind == "vector":
+        tensor = arrays[0]
+    elif precision.block:
+        tensor = dequantize_blocks(*arrays, bits=precision.bits, inputs=item.shape[1])
+    else:
+        tensor = arrays[0].float().t()
+    if not item.heads:
+        return tensor
+    # rearranging the published elements' numbers, counted from 1, tells where each one went
+    axis = 0 if item.heads == "rows" else 1
+    numbers = torch.arange(1, config.hidden_size * (3 if axis == 0 else 1) + 1)
+    order = rearrange_heads(numbers if axis == 0 else numbers[None], config, item.heads).flatten()
+    (places,) = order.nonzero(as_tuple=True)  # zeros are padding
+    return tensor.index_select(axis, places[order[places].argsort()])

@@ -1,0 +1,30 @@
+"""Engines execute a bundle: one class each, chosen by name.
+
+A new engine is a class with the methods of base.Engine, a row in ENGINES and its name in the
+contract test. Its module is imported only when it is asked for.
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+from seechat_lite.engines.base import Engine
+from seechat_lite.errors import EngineError
+from seechat_weights.bundle import Manifest
+
+ENGINES = {"onnx": ("seechat_lite.engines.onnx", "OnnxEngine")}
+DEFAULT = "onnx"
+
+
+def create(name: str, folder: Path, manifest: Manifest, *, device: str, context: int) -> Engine:
+    """Load the bundle in `folder` with the engine called `name` ("auto" takes the default).
+
+    Raises EngineError for an unknown engine or device, or when the graphs cannot be loaded.
+    """
+    name = DEFAULT if name == "auto" else name
+    if name not in ENGINES:
+        raise EngineError(f"unknown engine {name!r}; expected one of: auto, {', '.join(ENGINES)}")
+    module, cls = ENGINES[name]
+    return getattr(import_module(module), cls)(folder, manifest, device=device, context=context)
+
+
+__all__ = ["ENGINES", "Engine", "create"]

@@ -1,0 +1,32 @@
+"""Rotary tables of ChatGLM-6B in numpy, shared by every engine and by the torch network."""
+
+import numpy as np
+
+
+def rotary_tables(head_size: int, length: int) -> np.ndarray:
+    """Cosines and sines of the rotary angles, float32 [2, length, head_size / 4].
+
+    Each half of a head (head_size / 2 numbers) is rotated in pairs (i, i + head_size / 4) by
+    position * 10000**(-4i / head_size). The inverse frequencies are rounded to half precision, as
+    the published model's buffers are; the angles are not (they are in the published fp16 run).
+    """
+    half = head_size // 2
+    frequency = 10000.0 ** (-np.arange(0, half, 2, dtype=np.float32) / np.float32(half))
+    frequency = frequency.astype(np.float16).astype(np.float32)
+    angle = np.arange(length, dtype=np.float32)[:, None] * frequency
+    return np.stack([np.cos(angle), np.sin(angle)])
+
+
+def rotary_rows(
+    tables: np.ndarray, positions: np.ndarray, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of tokens at `positions`, int64 [2, tokens]; each float32 [tokens, width].
+
+    The first half of a row belongs to the position in the context, the second to the position in
+    the answer: the order of the decoder graph's permuted heads (see seechat_export.graphs). `width`
+    is half the graph's head size; where it pads the quarters of a head, the rows are padded too.
+    """
+    padding = width // 2 - tables.shape[-1]
+    rows = np.pad(tables[:, positions], ((0, 0), (0, 0), (0, 0), (0, padding)))
+    cos, sin = rows.transpose(0, 2, 1, 3).reshape(2, -1, width)  # from [2, 2, tokens, width / 2]
+    return cos, sin

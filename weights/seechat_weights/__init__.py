@@ -1,0 +1,1 @@
+"""What checkpoints and bundles are: formats, names, precisions. Needs no torch."""

@@ -1,0 +1,40 @@
+"""The exception tree of seechat-lite, importable from the bottom of the house.
+
+    SeechatError
+    ├── BundleError        an exported folder cannot be used as it is
+    ├── CheckpointError    published weights are missing, damaged or of another shape
+    ├── ImageError         a picture cannot be read
+    ├── MemoryPlanError    the model would not fit
+    ├── EngineError        the execution engine cannot do what was asked
+    └── ContextError       a conversation does not fit the context, or a prompt is malformed
+
+Every message has three parts: what was read, what was expected, what to do.
+"""
+
+
+class SeechatError(Exception):
+    """Base of all errors raised on purpose; the command line shows them as one line."""
+
+
+class BundleError(SeechatError):
+    """An exported folder is missing, damaged, changed or of a newer version."""
+
+
+class CheckpointError(SeechatError):
+    """A published checkpoint is missing a tensor, holds one too many, or is damaged."""
+
+
+class ImageError(SeechatError):
+    """A picture is missing, damaged, too large or no picture at all."""
+
+
+class MemoryPlanError(SeechatError):
+    """The model, its cache and its workspace would not fit the memory there is."""
+
+
+class EngineError(SeechatError):
+    """An engine or device is unknown, not installed or in use."""
+
+
+class ContextError(SeechatError):
+    """A prompt is malformed or longer than the context the model was loaded with."""
