@@ -1,5 +1,4 @@
-"""From logits to the next token id, in numpy: greedy, or sampled from an explicitly seeded
-generator.
+"""From logits to the next token id: greedy, or sampled from an explicitly seeded generator.
 
 The order is Hugging Face's, which the published models use: repetition penalty, minimum length,
 then temperature, top-k, top-p and softmax.
@@ -18,15 +17,15 @@ from seechat_lite.errors import EngineError, SeechatError
 class Sampling:
     """How the next token is chosen; the defaults are greedy.
 
-    temperature: 0 always takes the likeliest token, whatever top_p and top_k say. top_p: sample
-    only from the likeliest tokens that together reach this probability. top_k: sample only from
-    this many likeliest tokens (and those tied with the last), 0 for all. repetition_penalty:
-    divides the positive logits and multiplies the negative ones of every token that occurred in the
-    prompt or the answer.
-    min_new_tokens: the answer does not end before. seed: the same seed gives the same answer.
-    invalid_token: the published chat() takes this token (5) whenever any logit is not finite, and
-    so at every step that min_new_tokens keeps from ending; None, the default, raises an error
-    instead.
+    temperature: 0 always takes the likeliest token, whatever top_p and top_k say.
+    top_p: sample only from the likeliest tokens that together reach this probability.
+    top_k: sample only from this many likeliest tokens (and those tied with the last), 0 for all.
+    repetition_penalty: divides the positive and multiplies the negative logits of every token that
+    occurred in the prompt or the answer.
+    min_new_tokens: the answer does not end before.
+    seed: the same seed gives the same answer.
+    invalid_token: None makes logits that are not finite an error. The published chat() instead
+    takes token 5 whenever any is not finite, the -inf of min_new_tokens included.
 
     Raises SeechatError for a value out of range.
     """
@@ -41,7 +40,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, ok, expected in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or a positive number"),
+            (
+                "temperature",
+                self.temperature == 0 or 0.001 <= self.temperature < math.inf,
+                "0 (greedy) or at least 0.001",
+            ),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1 (1: no limit)"),
             ("top_k", self.top_k >= 0, "0 (no limit) or a positive whole number"),
             (
@@ -61,12 +64,11 @@ class Sampling:
 def scores(
     logits: np.ndarray, past_ids: np.ndarray, sampling: Sampling, *, forbidden: int | None = None
 ) -> np.ndarray:
-    """Logits after the repetition penalty and the minimum length, float32 [vocab]; the maximum is
-    the greedy choice.
+    """Logits after the repetition penalty and the minimum length; their maximum is greedy's choice.
 
-    logits: float [vocab]; past_ids: int [any], ids of the prompt and the answer so far, repeated or
-    not;
-    forbidden: the token that ends an answer, while it must not.
+    logits: float [vocab]; past_ids: int [any], ids of the prompt and the answer so far, in any
+    order, repeated or not; forbidden: the token that ends an answer, while it must not. Returns
+    float32 [vocab].
 
     Raises EngineError if the logits are NaN or infinite (tokens masked by -inf are fine).
     """
@@ -88,22 +90,22 @@ def scores(
     return out
 
 
-def candidates(scores: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+def candidates(scored: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that temperature, top-k and top-p leave, and their probabilities.
 
-    scores: float32 [vocab]. Returns ids int64 [n] and probabilities float32 [n], which sum to 1.
+    scored: float32 [vocab], from scores(). Returns ids int64 [n], ascending, and their
+    probabilities float32 [n], which sum to 1.
     """
-    scaled = scores / np.float32(sampling.temperature)
+    scaled = scored / np.float32(sampling.temperature)
     lowest = -np.inf
     if 0 < sampling.top_k < len(scaled):
         lowest = np.partition(scaled, -sampling.top_k)[-sampling.top_k]
     ids = np.flatnonzero((scaled >= lowest) & (scaled > -np.inf))
     probabilities = _softmax(scaled[ids])
     if sampling.top_p < 1:
-        drop = np.float32(
-            1 - sampling.top_p
-        )  # the least likely tokens go while they sum up to this
-        # those below half of drop / n never sum up to it: most of a vocabulary need not be sorted
+        # the least likely tokens are dropped while they sum up to `drop`; those below half of
+        # drop / n never reach it, so most of a vocabulary need not be sorted
+        drop = np.float32(1 - sampling.top_p)
         likely = probabilities > drop / len(ids) / 2
         unlikely = probabilities[~likely].sum(dtype=np.float64)
         likely = np.flatnonzero(likely)
@@ -135,11 +137,11 @@ class Sampler:
     def next(self, logits: np.ndarray) -> int:
         """Choose from float [vocab] and remember the choice. Raises EngineError, see scores()."""
         forbidden = self._eos_id if self._new_tokens < self._sampling.min_new_tokens else None
-        processed = scores(logits, self._past, self._sampling, forbidden=forbidden)
+        scored = scores(logits, self._past, self._sampling, forbidden=forbidden)
         if self._sampling.temperature == 0:
-            token = int(processed.argmax())
+            token = int(scored.argmax())
         else:
-            ids, probabilities = candidates(processed, self._sampling)
+            ids, probabilities = candidates(scored, self._sampling)
             reached = np.cumsum(probabilities, dtype=np.float64)
             chosen = np.searchsorted(reached, self._random.random() * reached[-1], side="right")
             token = int(ids[min(chosen, len(ids) - 1)])

@@ -1,0 +1,90 @@
+"""Reading the golden data under tests/data, and a tiny engine over the torch network."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from seechat_lite.nn.chatglm import ChatGLM, KVCache
+from seechat_lite.prompt import Prompt, context_length, position_ids
+from seechat_weights.bundle import LMConfig
+from seechat_weights.names import lm_config
+
+DATA = Path(__file__).parent / "data"
+
+
+def data(path: str) -> Path:
+    return DATA / path
+
+
+def load_json(path: str) -> Any:
+    return json.loads(data(path).read_text("utf-8"))
+
+
+def tensors(path: str) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file under tests/data."""
+    return load_file(data(path))
+
+
+def load_chatglm(folder: str) -> ChatGLM:
+    """A fixture model in float32, ready to run."""
+    config = lm_config(load_json(f"{folder}/config.json"))
+    with torch.device("meta"):
+        model = ChatGLM(config)
+    state = {
+        key.removeprefix("transformer."): torch.from_numpy(value).float()
+        for key, value in tensors(f"{folder}/model.safetensors").items()
+        if not key.endswith("rotary_emb.inv_freq")
+    }
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def positions(ids: list[int], config: LMConfig) -> np.ndarray:
+    """Position ids, int64 [2, len(ids)], with the special ids of `config`."""
+    return position_ids(ids, gmask_id=config.gmask_id, mask_id=config.mask_id, bos_id=config.bos_id)
+
+
+class TorchEngine:
+    """The engine protocol over the torch network: no mask anywhere, as the runtime's engines."""
+
+    def __init__(self, model: ChatGLM) -> None:
+        self.model = model
+        self.context = model.config.max_sequence_length
+        self.steps = 0
+        self.cache: KVCache | None = None
+
+    def encode_image(self, pixels: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def prefill(self, prompt: Prompt) -> np.ndarray:
+        config, ids = self.model.config, prompt.ids
+        self.cache = KVCache.empty(self.model, self.context)
+        self.position = positions(ids, config)
+        embeds = self.model.word_embeddings(torch.tensor(ids)).clone()
+        for start, image in prompt.images:
+            embeds[start : start + len(image)] = torch.from_numpy(image)
+        context = context_length(ids, bos_id=config.bos_id)
+        self._forward(embeds[:context], self.position[:, :context])
+        for i in range(context, len(ids)):
+            logits = self._forward(embeds[i : i + 1], self.position[:, i : i + 1])
+        return logits
+
+    def step(self, token_id: int) -> np.ndarray:
+        self.steps += 1
+        self.position = self.position[:, -1:] + [[0], [1]]
+        return self._forward(self.model.word_embeddings(torch.tensor([token_id])), self.position)
+
+    def close(self) -> None:
+        self.cache = None
+
+    def _forward(self, embeds: torch.Tensor, position: np.ndarray) -> np.ndarray:
+        if not len(embeds):
+            return np.empty(0, np.float32)
+        logits = self.model(
+            embeds[None], torch.from_numpy(position)[None], cache=self.cache, last_only=True
+        )
+        return logits[0, 0].numpy()
