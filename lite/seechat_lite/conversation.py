@@ -40,7 +40,9 @@ class Format:
     stop: text that ends an answer, besides the end-of-answer token.
     specials: whether names of special tokens in the text become tokens, as the published code has
     it; otherwise they stay text.
-    clean: what becomes of a finished answer before it is shown as a whole or enters the history.
+    clean: what becomes of an answer before it is shown or enters the history.
+    holdback: how many characters at the end of a cleaned text the following text may still change,
+    so that an answer can be shown as it grows; None where any of it may change until the end.
     demo: write the history as SEEChat's published demo does, see _render_demo.
     """
 
@@ -53,6 +55,7 @@ class Format:
     stop: tuple[str, ...] = ()
     specials: bool = False
     clean: Callable[[str], str] = str.strip
+    holdback: int | None = 0
     demo: bool = False
 
 
@@ -145,13 +148,15 @@ def postprocess(format: Format, text: str) -> str:
     return format.clean(text)
 
 
+_TRAINING_TIME = "[[训练时间]]"
+_CHATGLM_HOLDBACK = len(_TRAINING_TIME) - 1  # all but its last character may be there already
 _HAN = "[\u4e00-\u9fff]"
 _FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 
 
 def _clean_chatglm(text: str) -> str:
     """ChatGLM-6B's process_response: punctuation beside a Chinese character becomes full-width."""
-    text = text.strip().replace("[[训练时间]]", "2023年")
+    text = text.strip().replace(_TRAINING_TIME, "2023年")
     for half, full in _FULL_WIDTH.items():
         text = re.sub(f"(?<={_HAN}){re.escape(half)}", full, text)
         text = re.sub(f"{re.escape(half)}(?={_HAN})", full, text)
@@ -185,6 +190,7 @@ FORMATS: dict[str, Format] = {
             after_images=" ",
             specials=True,
             clean=_clean_demo,
+            holdback=None,
             demo=True,
         ),
         Format(
@@ -193,6 +199,7 @@ FORMATS: dict[str, Format] = {
             single="{question}{answer}",
             specials=True,
             clean=_clean_chatglm,
+            holdback=_CHATGLM_HOLDBACK,
         ),
         # as its Hugging Face code writes it; <unk> under the picture
         Format(
@@ -201,6 +208,7 @@ FORMATS: dict[str, Format] = {
             image=("<img>", "</img>"),
             specials=True,
             clean=_clean_chatglm,
+            holdback=_CHATGLM_HOLDBACK,
         ),
     )
 }

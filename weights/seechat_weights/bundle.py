@@ -222,7 +222,7 @@ def _build(kind: Any, value: Any, where: str, path: str) -> Any:
     def fail(expected: str) -> BundleError:
         return BundleError(f"{where}: {path} is {value!r:.80}, expected {expected}: export again")
 
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise fail("an object")
         hints = typing.get_type_hints(kind)

@@ -82,10 +82,10 @@ class OnnxEngine:
                 "prepare them with seechat_lite.images.pixels"
             )
         with self._vision_lock:  # loaded with the first picture: text alone needs none of it
-            if self._vision is None:
-                self._vision = _session(self._folder / vision.graph, self._providers)
+            session = self._vision or _session(self._folder / vision.graph, self._providers)
+            self._vision = session
         feeds = {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
-        (embeddings,) = self._vision.run(["image_embeds"], feeds)
+        (embeddings,) = session.run(["image_embeds"], feeds)
         return np.asarray(embeddings)
 
     def prefill(self, prompt: Prompt) -> np.ndarray:

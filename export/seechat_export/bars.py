@@ -1,0 +1,46 @@
+"""Progress bars for long work: one bar a stage, on stderr, silent where that is no terminal."""
+
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+BYTES = ("weights", "embeddings")  # stages that count bytes; the others count steps
+
+
+class Bars:
+    """Callable as export_bundle's `progress`; a context manager that closes the last bar."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._bar: tqdm | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage or self._bar is None:
+            self._close()
+            in_bytes = stage in BYTES
+            self._bar = tqdm(
+                total=total,
+                desc=f"{stage:<10}",
+                unit="B" if in_bytes else "step",
+                unit_scale=in_bytes,
+                disable=None,  # off where stderr is no terminal
+                leave=True,
+            )
+            self._stage = stage
+        self._bar.update(done - self._bar.n)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()

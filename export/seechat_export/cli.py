@@ -1,0 +1,90 @@
+"""The command `seechat export`, found by the runtime's command line as an entry point."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from seechat_weights.errors import SeechatError
+from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS
+
+
+def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add `export` to the subparsers of `seechat`; `common` holds the options of all commands."""
+    parser = commands.add_parser(
+        "export",
+        parents=[common],
+        help="make a bundle from published weights",
+        description="Make a bundle from a ChatGLM-6B checkpoint, with a CLIP vision tower and its "
+        "projector or without. Run again after an interruption, it continues.",
+    )
+    parser.add_argument(
+        "--lm", type=Path, required=True, metavar="DIR", help="config.json, weights, ice_text.model"
+    )
+    parser.add_argument(
+        "--clip", type=Path, metavar="PATH", help="CLIP ViT: an open_clip or Hugging Face folder"
+    )
+    parser.add_argument("--projector", type=Path, metavar="FILE", help="linear or MLP projector")
+    parser.add_argument(
+        "--clip-activation",
+        choices=("quick_gelu", "gelu"),
+        help="for a --clip file without a configuration beside it",
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="int4", help="(%(default)s)")
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        choices=BLOCK_SIZES,
+        default=128,
+        help="weights that share a scale in int8 and int4 (%(default)s)",
+    )
+    parser.add_argument(
+        "--vision-precision", choices=("fp32", "fp16"), default="fp16", help="(%(default)s)"
+    )
+    parser.add_argument("--format", metavar="NAME", help="default conversation format")
+    parser.add_argument("--name", help="the model's name; default: the folder's")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the bundle to write"
+    )
+    parser.set_defaults(run=lambda args: _export(args, parser))
+
+
+def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if bool(args.clip) != bool(args.projector):
+        parser.error("--clip and --projector go together")
+    try:
+        from seechat_export.bars import Bars
+        from seechat_export.export import export_bundle
+        from seechat_export.vision import load_vision
+    except ImportError as e:
+        raise SeechatError(
+            f"{e.name} is not installed; export needs it: pip install 'seechat-lite[export]'"
+        ) from None
+    vision = None
+    if args.clip:
+        vision = load_vision(
+            clip=args.clip, projector=args.projector, activation=args.clip_activation
+        )
+    with Bars() as bars:
+        manifest = export_bundle(
+            lm=args.lm,
+            out=args.out,
+            vision=vision,
+            precision=args.precision,
+            block_size=args.block_size,
+            vision_precision=args.vision_precision,
+            conversation=args.format,
+            name=args.name,
+            progress=bars,
+        )
+    report = json.loads((args.out / "parity.json").read_text("utf-8"))
+    against = report["against_checkpoint"]
+    size = sum(f.bytes for f in manifest.files.values())
+    print(
+        f"{args.out}: {size / 1e6:.0f} MB, agrees with the torch networks; against the checkpoint: "
+        f"KL divergence {against['kl_divergence']:.2g}, "
+        f"top-1 agreement {against['top1_agreement']:.0%}",
+        file=sys.stderr,
+    )
+    return 0

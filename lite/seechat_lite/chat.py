@@ -1,0 +1,398 @@
+"""Model and Chat: what users hold. A chat keeps the turns of one conversation and streams answers.
+
+The engine has one cache, so one answer is generated at a time; a second thread waits for its turn.
+Pictures are remembered by their content: each is encoded once, whatever turn or chat shows it.
+"""
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from PIL import Image
+
+from seechat_lite import prompt as prompts
+from seechat_lite.conversation import FORMATS, Format, Turn, postprocess, render
+from seechat_lite.engines import Engine, create
+from seechat_lite.errors import BundleError, ContextError, EngineError, SeechatError
+from seechat_lite.generate import generate
+from seechat_lite.images import load_image, pixels
+from seechat_lite.memory import check_memory, plan
+from seechat_lite.prompt import Prompt
+from seechat_lite.sampling import Sampling
+from seechat_lite.tokenizer import TextStream, Tokenizer
+from seechat_weights.builtin import BUILTIN
+from seechat_weights.bundle import Manifest, read_manifest, verify_hashes
+
+log = logging.getLogger(__name__)
+
+ImageSource = str | Path | bytes | Image.Image
+CACHED_IMAGE_BYTES = 64 << 20  # embeddings kept for pictures that no chat shows any more
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    engine: str = "auto",
+    device: str = "auto",
+    context: int = 2048,
+) -> "Model":
+    """Load a bundle: a folder written by `seechat export`, or with None the built-in model.
+
+    engine: "auto" or a name of engines.ENGINES. device: "auto", "cpu", "cuda", … or the name of an
+    ONNX Runtime execution provider. context: tokens that the prompt and the answer may take
+    together; the cache grows with it.
+
+    Raises BundleError (missing, damaged or newer bundle), EngineError (engine or device),
+    MemoryPlanError (would not fit), ContextError (context too small to be of use).
+    """
+    folder = BUILTIN if path is None else Path(path)
+    if context < 16:
+        raise ContextError(f"context is {context} tokens; expected at least 16: choose more")
+    manifest = read_manifest(folder)
+    if manifest.conversation not in FORMATS:
+        raise BundleError(
+            f"{folder}: conversation format {manifest.conversation!r} is unknown; expected one of "
+            f"{', '.join(FORMATS)}: upgrade seechat-lite or export the model again"
+        )
+    needed = plan(manifest, context=context)
+    log.info("%s: %s", manifest.name, needed)
+    check_memory(needed, manifest)
+    verify_hashes(folder, manifest)
+    tokenizer = Tokenizer(
+        folder / manifest.tokenizer.file, num_image_tokens=manifest.tokenizer.num_image_tokens
+    )
+    executor = create(engine, folder, manifest, device=device, context=context)
+    return Model(manifest, tokenizer, executor)
+
+
+class Model:
+    """A loaded bundle. Made by `load`; a context manager; safe to use from several threads."""
+
+    def __init__(self, manifest: Manifest, tokenizer: Tokenizer, engine: Engine) -> None:
+        self.manifest = manifest
+        self.tokenizer = tokenizer
+        self.engine = engine
+        self._busy = threading.Lock()  # held while an answer is generated
+        self._answering: int | None = None  # the thread that holds it
+        self._images: OrderedDict[str, np.ndarray] = OrderedDict()  # least recently used first
+        self._images_lock = threading.Lock()
+
+    def chat(self, format: str | None = None) -> "Chat":
+        """Begin a conversation; `format` names one of conversation.FORMATS, else the bundle's.
+
+        Raises SeechatError for an unknown format.
+        """
+        name = format or self.manifest.conversation
+        if name not in FORMATS:
+            raise SeechatError(
+                f"unknown conversation format {name!r}; expected one of {', '.join(FORMATS)}"
+            )
+        return Chat(self, FORMATS[name])
+
+    def encode_image(self, source: ImageSource, *, exact: bool = False) -> tuple[str, np.ndarray]:
+        """A picture's key and its embeddings, float32 [tokens, hidden], from memory if known.
+
+        exact: prepare it as the published code does (see PixelSpec.exact).
+        Raises ImageError, and EngineError for a text-only bundle.
+        """
+        vision = self.manifest.vision
+        picture = load_image(source)
+        key = picture.key + ("-exact" if exact else "")
+        with self._images_lock:  # also keeps two threads from encoding the same picture
+            if key in self._images:
+                self._images.move_to_end(key)
+                return key, self._images[key]
+            if vision is None:
+                raise EngineError(
+                    f"{self.manifest.name}: a text-only model, it cannot see pictures: "
+                    "ask without one, or load a bundle that was exported with a vision tower"
+                )
+            spec = replace(vision.pixels, exact=exact or vision.pixels.exact)
+            embeds = self.engine.encode_image(pixels(picture.image, spec)[None])[0]
+            self._images[key] = embeds
+            while sum(e.nbytes for e in self._images.values()) > CACHED_IMAGE_BYTES:
+                self._images.popitem(last=False)
+            return key, embeds
+
+    def close(self) -> None:
+        """Release the engine; any later use of the model raises EngineError."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Hold the engine for one answer; others wait, this thread must not ask again."""
+        me = threading.get_ident()
+        if self._answering == me:
+            raise EngineError(
+                "another answer of this model is not finished in this thread: read it to its end, "
+                "close() its stream or stop() its chat before asking again"
+            )
+        with self._busy:
+            self._answering = me
+            try:
+                yield
+            finally:
+                self._answering = None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one answer took."""
+
+    prompt_tokens: int
+    new_tokens: int
+    dropped_turns: int  # turns forgotten because the context had no room for them
+    first_token_seconds: float  # pictures and prompt included
+    seconds: float
+    finish_reason: str  # "stop", "length" (max_new_tokens or a full context) or "cancelled"
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed after the first token."""
+        rest = self.seconds - self.first_token_seconds
+        return (self.new_tokens - 1) / rest if self.new_tokens > 1 and rest > 0 else 0.0
+
+
+class Chat:
+    """One conversation. Made by Model.chat; not to be used by two threads at once, stop() aside."""
+
+    def __init__(self, model: Model, format: Format) -> None:
+        self.model = model
+        self.format = format
+        self.turns: list[Turn] = []
+        self.stats: Stats | None = None  # of the last answer
+        self._embeds: dict[str, np.ndarray] = {}  # pictures of the turns, by key
+        self._stop = threading.Event()
+
+    def stream(
+        self,
+        question: str,
+        image: ImageSource | Sequence[ImageSource] | None = None,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Ask and yield the answer piece by piece; the pieces joined are the answer.
+
+        image: a picture or several, shown with this question; later questions remember them. The
+        turn enters the history when the stream ends, also when it was stopped or closed early; not
+        if it fails. See sampling.Sampling for the other options.
+
+        Raises ImageError, ContextError (empty question, or too long for the context), EngineError,
+        SeechatError (option out of range).
+        """
+        sampling = Sampling(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        if max_new_tokens < 1:
+            raise SeechatError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        self._stop.clear()  # here, not in the generator: a stop() before its first piece counts
+        return self._stream(question, image, sampling, max_new_tokens)
+
+    def ask(
+        self,
+        question: str,
+        image: ImageSource | Sequence[ImageSource] | None = None,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+    ) -> str:
+        """The whole answer at once; see stream()."""
+        return "".join(
+            self.stream(
+                question,
+                image,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+            )
+        )
+
+    def append(
+        self,
+        question: str,
+        answer: str,
+        image: ImageSource | Sequence[ImageSource] | None = None,
+    ) -> None:
+        """Put a past turn into the history without running it."""
+        turn, embeds = self._turn(question, image)
+        self._embeds |= embeds
+        self.turns.append(replace(turn, answer=answer))
+
+    def prompt(
+        self, question: str, image: ImageSource | Sequence[ImageSource] | None = None
+    ) -> Prompt:
+        """Exactly what the next stream() would send to the engine; the chat stays as it is."""
+        turn, embeds = self._turn(question, image)
+        return self._fit(turn, embeds, reserve=1)[0]
+
+    def stop(self) -> None:
+        """End the running answer within one token; may be called from any thread."""
+        self._stop.set()
+
+    def clear(self) -> None:
+        """Forget all turns and pictures."""
+        self.turns.clear()
+        self._embeds.clear()
+
+    def _stream(
+        self,
+        question: str,
+        image: ImageSource | Sequence[ImageSource] | None,
+        sampling: Sampling,
+        max_new_tokens: int,
+    ) -> Iterator[str]:
+        model, start = self.model, time.perf_counter()
+        with model.answering():
+            turn, embeds = self._turn(question, image)
+            prompt, turns = self._fit(turn, embeds, reserve=max_new_tokens)
+            dropped = len(self.turns) + 1 - len(turns)
+            if dropped:
+                log.warning("the context is full: the oldest %d turn(s) are forgotten", dropped)
+            room = model.engine.context - len(prompt.ids) + 1  # the last token needs no place
+            limit = min(max_new_tokens, room)
+            tokens = generate(
+                model.engine,
+                prompt,
+                sampling,
+                max_new_tokens=limit,
+                eos_id=model.tokenizer.eos_id,
+                stopped=self._stop.is_set,
+            )
+            text = TextStream(model.tokenizer, stop=self.format.stop)
+            answer = _CleanStream(self.format)
+            count, first, finish, failed = 0, 0.0, "cancelled", False
+            try:
+                for token in tokens:
+                    count += 1
+                    first = first or time.perf_counter() - start
+                    if piece := answer.push(text.push(token)):
+                        yield piece
+                    if text.stopped:
+                        break
+                if not self._stop.is_set():
+                    finish = "length" if count >= limit and not text.stopped else "stop"
+                if piece := answer.push(text.finish()) + answer.finish():
+                    yield piece
+            except Exception:
+                failed = True
+                raise
+            finally:
+                # closed early, interrupted or stopped: what was said so far stays said
+                seconds = time.perf_counter() - start
+                self.stats = Stats(
+                    len(prompt.ids), count, dropped, first or seconds, seconds, finish
+                )
+                if not failed and (answer.whole or finish != "cancelled"):
+                    self.turns = [*turns[:-1], replace(turn, answer=answer.whole)]
+                    shown = {key for t in self.turns for key in t.images}
+                    self._embeds = {k: e for k, e in (self._embeds | embeds).items() if k in shown}
+
+    def _turn(
+        self, question: str, image: ImageSource | Sequence[ImageSource] | None
+    ) -> tuple[Turn, dict[str, np.ndarray]]:
+        """The turn to be asked and the embeddings of its pictures."""
+        if not question.strip():
+            raise ContextError("the question is empty; expected some text: type a question")
+        sources = [] if image is None else [image] if isinstance(image, ImageSource) else image
+        # the published demo's answers are compared on the published demo's pixels
+        embeds = [self.model.encode_image(s, exact=self.format.demo) for s in sources]
+        return Turn(question, images=tuple(key for key, _ in embeds)), dict(embeds)
+
+    def _fit(
+        self, turn: Turn, embeds: dict[str, np.ndarray], *, reserve: int
+    ) -> tuple[Prompt, list[Turn]]:
+        """The prompt for `turn`, and the turns in it: the oldest are dropped for want of room.
+
+        A dropped turn's pictures stay, shown with the oldest turn that is left, as long as there is
+        room for them: a conversation about a picture goes on when its beginning is forgotten.
+        """
+        context = self.model.engine.context
+        reserve = min(reserve, context // 4)
+        turns, known = [*self.turns, turn], self._embeds | embeds
+        while True:
+            prompt = prompts.build(
+                self.model.tokenizer,
+                render(self.format, turns),
+                known,
+                specials=self.format.specials,
+            )
+            size = len(prompt.ids)
+            if size + reserve <= context:
+                return prompt, turns
+            if len(turns) > 1:
+                carried = turns[0].images + turns[1].images
+                turns = [replace(turns[1], images=carried), *turns[2:]]
+            elif len(turns[0].images) > len(turn.images):
+                turns = [replace(turns[0], images=turns[0].images[1:])]
+            elif size < context:
+                return prompt, turns
+            else:
+                raise ContextError(
+                    f"the question takes {size} tokens with its pictures; the context holds "
+                    f"{context}, answer included: shorten it or load the model with more context"
+                )
+
+
+class _CleanStream:
+    """An answer's text as it grows, cleaned as the format wants it, piece by piece.
+
+    The pieces joined equal postprocess(format, all text). Cleaning starts from the whole text at
+    every piece: with answers of a few hundred tokens that is far below the cost of one step.
+    """
+
+    def __init__(self, format: Format) -> None:
+        self._format = format
+        self._text = ""
+        self._shown = 0
+
+    @property
+    def whole(self) -> str:
+        """The cleaned answer so far."""
+        return postprocess(self._format, self._text)
+
+    def push(self, text: str) -> str:
+        """Take more text; returns what has become certain."""
+        holdback = self._format.holdback
+        self._text += text
+        if holdback is None or not text:
+            return ""
+        clean = self.whole
+        return self._show(clean, max(len(clean) - holdback, self._shown))
+
+    def finish(self) -> str:
+        """The rest of the cleaned answer."""
+        clean = self.whole
+        return self._show(clean, len(clean))
+
+    def _show(self, clean: str, end: int) -> str:
+        piece, self._shown = clean[self._shown : end], end
+        return piece

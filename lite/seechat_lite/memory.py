@@ -1,0 +1,101 @@
+"""What a bundle will take in memory, known before anything is loaded.
+
+The sums are what an engine on the CPU holds: weights as its kernels keep them, the key/value cache
+when the context is full, the vision network, and a workspace for the longest prompt.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from seechat_lite.errors import MemoryPlanError
+from seechat_weights.bundle import Manifest
+from seechat_weights.precisions import PRECISIONS
+
+RUNTIME = 80 << 20  # Python, numpy, Pillow and ONNX Runtime themselves
+CACHE_BYTES = 4  # a number in the cache is float32
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of each part when the context is full."""
+
+    weights: int
+    cache: int
+    vision: int
+    workspace: int
+    context: int  # tokens
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.vision + self.workspace
+
+    def __str__(self) -> str:
+        parts = ("weights", "cache", "vision", "workspace")
+        listed = " + ".join(f"{name} {human(getattr(self, name))}" for name in parts)
+        return f"{listed} = {human(self.total)} at a context of {self.context} tokens"
+
+
+def plan(manifest: Manifest, *, context: int) -> MemoryPlan:
+    """The memory plan of a bundle at a context of `context` tokens."""
+    lm, precision = manifest.lm, PRECISIONS.get(manifest.decoder.precision)
+
+    def stored(graph: str) -> int:  # a graph and the weights beside it
+        return sum(f.bytes for name, f in manifest.files.items() if name.startswith(graph))
+
+    # float weights are computed with in float32, however they are stored
+    widen = 2 if precision and precision.dtype == "float16" else 1
+    vision = 0
+    if manifest.vision:
+        widen_vision = 2 if manifest.vision.precision == "fp16" else 1
+        vision = stored(manifest.vision.graph) * widen_vision
+    # of the widest layer's activations in a prompt that fills the context: the MLP's
+    activations = context * (2 * lm.inner_size + 6 * lm.hidden_size) * 4
+    return MemoryPlan(
+        weights=stored(manifest.decoder.graph) * widen,
+        cache=2 * lm.num_layers * lm.hidden_size * context * CACHE_BYTES,
+        vision=vision,
+        workspace=RUNTIME + activations,
+        context=context,
+    )
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: of the machine, or of its container where that is less."""
+    free = psutil.virtual_memory().available
+    if sys.platform == "linux":
+        limit = _cgroup_bytes("memory.max")
+        if limit is not None:
+            free = min(free, limit - (_cgroup_bytes("memory.current") or 0))
+    return free
+
+
+def check_memory(needed: MemoryPlan, manifest: Manifest) -> None:
+    """Raise MemoryPlanError, with the sums and what would fit, if `needed` exceeds what is free."""
+    free = available_memory()
+    if needed.total <= free:
+        return
+    smaller = needed.context // 2
+    while smaller >= 256 and plan(manifest, context=smaller).total > free:
+        smaller //= 2
+    advice = (
+        f"load it with context={smaller} (--context {smaller})"
+        if smaller >= 256
+        else "export it at a lower precision, or close other programs"
+    )
+    raise MemoryPlanError(f"{manifest.name} needs {needed}; {human(free)} are free: {advice}")
+
+
+def human(size: int) -> str:
+    """A number of bytes for people, in decimal units."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def _cgroup_bytes(name: str) -> int | None:
+    try:
+        text = Path("/sys/fs/cgroup", name).read_text()
+    except OSError:
+        return None
+    return int(text) if text.strip().isdigit() else None
