@@ -316,6 +316,60 @@ def _clip_part(ours: str, form: str) -> Part:
     return Part("visual." + name)
 
 
+# a bridge's tensors and their sizes: o(utputs), i(nputs)
+BRIDGE_TENSORS = {
+    "linear": {"weight": "oi", "bias": "o"},
+    "mlp2x_gelu": {"0.weight": "oi", "0.bias": "o", "2.weight": "oo", "2.bias": "o"},
+}
+_BRIDGE_PREFIXES = ("model.mm_projector.", "mm_projector.", "llama_proj.", "")  # LLaVA, SEEChat
+# buffers of frozen networks that a training run of SEEChat leaves beside its projector
+_BRIDGE_REASONS = ((r".*\.(position_ids|rotary_emb\.inv_freq)", "a computed buffer"),)
+
+
+@dataclass(frozen=True)
+class BridgeNames:
+    """A bridge between vision tower and LM found in a checkpoint."""
+
+    name: str  # a key of BRIDGE_TENSORS
+    inputs: int
+    outputs: int
+    used: dict[str, str]  # our parameter -> published tensor
+    ignored: dict[str, str]  # published tensor -> reason
+
+
+def map_bridge(shapes: Shapes, *, where: str) -> BridgeNames:
+    """Find the bridge in a projector file by the names of its tensors.
+
+    Raises CheckpointError naming missing, surplus and misshapen tensors.
+    """
+    prefix = next(p for p in _BRIDGE_PREFIXES if any(k.startswith(p) for k in shapes) or not p)
+    found = [
+        (name, tensors)
+        for name, tensors in BRIDGE_TENSORS.items()
+        if prefix + next(iter(tensors)) in shapes
+    ]
+    if not found:
+        raise CheckpointError(
+            f"{where}: holds no known bridge ({_few(list(shapes))}); expected a projector, one of "
+            f"{', '.join(BRIDGE_TENSORS)}, as mm_projector.*, llama_proj.* or plain weight and "
+            "bias: give --projector the file that holds it"
+        )
+    name, tensors = found[0]
+    used = {k: prefix + k for k in tensors}
+    ignored = _account(shapes, used.values(), _BRIDGE_REASONS, where)
+    first = shapes[used[next(iter(tensors))]][0]
+    if len(first) != 2 or 0 in first:
+        raise CheckpointError(
+            f"{where}: {prefix}{next(iter(tensors))} has shape {list(first)}, expected "
+            "[outputs, inputs]: give --projector the file that holds a projector"
+        )
+    outputs, inputs = first
+    sizes = {"o": outputs, "i": inputs}
+    expected = {used[k]: tuple(sizes[axis] for axis in axes) for k, axes in tensors.items()}
+    _check_shapes(shapes, expected, where)
+    return BridgeNames(name, inputs, outputs, used, ignored)
+
+
 def _account(
     shapes: Shapes, needed: Iterable[str], reasons: Iterable[tuple[str, str]], where: str
 ) -> dict[str, str]:

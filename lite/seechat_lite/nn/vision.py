@@ -1,0 +1,51 @@
+"""The vision networks in torch: pixels in, embeddings for the LM out.
+
+CLIP's vision transformer is that of the transformers library, one layer short: the bridges were
+trained on what enters the last layer (LLaVA's hidden_states[-2]), without the final layer norm.
+"""
+
+from torch import Tensor, nn
+
+from seechat_weights.names import ClipNames
+
+
+class ClipTower(nn.Module):
+    """CLIP ViT: pixels [n, 3, S, S] to patch tokens [n, (S / patch)**2, width], no class token."""
+
+    def __init__(
+        self, names: ClipNames, *, heads: int, activation: str, layernorm_epsilon: float
+    ) -> None:
+        """activation: "quick_gelu" (OpenAI's weights) or "gelu", the exact one (LAION's)."""
+        super().__init__()
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        model = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=names.width,
+                intermediate_size=names.inner_size,
+                num_hidden_layers=names.layers - 1,
+                num_attention_heads=heads,
+                image_size=names.image_size,
+                patch_size=names.patch_size,
+                hidden_act=activation,
+                layer_norm_eps=layernorm_epsilon,
+            )
+        )
+        # the first releases of transformers 5 keep the network one level deeper
+        self.clip: nn.Module = getattr(model, "vision_model", model)
+        self.clip.post_layernorm = nn.Identity()  # only the pooled class token, unused, goes there
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.clip(pixel_values=pixel_values).last_hidden_state[:, 1:]
+
+
+class Vision(nn.Module):
+    """Tower and bridge: pixels float32 [n, 3, S, S] to embeddings [n, tokens, hidden]."""
+
+    def __init__(self, tower: nn.Module, bridge: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+        self.bridge = bridge
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.bridge(self.tower(pixel_values))
