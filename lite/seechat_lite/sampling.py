@@ -110,7 +110,7 @@ def candidates(scored: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
         unlikely = probabilities[~likely].sum(dtype=np.float64)
         likely = np.flatnonzero(likely)
         # ascending, equal ones from high to low id: as greedy does, ties prefer the lowest id
-        order = likely[np.argsort(-probabilities[likely], kind="stable")[::-1]]
+        order = likely[np.argsort(-scaled[ids[likely]], kind="stable")[::-1]]
         # accumulated in double and compared in single precision, as torch does
         reached = unlikely + np.cumsum(probabilities[order], dtype=np.float64)
         keep = reached.astype(np.float32) > drop

@@ -118,10 +118,8 @@ class Tokenizer:
     def _encode_part(self, text: str) -> list[int]:
         text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
         text = _SPACES.sub(lambda run: f"<|blank_{len(run[0])}|>", text)
-        try:
-            ids = self._sp.encode(text)
-        except UnicodeEncodeError:  # lone surrogates, e.g. undecodable bytes of a command line
-            ids = self._sp.encode(text.encode("utf-8", "replace").decode())
+        # lone surrogates, such as the undecodable bytes of a command line, become question marks
+        ids = self._sp.encode(text.encode("utf-8", "replace").decode())
         return [i + self._shift for i in ids] if self._shift else ids
 
     def _spell_out(self, ids: list[int]) -> list[int]:
