@@ -1,9 +1,13 @@
 """Settings and fixtures shared by all tests."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 
 from reference import data, load_chatglm
+from seechat_export.export import export_bundle
+from seechat_export.vision import load_vision
 from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.tokenizer import Tokenizer
 
@@ -20,3 +24,24 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def chatglm_tiny() -> ChatGLM:
     return load_chatglm("chatglm_tiny")
+
+
+@pytest.fixture(scope="session")
+def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny ChatGLM at fp32, without eyes; copy it before changing anything in it."""
+    out = tmp_path_factory.mktemp("bundles") / "tiny-text"
+    export_bundle(lm=data("chatglm_tiny"), out=out, precision="fp32")
+    return out
+
+
+@pytest.fixture(scope="session")
+def vision_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny ChatGLM at fp32 behind a tiny CLIP (56 x 56 pixels to 16 tokens)."""
+    out = tmp_path_factory.mktemp("bundles") / "tiny-vision"
+    vision = load_vision(
+        clip=data("vision/clip_open_clip"), projector=data("vision/mm_projector_linear.bin")
+    )
+    export_bundle(
+        lm=data("chatglm_tiny"), out=out, precision="fp32", vision=vision, vision_precision="fp32"
+    )
+    return out
