@@ -54,10 +54,12 @@ class OnnxEngine:
         cache = next(i for i in decoder.get_inputs() if i.name == "past_key_0")
         heads, head = cache.shape[1], cache.shape[3]
         self._rotary_width = head // 2
+        self._cache: dict[tuple[str, int], np.ndarray] = {}
         for layer in range(lm.num_layers):
             for part in ("key", "value"):
                 # zeros from the allocator: pages that no token has reached take no memory
                 buffer = np.zeros((1, heads, context, head), np.float32)
+                self._cache[part, layer] = buffer
                 value = ort.OrtValue.ortvalue_from_numpy(buffer)
                 self._binding.bind_ortvalue_input(f"past_{part}_{layer}", value)
                 self._binding.bind_ortvalue_output(f"present_{part}_{layer}", value)
@@ -132,10 +134,15 @@ class OnnxEngine:
         self._next_position[1] += 1
         return logits
 
+    def cached(self, part: str, layer: int) -> np.ndarray:
+        """What the cache holds, float32 [heads, tokens, head]; part is "key" or "value"."""
+        return self._cache[part, layer][0, :, : self._length]
+
     def close(self) -> None:
         if self._decoder is not None:
             self._binding.clear_binding_inputs()  # the cache goes with its bindings
             self._binding.clear_binding_outputs()
+            self._cache.clear()
         self._decoder = self._vision = None
 
     def _opened(self) -> ort.InferenceSession:
