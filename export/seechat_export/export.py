@@ -113,7 +113,11 @@ def export_bundle(
                 **(provenance or {}),
             },
         )
-        report = parity.check(source, writer.folder, manifest, writer.items, eye, progress)
+        try:
+            report = parity.check(source, writer.folder, manifest, writer.items, eye, progress)
+        except BundleError:
+            writer.discard()
+            raise
         (writer.folder / PARITY).write_text(json.dumps(report, indent=1) + "\n", "utf-8")
         return writer.finish(manifest)
 
@@ -198,12 +202,11 @@ class _Writer:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with lock:
-                if self._journal().get("fingerprint") != self._fingerprint():
-                    shutil.rmtree(self.folder)
-                    self.folder.mkdir()
-                    self._record(0)
-                yield
-            Path(lock.lock_file).unlink(missing_ok=True)
+                try:
+                    self._begin()
+                    yield
+                finally:
+                    Path(lock.lock_file).unlink(missing_ok=True)
         except Timeout:
             raise BundleError(
                 f"{self.out}: another export is writing it; wait for it or choose another --out"
@@ -258,8 +261,7 @@ class _Writer:
 
     def finish(self, manifest: Manifest) -> Manifest:
         """Hash all files, write the manifest, and give the folder its final name."""
-        (self.folder / JOURNAL).unlink()
-        files = sorted(f for f in self.folder.iterdir() if f.name != MANIFEST)
+        files = sorted(f for f in self.folder.iterdir() if f.name not in (MANIFEST, JOURNAL))
         hashes = {f.name: FileHash(f.stat().st_size, sha256(f)) for f in files}
         manifest = dataclasses.replace(manifest, files=hashes)
         with (self.folder / MANIFEST).open("w", encoding="utf-8") as f:
@@ -267,7 +269,25 @@ class _Writer:
             f.flush()
             os.fsync(f.fileno())
         self.folder.rename(self.out)
+        (self.out / JOURNAL).unlink()  # last: without it the partial folder would not be ours
         return manifest
+
+    def discard(self) -> None:
+        """Remove what was written: it is complete and wrong, continuing it would help nobody."""
+        shutil.rmtree(self.folder)
+
+    def _begin(self) -> None:
+        """Keep what an earlier run of the same export wrote; anything else of ours is cleared."""
+        journal = self._journal()
+        if not journal and any(self.folder.iterdir()):
+            raise BundleError(
+                f"{self.folder}: not made by an export, yet the export would write there: "
+                "move it away or choose another --out"
+            )
+        if journal.get("fingerprint") != self._fingerprint():
+            shutil.rmtree(self.folder)
+            self.folder.mkdir()
+            self._record(0)
 
     def _fingerprint(self) -> str:
         """What must be the same for a run to continue an earlier one's tensors."""
