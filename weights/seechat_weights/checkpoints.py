@@ -74,7 +74,7 @@ class Checkpoint:
         file = self._files[key]
         try:
             return self._open(file).read(key)
-        except (SafetensorError, OSError, TypeError, RuntimeError) as e:
+        except (SafetensorError, OSError, TypeError, AttributeError, RuntimeError) as e:
             raise CheckpointError(
                 f"{file}: tensor {key} ({self.shapes[key].dtype}) cannot be read ({_line(e)}); "
                 "expected float16, float32, bfloat16 or int8: download the file again"

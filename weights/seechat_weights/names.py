@@ -179,30 +179,26 @@ class ClipNames:
 
 _TEXT = "belongs to the text tower"
 _LAST = "the patches are taken before the last layer"
-# prefix, layers, what is ignored; bert.* and text.* are Chinese-CLIP's and newer text towers
-_CLIP_FORMS = {
-    "open_clip": (
-        "visual.",
-        "transformer.resblocks.",
-        (
-            (r"visual\.(proj|ln_post\.(weight|bias))", _LAST),
-            (r"(transformer|token_embedding|ln_final|text|bert)\..*", _TEXT),
-            (r"positional_embedding|text_projection|context_length|vocab_size", _TEXT),
-            (r"logit_scale|logit_bias", "compares pictures with texts"),
-            (r"input_resolution", "follows from the position embeddings"),
-        ),
-    ),
-    "huggingface": (
-        "vision_model.",
-        "encoder.layers.",
-        (
-            (r"vision_model\.post_layernorm\.(weight|bias)|visual_projection\.weight", _LAST),
-            (r"(text_model\..*|text_projection\.weight)", _TEXT),
-            (r"logit_scale", "compares pictures with texts"),
-            (r"vision_model\.embeddings\.position_ids", "counts from 0"),
-        ),
-    ),
-}
+# bert.* and text.* are the text towers of Chinese-CLIP and of newer open_clip models
+_OPEN_CLIP_REASONS = (
+    (r"visual\.(proj|ln_post\.(weight|bias))", _LAST),
+    (r"(transformer|token_embedding|ln_final|text|bert)\..*", _TEXT),
+    (r"positional_embedding|text_projection|context_length|vocab_size", _TEXT),
+    (r"logit_scale|logit_bias", "compares pictures with texts"),
+    (r"input_resolution", "follows from the position embeddings"),
+)
+_HUGGING_FACE_REASONS = (
+    (r"(vision_model\.)?post_layernorm\.(weight|bias)|visual_projection\.weight", _LAST),
+    (r"text_model\..*|text_projection\.weight", _TEXT),
+    (r"logit_scale", "compares pictures with texts"),
+    (r"(vision_model\.)?embeddings\.position_ids", "counts from 0"),
+)
+# form, prefix, layers, what is ignored; the last is a CLIPVisionModel as transformers 5 writes it
+_CLIP_FORMS = (
+    ("open_clip", "visual.", "transformer.resblocks.", _OPEN_CLIP_REASONS),
+    ("huggingface", "vision_model.", "encoder.layers.", _HUGGING_FACE_REASONS),
+    ("huggingface", "", "encoder.layers.", _HUGGING_FACE_REASONS),
+)
 _OPEN_CLIP_NAMES = {
     "embeddings.class_embedding": "class_embedding",
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -223,16 +219,15 @@ def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
     Our parameters are named as Hugging Face's, less "vision_model.", and end before the last layer.
     Raises CheckpointError naming missing, surplus and misshapen tensors.
     """
-    form = next(
-        (f for f, (prefix, *_) in _CLIP_FORMS.items() if any(k.startswith(prefix) for k in shapes)),
-        None,
+    rows = (
+        row for row in _CLIP_FORMS if any(k.startswith(row[1] or "embeddings.") for k in shapes)
     )
+    form, prefix, stack, reasons = next(rows, (None, "", "", ()))
     if form is None:
         raise CheckpointError(
             f"{where}: holds no vision tower; expected tensors visual.* (open_clip) or "
             "vision_model.* (Hugging Face): give --clip a CLIP ViT checkpoint"
         )
-    prefix, stack, reasons = _CLIP_FORMS[form]
     in_layer = re.compile(re.escape(prefix + stack) + r"(\d+)\.")
     layers = 1 + max((int(m[1]) for k in shapes if (m := in_layer.match(k))), default=-1)
     if layers < 2:
@@ -242,7 +237,7 @@ def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
         )
     last = re.escape(f"{prefix}{stack}{layers - 1}.")
     names = _clip_shapes(width=0, inner=0, patch=0, positions=0, layers=layers - 1)
-    used = {k: _clip_part(k, form) for k in names}
+    used = {k: _clip_part(k, form, prefix) for k in names}
     ignored = _account(
         shapes, [p.key for p in used.values()], ((last + ".*", _LAST), *reasons), where
     )
@@ -304,16 +299,16 @@ def _clip_shapes(
     }
 
 
-def _clip_part(ours: str, form: str) -> Part:
+def _clip_part(ours: str, form: str, prefix: str) -> Part:
     if form == "huggingface":
-        return Part("vision_model." + ours)
+        return Part(prefix + ours)
     name = ours
     for old, new in _OPEN_CLIP_NAMES.items():
         name = name.replace(old, new)
     fused = re.fullmatch(r"(.*)self_attn\.([qkv])_proj\.(weight|bias)", name)
     if fused:
-        return Part(f"visual.{fused[1]}attn.in_proj_{fused[3]}", "qkv".index(fused[2]))
-    return Part("visual." + name)
+        return Part(f"{prefix}{fused[1]}attn.in_proj_{fused[3]}", "qkv".index(fused[2]))
+    return Part(prefix + name)
 
 
 # a bridge's tensors and their sizes: o(utputs), i(nputs)

@@ -32,8 +32,10 @@ class ClipTower(nn.Module):
             )
         )
         # the first releases of transformers 5 keep the network one level deeper
-        self.clip: nn.Module = getattr(model, "vision_model", model)
-        self.clip.post_layernorm = nn.Identity()  # only the pooled class token, unused, goes there
+        clip = getattr(model, "vision_model", model)
+        # only the pooled class token goes through the final layer norm, and it is not used
+        clip.register_module("post_layernorm", nn.Identity())
+        self.clip = clip
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.clip(pixel_values=pixel_values).last_hidden_state[:, 1:]
