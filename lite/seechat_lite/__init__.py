@@ -9,7 +9,9 @@ with sl.load() as model:                       # or sl.load("path/to/bundle")
     print(chat.ask("它能吃吗?"))                # remembers the picture and the first answer
 """
 
-from seechat_lite.chat import Chat, Model, Stats, load
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from seechat_lite.errors import (
     BundleError,
     CheckpointError,
@@ -19,7 +21,10 @@ from seechat_lite.errors import (
     MemoryPlanError,
     SeechatError,
 )
-from seechat_lite.prompt import Prompt
+
+if TYPE_CHECKING:
+    from seechat_lite.chat import Chat, Model, Stats, load
+    from seechat_lite.prompt import Prompt
 
 __all__ = [
     "BundleError",
@@ -35,3 +40,14 @@ __all__ = [
     "Stats",
     "load",
 ]
+
+# imported when first used: the command line answers --help and Ctrl-C before numpy is there
+_LATER = {"Chat": "chat", "Model": "chat", "Stats": "chat", "load": "chat", "Prompt": "prompt"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,5 +1,20 @@
-"""`python -m seechat_lite` is the command `seechat`."""
+"""Starts the command `seechat`, also as `python -m seechat_lite`."""
 
-from seechat_lite.cli import main
+import signal
+import sys
 
-raise SystemExit(main())
+from seechat_lite.interrupts import leave_on_ctrl_c
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    leave_on_ctrl_c()  # before anything that takes time to import
+    from seechat_lite.cli import main
+
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done, let Python tidy up
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,8 +7,9 @@ Pictures are remembered by their content: each is encoded once, whatever turn or
 import logging
 import threading
 import time
+from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from seechat_lite.engines import Engine, create
 from seechat_lite.errors import BundleError, ContextError, EngineError, SeechatError
 from seechat_lite.generate import generate
 from seechat_lite.images import load_image, pixels
-from seechat_lite.memory import check_memory, plan
+from seechat_lite.memory import MIN_CONTEXT, check_memory, plan
 from seechat_lite.prompt import Prompt
 from seechat_lite.sampling import Sampling
 from seechat_lite.tokenizer import TextStream, Tokenizer
@@ -53,8 +54,10 @@ def load(
     MemoryPlanError (would not fit), ContextError (context too small to be of use).
     """
     folder = BUILTIN if path is None else Path(path)
-    if context < 16:
-        raise ContextError(f"context is {context} tokens; expected at least 16: choose more")
+    if context < MIN_CONTEXT:
+        raise ContextError(
+            f"context is {context} tokens; expected at least {MIN_CONTEXT}: choose more"
+        )
     manifest = read_manifest(folder)
     if manifest.conversation not in FORMATS:
         raise BundleError(
@@ -68,8 +71,25 @@ def load(
     tokenizer = Tokenizer(
         folder / manifest.tokenizer.file, num_image_tokens=manifest.tokenizer.num_image_tokens
     )
+    _check_tokenizer(tokenizer, manifest, folder)
     executor = create(engine, folder, manifest, device=device, context=context)
     return Model(manifest, tokenizer, executor)
+
+
+def _check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, folder: Path) -> None:
+    where = folder / manifest.tokenizer.file
+    for name in ("pad_id", "mask_id", "gmask_id", "bos_id", "eos_id"):
+        found, expected = getattr(tokenizer, name), getattr(manifest.lm, name)
+        if found != expected:
+            raise BundleError(
+                f"{where}: {name} is {found}, the manifest expects {expected}: the tokenizer is "
+                "another model's; export the bundle again"
+            )
+    if tokenizer.vocab_size > manifest.lm.vocab_size:
+        raise BundleError(
+            f"{where}: {tokenizer.vocab_size} pieces, the model has {manifest.lm.vocab_size} ids: "
+            "the tokenizer is another model's; export the bundle again"
+        )
 
 
 class Model:
@@ -248,11 +268,18 @@ class Chat:
         self.turns.append(replace(turn, answer=answer))
 
     def prompt(
-        self, question: str, image: ImageSource | Sequence[ImageSource] | None = None
+        self,
+        question: str,
+        image: ImageSource | Sequence[ImageSource] | None = None,
+        *,
+        max_new_tokens: int = 512,
     ) -> Prompt:
-        """Exactly what the next stream() would send to the engine; the chat stays as it is."""
+        """Exactly what the next stream() would send to the engine; the chat stays as it is.
+
+        max_new_tokens: as for stream(); room for the answer may cost the prompt its oldest turns.
+        """
         turn, embeds = self._turn(question, image)
-        return self._fit(turn, embeds, reserve=1)[0]
+        return self._fit(turn, embeds, reserve=max_new_tokens)[0]
 
     def stop(self) -> None:
         """End the running answer within one token; may be called from any thread."""
@@ -311,8 +338,8 @@ class Chat:
                 self.stats = Stats(
                     len(prompt.ids), count, dropped, first or seconds, seconds, finish
                 )
-                if not failed and (answer.whole or finish != "cancelled"):
-                    self.turns = [*turns[:-1], replace(turn, answer=answer.whole)]
+                if not failed and (answer.shown or finish != "cancelled"):
+                    self.turns = [*turns[:-1], replace(turns[-1], answer=answer.shown)]
                     shown = {key for t in self.turns for key in t.images}
                     self._embeds = {k: e for k, e in (self._embeds | embeds).items() if k in shown}
 
@@ -330,36 +357,60 @@ class Chat:
     def _fit(
         self, turn: Turn, embeds: dict[str, np.ndarray], *, reserve: int
     ) -> tuple[Prompt, list[Turn]]:
-        """The prompt for `turn`, and the turns in it: the oldest are dropped for want of room.
-
-        A dropped turn's pictures stay, shown with the oldest turn that is left, as long as there is
-        room for them: a conversation about a picture goes on when its beginning is forgotten.
-        """
+        """The prompt for `turn`, and the turns in it: the oldest are dropped for want of room."""
         context = self.model.engine.context
-        reserve = min(reserve, context // 4)
+        limit = context - min(reserve, context // 4)
         turns, known = [*self.turns, turn], self._embeds | embeds
-        while True:
-            prompt = prompts.build(
-                self.model.tokenizer,
-                render(self.format, turns),
-                known,
-                specials=self.format.specials,
+
+        def build(turns: list[Turn]) -> Prompt:
+            segments = render(self.format, turns)
+            return prompts.build(
+                self.model.tokenizer, segments, known, specials=self.format.specials
             )
-            size = len(prompt.ids)
-            if size + reserve <= context:
-                return prompt, turns
-            if len(turns) > 1:
-                carried = turns[0].images + turns[1].images
-                turns = [replace(turns[1], images=carried), *turns[2:]]
-            elif len(turns[0].images) > len(turn.images):
-                turns = [replace(turns[0], images=turns[0].images[1:])]
-            elif size < context:
-                return prompt, turns
-            else:
-                raise ContextError(
-                    f"the question takes {size} tokens with its pictures; the context holds "
-                    f"{context}, answer included: shorten it or load the model with more context"
-                )
+
+        def fits(dropped: int) -> bool:
+            return len(build(_drop(turns, dropped, known, context // 2)).ids) <= limit
+
+        # the first test spares the usual case, where all fits, the search
+        dropped = 0 if fits(0) else bisect_left(range(len(self.turns)), True, lo=1, key=fits)
+        turns = _drop(turns, dropped, known, context // 2)
+        prompt = build(turns)
+        while (
+            len(prompt.ids) > limit
+            and len(turns) == 1
+            and len(turns[0].images) > len(turn.images)
+            and not self.format.demo  # which cannot do without its one picture
+        ):
+            turns = [replace(turns[0], images=turns[0].images[1:])]
+            prompt = build(turns)
+        if len(prompt.ids) >= context:
+            pictures = sum(len(embeds) for _, embeds in prompt.images)
+            raise ContextError(
+                f"the question takes {len(prompt.ids)} tokens, {pictures} of them for pictures; "
+                f"the context holds {context}, answer included: shorten it or load the model with "
+                "more context"
+            )
+        return prompt, turns
+
+
+def _drop(turns: list[Turn], count: int, embeds: Mapping[str, np.ndarray], room: int) -> list[Turn]:
+    """`turns` without the oldest `count`, whose pictures go to the oldest turn that is left.
+
+    So a conversation about a picture goes on when its beginning is forgotten. Of more pictures
+    than `room` tokens hold, the latest stay, one at least.
+    """
+    left = turns[count:]
+    shown = {key for turn in left for key in turn.images}
+    carried: list[str] = []
+    for key in reversed([key for turn in turns[:count] for key in turn.images]):
+        if key in shown:
+            continue
+        room -= len(embeds[key])
+        if room < 0 and carried:
+            break
+        shown.add(key)
+        carried.insert(0, key)
+    return [replace(left[0], images=(*carried, *left[0].images)), *left[1:]]
 
 
 class _CleanStream:
@@ -375,9 +426,9 @@ class _CleanStream:
         self._shown = 0
 
     @property
-    def whole(self) -> str:
-        """The cleaned answer so far."""
-        return postprocess(self._format, self._text)
+    def shown(self) -> str:
+        """All pieces so far, joined."""
+        return postprocess(self._format, self._text)[: self._shown]
 
     def push(self, text: str) -> str:
         """Take more text; returns what has become certain."""
@@ -385,12 +436,12 @@ class _CleanStream:
         self._text += text
         if holdback is None or not text:
             return ""
-        clean = self.whole
+        clean = postprocess(self._format, self._text)
         return self._show(clean, max(len(clean) - holdback, self._shown))
 
     def finish(self) -> str:
         """The rest of the cleaned answer."""
-        clean = self.whole
+        clean = postprocess(self._format, self._text)
         return self._show(clean, len(clean))
 
     def _show(self, clean: str, end: int) -> str:

@@ -14,6 +14,7 @@ from seechat_lite.errors import MemoryPlanError
 from seechat_weights.bundle import Manifest
 from seechat_weights.precisions import PRECISIONS
 
+MIN_CONTEXT = 16  # tokens; less holds no question and answer
 RUNTIME = 80 << 20  # Python, numpy, Pillow and ONNX Runtime themselves
 CACHE_BYTES = 4  # a number in the cache is float32
 
@@ -32,10 +33,14 @@ class MemoryPlan:
     def total(self) -> int:
         return self.weights + self.cache + self.vision + self.workspace
 
+    @property
+    def parts(self) -> str:
+        """The sums, for people."""
+        names = ("weights", "cache", "vision", "workspace")
+        return " + ".join(f"{name} {human(getattr(self, name))}" for name in names)
+
     def __str__(self) -> str:
-        parts = ("weights", "cache", "vision", "workspace")
-        listed = " + ".join(f"{name} {human(getattr(self, name))}" for name in parts)
-        return f"{listed} = {human(self.total)} at a context of {self.context} tokens"
+        return f"{self.parts} = {human(self.total)} at a context of {self.context} tokens"
 
 
 def plan(manifest: Manifest, *, context: int) -> MemoryPlan:
