@@ -40,7 +40,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         help="weights that share a scale in int8 and int4 (%(default)s)",
     )
     parser.add_argument(
-        "--vision-precision", choices=("fp32", "fp16"), default="fp16", help="(%(default)s)"
+        "--vision-precision", choices=("fp32", "fp16"), help="(fp16; fp32 with --precision fp32)"
     )
     parser.add_argument("--format", metavar="NAME", help="default conversation format")
     parser.add_argument("--name", help="the model's name; default: the folder's")

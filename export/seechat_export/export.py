@@ -58,7 +58,7 @@ def export_bundle(
     vision: tuple[nn.Module, VisionConfig] | None = None,
     precision: str = "int4",
     block_size: int = 128,
-    vision_precision: str = "fp16",
+    vision_precision: str | None = None,
     conversation: str | None = None,
     name: str | None = None,
     provenance: dict[str, Any] | None = None,
@@ -67,7 +67,8 @@ def export_bundle(
     """Write the bundle `out` from a ChatGLM-6B folder `lm` and, optionally, a vision network.
 
     vision: a module in eval mode, float32 pixels [n, 3, S, S] to embeddings [n, tokens, hidden],
-    and its description. conversation: the default format; "seechat" with vision, else "chatglm".
+    and its description. vision_precision: "fp32" or "fp16"; by default fp32 in an fp32 bundle, else
+    fp16. conversation: the default format; "seechat" with vision, else "chatglm".
 
     Raises CheckpointError (sources), BundleError (`out` exists or cannot be written, or the
     finished bundle does not agree with the torch networks).
@@ -80,6 +81,7 @@ def export_bundle(
         raise BundleError(f"block size {block_size}; expected one of {sizes}")
     if out.exists():
         raise BundleError(f"{out}: exists already; remove it or choose another --out")
+    vision_precision = vision_precision or ("fp32" if precision == "fp32" else "fp16")
     source = Source(Path(lm))
     eye = parity.VisionCheck(*vision, source.config.hidden_size) if vision else None
     form = PRECISIONS[precision]
