@@ -14,6 +14,8 @@ from seechat_export.graphs import Item, padded_head_size
 from seechat_weights.bundle import LMConfig
 from seechat_weights.precisions import Precision
 
+CHUNK = 1 << 18  # weights quantized at a time
+
 # Shrunken scales tried for each block, as fractions of the one that maps the largest weight to the
 # end of the range. A little clipping of the largest weights buys finer steps for all others.
 SHRINK = {8: (1.0,), 4: tuple(1.0 - i / 40 for i in range(17))}
@@ -46,28 +48,39 @@ def quantize_blocks(weight: Tensor, *, bits: int, block_size: int) -> tuple[Tens
 
     Returns the packed values, uint8 [outputs, blocks, block_size * bits / 8], and the scales,
     float32 [outputs, blocks]. Of the scales SHRINK allows, each block takes the one with the least
-    squared error.
+    squared error. Works on a few rows at a time: what it computes stays in the processor's cache,
+    and a weight of the full model needs no float32 copy of itself.
     """
-    weight = weight.float()
-    padding = -weight.shape[1] % block_size
-    blocks = F.pad(weight, (0, padding)).unflatten(1, (-1, block_size))
+    outputs, inputs = weight.shape
+    blocks = -(-inputs // block_size)
+    codes = torch.empty((outputs, blocks, block_size * bits // 8), dtype=torch.uint8)
+    scales = torch.empty((outputs, blocks))
+    rows = max(1, CHUNK // inputs)
+    for i in range(0, outputs, rows):
+        chunk = F.pad(weight[i : i + rows].float(), (0, -inputs % block_size))
+        codes[i : i + rows], scales[i : i + rows] = _quantize_chunk(
+            chunk.unflatten(1, (-1, block_size)), bits
+        )
+    return codes, scales
+
+
+def _quantize_chunk(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of whole blocks, float32 [rows, blocks, block_size]."""
     middle = 2 ** (bits - 1)
     # the extreme of larger magnitude goes to -middle, the end of the range with one more step
-    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    full = extreme / -middle
-    best_error = torch.full_like(full, torch.inf)
-    scales, values = torch.zeros_like(full), torch.zeros_like(blocks)
+    full = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -middle
+    full = torch.where(full == 0, 1, full)
+    best, least = full, torch.full_like(full, torch.inf)
     for shrink in SHRINK[bits]:
         scale = full * shrink
-        q = (blocks / torch.where(scale == 0, 1, scale)).round_().clamp_(-middle, middle - 1)
-        error = (q * scale - blocks).square_().sum(-1, keepdim=True)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        scales, values = torch.where(better, scale, scales), torch.where(better, q, values)
-    codes = (values + middle).to(torch.uint8)
+        values = (blocks / scale).round_().clamp_(-middle, middle - 1)
+        error = values.mul_(scale).sub_(blocks).square_().sum(-1, keepdim=True)
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    codes = (blocks / best).round_().clamp_(-middle, middle - 1).add_(middle).to(torch.uint8)
     if bits == 4:
         codes = codes[..., 0::2] | codes[..., 1::2] << 4
-    return codes, scales.squeeze(-1)
+    return codes, best.squeeze(-1)
 
 
 def dequantize_blocks(codes: Tensor, scales: Tensor, *, bits: int, inputs: int) -> Tensor:
