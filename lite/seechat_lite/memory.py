@@ -18,6 +18,23 @@ MIN_CONTEXT = 16  # tokens; less holds no question and answer
 RUNTIME = 80 << 20  # Python, numpy, Pillow and ONNX Runtime themselves
 CACHE_BYTES = 4  # a number in the cache is float32
 
+# where a container sees its own limits (versions 2 and 1): folder, limit, use, and in memory.stat
+# the files' share of the use
+CGROUPS = (
+    (
+        Path("/sys/fs/cgroup"),
+        "memory.max",
+        "memory.current",
+        ("inactive_file ", "active_file "),
+    ),
+    (
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_inactive_file ", "total_active_file "),
+    ),
+)
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -71,10 +88,12 @@ def available_memory() -> int:
     """Bytes this process may still take: of the machine, or of its container where that is less."""
     free = psutil.virtual_memory().available
     if sys.platform == "linux":
-        limit = _cgroup_bytes("memory.max")
-        if limit is not None:
-            free = min(free, limit - (_cgroup_bytes("memory.current") or 0))
-    return free
+        for folder, limit, used, cached in CGROUPS:
+            if (most := _number(folder, limit)) is not None:
+                # files read lately count as used, though their pages are given back on demand
+                taken = (_number(folder, used) or 0) - sum(_stat(folder, cached))
+                free = min(free, most - max(taken, 0))
+    return max(free, 0)
 
 
 def check_memory(needed: MemoryPlan, manifest: Manifest) -> None:
@@ -98,9 +117,17 @@ def human(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def _cgroup_bytes(name: str) -> int | None:
+def _number(folder: Path, name: str) -> int | None:
     try:
-        text = Path("/sys/fs/cgroup", name).read_text()
+        text = (folder / name).read_text()
     except OSError:
         return None
-    return int(text) if text.strip().isdigit() else None
+    return int(text) if text.strip().isdigit() else None  # "max" where there is no limit
+
+
+def _stat(folder: Path, names: tuple[str, ...]) -> list[int]:
+    try:
+        lines = (folder / "memory.stat").read_text().split("\n")
+    except OSError:
+        return []
+    return [int(line.split()[1]) for line in lines if line.startswith(names)]

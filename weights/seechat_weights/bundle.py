@@ -8,17 +8,25 @@ hash of every file. This module knows nothing about ONNX Runtime or torch.
 import dataclasses
 import hashlib
 import json
+import math
+import stat
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from seechat_weights.errors import BundleError
+from seechat_weights.precisions import PRECISIONS
 
 MANIFEST = "seechat.json"
 FORMAT = "seechat-bundle"
 VERSION = 1
+EMBEDDINGS_DTYPES = {"float16": 2, "float32": 4}  # bytes of a number
+RESIZES = ("squash", "crop", "pad")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+MAX_IMAGE_SIZE = 4096  # pixels; vision towers take a few hundred
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,73 @@ class Manifest:
             )
         if version < VERSION:
             raise BundleError(f"{where}: version {version}, expected {VERSION}: export again")
-        return _build(cls, data, where, "manifest")
+        try:
+            manifest = _build(cls, data, where, "manifest")
+        except (RecursionError, OverflowError) as e:  # absurd nesting, a number beyond float
+            raise BundleError(f"{where}: not a manifest ({e}): export again") from None
+        for field_name, found, ok, expected in _rules(manifest):
+            if not ok:
+                raise BundleError(
+                    f"{where}: {field_name} is {found!r:.80}, expected {expected}: export again"
+                )
+        return manifest
+
+
+def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
+    """What makes a manifest's values sound: field, value, whether it holds, what is expected."""
+    lm, decoder, tokenizer = manifest.lm, manifest.decoder, manifest.tokenizer
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "inner_size",
+        "max_sequence_length",
+    ):
+        value = getattr(lm, name)
+        yield f"lm.{name}", value, value > 0, "a positive number"
+    for name in ("pad_id", "mask_id", "gmask_id", "bos_id", "eos_id"):
+        value = getattr(lm, name)
+        yield f"lm.{name}", value, 0 <= value < lm.vocab_size, f"0 to {lm.vocab_size - 1}"
+    # rotary embeddings turn two halves of a head, each in pairs
+    fits = lm.hidden_size % lm.num_heads == 0 and lm.head_size % 4 == 0
+    yield "lm.num_heads", lm.num_heads, fits, f"{lm.hidden_size} to split into multiples of 4"
+    epsilon = lm.layernorm_epsilon
+    yield "lm.layernorm_epsilon", epsilon, 0 < epsilon < 1, "between 0 and 1"
+    dtype, known = decoder.embeddings_dtype, ", ".join(EMBEDDINGS_DTYPES)
+    yield "decoder.embeddings_dtype", dtype, dtype in EMBEDDINGS_DTYPES, f"one of {known}"
+    precision = decoder.precision
+    yield (
+        "decoder.precision",
+        precision,
+        precision in PRECISIONS,
+        f"one of {', '.join(PRECISIONS)} (or upgrade seechat-lite)",
+    )
+    yield "decoder.block_size", decoder.block_size, decoder.block_size >= 0, "0 or more"
+    shift = tokenizer.num_image_tokens
+    yield "tokenizer.num_image_tokens", shift, 0 <= shift < lm.vocab_size, "less than the ids"
+    for name, entry in manifest.files.items():
+        yield "a file name", name, _inside(name), "a plain name within the bundle folder"
+        yield f"files.{name}.bytes", entry.bytes, entry.bytes >= 0, "0 or more"
+    for name in required_files(manifest):
+        yield "a file in use", name, name in manifest.files, "to be listed under files"
+    table = manifest.files[decoder.embeddings].bytes
+    size = lm.vocab_size * lm.hidden_size * EMBEDDINGS_DTYPES[dtype]
+    yield f"files.{decoder.embeddings}.bytes", table, table == size, f"{size} for the ids and width"
+    if manifest.vision:
+        vision, pixels = manifest.vision, manifest.vision.pixels
+        yield "vision.tokens", vision.tokens, vision.tokens > 0, "a positive number"
+        side, what = pixels.image_size, f"1 to {MAX_IMAGE_SIZE}"
+        yield "pixels.image_size", side, 0 < side <= MAX_IMAGE_SIZE, what
+        how = pixels.resize
+        yield "pixels.resize", how, how in RESIZES, f"one of {', '.join(RESIZES)}"
+        filter_, known = pixels.interpolation, ", ".join(INTERPOLATIONS)
+        yield "pixels.interpolation", filter_, filter_ in INTERPOLATIONS, f"one of {known}"
+        yield "pixels.mean", pixels.mean, all(map(math.isfinite, pixels.mean)), "finite numbers"
+        sound = all(0 < s < math.inf for s in pixels.std)
+        yield "pixels.std", pixels.std, sound, "positive numbers"
+        colour = pixels.background
+        yield "pixels.background", colour, all(0 <= c < 256 for c in colour), "0 to 255"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -154,6 +228,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     folder = Path(folder)
     path = folder / MANIFEST
+    if folder.is_file():
+        raise BundleError(f"{folder}: a file; expected a bundle, which is a folder: name that")
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such folder; expected a bundle from `seechat export`")
     try:
@@ -165,23 +241,20 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, UnicodeDecodeError) as e:
         raise BundleError(f"{path}: cannot be read ({e}); expected text: export again") from None
     manifest = Manifest.from_json(text, str(path))
-    for name in required_files(manifest):
-        if name not in manifest.files:
-            raise BundleError(f"{path}: uses {name} but lists no hash for it: export again")
     for name, entry in manifest.files.items():
         file = folder / name
-        if not _inside(folder, name):
-            raise BundleError(f"{path}: file name {name!r} leaves the bundle folder; refused")
         try:
-            size = file.stat().st_size
+            status = file.stat()
         except OSError:
             raise BundleError(
                 f"{file}: missing; the manifest lists it with {entry.bytes} bytes: "
                 "copy the bundle again or export again"
             ) from None
-        if size != entry.bytes:
+        if not stat.S_ISREG(status.st_mode):
+            raise BundleError(f"{file}: not a file; expected one: copy the bundle again")
+        if status.st_size != entry.bytes:
             raise BundleError(
-                f"{file}: {size} bytes, the manifest says {entry.bytes}: "
+                f"{file}: {status.st_size} bytes, the manifest says {entry.bytes}: "
                 "the file is damaged or was changed; copy the bundle again or export again"
             )
     return manifest
@@ -198,7 +271,13 @@ def required_files(manifest: Manifest) -> list[str]:
 def verify_hashes(folder: Path, manifest: Manifest) -> None:
     """Compare every file of the bundle with its recorded sha256; BundleError on a difference."""
     for name, entry in manifest.files.items():
-        digest = sha256(folder / name)
+        try:
+            digest = sha256(folder / name)
+        except OSError as e:
+            raise BundleError(
+                f"{folder / name}: cannot be read ({e.strerror or e}): check its permissions, or "
+                "copy the bundle again"
+            ) from None
         if digest != entry.sha256:
             raise BundleError(
                 f"{folder / name}: sha256 {digest[:12]}…, the manifest says {entry.sha256[:12]}…: "
@@ -211,9 +290,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _inside(folder: Path, name: str) -> bool:
-    parts = Path(name).parts
-    return bool(parts) and not Path(name).is_absolute() and ".." not in parts and "\\" not in name
+def _inside(name: str) -> bool:
+    """Whether a file's name stays in the bundle folder, on every system.
+
+    Symbolic links are followed, wherever they lead: download caches are made of them, and what a
+    file holds is checked by its hash.
+    """
+    parts = name.split("/")
+    plain = name.isprintable() and not any(c in name for c in "\\:")
+    return plain and all(part not in ("", ".", "..") for part in parts)
 
 
 def _build(kind: Any, value: Any, where: str, path: str) -> Any:

@@ -7,13 +7,13 @@ table is never loaded: the few rows a prompt needs are read from the memory-mapp
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
-from seechat_lite.errors import ContextError, EngineError
+from seechat_lite.errors import BundleError, ContextError, EngineError
 from seechat_lite.prompt import Prompt, context_length, position_ids
 from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_weights.bundle import Manifest
@@ -39,8 +39,15 @@ class OnnxEngine:
         self._vision: ort.InferenceSession | None = None
         self._vision_lock = threading.Lock()
         lm = manifest.lm
+        parts = [f"past_{part}_{i}" for part in ("key", "value") for i in range(lm.num_layers)]
         self._decoder: ort.InferenceSession | None = _session(
-            folder / manifest.decoder.graph, self._providers
+            folder / manifest.decoder.graph,
+            self._providers,
+            {
+                "inputs_embeds": (None, None, lm.hidden_size),
+                **dict.fromkeys(parts, (None, lm.num_heads, None, None)),
+                "logits": (None, lm.vocab_size),
+            },
         )
         self._embeddings = np.memmap(
             folder / manifest.decoder.embeddings,
@@ -84,7 +91,14 @@ class OnnxEngine:
                 "prepare them with seechat_lite.images.pixels"
             )
         with self._vision_lock:  # loaded with the first picture: text alone needs none of it
-            session = self._vision or _session(self._folder / vision.graph, self._providers)
+            session = self._vision or _session(
+                self._folder / vision.graph,
+                self._providers,
+                {
+                    "pixel_values": (None, 3, size, size),
+                    "image_embeds": (None, vision.tokens, self._manifest.lm.hidden_size),
+                },
+            )
             self._vision = session
         feeds = {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
         (embeddings,) = session.run(["image_embeds"], feeds)
@@ -189,15 +203,31 @@ def _providers(device: str) -> list[str]:
     return list(dict.fromkeys([name, DEVICES["cpu"]]))
 
 
-def _session(path: Path, providers: list[str]) -> ort.InferenceSession:
+def _session(
+    path: Path, providers: list[str], expected: Mapping[str, tuple[int | None, ...]]
+) -> ort.InferenceSession:
+    """Load a graph; `expected` are inputs and outputs that it must have, None for any size."""
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors are raised; warnings about node placement help nobody
     # prepacked weights replace the originals: keeping the memory arena off returns their pages
     options.enable_cpu_mem_arena = False
     try:
-        return ort.InferenceSession(path, options, providers=providers)
+        session = ort.InferenceSession(path, options, providers=providers)
     except Exception as e:  # ONNX Runtime raises its own unrelated exception types
         raise EngineError(
             f"{path}: ONNX Runtime {ort.__version__} cannot load it ({str(e).splitlines()[0]}): "
             "check the bundle with `seechat info`, or export it again"
         ) from e
+    found = {v.name: v.shape for v in [*session.get_inputs(), *session.get_outputs()]}
+    for name, shape in expected.items():
+        sizes = found.get(name, [])
+        pairs = list(zip(sizes, shape, strict=False))  # sizes that vary are strings
+        if len(sizes) != len(shape) or any(
+            isinstance(f, int) and e not in (None, f) for f, e in pairs
+        ):
+            raise BundleError(
+                f"{path}: {name} is {sizes or 'missing'}, the manifest expects "
+                f"{['any' if e is None else e for e in shape]}: the graph is another model's; "
+                "export the bundle again"
+            )
+    return session
