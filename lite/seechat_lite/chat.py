@@ -78,7 +78,7 @@ def load(
 
 def _check_tokenizer(tokenizer: Tokenizer, manifest: Manifest, folder: Path) -> None:
     where = folder / manifest.tokenizer.file
-    for name in ("pad_id", "mask_id", "gmask_id", "bos_id", "eos_id"):
+    for name in ("mask_id", "gmask_id", "bos_id", "eos_id"):
         found, expected = getattr(tokenizer, name), getattr(manifest.lm, name)
         if found != expected:
             raise BundleError(
@@ -225,6 +225,8 @@ class Chat:
             repetition_penalty=repetition_penalty,
             seed=seed,
         )
+        if not question.strip():
+            raise ContextError("the question is empty; expected some text: type a question")
         if max_new_tokens < 1:
             raise SeechatError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         self._stop.clear()  # here, not in the generator: a stop() before its first piece counts
@@ -347,8 +349,6 @@ class Chat:
         self, question: str, image: ImageSource | Sequence[ImageSource] | None
     ) -> tuple[Turn, dict[str, np.ndarray]]:
         """The turn to be asked and the embeddings of its pictures."""
-        if not question.strip():
-            raise ContextError("the question is empty; expected some text: type a question")
         sources = [] if image is None else [image] if isinstance(image, ImageSource) else image
         # the published demo's answers are compared on the published demo's pixels
         embeds = [self.model.encode_image(s, exact=self.format.demo) for s in sources]
@@ -371,8 +371,9 @@ class Chat:
         def fits(dropped: int) -> bool:
             return len(build(_drop(turns, dropped, known, context // 2)).ids) <= limit
 
-        # the first test spares the usual case, where all fits, the search
-        dropped = 0 if fits(0) else bisect_left(range(len(self.turns)), True, lo=1, key=fits)
+        # the usual case, where all fits, is spared the search
+        old = range(len(self.turns))
+        dropped = 0 if not old or fits(0) else bisect_left(old, True, lo=1, key=fits)
         turns = _drop(turns, dropped, known, context // 2)
         prompt = build(turns)
         while (

@@ -62,13 +62,13 @@ class MemoryPlan:
 
 def plan(manifest: Manifest, *, context: int) -> MemoryPlan:
     """The memory plan of a bundle at a context of `context` tokens."""
-    lm, precision = manifest.lm, PRECISIONS.get(manifest.decoder.precision)
+    lm, precision = manifest.lm, PRECISIONS[manifest.decoder.precision]
 
     def stored(graph: str) -> int:  # a graph and the weights beside it
         return sum(f.bytes for name, f in manifest.files.items() if name.startswith(graph))
 
     # float weights are computed with in float32, however they are stored
-    widen = 2 if precision and precision.dtype == "float16" else 1
+    widen = 2 if precision.dtype == "float16" else 1
     vision = 0
     if manifest.vision:
         widen_vision = 2 if manifest.vision.precision == "fp16" else 1
