@@ -1,0 +1,138 @@
+"""Dialogues to training batches, written exactly as the runtime writes its prompts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from dialogues import Author, Round
+from scenes import Picture
+from torch import Tensor
+from vision import TOKENS
+
+from seechat_lite.conversation import FORMATS, Turn, render
+from seechat_lite.prompt import build
+from seechat_lite.tokenizer import Tokenizer
+
+FORMAT = FORMATS["seechat"]
+
+
+@dataclass
+class Sample:
+    """One dialogue: ids up to the end of its last answer, and where its pictures stand."""
+
+    ids: list[int]
+    context: int  # index of <sop>
+    images: list[tuple[int, int]]  # (start in ids, number of the picture in the bank)
+
+
+@dataclass
+class Batch:
+    ids: Tensor  # int64 [b, length], padded on the right
+    context: Tensor  # int64 [b]
+    targets: Tensor  # int64 [b, length]: the next id after each position of an answer, else -100
+    rows: Tensor  # int64 [k]: which row of the batch a picture stands in
+    starts: Tensor  # int64 [k]
+    pictures: np.ndarray  # [k] numbers in the bank
+
+
+def encode(tokenizer: Tokenizer, rounds: list[Round], numbers: list[int]) -> Sample:
+    """A dialogue as the runtime would send it, with its last answer and <eop> appended."""
+    turns = [Turn(r.question, r.answer, tuple(str(i) for i in r.pictures)) for r in rounds]
+    last = rounds[-1]
+    turns[-1] = Turn(last.question, None, turns[-1].images)
+    blank = np.zeros((TOKENS, 1), np.float32)
+    embeds = {str(i): blank for i in range(len(numbers))}
+    prompt = build(tokenizer, render(FORMAT, turns), embeds)
+    shown = [i for r in rounds for i in r.pictures]
+    images = [(start, numbers[i]) for (start, _), i in zip(prompt.images, shown, strict=True)]
+    answer = tokenizer.encode(last.answer)
+    ids = [*prompt.ids, *answer, tokenizer.eos_id]
+    return Sample(ids, len(prompt.ids) - 1, images)
+
+
+def collate(samples: list[Sample], pad: int) -> Batch:
+    length = max(len(s.ids) for s in samples) - 1  # the last id is only predicted
+    length = -(-length // 8) * 8  # few different shapes: kernels are compiled for each
+    ids = np.full((len(samples), length), pad)
+    targets = np.full((len(samples), length), -100)
+    for row, s in enumerate(samples):
+        n = len(s.ids) - 1
+        ids[row, :n] = s.ids[:-1]
+        targets[row, s.context : n] = s.ids[s.context + 1 :]
+    places = [(r, start, number) for r, s in enumerate(samples) for start, number in s.images]
+    rows, starts, numbers = np.array(places, np.int64).reshape(-1, 3).T
+    return Batch(
+        torch.from_numpy(ids),
+        torch.tensor([s.context for s in samples]),
+        torch.from_numpy(targets),
+        torch.from_numpy(rows),
+        torch.from_numpy(starts),
+        numbers,
+    )
+
+
+def positions(context: Tensor, length: int) -> Tensor:
+    """GLM's two position rows [b, 2, length] for sequences whose <sop> stands at `context`."""
+    index = torch.arange(length)[None]
+    sop = context[:, None]
+    return torch.stack([index.minimum(sop - 1), (index - sop + 1).clamp(min=0)], 1)
+
+
+class Sampler:
+    """An endless stream of batches over a bank's pictures, of similar lengths each."""
+
+    def __init__(
+        self,
+        author: Author,
+        tokenizer: Tokenizer,
+        pictures: list[Picture],
+        *,
+        text_only: bool = False,
+    ) -> None:
+        self.author, self.tokenizer, self.pictures = author, tokenizer, pictures
+        self.text_only = text_only
+        kinds = np.array([len(p.things) for p in pictures])
+        self.singles = np.flatnonzero(kinds == 1)
+        self.scenes = np.flatnonzero(kinds > 1)
+        self.others = np.flatnonzero(kinds == 0)
+        concept = [p.things[0].concept if p.things else -1 for p in pictures]
+        # concepts with many drawings are not asked about more often than the rest
+        weight = 1 / np.bincount(np.array(concept)[self.singles])[np.array(concept)[self.singles]]
+        self.cumulative = np.cumsum(weight) / weight.sum()
+
+    def pick_single(self) -> int:
+        at = np.searchsorted(self.cumulative, self.author.rng.random())
+        return int(self.singles[min(at, len(self.singles) - 1)])
+
+    def sample(self) -> Sample:
+        author, rng = self.author, self.author.rng
+        roll = rng.random()
+        if self.text_only or roll < 0.05:
+            return encode(self.tokenizer, author.without_picture(), [])
+        turns = 1 if roll < 0.72 else int(rng.integers(2, 4))
+        kind = rng.random()
+        if kind < 0.07:
+            numbers = [self.pick_single(), self.pick_single()]
+            if rng.random() < 0.1:
+                numbers[1] = numbers[0]
+            one, two = (self.pictures[i] for i in numbers)
+            rounds = author.two_pictures(one, two)
+            if max(i for r in rounds for i in r.pictures) == 0:
+                numbers = numbers[:1]
+            return encode(self.tokenizer, rounds, numbers)
+        if kind < 0.12:
+            number = int(author.choose(self.others))
+        elif kind < 0.5:
+            number = int(author.choose(self.scenes))
+        else:
+            number = self.pick_single()
+        rounds = author.one_picture(self.pictures[number], turns=turns)
+        return encode(self.tokenizer, rounds, [number])
+
+    def batches(self, size: int, pool: int = 12) -> Iterator[Batch]:
+        """Sort a pool of samples by length, so that little of a batch is padding."""
+        while True:
+            samples = sorted((self.sample() for _ in range(size * pool)), key=lambda s: len(s.ids))
+            for i in self.author.rng.permutation(pool):
+                yield collate(samples[i * size : (i + 1) * size], self.tokenizer.pad_id)

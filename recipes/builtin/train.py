@@ -1,0 +1,385 @@
+"""Train the built-in model, from downloads to the bundle that ships.
+
+One command does it all, goes on where it was interrupted, and shows what it does:
+
+    python recipes/builtin/train.py            # about two hours on two cores with AVX512-BF16
+
+Stages, each of which leaves its result in the work folder:
+
+1. pictures     download the emoji sets, draw them, compose pictures, run the frozen expert on them
+2. tokenizer    train ice_text.model on generated dialogues
+3. language     the language model alone, on text
+4. alignment    the bridge alone: what a region shows must be readable from its embedding
+5. instruction  bridge and language model together, on dialogues about pictures
+6. export       a Hugging-Face-style folder and the shipped bundle
+"""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from bank import build_bank, load_icons
+from batches import Batch, Sampler, positions
+from concepts import load_concepts
+from dialogues import Author
+from emoji_sets import VENDORS, training_photos
+from publish import publish
+from render import render
+from scenes import Picture
+from tokenizer import train_tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from vision import TOKENS, Bridge
+
+from seechat_lite.nn.chatglm import ChatGLM, prefix_mask
+from seechat_lite.tokenizer import Tokenizer
+from seechat_weights.builtin import BUILTIN
+from seechat_weights.bundle import LMConfig
+
+# which token shows a thing at a place, by layout
+TOKEN_OF = {
+    ("one", "middle"): 0,
+    ("row2", "left"): 1, ("row2", "right"): 2,
+    ("column2", "top"): 3, ("column2", "bottom"): 4,
+    ("four", "top left"): 5, ("four", "top right"): 6,
+    ("four", "bottom left"): 7, ("four", "bottom right"): 8,
+    ("row3", "left"): 9, ("row3", "middle"): 10, ("row3", "right"): 11,
+}  # fmt: skip
+
+
+@dataclass
+class Settings:
+    """What a run is made of; kept beside its checkpoints."""
+
+    hidden: int = 256
+    layers: int = 6
+    heads: int = 4
+    vocab: int = 3400  # pieces, to which the names are added
+    singles: int = 8  # pictures of each drawing alone
+    scenes: int = 17_000
+    other: int = 2_600
+    language_steps: int = 800
+    align_steps: int = 2_000
+    steps: int = 9_000
+    minutes: float = 0  # instruct for so long, whatever the steps
+    batch: int = 64
+    rate: float = 1.0e-3
+    seed: int = 1
+
+
+class Bank:
+    """The stored features of all pictures, read by number."""
+
+    def __init__(self, folder: Path) -> None:
+        self.seen = np.load(folder / "seen.npy", mmap_mode="r")
+        self.low = np.load(folder / "low.npy", mmap_mode="r")
+        self.pictures: list[Picture] = pickle.loads((folder / "pictures.pickle").read_bytes())
+
+    def __call__(self, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
+        order = np.argsort(numbers)
+        back = np.argsort(order)
+        chosen = numbers[order]
+        seen, low = self.seen[chosen][back], self.low[chosen][back]
+        return torch.from_numpy(seen).float(), torch.from_numpy(low).float()
+
+
+class Readers(nn.Module):
+    """Linear readers of an embedding, for alignment only: which concept, which colour."""
+
+    def __init__(self, hidden: int, concepts: int) -> None:
+        super().__init__()
+        self.concept = nn.Linear(hidden, concepts)
+        self.colour = nn.Linear(hidden, 11)
+
+    def loss(self, embeds: Tensor, pictures: list[Picture], *, only_colour: bool = False) -> Tensor:
+        """Cross entropy over the tokens that show exactly one thing. embeds: [n, 12, hidden]"""
+        rows, tokens, concepts, colours = [], [], [], []
+        for row, picture in enumerate(pictures):
+            for t in picture.things:
+                rows.append(row)
+                tokens.append(TOKEN_OF[picture.layout, t.place])
+                concepts.append(t.concept)
+                colours.append(-100 if t.colour is None else t.colour)
+        if not rows:
+            return embeds.new_zeros(())
+        x = F.layer_norm(embeds[rows, tokens], embeds.shape[-1:])
+        colour = 0.3 * F.cross_entropy(self.colour(x), torch.tensor(colours))
+        if only_colour:
+            return colour
+        names = F.cross_entropy(self.concept(x), torch.tensor(concepts), label_smoothing=0.05)
+        return names + colour
+
+
+def new_language_model(config: LMConfig) -> ChatGLM:
+    """Random weights fit for this block: the residual is scaled up, so the halves must speak up.
+
+    x = LN(x) * 7.48 + f(LN(x)): with customary small weights f would change x by a hundredth.
+    """
+    model = ChatGLM(config)
+    model.lm_head.weight = model.word_embeddings.weight
+    nn.init.normal_(model.word_embeddings.weight, std=0.04)
+    h = config.hidden_size
+    for layer in model.layers:
+        nn.init.normal_(layer.attention.query_key_value.weight, std=h**-0.5)
+        nn.init.normal_(layer.attention.dense.weight, std=3 * h**-0.5)
+        nn.init.normal_(layer.mlp.dense_h_to_4h.weight, std=h**-0.5)
+        nn.init.normal_(layer.mlp.dense_4h_to_h.weight, std=5 * config.inner_size**-0.5)
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+    return model
+
+
+def language_loss(
+    lm: ChatGLM, batch: Batch, embeds: Tensor | None, *, smoothing: float = 0.0
+) -> Tensor:
+    """Cross entropy of the answers. embeds: [pictures of the batch, 12, hidden]"""
+    x = lm.word_embeddings(batch.ids)
+    if embeds is not None and len(batch.rows):
+        x = x.clone()
+        at = batch.starts[:, None] + torch.arange(TOKENS)
+        x[batch.rows[:, None], at] = embeds.to(x.dtype)
+    length = batch.ids.shape[1]
+    states = lm.hidden_states(
+        x, positions(batch.context, length), mask=prefix_mask(batch.context, length)
+    )[-1]
+    # only answers need the vocabulary's 4000 logits; a round number of them, again for the shapes
+    targets = batch.targets.flatten()
+    answers = int((targets >= 0).sum())
+    wanted = (targets < 0).argsort(stable=True)[: -(-answers // 128) * 128]
+    logits = lm.lm_head(states.flatten(0, 1)[wanted]).float()
+    return F.cross_entropy(logits, targets[wanted], label_smoothing=smoothing)
+
+
+class Trainer:
+    """Optimizer, schedule, checkpoints and progress of one stage."""
+
+    def __init__(
+        self,
+        work: Path,
+        stage: str,
+        groups: list[dict],
+        state: dict[str, nn.Module],
+        steps: int,
+        minutes: float = 0,
+    ) -> None:
+        self.file = work / f"{stage}.pt"
+        self.stage, self.modules, self.steps, self.done = stage, state, steps, 0
+        self.minutes, self.spent = minutes, 0.0  # a time limit takes the place of the steps
+        for g in groups:
+            g["peak"] = g["lr"]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+        self.groups = groups
+        self.losses: list[float] = []
+        if self.file.exists():
+            saved = torch.load(self.file, weights_only=True)
+            for name, module in state.items():
+                module.load_state_dict(saved[name])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.done, self.spent = saved["done"], saved["spent"]
+            print(f"{stage}: continuing after {self.done} of {steps} steps")
+        self.began, self.first = time.time() - self.spent * 60, self.done
+        self.resumed = time.time()
+
+    @property
+    def progress(self) -> float:
+        """How much of the stage is done, 0 to 1."""
+        self.spent = (time.time() - self.began) / 60
+        return self.spent / self.minutes if self.minutes else self.done / self.steps
+
+    @property
+    def finished(self) -> bool:
+        return self.progress >= 1
+
+    def step(self, loss: Tensor) -> None:
+        warm = min(1.0, (self.done + 1) / 200)
+        rate = warm * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(self.progress, 1))))
+        for g in self.optimizer.param_groups:
+            g["lr"] = g["peak"] * rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+        self.done += 1
+        self.losses.append(loss.item())
+        if self.done % 100 == 0 or self.finished:
+            pace = (time.time() - self.resumed) / (self.done - self.first)
+            recent = self.losses[-100:]
+            print(
+                f"{self.stage}: step {self.done}, {self.progress:.1%} done, "
+                f"loss {sum(recent) / len(recent):.3f}, {pace * 1000:.0f} ms a step",
+                flush=True,
+            )
+        if self.done % 500 == 0 or self.finished:
+            self.save()
+
+    def save(self) -> None:
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        part = self.file.with_suffix(".part")
+        own = {"optimizer": self.optimizer.state_dict(), "done": self.done, "spent": self.spent}
+        torch.save({**state, **own}, part)
+        part.replace(self.file)
+
+
+def fit_scale(bridge: Bridge, bank: Bank) -> None:
+    """Bring the expert's features to mean 0, deviation about 1, measured on some pictures."""
+    numbers = np.random.default_rng(0).choice(len(bank.pictures), 2000, replace=False)
+    seen = bank(np.sort(numbers))[0].flatten(0, 1)
+    bridge.mean.copy_(seen.mean(0))
+    bridge.scale.copy_(1 / (seen.std(0) + 0.05))
+
+
+def align(
+    work: Path, settings: Settings, bank: Bank, bridge: Bridge, readers: Readers, allowed=None
+) -> None:
+    """The bridge alone, read by linear readers: the expert's view becomes one vector a region."""
+    modules = {"bridge": bridge, "readers": readers}
+    parameters = [*bridge.parameters(), *readers.parameters()]
+    groups = [{"params": parameters, "lr": settings.rate * 1.5}]
+    trainer = Trainer(work, "alignment", groups, modules, settings.align_steps)
+    rng = np.random.default_rng([settings.seed, trainer.done])
+    pool = [i for i, p in enumerate(bank.pictures) if p.things] if allowed is None else allowed
+    pool = np.array(pool)
+    bridge.train()
+    while not trainer.finished:
+        numbers = rng.choice(pool, 192)
+        seen, low = bank(numbers)
+        pictures = [bank.pictures[i] for i in numbers]
+        with torch.autocast("cpu", torch.bfloat16):
+            embeds = bridge(seen, low)
+            # another picture's view with this one's colours: colours must be read from the pixels,
+            # not remembered with the thing
+            mixed = bridge(seen[:64].flip(0), low[:64])
+        loss = readers.loss(embeds.float(), pictures)
+        trainer.step(loss + readers.loss(mixed.float(), pictures[:64], only_colour=True))
+    bridge.eval()
+
+
+def learn_language(work: Path, settings: Settings, lm: ChatGLM, sampler: Sampler) -> None:
+    """The language model alone: names, categories, traits, manners; no pictures."""
+    groups = [{"params": list(lm.parameters()), "lr": settings.rate}]
+    trainer = Trainer(work, "language", groups, {"lm": lm}, settings.language_steps)
+    batches = sampler.batches(settings.batch)
+    while not trainer.finished:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = language_loss(lm, next(batches), None)
+        trainer.step(loss)
+
+
+def instruct(
+    work: Path,
+    settings: Settings,
+    lm: ChatGLM,
+    bridge: Bridge,
+    readers: Readers,
+    bank: Bank,
+    sampler: Sampler,
+) -> None:
+    """Bridge and language model on dialogues; the readers keep the bridge's view sharp."""
+    groups = [
+        {"params": list(lm.parameters()), "lr": settings.rate},
+        {"params": [*bridge.parameters(), *readers.parameters()], "lr": settings.rate * 0.3},
+    ]
+    modules = {"lm": lm, "bridge": bridge, "readers": readers}
+    trainer = Trainer(work, "instruction", groups, modules, settings.steps, settings.minutes)
+    batches = sampler.batches(settings.batch)
+    bridge.train()
+    while not trainer.finished:
+        batch = next(batches)
+        with torch.autocast("cpu", torch.bfloat16):
+            embeds = None
+            if len(batch.pictures):
+                embeds = bridge(*bank(batch.pictures))
+            loss = language_loss(lm, batch, embeds)
+        if embeds is not None:
+            shown = [bank.pictures[i] for i in batch.pictures]
+            loss = loss + 0.1 * readers.loss(embeds.float(), shown)
+        trainer.step(loss)
+    bridge.eval()
+
+
+def language_config(tokenizer: Tokenizer, settings: Settings) -> LMConfig:
+    return LMConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=settings.hidden,
+        num_layers=settings.layers,
+        num_heads=settings.heads,
+        inner_size=4 * settings.hidden,
+        pad_id=tokenizer.pad_id,
+        mask_id=tokenizer.mask_id,
+        gmask_id=tokenizer.gmask_id,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    here = Path(__file__).parent
+    parser.add_argument("--work", type=Path, default=here / "work", help="folder for everything")
+    parser.add_argument("--out", type=Path, default=BUILTIN, help="where the shipped bundle goes")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="processor cores to use"
+    )
+    for name in ("steps", "align_steps", "language_steps", "batch", "scenes", "singles"):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=getattr(Settings, name)
+        )
+    parser.add_argument("--minutes", type=float, default=0, help="instruct so long, not by steps")
+    parser.add_argument("--no-export", action="store_true", help="stop after training")
+    args = parser.parse_args()
+    chosen = {k: v for k, v in vars(args).items() if k in Settings.__dataclass_fields__}
+    settings = Settings(**chosen)
+    work: Path = args.work
+    work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(settings.seed)
+    (work / "settings.json").write_text(json.dumps(asdict(settings), indent=1))
+
+    render(work)
+    icons = load_icons(work, vendors=[v.key for v in VENDORS if v.train])
+    bank = Bank(
+        build_bank(
+            work / "bank",
+            icons=icons,
+            photos=training_photos(work),
+            singles=settings.singles * len(icons.concepts),
+            scenes=settings.scenes,
+            other=settings.other,
+            workers=args.threads,
+        )
+    )
+    model_file = work / "ice_text.model"
+    if not model_file.exists():
+        train_tokenizer(model_file, vocab_size=settings.vocab)
+    tokenizer = Tokenizer(model_file)
+    concepts = load_concepts()
+    lm, bridge = new_language_model(language_config(tokenizer, settings)), Bridge(settings.hidden)
+    readers = Readers(settings.hidden, len(concepts))
+    fit_scale(bridge, bank)
+
+    def sampler(stage: int, *, text_only: bool = False) -> Sampler:
+        rng = np.random.default_rng([settings.seed, stage, int(time.time())])
+        return Sampler(Author(rng, concepts), tokenizer, bank.pictures, text_only=text_only)
+
+    learn_language(work, settings, lm, sampler(1, text_only=True))
+    align(work, settings, bank, bridge, readers)
+    instruct(work, settings, lm, bridge, readers, bank, sampler(2))
+    if not args.no_export:
+        # the shipped precision goes where the package looks for it, the others beside the work
+        publish(work, lm, bridge, args.out, precision="int8")
+        publish(work, lm, bridge, work / "fp32", precision="fp32", vision="fp32")
+        publish(work, lm, bridge, work / "int4", precision="int4")
+        print(f"wrote {args.out}; measure it with: python recipes/builtin/evaluate.py")
+
+
+if __name__ == "__main__":
+    main()
