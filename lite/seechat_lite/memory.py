@@ -114,7 +114,7 @@ def check_memory(needed: MemoryPlan, manifest: Manifest) -> None:
 
 def human(size: int) -> str:
     """A number of bytes for people, in decimal units."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    return f"{size / 1e9:.2f} GB" if size >= 999.5e6 else f"{size / 1e6:.0f} MB"
 
 
 def _number(folder: Path, name: str) -> int | None:

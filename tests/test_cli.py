@@ -1,0 +1,550 @@
+"""The command line as people and scripts meet it: processes, terminals, signals, full disks."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from PIL import Image
+
+from seechat_lite import cli
+
+posix = pytest.mark.skipif(os.name != "posix", reason="terminals and signals of Unix")
+SEECHAT = [sys.executable, "-m", "seechat_lite"]
+
+
+@pytest.fixture(scope="module")
+def cat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "cat.png"
+    Image.linear_gradient("L").convert("RGB").save(path)
+    return path
+
+
+def run(*args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    options = {"capture_output": True, "stdin": subprocess.DEVNULL, "timeout": 60} | options
+    return subprocess.run([*SEECHAT, *map(str, args)], text=True, encoding="utf-8", **options)
+
+
+def main(capfd: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, str, str]:
+    """The same within this process: quicker, for what needs no process of its own."""
+    try:
+        code = cli.main([str(a) for a in args])
+    except SystemExit as e:
+        code = int(e.code or 0)
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def one_line(err: str) -> str:
+    assert err.startswith("seechat: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    return err
+
+
+# --- asking
+
+
+def test_answers_alone_are_on_stdout(vision_bundle: Path, cat: Path) -> None:
+    done = run("ask", cat, "这是什么?", "--model", vision_bundle, "--max-new-tokens", 5, "--stats")
+    assert done.returncode == 0
+    assert done.stdout.strip() and done.stdout.count("\n") == 1
+    assert re.fullmatch(
+        r"prompt \d+ tokens · first token [\d.]+ s · 5 tokens in [\d.]+ s \([\d.]+/s\) · length\n",
+        done.stderr,
+    )
+
+
+def test_json(vision_bundle: Path, cat: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    args = ("ask", cat, cat, "有什么?", "--model", vision_bundle, "--max-new-tokens", "4")
+    _, plain, _ = main(capfd, *args)
+    code, out, err = main(capfd, *args, "--json")
+    report = json.loads(out)
+    assert (code, err) == (0, "")
+    assert report["answer"] == plain.rstrip("\n")
+    assert report["model"] == "tiny-vision" and report["stats"]["new_tokens"] == 4
+
+
+def test_options_between_the_words(
+    vision_bundle: Path, cat: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--max-new-tokens", "3", "--model", vision_bundle)
+    expected = main(capfd, "ask", cat, "这是?", *options)
+    assert main(capfd, "ask", cat, *options, "这是?") == expected
+    assert main(capfd, "ask", *options, cat, "这是?") == expected
+    assert expected[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], "arguments are required: COMMAND"),
+        (["look"], "invalid choice: 'look'"),
+        (["ask"], "required: QUESTION"),
+        (["ask", ""], "the question is empty"),
+        (["ask", " \n"], "the question is empty"),
+        (["ask", "CAT"], "the question comes after the pictures"),
+        (["ask", "CAT", "CAT"], "the question comes after the pictures"),
+        (["ask", "你好", "--loud"], "unrecognized arguments: --loud"),
+        (["ask", "你好", "--temperature", "-1"], "temperature is -1.0; expected 0"),
+        (["ask", "你好", "--temperature", "nan"], "temperature is nan"),
+        (["ask", "你好", "--temperature", "hot"], "invalid float value: 'hot'"),
+        (["ask", "你好", "--top-p", "0"], "top_p is 0.0"),
+        (["ask", "你好", "--top-k", "-1"], "top_k is -1"),
+        (["ask", "你好", "--seed", "-1"], "seed is -1"),
+        (["ask", "你好", "--max-new-tokens", "0"], "--max-new-tokens is 0; expected at least 1"),
+        (["ask", "你好", "--context", "3"], "--context is 3; expected at least 16"),
+        (["ask", "你好", "--engine", "x"], "--engine is x; expected one of auto, onnx"),
+        (["ask", "你好", "--format", "x"], "--format is x; expected one of seechat,"),
+        (["chat", "--format", "x"], "--format is x"),
+        (["info", "--context", "3"], "--context is 3"),
+        (["export", "--lm", "x"], "required: --out"),
+        (["export", "--lm", "x", "--out", "y", "--clip", "z"], "--clip and --projector go"),
+    ],
+)
+def test_wrong_usage(
+    cat: Path, capfd: pytest.CaptureFixture[str], args: list[str], expected: str
+) -> None:
+    code, out, err = main(capfd, *[a.replace("CAT", str(cat)) for a in args])
+    assert (code, out) == (2, "")
+    assert expected in err and err.startswith("usage: seechat")
+
+
+def test_a_long_question_is_no_file_name(
+    text_bundle: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = main(capfd, "ask", "很" * 300, "--model", text_bundle, "--max-new-tokens", "2")
+    assert code == 0 and out
+
+
+def test_failures_are_one_line(
+    text_bundle: Path, vision_bundle: Path, cat: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    see = ("--model", vision_bundle)
+    for args, expected in [
+        (("ask", "你好", "--model", "/nowhere"), "/nowhere: no such folder"),
+        (("ask", "你好", "--model", cat), "a file; expected a bundle, which is a folder"),
+        (("ask", "你好", "--device", "abacus", *see), "'abacus' is not in this ONNX Runtime"),
+        (("ask", cat, "你好", "--model", text_bundle), "text-only model"),
+        (("ask", "你好" * 400, "--context", "64", *see), "the context holds 64, answer included"),
+        (("ask", "你好", "--context", 10**9, *see), "are free: load it with context="),
+        (("ask", "nothing.png", "你好", *see), "nothing.png: no such file"),
+        (("ask", "\x1b[31m\n.png", "你好", *see), r"\x1b[31m\n.png: no such file"),
+        (("ask", cat.parent, "你好", *see), "not a file; expected a picture"),
+        (("chat", "--image", "nothing.png", *see), "nothing.png: no such file"),
+        (("info", cat.parent), "holds no seechat.json"),
+        (("export", "--lm", "/nowhere", "--out", "/nowhere/out"), "/nowhere: no such folder"),
+    ]:
+        code, out, err = main(capfd, *args)
+        assert (code, out) == (1, "")
+        assert expected in one_line(err)
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = run("ask", "你好", "--model", "/nowhere", "--debug")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "BundleError" in done.stderr
+
+
+def test_our_own_mistakes_are_one_line(
+    text_bundle: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error, expected in [
+        (RuntimeError("two\nlines"), r"RuntimeError: two\nlines (please report it, with --debug"),
+        (MemoryError(), "out of memory: close other programs"),
+        (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied"),
+    ]:
+
+        def fail(*_: Any, error: Exception = error) -> Any:
+            raise error
+
+        monkeypatch.setattr(cli, "_load", fail)
+        code, _, err = main(capfd, "ask", "你好", "--model", text_bundle)
+        assert code == 1 and expected in one_line(err)
+
+
+def png_bomb(path: Path) -> None:
+    """A sound PNG of 30000 x 30000 pixels, 0.9 GB when decoded, in a hundred kilobytes."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        crc = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + crc
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + 30000 // 8)
+    packed = b"".join(packer.compress(row) for _ in range(30000)) + packer.flush()
+    header = struct.pack(">IIBBBBB", 30000, 30000, 1, 0, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    )
+
+
+def test_bad_pictures(
+    vision_bundle: Path, cat: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content = cat.read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.png").write_text("a cat\n" * 100)
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "pointer.png").write_text("version https://git-lfs.github.com/spec/v1\nsize 1\n")
+    for name, expected in {
+        "cut.png": "damaged or truncated",
+        "text.png": "not a picture",
+        "empty.png": "empty",
+        "pointer.png": "Git LFS pointer",
+    }.items():
+        code, out, err = main(capfd, "ask", tmp_path / name, "什么?", "--model", vision_bundle)
+        assert (code, out) == (1, "")
+        assert name in one_line(err) and expected in err
+
+
+@posix
+def test_a_picture_bomb_takes_neither_memory_nor_time(vision_bundle: Path, tmp_path: Path) -> None:
+    png_bomb(tmp_path / "bomb.png")
+    start, peak = time.perf_counter(), 0
+    command = [*SEECHAT, "ask", str(tmp_path / "bomb.png"), "什么?", "--model", str(vision_bundle)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8") as process:
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                peak = max(peak, watched.memory_info().rss)
+            time.sleep(0.01)
+        assert process.stderr is not None
+        assert "too many pixels; expected at most" in one_line(process.stderr.read())
+    assert process.returncode == 1
+    assert 0 < peak < 300_000_000
+    assert time.perf_counter() - start < 10  # a fraction of a second where nothing else runs
+
+
+# --- information
+
+
+def test_info(vision_bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = main(capfd, "info", vision_bundle)
+    assert (code, err) == (0, "")
+    rows = [line for line in out.splitlines() if str(vision_bundle) not in line]
+    assert all(len(row) <= 80 for row in rows)
+    assert len({re.match(r"(\S+ )*\s+", row).end() for row in rows}) == 1  # type: ignore[union-attr]
+    assert "vision          clip + linear, fp32: 56×56 pixels to 16 tokens" in rows
+    report = json.loads(main(capfd, "info", vision_bundle, "--json")[1])
+    assert report["name"] == "tiny-vision" and report["memory"]["total"] > 0
+
+
+def test_help_and_version_need_no_model(capfd: pytest.CaptureFixture[str]) -> None:
+    for args in (["--help"], ["ask", "--help"], ["chat", "--help"], ["info", "-h"], ["--version"]):
+        code, out, err = main(capfd, *args)
+        assert (code, err) == (0, "") and out
+
+
+def test_the_command_starts_without_numpy() -> None:
+    script = "import sys, seechat_lite.cli; print({'numpy', 'PIL', 'argparse'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "{'argparse'}\n"
+
+
+# --- streams
+
+
+@posix
+def test_output_that_cannot_be_written(text_bundle: Path) -> None:
+    ask = ("ask", "你好", "--model", text_bundle)
+    with Path("/dev/full").open("w") as full:
+        for options in ([], ["--json"]):
+            done = run(*ask, *options, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+            assert done.returncode == 1
+            assert one_line(done.stderr) == "seechat: output: No space left on device\n"
+    reader, writer = os.pipe()
+    os.close(reader)  # as `seechat ask … | head -c 1` leaves it
+    done = run(*ask, capture_output=False, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@posix
+def test_streams_that_are_closed(text_bundle: Path) -> None:
+    ask = f"{' '.join(SEECHAT)} ask 你好 --max-new-tokens 2 --model"
+    for redirection in ("<&-", ">&-", "<&- >&- 2>&-"):
+        done = subprocess.run(
+            ["sh", "-c", f"{ask} '{text_bundle}' {redirection}"], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run(["sh", "-c", f"{ask} /nowhere 2>&-"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")  # no error among the answers
+
+
+def chat(bundle: Path, said: bytes, *options: str) -> subprocess.CompletedProcess[bytes]:
+    command = [*SEECHAT, "chat", "--model", str(bundle), "--max-new-tokens", "3", *options]
+    return subprocess.run(command, input=said, capture_output=True, timeout=60)
+
+
+def test_chat_reads_questions_from_a_file(vision_bundle: Path, cat: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "一只 '猫'.png"
+    odd.write_bytes(cat.read_bytes())
+    said = f"""
+        /help
+        /image
+        /image {odd}
+        /image "{cat}"
+        /image {cat} {str(odd).replace(" ", chr(92) + " ").replace("'", chr(92) + "'")}
+        这些是什么?
+        /image {tmp_path}/nothing.png
+        /nonsense
+        然后呢?
+        /history
+        /clear
+        /history
+        /exit
+        不再回答"""
+    done = chat(vision_bundle, said.encode())
+    out, err = done.stdout.decode(), done.stderr.decode()
+    assert done.returncode == 0
+    assert len(out.splitlines()) == 2  # two questions, nothing else
+    lines = err.splitlines()
+    help_lines = cli.HELP.splitlines()
+    assert lines[: len(help_lines)] == help_lines
+    assert lines[len(help_lines) :] == [
+        "seechat: /image needs a file: /image cat.jpg",
+        f"seechat: {tmp_path}/nothing.png: no such file; expected a picture: check the path",
+        "seechat: unknown command /nonsense; see /help",
+        "> 🖼 🖼 🖼 🖼 这些是什么?",
+        out.splitlines()[0],
+        "> 然后呢?",
+        out.splitlines()[1],
+    ]
+
+
+def test_chat_keeps_a_picture_whose_file_goes(vision_bundle: Path, cat: Path) -> None:
+    short_lived = cat.with_name("short-lived.png")
+    short_lived.write_bytes(cat.read_bytes())
+    command = [*SEECHAT, "chat", "--model", str(vision_bundle), "--max-new-tokens", "3"]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
+        process.stdin.write(f"/image {short_lived}\n/nonsense\n".encode())
+        process.stdin.flush()
+        assert b"nonsense" in process.stderr.readline()  # so the picture has been read
+        short_lived.unlink()
+        out, err = process.communicate("这是什么?\n".encode())
+    assert process.returncode == 0 and out.strip() and err == b""
+
+
+@pytest.mark.parametrize("said", [b"", b"\n \n", b"/exit", b"\xff\xfe\x00\n", "你好".encode()])
+def test_chat_takes_any_input(text_bundle: Path, said: bytes) -> None:
+    done = chat(text_bundle, said)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+
+
+@posix
+def test_chat_with_stdin_closed(text_bundle: Path) -> None:
+    command = f"{' '.join(SEECHAT)} chat --model '{text_bundle}' <&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_chat_says_what_it_forgets(text_bundle: Path) -> None:
+    done = chat(text_bundle, "一个很长很长的问题?\n".encode() * 6, "--context", "64")
+    assert done.returncode == 0
+    assert "seechat: the context is full: the oldest 1 turn(s) are forgotten" in (
+        done.stderr.decode()
+    )
+
+
+# --- Ctrl-C
+
+# runs the command line with one of its stages slowed down, which says when it is reached
+SLOWED = """
+import sys, time
+from seechat_lite.interrupts import leave_on_ctrl_c
+leave_on_ctrl_c()
+def wait(*_, **__):
+    print("reached", file=sys.stderr, flush=True)
+    {wait}
+stage = {stage!r}
+if stage == "import":
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "onnxruntime": wait()
+    sys.meta_path.insert(0, Finder())
+else:
+    import seechat_lite.engines.onnx as onnx
+    if stage == "load":
+        onnx.OnnxEngine.__init__ = wait
+    else:
+        setattr(onnx.OnnxEngine, stage, wait)
+from seechat_lite.cli import main
+sys.exit(main())
+"""
+SLEEP = "time.sleep(60)"
+NATIVE = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # deaf as ONNX Runtime
+
+
+@posix
+@pytest.mark.parametrize("stage", ["import", "load", "prefill", "step"])
+@pytest.mark.parametrize("wait", [SLEEP, NATIVE], ids=["python", "native"])
+def test_ctrl_c_leaves_ask_at_once(text_bundle: Path, stage: str, wait: str) -> None:
+    script = SLOWED.format(stage=stage, wait=wait)
+    command = [sys.executable, "-c", script, "ask", "你好", "--model", str(text_bundle)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "reached\n"
+        start = time.perf_counter()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert time.perf_counter() - start < 3
+        assert process.stderr.read() == "\n"
+
+
+@posix
+def test_ctrl_c_while_starting(text_bundle: Path) -> None:
+    for delay in (0, 0.05, 0.1, 0.15):  # wherever that is
+        command = [*SEECHAT, "ask", "你好", "--model", str(text_bundle)]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            tasks = Path(f"/proc/{process.pid}/task")
+            if tasks.exists():  # until our first lines have run, Python itself is still starting
+                while process.poll() is None and len(list(tasks.iterdir())) < 2:
+                    time.sleep(0.001)
+            else:
+                time.sleep(0.1)
+            time.sleep(0.005 + delay)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=20)
+        assert process.returncode in (0, 130)
+        assert err in ("", "\n")
+
+
+class Terminal:
+    """`seechat chat` in a terminal of its own."""
+
+    def __init__(self, command: list[str]) -> None:
+        import pty
+
+        self._leader, follower = pty.openpty()
+        self.process = subprocess.Popen(
+            command, stdin=follower, stdout=follower, stderr=follower, start_new_session=True
+        )
+        os.close(follower)
+        self.screen = ""
+        self._bytes = b""
+
+    def wait_for(self, text: str, *, times: int = 1) -> None:
+        deadline = time.monotonic() + 30
+        while self.screen.count(text) < times:
+            assert time.monotonic() < deadline, self.screen
+            if not select.select([self._leader], [], [], 0.5)[0]:
+                continue
+            try:
+                self._bytes += os.read(self._leader, 65536)
+            except OSError:  # the other side has gone
+                assert self.screen.count(text) >= times, self.screen
+            self.screen = self._bytes.decode("utf-8", "replace")
+
+    def rest(self) -> str:
+        """Everything shown, once the process has ended."""
+        with contextlib.suppress(OSError):
+            while more := os.read(self._leader, 65536):
+                self._bytes += more
+        return self._bytes.decode("utf-8", "replace")
+
+    def type(self, text: str) -> None:
+        os.write(self._leader, text.encode())
+
+    def interrupt(self) -> None:
+        # readline misses a signal in the instant between its prompt and its waiting; no hand is so
+        # quick
+        time.sleep(0.2)
+        self.process.send_signal(signal.SIGINT)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._leader)
+
+
+@pytest.fixture
+def terminal(text_bundle: Path) -> Iterator[Callable[..., Terminal]]:
+    opened: list[Terminal] = []
+
+    def open_terminal(*options: str, slow: float = 0) -> Terminal:
+        script = (
+            "import sys, time\n"
+            "from seechat_lite.interrupts import leave_on_ctrl_c\n"
+            "leave_on_ctrl_c()\n"
+            "from seechat_lite.engines.onnx import OnnxEngine\n"
+            "step = OnnxEngine.step\n"
+            "def slowly(self, token):\n"
+            f"    time.sleep({slow})\n"
+            "    return step(self, token)\n"
+            "OnnxEngine.step = slowly\n"
+            "from seechat_lite.cli import main\n"
+            "sys.exit(main())\n"
+        )
+        command = [sys.executable, "-c", script, "chat", "--model", str(text_bundle), *options]
+        opened.append(Terminal(command))
+        return opened[-1]
+
+    yield open_terminal
+    for one in opened:
+        one.close()
+
+
+@posix
+def test_ctrl_c_stops_an_answer_but_not_the_chat(terminal: Callable[..., Terminal]) -> None:
+    seen = terminal("--max-new-tokens", "600", "--format", "seechat", slow=0.05)
+    seen.wait_for("> ")
+    seen.type("你好\n")
+    time.sleep(0.8)
+    seen.interrupt()
+    seen.wait_for("(stopped 已停止)")
+    seen.wait_for("> ", times=2)
+    seen.type("/history\n")
+    seen.wait_for("> ", times=4)
+    question, *answer = seen.screen.split("> ")[3].splitlines()
+    assert question == "你好" and "".join(answer)  # the part that was said is kept
+    seen.type("\x04")
+    assert seen.process.wait(20) == 0
+
+
+@posix
+def test_ctrl_c_at_the_prompt(terminal: Callable[..., Terminal]) -> None:
+    seen = terminal("--max-new-tokens", "2")
+    seen.wait_for("> ")
+    seen.interrupt()
+    seen.wait_for("Ctrl-C again or Ctrl-D leaves")
+    seen.wait_for("> ", times=2)
+    seen.type("你好\n")  # forgives the first
+    seen.wait_for("> ", times=3)
+    seen.interrupt()
+    seen.wait_for("Ctrl-C again", times=2)
+    seen.wait_for("> ", times=4)
+    seen.interrupt()
+    assert seen.process.wait(20) == 130
+    assert "Traceback" not in seen.rest()
+
+
+@posix
+def test_what_a_model_says_cannot_command_the_terminal(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    cli._show(["\x1b]0;title\x07红", "\r\x9b2J\t色\n"])
+    assert screen.getvalue() == "]0;title红2J\t色\n\n"

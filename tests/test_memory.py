@@ -1,0 +1,125 @@
+"""The memory plan: its sums, its advice, and what a container leaves us."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+import seechat_lite as sl
+from seechat_lite import memory
+from seechat_lite.memory import MemoryPlan, check_memory, human, plan
+from seechat_weights.bundle import (
+    Decoder,
+    FileHash,
+    LMConfig,
+    Manifest,
+    TokenizerConfig,
+    VisionConfig,
+)
+
+CHATGLM = Manifest(
+    name="chatglm-6b-int4",
+    lm=LMConfig(),
+    decoder=Decoder("decoder.onnx", "embeddings.bin", "float16", "int4", 128),
+    tokenizer=TokenizerConfig(),
+    conversation="seechat",
+    vision=VisionConfig("vision.onnx", 256, "clip", "linear", precision="fp16"),
+    files={
+        "decoder.onnx": FileHash(100_000, ""),
+        "decoder.onnx.data": FileHash(3_300_000_000, ""),
+        "embeddings.bin": FileHash(1_069_000_000, ""),  # mapped, not loaded
+        "vision.onnx": FileHash(600_000_000, ""),
+    },
+)
+
+
+def test_sums_of_chatglm_6b() -> None:
+    needed = plan(CHATGLM, context=2048)
+    assert needed.weights == 3_300_100_000
+    assert needed.cache == 2 * 28 * 4096 * 2048 * 4  # keys and values, float32
+    assert needed.vision == 1_200_000_000  # half precision is computed with in float32
+    assert needed.workspace > 2048 * 2 * 16384 * 4
+    parts = needed.weights + needed.cache + needed.vision + needed.workspace
+    assert needed.total == parts
+    assert str(needed) == (
+        "weights 3.30 GB + cache 1.88 GB + vision 1.20 GB + workspace 554 MB = 6.93 GB "
+        "at a context of 2048 tokens"
+    )
+
+
+def test_what_changes_the_sums() -> None:
+    full, half = plan(CHATGLM, context=2048), plan(CHATGLM, context=1024)
+    assert half.cache == full.cache // 2 and half.weights == full.weights
+    assert plan(replace(CHATGLM, vision=None), context=2048).vision == 0
+    fp16 = replace(CHATGLM, decoder=replace(CHATGLM.decoder, precision="fp16"))
+    assert plan(fp16, context=2048).weights == 2 * full.weights
+
+
+@pytest.mark.parametrize(
+    ("free", "advice"),
+    [
+        (6_300_000_000, "load it with context=1024 (--context 1024)"),
+        (4_950_000_000, "load it with context=256 (--context 256)"),
+        (2_000_000_000, "export it at a lower precision, or close other programs"),
+    ],
+)
+def test_the_error_says_what_would_fit(
+    monkeypatch: pytest.MonkeyPatch, free: int, advice: str
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: free)
+    needed = plan(CHATGLM, context=2048)
+    with pytest.raises(sl.MemoryPlanError) as error:
+        check_memory(needed, CHATGLM)
+    assert str(error.value) == f"chatglm-6b-int4 needs {needed}; {human(free)} are free: {advice}"
+    if "context=" in advice:
+        smaller = int(advice.split("=")[1].split()[0])
+        check_memory(plan(CHATGLM, context=smaller), CHATGLM)  # the advice is right
+        with pytest.raises(sl.MemoryPlanError):
+            check_memory(plan(CHATGLM, context=2 * smaller), CHATGLM)
+
+
+def test_load_refuses_before_anything_is_read(
+    text_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 1_000_000)
+    with pytest.raises(sl.MemoryPlanError, match=r"tiny-text needs .* 1 MB are free"):
+        sl.load(text_bundle)
+
+
+def test_the_machines_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CGROUPS", ())
+    assert memory.available_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+@pytest.mark.skipif(psutil.LINUX is False, reason="containers are Linux's")
+def test_a_containers_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = ("memory.max", "memory.current", ("inactive_file ", "active_file "))
+    monkeypatch.setattr(memory, "CGROUPS", ((tmp_path, *names),))
+    unlimited = memory.available_memory()
+    assert unlimited > 200_000_000
+    (tmp_path / "memory.max").write_text("200000000\n")
+    assert memory.available_memory() == 200_000_000
+    (tmp_path / "memory.current").write_text("150000000\n")
+    assert memory.available_memory() == 50_000_000
+    # pages of files that were read are given back on demand
+    (tmp_path / "memory.stat").write_text(
+        "anon 30000000\nfile 120000000\ninactive_anon 5\ninactive_file 70000000\n"
+        "active_file 50000000\nworkingset_refault_file 9\n"
+    )
+    assert memory.available_memory() == 170_000_000
+    (tmp_path / "memory.current").write_text("500000000\n")
+    assert memory.available_memory() == 0
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_memory() == pytest.approx(unlimited, rel=0.2)
+
+
+def test_numbers_for_people() -> None:
+    assert [human(n) for n in (0, 499_999, 15_000_000, 999_999_999, 3_280_000_000)] == [
+        "0 MB",
+        "0 MB",
+        "15 MB",
+        "1.00 GB",
+        "3.28 GB",
+    ]
+    assert MemoryPlan(1, 2, 3, 4, 16).total == 10
