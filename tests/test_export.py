@@ -209,7 +209,7 @@ def test_a_bundle_that_disagrees_is_not_delivered(
     monkeypatch.setattr(
         quantize, "rearrange_heads", lambda t, c, axis: right(t, c, axis).roll(1, 0)
     )
-    with pytest.raises(BundleError, match="decoder graph differs from the torch network"):
+    with pytest.raises(BundleError, match="layer 0 graph differs from the torch network"):
         export_bundle(lm=LM, out=tmp_path / "b", precision="fp32")
     assert not (tmp_path / "b").exists()
 

@@ -49,6 +49,26 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(run=lambda args: _export(args, parser))
 
+    synthetic = commands.add_parser(
+        "synthetic",
+        parents=[common],
+        help="write random weights of the published shapes, to measure with",
+        description="Write a ChatGLM-6B checkpoint, a CLIP ViT-L/14 and a projector with random "
+        "weights, laid out as published: 14 GB with all layers.",
+    )
+    synthetic.add_argument("--layers", type=int, default=28, metavar="N", help="(%(default)s)")
+    synthetic.add_argument("--out", type=Path, required=True, metavar="DIR")
+    synthetic.set_defaults(run=_synthetic)
+
+
+def _synthetic(args: argparse.Namespace) -> int:
+    from seechat_export.bars import Bars
+    from seechat_export.synthetic import write_synthetic
+
+    with Bars() as bars:
+        write_synthetic(args.out, layers=args.layers, progress=bars)
+    return 0
+
 
 def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if bool(args.clip) != bool(args.projector):

@@ -72,6 +72,11 @@ def padded_head_size(config: LMConfig) -> int:
     return -(-config.head_size // 8) * 8
 
 
+def hidden_name(layer: int) -> str:
+    """Name of a layer's input, float32 [1, s, hidden]; of the last norm's after the last layer."""
+    return f"layers.{layer}.input" if layer else "inputs_embeds"
+
+
 class Weights:
     """Hands out graph values for weights and lays their bytes out one after another."""
 
@@ -183,7 +188,7 @@ def decoder(
         graph.inputs.append(value)
         return value
 
-    x = declare("inputs_embeds", ir.DataType.FLOAT, [1, "s", hidden])
+    x = embeds = declare(hidden_name(0), ir.DataType.FLOAT, [1, "s", hidden])
     head = padded_head_size(config)
     half, width = head // 2, heads * head
     cos = declare("rotary_cos", ir.DataType.FLOAT, ["s", half])
@@ -261,6 +266,7 @@ def decoder(
     for i in range(config.num_layers):
         x = residual(norm(x, f"layers.{i}.input_layernorm"), lambda x, i=i: attention(x, i))
         x = residual(norm(x, f"layers.{i}.post_attention_layernorm"), lambda x, i=i: mlp(x, i))
+        x.name, x.type, x.shape = hidden_name(i + 1), embeds.type, embeds.shape
 
     last = tape.initializer(ir.tensor(np.int64(-1), name="last"))
     x = norm(tape.op("Gather", [x, last], {"axis": 1}), "final_layernorm")  # [1, hidden]

@@ -1,8 +1,9 @@
 """Checks a written bundle against the torch networks, stage by stage.
 
-The decoder is run in torch one layer at a time, so that the check of a 6B model needs the memory of
-one layer. Two runs go side by side: one over the weights as the bundle stores them, which must
-agree with the bundle, and one over the checkpoint's own, which tells what the precision cost.
+The decoder is run one layer at a time, cut out of its graph, beside the torch network's layer, so
+that the check of a 6B model needs the memory of one layer. The torch network runs twice: over the
+weights as the bundle stores them, which must agree with the graph after every layer, and over the
+checkpoint's own, which tells what the precision cost.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,21 +11,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seechat_export.graphs import Item
-from seechat_export.quantize import restored_tensor
-from seechat_lite.engines.onnx import OnnxEngine
+from seechat_export.graphs import Item, hidden_name, padded_head_size
+from seechat_export.quantize import ALL, restored_tensor
 from seechat_lite.nn.chatglm import Block, prefix_mask
-from seechat_lite.prompt import Prompt, position_ids
-from seechat_lite.rotary import rotary_tables
+from seechat_lite.prompt import position_ids
+from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_weights.bundle import LMConfig, Manifest, VisionConfig
 from seechat_weights.errors import BundleError, CheckpointError
 from seechat_weights.precisions import PRECISIONS
 
 CONTEXT, ANSWER = 22, 5  # tokens of the check's prompt before [gMASK], and after <sop>
+HEAD_ROWS = 8192  # rows of lm_head multiplied at a time
 
 # Largest difference allowed, relative to the standard deviation of the torch result. Quantized
 # products also round their inputs to 8 bits a block, and fp16 vision rounds its weights.
@@ -59,9 +62,12 @@ class VisionCheck:
                 f"[1, {config.tokens}, {hidden}]: projector and LM belong to different models"
             )
 
-    def report(self, engine: OnnxEngine, precision: str) -> dict[str, float]:
-        found = torch.from_numpy(engine.encode_image(self.pixels.numpy()))
-        return _compare("vision", found, self.expected, VISION_TOLERANCE[precision])
+    def report(self, path: Path, precision: str) -> dict[str, float]:
+        """Compare with what the written graph makes of the same picture."""
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        (found,) = session.run(["image_embeds"], {"pixel_values": self.pixels.numpy()})
+        tolerance = VISION_TOLERANCE[precision]
+        return _compare("vision", torch.from_numpy(np.asarray(found)), self.expected, tolerance)
 
 
 def check(
@@ -76,28 +82,43 @@ def check(
 
     Raises BundleError when they do not agree.
     """
-    lm = source.config
-    report: dict[str, Any] = {"precision": manifest.decoder.precision}
-    engine = OnnxEngine(folder, manifest, device="cpu", context=CONTEXT + ANSWER + 2)
-    try:
-        if vision and manifest.vision:
-            report["vision"] = vision.report(engine, manifest.vision.precision)
-        generator = np.random.default_rng(0)
-        words = generator.integers(5, min(lm.gmask_id, lm.mask_id), CONTEXT + ANSWER).tolist()
-        ids = [*words[:CONTEXT], lm.gmask_id, lm.bos_id, *words[CONTEXT:]]
-        prompt = ids[: CONTEXT + 2]
-        rows = [engine.prefill(Prompt(ids=prompt)), *(engine.step(i) for i in ids[CONTEXT + 2 :])]
-    finally:
-        engine.close()
-    found = torch.from_numpy(np.stack(rows))  # [1 + ANSWER, vocab]
-    stored, original = _torch_logits(source, folder, manifest, items, ids, progress)
-    tolerance = TOLERANCE[manifest.decoder.precision]
-    report["decoder"] = _compare("decoder", found, stored, tolerance)
-    log_p, log_q = original.log_softmax(-1), found.log_softmax(-1)
+    lm, decoder = source.config, manifest.decoder
+    report: dict[str, Any] = {"precision": decoder.precision}
+    if vision and manifest.vision:
+        path = folder / manifest.vision.graph
+        report["vision"] = vision.report(path, manifest.vision.precision)
+    generator = np.random.default_rng(0)
+    words = generator.integers(5, min(lm.gmask_id, lm.mask_id), CONTEXT + ANSWER).tolist()
+    ids = [*words[:CONTEXT], lm.gmask_id, lm.bos_id, *words[CONTEXT:]]
+    stages = _Stages(folder / decoder.graph, lm, ids)
+    by_key = {item.key: item for item in items}
+    data = np.memmap(folder / f"{decoder.graph}.data", mode="r")
+
+    def stored(key: str, rows: slice = ALL) -> Tensor:
+        return restored_tensor(by_key[key], data, lm, PRECISIONS[decoder.precision], rows=rows)
+
+    def original(key: str, rows: slice = ALL) -> Tensor:
+        return source.tensor(key)[rows].float()
+
+    tolerance = TOLERANCE[decoder.precision]
+    embeds = source.tensor("word_embeddings.weight")[ids].float()[None]
+    found = x_stored = x_original = embeds  # [1, tokens, hidden]
+    report["layers"] = []
+    for i in range(lm.num_layers):
+        progress("check", i, lm.num_layers)
+        found = stages.layer(i, found)
+        x_stored = stages.torch_layer(i, x_stored, stored)
+        x_original = stages.torch_layer(i, x_original, original)
+        report["layers"].append(_compare(f"layer {i}", found, x_stored, tolerance))
+    progress("check", lm.num_layers, lm.num_layers)
+    logits = stages.head(found)  # [1 + ANSWER, vocab]
+    report["logits"] = _compare("logits", logits, stages.torch_head(x_stored, stored), tolerance)
+    truth = stages.torch_head(x_original, original)
+    log_p, log_q = truth.double().log_softmax(-1), logits.double().log_softmax(-1)
     report["against_checkpoint"] = {
         "kl_divergence": float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
-        "top1_agreement": float((found.argmax(-1) == original.argmax(-1)).float().mean()),
-        "max_difference": float((found - original).abs().max()),
+        "top1_agreement": float((logits.argmax(-1) == truth.argmax(-1)).float().mean()),
+        "max_difference": float((logits - truth).abs().max()),
     }
     return report
 
@@ -114,47 +135,85 @@ def _compare(stage: str, found: Tensor, expected: Tensor, tolerance: float) -> d
     return {"max_difference": difference, "standard_deviation": deviation}
 
 
-@torch.inference_mode()
-def _torch_logits(
-    source: Weights,
-    folder: Path,
-    manifest: Manifest,
-    items: Sequence[Item],
-    ids: Sequence[int],
-    progress: Callable[[str, int, int], None],
-) -> tuple[Tensor, Tensor]:
-    """Logits [1 + ANSWER, vocab] from <sop> on, over the stored and over the original weights."""
-    lm, decoder = source.config, manifest.decoder
-    precision = PRECISIONS[decoder.precision]
-    by_key = {item.key: item for item in items}
-    data = np.memmap(folder / f"{decoder.graph}.data", mode="r")
+class _Stages:
+    """The decoder's stages, as cut out of the graph and as the torch network has them."""
 
-    def stored(key: str) -> Tensor:
-        return restored_tensor(by_key[key], data, lm, precision)
+    def __init__(self, graph: Path, lm: LMConfig, ids: Sequence[int]) -> None:
+        self.folder = graph.parent
+        self.graph = ir.load(graph).graph
+        self.lm = lm
+        self.context = ids.index(lm.bos_id)
+        positions = position_ids(ids, gmask_id=lm.gmask_id, mask_id=lm.mask_id, bos_id=lm.bos_id)
+        tables = rotary_tables(lm.head_size, len(ids))
+        self.rows = rotary_rows(tables, positions, padded_head_size(lm) // 2)
+        angles = torch.from_numpy(tables)[:, torch.from_numpy(positions)]
+        # each [1, tokens, 2, head_size / 4], as Block takes them
+        self.cos, self.sin = angles.transpose(1, 2)[:, None]
+        self.mask = prefix_mask(torch.tensor([self.context]), len(ids))
 
-    def original(key: str) -> Tensor:
-        return source.tensor(key).float()
+    def layer(self, i: int, x: Tensor) -> Tensor:
+        """One layer of the graph: the context in one call, what follows in another."""
+        past = [f"past_{part}_{i}" for part in ("key", "value")]
+        present = [f"present_{part}_{i}" for part in ("key", "value")]
+        shared = ("rotary_cos", "rotary_sin", "last_index", "total_length", "bidirectional")
+        session = self._cut([hidden_name(i), *shared, *past], [hidden_name(i + 1), *present])
+        tokens = x.shape[1]
+        shape = (1, self.lm.num_heads, tokens, padded_head_size(self.lm))
+        cache = [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for _ in past]
+        parts = []
+        for start, end in ((0, self.context), (self.context, tokens)):
+            binding = session.io_binding()
+            for name, value in zip(past, cache, strict=True):
+                binding.bind_ortvalue_input(name, value)
+            for name, value in zip(present, cache, strict=True):
+                binding.bind_ortvalue_output(name, value)
+            feeds = (
+                x[:, start:end].numpy(),
+                *(rows[start:end] for rows in self.rows),
+                np.array([end - 1], np.int32),
+                np.array(end, np.int32),
+                np.array(start == 0),
+            )
+            for name, value in zip((hidden_name(i), *shared), feeds, strict=True):
+                binding.bind_cpu_input(name, np.ascontiguousarray(value).reshape(value.shape))
+            binding.bind_output(hidden_name(i + 1))
+            session.run_with_iobinding(binding)
+            parts.append(torch.from_numpy(binding.get_outputs()[-1].numpy()))
+        return torch.cat(parts, 1)
 
-    positions = position_ids(ids, gmask_id=lm.gmask_id, mask_id=lm.mask_id, bos_id=lm.bos_id)
-    tables = torch.from_numpy(rotary_tables(lm.head_size, len(ids)))
-    cos, sin = (t[torch.from_numpy(positions)].transpose(0, 1)[None] for t in tables)
-    mask = prefix_mask(torch.tensor([ids.index(lm.bos_id)]), len(ids))
-    embeds = source.tensor("word_embeddings.weight")[list(ids)].float()[None]
-    states = [(stored, embeds), (original, embeds)]
-    for i in range(lm.num_layers):
-        progress("check", i, lm.num_layers)
-        after = []
-        for read, x in states:
-            with torch.device("meta"):
-                block = Block(lm)
-            weights = {k: read(f"layers.{i}.{k}") for k in block.state_dict()}
-            block.load_state_dict(weights, assign=True)
-            after.append((read, block(x, cos, sin, mask, None, 0)))
-        states = after
-    progress("check", lm.num_layers, lm.num_layers)
-    logits = []
-    for read, x in states:
+    def head(self, x: Tensor) -> Tensor:
+        """The graph's logits [1 + ANSWER, vocab] from <sop> on: of each row, fed alone."""
+        name = hidden_name(self.lm.num_layers)
+        session = self._cut([name], ["logits"])
+        rows = x[:, self.context :].split(1, dim=1)
+        logits = [np.asarray(session.run(["logits"], {name: row.numpy()})[0]) for row in rows]
+        return torch.from_numpy(np.concatenate(logits))
+
+    @torch.inference_mode()
+    def torch_layer(self, i: int, x: Tensor, read: Callable[[str], Tensor]) -> Tensor:
+        """One layer of the torch network over the weights that `read` gives."""
+        with torch.device("meta"):
+            block = Block(self.lm)
+        weights = {key: read(f"layers.{i}.{key}") for key in block.state_dict()}
+        block.load_state_dict(weights, assign=True)
+        return block(x, self.cos, self.sin, self.mask, None, 0)
+
+    @torch.inference_mode()
+    def torch_head(self, x: Tensor, read: Callable[..., Tensor]) -> Tensor:
+        """The torch network's logits [1 + ANSWER, vocab], some rows of lm_head at a time."""
         norm = [read(f"final_layernorm.{part}") for part in ("weight", "bias")]
-        last = F.layer_norm(x[0, CONTEXT + 1 :], (lm.hidden_size,), *norm, lm.layernorm_epsilon)
-        logits.append(last @ read("lm_head.weight").t())
-    return logits[0], logits[1]
+        width, epsilon = (self.lm.hidden_size,), self.lm.layernorm_epsilon
+        last = F.layer_norm(x[0, self.context :], width, *norm, epsilon)
+        starts = range(0, self.lm.vocab_size, HEAD_ROWS)
+        head = "lm_head.weight"
+        return torch.cat([last @ read(head, slice(i, i + HEAD_ROWS)).t() for i in starts], -1)
+
+    def _cut(self, inputs: Sequence[str], outputs: Sequence[str]) -> ort.InferenceSession:
+        part = ir.Model(ir.convenience.extract(self.graph, inputs, outputs), ir_version=10)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self.folder)
+        )
+        proto = ir.to_proto(part).SerializeToString()
+        return ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])

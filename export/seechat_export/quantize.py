@@ -5,6 +5,9 @@ output row shares one scale; a weight is scale * (q - 2**(bits-1)); two 4-bit va
 the earlier one in the low nibble; inputs are padded with zeros to whole blocks.
 """
 
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from seechat_export.graphs import Item, padded_head_size
 from seechat_weights.bundle import LMConfig
 from seechat_weights.precisions import Precision
 
+ALL = slice(None)
 CHUNK = 1 << 18  # weights quantized at a time
 
 # Shrunken scales tried for each block, as fractions of the one that maps the largest weight to the
@@ -48,19 +52,26 @@ def quantize_blocks(weight: Tensor, *, bits: int, block_size: int) -> tuple[Tens
 
     Returns the packed values, uint8 [outputs, blocks, block_size * bits / 8], and the scales,
     float32 [outputs, blocks]. Of the scales SHRINK allows, each block takes the one with the least
-    squared error. Works on a few rows at a time: what it computes stays in the processor's cache,
-    and a weight of the full model needs no float32 copy of itself.
+    squared error. A few rows at a time, so that what is computed stays in the processor's cache and
+    the full model's weights need no float32 copy; each core works on rows of its own, because
+    threads that meet after every small operation lose most of their time on a busy machine.
     """
     outputs, inputs = weight.shape
     blocks = -(-inputs // block_size)
     codes = torch.empty((outputs, blocks, block_size * bits // 8), dtype=torch.uint8)
     scales = torch.empty((outputs, blocks))
     rows = max(1, CHUNK // inputs)
-    for i in range(0, outputs, rows):
+
+    def quantize(i: int) -> None:
         chunk = F.pad(weight[i : i + rows].float(), (0, -inputs % block_size))
         codes[i : i + rows], scales[i : i + rows] = _quantize_chunk(
             chunk.unflatten(1, (-1, block_size)), bits
         )
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        deque(pool.map(quantize, range(0, outputs, rows)), maxlen=0)
+    torch.set_num_threads(threads)
     return codes, scales
 
 
@@ -104,12 +115,18 @@ def stored_arrays(
     return [tensor.t().contiguous().to(getattr(torch, precision.dtype))]
 
 
-def restored_tensor(item: Item, data: np.ndarray, config: LMConfig, precision: Precision) -> Tensor:
-    """Our tensor of `item`, float32, from a weights file's bytes: the inverse of stored_arrays."""
-    arrays = [
-        torch.from_numpy(data[s.offset : s.offset + s.nbytes].view(s.dtype).reshape(s.shape).copy())
-        for s in item.stored
+def restored_tensor(
+    item: Item, data: np.ndarray, config: LMConfig, precision: Precision, *, rows: slice = ALL
+) -> Tensor:
+    """Our tensor of `item`, float32, from a weights file's bytes: the inverse of stored_arrays.
+
+    rows: only these rows of a linear weight whose heads are in the published order.
+    """
+    stored = [
+        data[s.offset : s.offset + s.nbytes].view(s.dtype).reshape(s.shape) for s in item.stored
     ]
+    transposed = item.kind == "linear" and not precision.block
+    arrays = [torch.from_numpy((a[:, rows] if transposed else a[rows]).copy()) for a in stored]
     if item.kind == "vector":
         tensor = arrays[0]
     elif precision.block:

@@ -1,0 +1,189 @@
+"""Checkpoints of the published shapes with random weights, for measuring size, memory and speed.
+
+The real weights are large and not everybody's to pass on; how long an export takes and how fast a
+bundle answers depends on shapes alone. Weights are drawn so that activations stay near unit scale:
+vanishing ones become denormal numbers, which make processors several times slower.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from seechat_export.export import Progress
+from seechat_weights.bundle import LMConfig
+from seechat_weights.errors import CheckpointError
+from seechat_weights.names import OLD_VOCABULARY, lm_shapes
+
+SHARD_BYTES = 2_000_000_000  # the published shards were cut so, when the vocabulary was the old one
+BASE_PIECES = 130_000  # pieces of the tokenizer before the special ones
+CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+CLIP |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 14}
+
+
+def write_synthetic(
+    folder: Path,
+    *,
+    layers: int = 28,
+    seed: int = 0,
+    progress: Progress = lambda stage, done, total: None,
+) -> None:
+    """Write `folder`/chatglm-6b, `folder`/clip-vit-large-patch14 and `folder`/mm_projector.bin.
+
+    The LM is laid out as published: .bin shards in half precision with float32 layer norms, an
+    index, config.json, and a tokenizer of the ICE layout whose ids are the published ones. With all
+    28 layers it takes 13.4 GB. Raises CheckpointError if the folder is there already.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder}: exists already; remove it or choose another --out")
+    config = LMConfig(num_layers=layers)
+    generator = torch.Generator().manual_seed(seed)
+    lm = folder / "chatglm-6b"
+    lm.mkdir(parents=True)
+    (lm / "config.json").write_text(json.dumps(_published_config(config), indent=1), "utf-8")
+    write_tokenizer(lm / "ice_text.model")
+    _write_shards(lm, config, generator, progress)
+    _write_vision(folder, config.hidden_size, generator)
+
+
+def write_tokenizer(path: Path) -> None:
+    """A sentencepiece model of ChatGLM-6B's layout and size: 130344 pieces, the ids as published.
+
+    Its pieces are ASCII characters, Chinese characters and pairs of them, so that ordinary Chinese
+    takes about as many tokens as with the real model.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as pb
+
+    kinds = pb.ModelProto.SentencePiece
+    control = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
+    pieces = [("<unk>", 0.0, kinds.UNKNOWN), ("<s>", 0.0, kinds.CONTROL)]
+    pieces += [("</s>", 0.0, kinds.CONTROL), ("<pad>", 0.0, kinds.CONTROL)]
+    pieces += [("<n>", 0.0, kinds.USER_DEFINED)]
+    for text in _texts(BASE_PIECES - len(pieces)):
+        pieces.append((text, -10.0 if len(text) > 1 else -12.0, kinds.NORMAL))
+    pieces += [(name, 0.0, kinds.CONTROL) for name in control]
+    blanks = ["<|tab|>", *(f"<|blank_{k}|>" for k in range(2, 81))]
+    pieces += [(name, 0.0, kinds.USER_DEFINED) for name in blanks]
+    pieces += [(f"<0x{byte:02X}>", 0.0, kinds.BYTE) for byte in range(256)]
+    model = pb.ModelProto()
+    model.trainer_spec.model_type = pb.TrainerSpec.UNIGRAM
+    model.trainer_spec.byte_fallback = True
+    model.trainer_spec.pad_id = 3
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = True
+    for text, score, kind in pieces:
+        model.pieces.add(piece=text, score=score, type=kind)
+    path.write_bytes(model.SerializeToString())
+
+
+def _texts(count: int) -> list[str]:
+    common = [chr(c) for c in range(0x4E00, 0xA000)]
+    singles = ["▁", *(chr(c) for c in range(33, 127)), *common]
+    # each pair once, spread over the whole block: the second character moves by a growing step
+    pairs = (
+        common[i] + common[(i * 7 + step * 131) % len(common)]
+        for step in range(1, 9)
+        for i in range(len(common))
+    )
+    texts = dict.fromkeys(singles)
+    for pair in pairs:
+        if len(texts) == count:
+            break
+        texts[pair] = None
+    return list(texts)
+
+
+def _published_config(config: LMConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["ChatGLMModel"],
+        "model_type": "chatglm",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "inner_hidden_size": config.inner_size,
+        "layernorm_epsilon": config.layernorm_epsilon,
+        "max_sequence_length": config.max_sequence_length,
+        "pad_token_id": config.pad_id,
+        "mask_token_id": config.mask_id,
+        "gmask_token_id": config.gmask_id,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_id,
+        "position_encoding_2d": True,
+        "torch_dtype": "float16",
+    }
+
+
+def _write_shards(
+    folder: Path, config: LMConfig, generator: torch.Generator, progress: Progress
+) -> None:
+    plan = list(_shards(config))
+    shapes = lm_shapes(config)
+    total = sum(_bytes(k, s) for k, s in shapes.items())
+    done, weight_map = 0, {}
+    embeddings = torch.Generator().manual_seed(generator.initial_seed() + 1)
+    for number, keys in enumerate(plan, start=1):
+        file = f"pytorch_model-{number:05}-of-{len(plan):05}.bin"
+        state = {}
+        for key in keys:
+            # the head is the word embeddings again: both are drawn from the same state
+            tied = key in ("word_embeddings.weight", "lm_head.weight")
+            source = embeddings.manual_seed(generator.initial_seed() + 1) if tied else generator
+            published = key if key == "lm_head.weight" else f"transformer.{key}"
+            state[published] = _random(key, shapes[key], source)
+            if key.endswith("attention.query_key_value.weight"):  # a buffer, published with it
+                buffer = published.replace("query_key_value.weight", "rotary_emb.inv_freq")
+                state[buffer] = torch.ones(config.head_size // 4, dtype=torch.float16)
+            done += _bytes(key, shapes[key])
+            progress("weights", done, total)
+        torch.save(state, folder / file)
+        weight_map |= dict.fromkeys(state, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index, indent=1), "utf-8")
+
+
+def _shards(config: LMConfig) -> Iterator[list[str]]:
+    """Which tensors share a file; the cuts are those of the old vocabulary, as published."""
+    old = lm_shapes(LMConfig(**(asdict(config) | {"vocab_size": OLD_VOCABULARY})))
+    shard, size = [], 0
+    for key, shape in old.items():
+        if shard and size + _bytes(key, shape) > SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+        shard.append(key)
+        size += _bytes(key, shape)
+    yield shard
+
+
+def _bytes(key: str, shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel() * (4 if "layernorm" in key else 2)
+
+
+def _random(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """One tensor: unit layer norms, zero biases, matrices that keep the scale of what they take."""
+    if "layernorm" in key:
+        return torch.ones(shape) if key.endswith("weight") else torch.zeros(shape)
+    if key.endswith("bias"):
+        return torch.zeros(shape, dtype=torch.float16)
+    # logits with a standard deviation of about 2, so that answers are neither flat nor stuck
+    scale = (2.0 if len(shape) == 2 and shape[0] > 100_000 else 1.0) * shape[1] ** -0.5
+    return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(scale).half()
+
+
+def _write_vision(folder: Path, hidden: int, generator: torch.Generator) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(generator.initial_seed())
+    config = CLIPVisionConfig(**CLIP, hidden_act="quick_gelu")
+    tower = folder / "clip-vit-large-patch14"
+    config.save_pretrained(tower)
+    save_file(CLIPVisionModel(config).half().state_dict(), tower / "model.safetensors")
+    width = CLIP["hidden_size"]
+    weight = _random("mm_projector.weight", (hidden, width), generator)
+    state = {"mm_projector.weight": weight, "mm_projector.bias": weight.new_zeros(hidden)}
+    torch.save(state, folder / "mm_projector.bin")

@@ -1,0 +1,59 @@
+"""Synthetic checkpoints have the published layout."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from seechat_export import synthetic
+from seechat_lite.tokenizer import Tokenizer
+from seechat_weights.bundle import LMConfig
+from seechat_weights.checkpoints import open_checkpoint
+from seechat_weights.names import lm_config, map_lm
+
+
+def test_the_shards_are_cut_where_the_published_ones_are() -> None:
+    """First tensors of the eight published files."""
+    firsts = [
+        "word_embeddings.weight",
+        "layers.1.mlp.dense_4h_to_h.weight",
+        "layers.6.mlp.dense_h_to_4h.weight",
+        "layers.11.attention.dense.weight",
+        "layers.16.attention.query_key_value.weight",
+        "layers.20.mlp.dense_4h_to_h.weight",
+        "layers.25.mlp.dense_h_to_4h.weight",
+        "lm_head.weight",
+    ]
+    assert [keys[0] for keys in synthetic._shards(LMConfig())] == firsts
+
+
+def test_the_tokenizer_has_the_published_ids(tmp_path: Path) -> None:
+    synthetic.write_tokenizer(tmp_path / "ice_text.model")
+    tokenizer = Tokenizer(tmp_path / "ice_text.model")
+    config = LMConfig()
+    for name in ("pad_id", "mask_id", "gmask_id", "bos_id", "eos_id"):
+        assert getattr(tokenizer, name) == getattr(config, name)
+    assert tokenizer.vocab_size == 130344
+    text = "详细描述这张图片，hello\n\t  world 🐱"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert {4, 130008, 130009} <= set(ids)  # <n>, <|tab|>, <|blank_2|>
+
+
+def test_a_small_one_reads_back(tmp_path: Path) -> None:
+    """Written in shards, read and accounted for; the head is the embeddings; scales are sound."""
+    config = LMConfig(vocab_size=200_000, hidden_size=8, num_layers=2, num_heads=2, inner_size=32)
+    (tmp_path / "config.json").write_text(json.dumps(synthetic._published_config(config)))
+    generator = torch.Generator().manual_seed(3)
+    synthetic._write_shards(tmp_path, config, generator, lambda stage, done, total: None)
+    checkpoint = open_checkpoint(tmp_path)
+    assert lm_config(json.loads((tmp_path / "config.json").read_text())) == config
+    used, ignored = map_lm(checkpoint.shapes, config, where="synthetic")
+    assert len(ignored) == config.num_layers  # the rotary buffers that are published too
+    head = checkpoint.read(used["lm_head.weight"])
+    assert (head == checkpoint.read(used["word_embeddings.weight"])).all()
+    assert head.dtype == "float16"
+    assert abs(head.astype("float32").std() * 8**0.5 - 2) < 0.05
+    norm = checkpoint.read(used["layers.1.input_layernorm.weight"])
+    assert norm.dtype == "float32"
+    assert (norm == 1).all()
