@@ -208,7 +208,8 @@ def _chat(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
         raise_on_ctrl_c()
         interactive = sys.stdin is not None and sys.stdin.isatty()
         if interactive:
-            print(f"{model.manifest.name} · /help · Ctrl-D: exit 退出", file=sys.stderr)
+            name = model.manifest.name.translate(CONTROL)
+            print(f"{name} · /help · Ctrl-D: exit 退出", file=sys.stderr)
         for line in _lines(interactive):
             try:
                 if line.split()[0] in ("/exit", "/quit"):
@@ -238,6 +239,7 @@ class _Talk:
         if command == "/image":
             for path in _paths(rest):
                 self.image(path)
+            print(f"🖼 × {len(self._waiting)} · ask about it 请提问", file=sys.stderr)
         elif command == "/clear":
             self._chat.clear()
             self._waiting.clear()
@@ -328,7 +330,9 @@ def _info(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     width = max(map(len, rows)) + 2
     columns = shutil.get_terminal_size().columns
     for name, value in rows.items():
-        lines = textwrap.wrap(value, max(columns - width, 40), break_long_words=False) or [""]
+        lines = textwrap.wrap(
+            value.translate(CONTROL), max(columns - width, 40), break_long_words=False
+        ) or [""]
         print(f"{name:<{width}}" + ("\n" + " " * width).join(lines))
     return 0
 
