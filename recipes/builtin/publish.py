@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from concepts import load_concepts
 from emoji_sets import PHOTOS, SCIKIT_LEARN, VENDORS
 from safetensors.torch import save_file
@@ -132,7 +131,7 @@ def publish(
     """Write one bundle. vision: "int8" (stored so), "fp16" or "fp32"."""
     folder = work / "lm"
     write_folder(folder, lm, work / "ice_text.model")
-    network = Vision(Features(load_expert()), bridge).eval()
+    network = Vision(Features(load_expert()), bridge).eval().requires_grad_(False)
     if vision == "int8":
         round_to_int8(network)
     config = VisionConfig(
@@ -144,18 +143,17 @@ def publish(
     )
     if out.exists():
         shutil.rmtree(out)
-    with torch.inference_mode():
-        manifest = export_bundle(
-            lm=folder,
-            out=out,
-            vision=(network, config),
-            precision=precision,
-            block_size=BLOCK.get(precision, 32),
-            vision_precision="fp32" if vision == "int8" else vision,
-            conversation="seechat",
-            name="seechat-lite-builtin",
-            provenance=provenance(),
-        )
+    manifest = export_bundle(
+        lm=folder,
+        out=out,
+        vision=(network, config),
+        precision=precision,
+        block_size=BLOCK.get(precision, 32),
+        vision_precision="fp32" if vision == "int8" else vision,
+        conversation="seechat",
+        name="seechat-lite-builtin",
+        provenance=provenance(),
+    )
     if vision == "int8":
         graph = out / VISION_GRAPH
         store_as_int8(graph)

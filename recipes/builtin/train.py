@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from bank import build_bank, load_icons
 from batches import Batch, Sampler, positions
-from concepts import load_concepts
+from colours import COLOURS
+from concepts import Concept, load_concepts
 from dialogues import Author
 from emoji_sets import VENDORS, training_photos
 from publish import publish
@@ -91,15 +92,45 @@ class Bank:
 
 
 class Readers(nn.Module):
-    """Linear readers of an embedding, for alignment only: which concept, which colour."""
+    """Reads concept and colour off an embedding by the words for them, like the decoder's output.
 
-    def __init__(self, hidden: int, concepts: int) -> None:
+    The embedding of a region that shows a panda shall point where the words 熊猫 and "panda" are:
+    then naming is copying, and finding the panda is comparing.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, concepts: list[Concept]) -> None:
         super().__init__()
-        self.concept = nn.Linear(hidden, concepts)
-        self.colour = nn.Linear(hidden, 11)
+        self.scales = nn.Parameter(torch.full((2,), 2.5))
 
-    def loss(self, embeds: Tensor, pictures: list[Picture], *, only_colour: bool = False) -> Tensor:
-        """Cross entropy over the tokens that show exactly one thing. embeds: [n, 12, hidden]"""
+        def ids(zh: str, en: str) -> tuple[list[int], list[int]]:
+            # behind another word, as in a sentence: without the dummy prefix of a text's start
+            first = len(tokenizer.encode("是"))
+            return tokenizer.encode("是" + zh)[first:], tokenizer.encode(f"是 {en}")[first:]
+
+        self.names = [ids(c.zh, c.en) for c in concepts]
+        self.colours = [ids(zh, en) for _, zh, en in COLOURS]
+
+    @staticmethod
+    def words(table: Tensor, names: list[tuple[list[int], list[int]]]) -> Tensor:
+        """[names, hidden]: the mean of the Chinese word's pieces plus that of the English one's."""
+        flat = [i for pair in names for ids in pair for i in ids]
+        counts = torch.tensor([len(ids) for pair in names for ids in pair])
+        owner = torch.arange(len(counts)).repeat_interleave(counts)
+        sums = table.new_zeros(len(counts), table.shape[1]).index_add_(0, owner, table[flat])
+        return (sums / counts[:, None]).unflatten(0, (-1, 2)).sum(1)
+
+    def loss(
+        self,
+        embeds: Tensor,
+        pictures: list[Picture],
+        table: Tensor,
+        *,
+        only_colour: bool = False,
+    ) -> Tensor:
+        """Cross entropy over the tokens that show exactly one thing.
+
+        embeds: [n, 12, hidden]; table: the word embeddings, [vocab, hidden].
+        """
         rows, tokens, concepts, colours = [], [], [], []
         for row, picture in enumerate(pictures):
             for t in picture.things:
@@ -110,11 +141,13 @@ class Readers(nn.Module):
         if not rows:
             return embeds.new_zeros(())
         x = F.layer_norm(embeds[rows, tokens], embeds.shape[-1:])
-        colour = 0.3 * F.cross_entropy(self.colour(x), torch.tensor(colours))
+        scales = self.scales.exp()
+        shades = scales[0] * x @ self.words(table, self.colours).t()
+        colour = 0.3 * F.cross_entropy(shades, torch.tensor(colours))
         if only_colour:
             return colour
-        names = F.cross_entropy(self.concept(x), torch.tensor(concepts), label_smoothing=0.05)
-        return names + colour
+        names = scales[1] * x @ self.words(table, self.names).t()
+        return colour + F.cross_entropy(names, torch.tensor(concepts), label_smoothing=0.05)
 
 
 def new_language_model(config: LMConfig) -> ChatGLM:
@@ -238,16 +271,16 @@ def fit_scale(bridge: Bridge, bank: Bank) -> None:
 
 
 def align(
-    work: Path, settings: Settings, bank: Bank, bridge: Bridge, readers: Readers, allowed=None
+    work: Path, settings: Settings, bank: Bank, lm: ChatGLM, bridge: Bridge, readers: Readers
 ) -> None:
-    """The bridge alone, read by linear readers: the expert's view becomes one vector a region."""
+    """The bridge alone: the expert's view of a region becomes a vector among the words."""
+    table = lm.word_embeddings.weight.detach()
     modules = {"bridge": bridge, "readers": readers}
     parameters = [*bridge.parameters(), *readers.parameters()]
     groups = [{"params": parameters, "lr": settings.rate * 1.5}]
     trainer = Trainer(work, "alignment", groups, modules, settings.align_steps)
     rng = np.random.default_rng([settings.seed, trainer.done])
-    pool = [i for i, p in enumerate(bank.pictures) if p.things] if allowed is None else allowed
-    pool = np.array(pool)
+    pool = np.array([i for i, p in enumerate(bank.pictures) if p.things])
     bridge.train()
     while not trainer.finished:
         numbers = rng.choice(pool, 192)
@@ -258,8 +291,9 @@ def align(
             # another picture's view with this one's colours: colours must be read from the pixels,
             # not remembered with the thing
             mixed = bridge(seen[:64].flip(0), low[:64])
-        loss = readers.loss(embeds.float(), pictures)
-        trainer.step(loss + readers.loss(mixed.float(), pictures[:64], only_colour=True))
+        loss = readers.loss(embeds.float(), pictures, table)
+        loss = loss + readers.loss(mixed.float(), pictures[:64], table, only_colour=True)
+        trainer.step(loss)
     bridge.eval()
 
 
@@ -267,6 +301,7 @@ def learn_language(work: Path, settings: Settings, lm: ChatGLM, sampler: Sampler
     """The language model alone: names, categories, traits, manners; no pictures."""
     groups = [{"params": list(lm.parameters()), "lr": settings.rate}]
     trainer = Trainer(work, "language", groups, {"lm": lm}, settings.language_steps)
+    sampler.author.rng = np.random.default_rng([settings.seed, 1, trainer.done])
     batches = sampler.batches(settings.batch)
     while not trainer.finished:
         with torch.autocast("cpu", torch.bfloat16):
@@ -290,6 +325,7 @@ def instruct(
     ]
     modules = {"lm": lm, "bridge": bridge, "readers": readers}
     trainer = Trainer(work, "instruction", groups, modules, settings.steps, settings.minutes)
+    sampler.author.rng = np.random.default_rng([settings.seed, 2, trainer.done])
     batches = sampler.batches(settings.batch)
     bridge.train()
     while not trainer.finished:
@@ -301,7 +337,8 @@ def instruct(
             loss = language_loss(lm, batch, embeds)
         if embeds is not None:
             shown = [bank.pictures[i] for i in batch.pictures]
-            loss = loss + 0.1 * readers.loss(embeds.float(), shown)
+            table = lm.word_embeddings.weight.detach()
+            loss = loss + 0.1 * readers.loss(embeds.float(), shown, table)
         trainer.step(loss)
     bridge.eval()
 
@@ -363,16 +400,13 @@ def main() -> None:
     tokenizer = Tokenizer(model_file)
     concepts = load_concepts()
     lm, bridge = new_language_model(language_config(tokenizer, settings)), Bridge(settings.hidden)
-    readers = Readers(settings.hidden, len(concepts))
+    readers = Readers(tokenizer, concepts)
     fit_scale(bridge, bank)
 
-    def sampler(stage: int, *, text_only: bool = False) -> Sampler:
-        rng = np.random.default_rng([settings.seed, stage, int(time.time())])
-        return Sampler(Author(rng, concepts), tokenizer, bank.pictures, text_only=text_only)
-
-    learn_language(work, settings, lm, sampler(1, text_only=True))
-    align(work, settings, bank, bridge, readers)
-    instruct(work, settings, lm, bridge, readers, bank, sampler(2))
+    author = Author(np.random.default_rng(settings.seed), concepts)
+    learn_language(work, settings, lm, Sampler(author, tokenizer, bank.pictures, text_only=True))
+    align(work, settings, bank, lm, bridge, readers)
+    instruct(work, settings, lm, bridge, readers, bank, Sampler(author, tokenizer, bank.pictures))
     if not args.no_export:
         # the shipped precision goes where the package looks for it, the others beside the work
         publish(work, lm, bridge, args.out, precision="int8")
