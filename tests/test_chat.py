@@ -16,8 +16,7 @@ from PIL import Image
 
 import seechat_lite as sl
 from reference import load_json
-from seechat_lite.chat import _CleanStream
-from seechat_lite.conversation import FORMATS, postprocess
+from seechat_lite.conversation import FORMATS, CleanStream, postprocess
 from seechat_lite.tokenizer import Tokenizer
 
 WORDS = dict(max_new_tokens=12)
@@ -196,7 +195,7 @@ def test_cleaned_pieces_join_to_the_cleaned_whole(format: str, text: str, cuts: 
     # as TextStream hands it on: cut at the stop marker already
     for marker in FORMATS[format].stop:
         text = text.split(marker)[0]
-    stream, shown, start = _CleanStream(FORMATS[format]), "", 0
+    stream, shown, start = CleanStream(FORMATS[format]), "", 0
     for cut in [*sorted(cuts), len(text)]:
         shown += stream.push(text[start:cut])
         start = max(start, cut)

@@ -20,7 +20,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from seechat_lite import cli
+from seechat_lite import cli, talk
+from seechat_lite.terminal import show
 
 posix = pytest.mark.skipif(os.name != "posix", reason="terminals and signals of Unix")
 SEECHAT = [sys.executable, "-m", "seechat_lite"]
@@ -311,7 +312,7 @@ def test_chat_reads_questions_from_a_file(vision_bundle: Path, cat: Path, tmp_pa
     assert done.returncode == 0
     assert len(out.splitlines()) == 2  # two questions, nothing else
     lines = err.splitlines()
-    help_lines = cli.HELP.splitlines()
+    help_lines = talk.HELP.splitlines()
     assert lines[: len(help_lines)] == help_lines
     assert lines[len(help_lines) :] == [
         "seechat: /image needs a file: /image cat.jpg",
@@ -547,5 +548,5 @@ def test_what_a_model_says_cannot_command_the_terminal(
 
     screen = Screen()
     monkeypatch.setattr(sys, "stdout", screen)
-    cli._show(["\x1b]0;title\x07红", "\r\x9b2J\t色\n"])
+    show(["\x1b]0;title\x07红", "\r\x9b2J\t色\n"])
     assert screen.getvalue() == "]0;title红2J\t色\n\n"

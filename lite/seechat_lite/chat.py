@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from seechat_lite import prompt as prompts
-from seechat_lite.conversation import FORMATS, Format, Turn, postprocess, render
+from seechat_lite.conversation import FORMATS, CleanStream, Format, Turn, render
 from seechat_lite.engines import Engine, create
 from seechat_lite.errors import BundleError, ContextError, EngineError, SeechatError
 from seechat_lite.generate import generate
@@ -317,7 +317,7 @@ class Chat:
                 stopped=self._stop.is_set,
             )
             text = TextStream(model.tokenizer, stop=self.format.stop)
-            answer = _CleanStream(self.format)
+            answer = CleanStream(self.format)
             count, first, finish, failed = 0, 0.0, "cancelled", False
             try:
                 for token in tokens:
@@ -412,39 +412,3 @@ def _drop(turns: list[Turn], count: int, embeds: Mapping[str, np.ndarray], room:
         shown.add(key)
         carried.insert(0, key)
     return [replace(left[0], images=(*carried, *left[0].images)), *left[1:]]
-
-
-class _CleanStream:
-    """An answer's text as it grows, cleaned as the format wants it, piece by piece.
-
-    The pieces joined equal postprocess(format, all text). Cleaning starts from the whole text at
-    every piece: with answers of a few hundred tokens that is far below the cost of one step.
-    """
-
-    def __init__(self, format: Format) -> None:
-        self._format = format
-        self._text = ""
-        self._shown = 0
-
-    @property
-    def shown(self) -> str:
-        """All pieces so far, joined."""
-        return postprocess(self._format, self._text)[: self._shown]
-
-    def push(self, text: str) -> str:
-        """Take more text; returns what has become certain."""
-        holdback = self._format.holdback
-        self._text += text
-        if holdback is None or not text:
-            return ""
-        clean = postprocess(self._format, self._text)
-        return self._show(clean, max(len(clean) - holdback, self._shown))
-
-    def finish(self) -> str:
-        """The rest of the cleaned answer."""
-        clean = postprocess(self._format, self._text)
-        return self._show(clean, len(clean))
-
-    def _show(self, clean: str, end: int) -> str:
-        piece, self._shown = clean[self._shown : end], end
-        return piece

@@ -7,43 +7,36 @@ parser to the subparsers it is given and sets `run`, called with the parsed argu
 
 import argparse
 import dataclasses
-import io
 import json
 import logging
-import os
-import shlex
 import shutil
-import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seechat_lite.interrupts import EXIT_CODE, raise_on_ctrl_c
+from seechat_lite.interrupts import EXIT_CODE
+from seechat_lite.terminal import (
+    CONTROL,
+    complain,
+    forget_unwritable_output,
+    prepare_streams,
+    print_stats,
+    show,
+)
 from seechat_weights.errors import SeechatError
 
 if TYPE_CHECKING:
     from seechat_lite.chat import Model, Stats
 
-HELP = """\
-/image FILE   show a picture with the next question    给下一个问题附一张图片
-/clear        forget the conversation                  清空对话
-/history      show the conversation                    查看对话
-/help         this list                                帮助
-/exit         leave (or Ctrl-D)                        退出
-Ctrl-C stops an answer.                                Ctrl-C 停止回答"""
-
-# a model may say anything: control characters, escape sequences among them, stay off the terminal
-CONTROL = {i: None for i in [*range(32), 127, *range(128, 160)] if chr(i) not in "\n\t"}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (argparse exits by itself with 2)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    _prepare_streams()
+    prepare_streams()
     args = None
     try:
         args = _parse(argv)
@@ -63,43 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as e:
         if args and args.debug:
             raise
-        _complain(e)
+        complain(e)
         return 1
     finally:
-        _forget_unwritable_output()
-
-
-def _prepare_streams() -> None:
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # started with it closed; print() would take the other one
-            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w"), encoding="utf-8"))
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without Chinese shows the rest
-            stream.reconfigure(errors="replace")
-
-
-def _forget_unwritable_output() -> None:
-    """Spare the interpreter's own last flush an output that cannot be written (full, closed)."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _complain(error: Exception) -> None:
-    """Say in one line what went wrong."""
-    if isinstance(error, SeechatError):
-        message = str(error)
-    elif isinstance(error, MemoryError):
-        message = "out of memory: close other programs, or choose a smaller --context or picture"
-    elif isinstance(error, OSError):
-        where = "output" if error.filename is None else error.filename
-        message = f"{where}: {error.strerror or error}"
-    else:  # our mistake
-        message = f"{type(error).__name__}: {error} (please report it, with --debug's output)"
-    # file names may hold anything, line breaks and escape sequences too
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-    print(f"seechat: {line}", file=sys.stderr)
+        forget_unwritable_output()
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -171,6 +131,17 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print the manifest and the sums")
     info.set_defaults(run=lambda args: _info(args, info.error))
 
+    bench = commands.add_parser(
+        "bench", parents=[common], help="how fast a bundle is here, and what memory it takes"
+    )
+    bench.add_argument("--model", type=Path, metavar="DIR", help="a bundle; default: built in")
+    bench.add_argument("--engine", default="auto", help="what executes it (default: %(default)s)")
+    bench.add_argument("--device", default="auto", help="cpu, cuda, dml, coreml … or a provider")
+    bench.add_argument("--context", type=int, default=2048, metavar="N", help="tokens (2048)")
+    bench.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each (3)")
+    bench.add_argument("--json", action="store_true", help="print one JSON object")
+    bench.set_defaults(run=lambda args: _bench(args, bench.error))
+
     if not argv or argv[0] not in commands.choices:  # others' commands cost time to look for
         for entry in entry_points(group="seechat.commands"):
             entry.load()(commands, common)
@@ -193,99 +164,20 @@ def _ask(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
             report = {"answer": answer, "model": model.manifest.name, "stats": _stats(chat.stats)}
             print(json.dumps(report, ensure_ascii=False))
         else:
-            _show(pieces)
+            show(pieces)
         if args.stats:
-            _print_stats(chat.stats)
+            print_stats(chat.stats)
     return 0
 
 
 def _chat(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     options = _options(args, usage_error)
     with _load(args) as model:
-        talk = _Talk(model, args, options)
-        for path in args.image:
-            talk.image(path)
-        raise_on_ctrl_c()
-        interactive = sys.stdin is not None and sys.stdin.isatty()
-        if interactive:
-            name = model.manifest.name.translate(CONTROL)
-            print(f"{name} · /help · Ctrl-D: exit 退出", file=sys.stderr)
-        for line in _lines(interactive):
-            try:
-                if line.split()[0] in ("/exit", "/quit"):
-                    break
-                talk.take(line)
-            except KeyboardInterrupt:
-                print("(stopped 已停止)", file=sys.stderr)
-            except SeechatError as e:  # the conversation goes on
-                if args.debug:
-                    raise
-                _complain(e)
+        from seechat_lite.talk import talk
+
+        chat = model.chat(args.format)
+        talk(chat, args.image, options, stats=args.stats, debug=args.debug)
     return 0
-
-
-class _Talk:
-    """The conversation of `seechat chat`: a Chat, and the pictures of the question to come."""
-
-    def __init__(self, model: "Model", args: argparse.Namespace, options: dict[str, Any]) -> None:
-        self._chat = model.chat(args.format)
-        self._options = options
-        self._stats = args.stats
-        self._waiting: list[bytes] = []
-
-    def take(self, line: str) -> None:
-        """Carry out a command or answer a question."""
-        command, _, rest = line.partition(" ")
-        if command == "/image":
-            for path in _paths(rest):
-                self.image(path)
-            print(f"🖼 × {len(self._waiting)} · ask about it 请提问", file=sys.stderr)
-        elif command == "/clear":
-            self._chat.clear()
-            self._waiting.clear()
-        elif command == "/history":
-            for turn in self._chat.turns:
-                pictures = "🖼 " * len(turn.images)
-                said = f"> {pictures}{turn.question}\n{turn.answer}"
-                print(said.translate(CONTROL), file=sys.stderr)
-        elif command == "/help":
-            print(HELP, file=sys.stderr)
-        elif command.startswith("/"):
-            raise SeechatError(f"unknown command {command}; see /help")
-        else:
-            self._answer(line)
-
-    def image(self, path: str) -> None:
-        """Show a picture with the next question; what is wrong with it is said now."""
-        # prompt() reads and encodes it, and finds out whether the conversation has a place for it
-        self._chat.prompt("?", [*self._waiting, path])
-        self._waiting.append(Path(path).read_bytes())  # the file may be gone when it is asked about
-
-    def _answer(self, question: str) -> None:
-        with _ctrl_c(self._chat.stop):
-            _show(self._chat.stream(question, self._waiting, **self._options))
-        self._waiting.clear()
-        stats = self._chat.stats
-        if stats and stats.finish_reason == "cancelled":
-            print("(stopped 已停止)", file=sys.stderr)
-        if self._stats:
-            _print_stats(stats)
-
-
-def _paths(text: str) -> list[str]:
-    """The files named after /image: one as it is, or several, or quoted as terminals paste them."""
-    text = text.strip()
-    home = str(Path(text).expanduser())
-    with suppress(OSError, ValueError):
-        if text and Path(home).exists():
-            return [home]
-    try:
-        words = shlex.split(text, posix=os.name == "posix")
-    except ValueError:  # an apostrophe in a name
-        words = [text]
-    if not words:
-        raise SeechatError("/image needs a file: /image cat.jpg")
-    return [str(Path(word.strip("'\"")).expanduser()) for word in words]
 
 
 def _info(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
@@ -327,6 +219,39 @@ def _info(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     }
     if "license" in manifest.provenance:
         rows["license"] = str(manifest.provenance["license"])
+    _print_table(rows)
+    return 0
+
+
+def _bench(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
+    from seechat_lite.bench import measure, rows
+
+    _check_context(args, usage_error)
+    if args.repeat < 1:
+        usage_error(f"--repeat is {args.repeat}; expected at least 1")
+
+    def say(stage: str) -> None:
+        if sys.stderr.isatty():  # one line, written over
+            print(f"\r\x1b[K{stage and stage + ' …'}", end="", file=sys.stderr, flush=True)
+
+    report = measure(
+        args.model,
+        engine=args.engine,
+        device=args.device,
+        context=args.context,
+        repeat=args.repeat,
+        say=say,
+    )
+    say("")
+    if args.json:
+        print(json.dumps(dataclasses.asdict(report), ensure_ascii=False))
+    else:
+        _print_table(rows(report))
+    return 0
+
+
+def _print_table(rows: Mapping[str, str]) -> None:
+    """Names and values in two columns, the values wrapped to the terminal's width."""
     width = max(map(len, rows)) + 2
     columns = shutil.get_terminal_size().columns
     for name, value in rows.items():
@@ -334,7 +259,6 @@ def _info(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
             value.translate(CONTROL), max(columns - width, 40), break_long_words=False
         ) or [""]
         print(f"{name:<{width}}" + ("\n" + " " * width).join(lines))
-    return 0
 
 
 def _load(args: argparse.Namespace) -> "Model":
@@ -372,71 +296,7 @@ def _check_context(args: argparse.Namespace, usage_error: Callable[[str], Any]) 
         usage_error(f"--context is {args.context}; expected at least {MIN_CONTEXT}")
 
 
-def _lines(interactive: bool) -> Iterator[str]:
-    """Questions and commands from stdin until its end, blank lines left out."""
-    if interactive:
-        with suppress(ImportError):  # arrow keys and a history of lines; not on every system
-            import readline  # noqa: F401
-    interrupted = False
-    while True:
-        try:
-            line = _input(interactive).strip()
-            interrupted = False
-        except (EOFError, RuntimeError):  # RuntimeError: started with stdin closed
-            if interactive:
-                print(file=sys.stderr)
-            return
-        except KeyboardInterrupt:
-            if interrupted or not interactive:
-                raise
-            interrupted = True
-            print("\n(Ctrl-C again or Ctrl-D leaves · 再按一次退出)", file=sys.stderr)
-            continue
-        if line:
-            yield line
-
-
-def _input(interactive: bool) -> str:
-    if not interactive or sys.stdout.isatty():
-        return input("> " if interactive else "")
-    print("> ", end="", file=sys.stderr, flush=True)  # stdout is for answers alone
-    return input()
-
-
-def _show(pieces: Iterable[str]) -> None:
-    terminal, said = sys.stdout.isatty(), False
-    try:
-        for piece in pieces:
-            print(piece.translate(CONTROL) if terminal else piece, end="", flush=True)
-            said = True
-    except SeechatError:
-        if said:
-            print(flush=True)  # the error has its own line
-        raise
-    print(flush=True)
-
-
-@contextmanager
-def _ctrl_c(stop: Callable[[], None]) -> Iterator[None]:
-    """Let Ctrl-C call `stop` instead of raising KeyboardInterrupt."""
-    before = signal.signal(signal.SIGINT, lambda *_: stop())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _stats(stats: "Stats | None") -> dict[str, Any]:
     if stats is None:
         return {}
     return dataclasses.asdict(stats) | {"tokens_per_second": round(stats.tokens_per_second, 2)}
-
-
-def _print_stats(stats: "Stats | None") -> None:
-    if stats:
-        print(
-            f"prompt {stats.prompt_tokens} tokens · first token {stats.first_token_seconds:.2f} s"
-            f" · {stats.new_tokens} tokens in {stats.seconds:.2f} s"
-            f" ({stats.tokens_per_second:.1f}/s) · {stats.finish_reason}",
-            file=sys.stderr,
-        )

@@ -1,0 +1,157 @@
+"""The conversation of `seechat chat`: questions and commands from stdin, one a line."""
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from seechat_lite.chat import Chat
+from seechat_lite.errors import SeechatError
+from seechat_lite.interrupts import raise_on_ctrl_c
+from seechat_lite.terminal import CONTROL, complain, print_stats, show
+
+HELP = """\
+/image FILE   show a picture with the next question    给下一个问题附一张图片
+/clear        forget the conversation                  清空对话
+/history      show the conversation                    查看对话
+/help         this list                                帮助
+/exit         leave (or Ctrl-D)                        退出
+Ctrl-C stops an answer.                                Ctrl-C 停止回答"""
+
+
+def talk(
+    chat: Chat, images: list[str], options: dict[str, Any], *, stats: bool, debug: bool
+) -> None:
+    """Answer until stdin ends or somebody leaves.
+
+    images: files shown with the first question. options: for Chat.stream. stats: tell tokens and
+    times after every answer. debug: let errors through, which else are told and forgotten.
+    """
+    talk = _Talk(chat, options, stats=stats)
+    for path in images:
+        talk.image(path)
+    raise_on_ctrl_c()
+    interactive = sys.stdin is not None and sys.stdin.isatty()
+    if interactive:
+        name = chat.model.manifest.name.translate(CONTROL)
+        print(f"{name} · /help · Ctrl-D: exit 退出", file=sys.stderr)
+    for line in _lines(interactive):
+        try:
+            if line.split()[0] in ("/exit", "/quit"):
+                break
+            talk.take(line)
+        except KeyboardInterrupt:
+            print("(stopped 已停止)", file=sys.stderr)
+        except SeechatError as e:  # the conversation goes on
+            if debug:
+                raise
+            complain(e)
+
+
+class _Talk:
+    """A Chat, and the pictures of the question to come."""
+
+    def __init__(self, chat: Chat, options: dict[str, Any], *, stats: bool) -> None:
+        self._chat = chat
+        self._options = options
+        self._stats = stats
+        self._waiting: list[bytes] = []
+
+    def take(self, line: str) -> None:
+        """Carry out a command or answer a question."""
+        command, _, rest = line.partition(" ")
+        if command == "/image":
+            for path in _paths(rest):
+                self.image(path)
+            print(f"🖼 × {len(self._waiting)} · ask about it 请提问", file=sys.stderr)
+        elif command == "/clear":
+            self._chat.clear()
+            self._waiting.clear()
+        elif command == "/history":
+            for turn in self._chat.turns:
+                pictures = "🖼 " * len(turn.images)
+                said = f"> {pictures}{turn.question}\n{turn.answer}"
+                print(said.translate(CONTROL), file=sys.stderr)
+        elif command == "/help":
+            print(HELP, file=sys.stderr)
+        elif command.startswith("/"):
+            raise SeechatError(f"unknown command {command}; see /help")
+        else:
+            self._answer(line)
+
+    def image(self, path: str) -> None:
+        """Show a picture with the next question; what is wrong with it is said now."""
+        # prompt() reads and encodes it, and finds out whether the conversation has a place for it
+        self._chat.prompt("?", [*self._waiting, path])
+        self._waiting.append(Path(path).read_bytes())  # the file may be gone when it is asked about
+
+    def _answer(self, question: str) -> None:
+        with _ctrl_c(self._chat.stop):
+            show(self._chat.stream(question, self._waiting, **self._options))
+        self._waiting.clear()
+        stats = self._chat.stats
+        if stats and stats.finish_reason == "cancelled":
+            print("(stopped 已停止)", file=sys.stderr)
+        if self._stats:
+            print_stats(stats)
+
+
+def _paths(text: str) -> list[str]:
+    """The files named after /image: one as it is, or several, or quoted as terminals paste them."""
+    text = text.strip()
+    home = str(Path(text).expanduser())
+    with suppress(OSError, ValueError):
+        if text and Path(home).exists():
+            return [home]
+    try:
+        words = shlex.split(text, posix=os.name == "posix")
+    except ValueError:  # an apostrophe in a name
+        words = [text]
+    if not words:
+        raise SeechatError("/image needs a file: /image cat.jpg")
+    return [str(Path(word.strip("'\"")).expanduser()) for word in words]
+
+
+def _lines(interactive: bool) -> Iterator[str]:
+    """Questions and commands from stdin until its end, blank lines left out."""
+    if interactive:
+        with suppress(ImportError):  # arrow keys and a history of lines; not on every system
+            import readline  # noqa: F401
+    interrupted = False
+    while True:
+        try:
+            line = _input(interactive).strip()
+            interrupted = False
+        except (EOFError, RuntimeError):  # RuntimeError: started with stdin closed
+            if interactive:
+                print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:
+            if interrupted or not interactive:
+                raise
+            interrupted = True
+            print("\n(Ctrl-C again or Ctrl-D leaves · 再按一次退出)", file=sys.stderr)
+            continue
+        if line:
+            yield line
+
+
+def _input(interactive: bool) -> str:
+    if not interactive or sys.stdout.isatty():
+        return input("> " if interactive else "")
+    print("> ", end="", file=sys.stderr, flush=True)  # stdout is for answers alone
+    return input()
+
+
+@contextmanager
+def _ctrl_c(stop: Callable[[], None]) -> Iterator[None]:
+    """Let Ctrl-C call `stop` instead of raising KeyboardInterrupt."""
+    before = signal.signal(signal.SIGINT, lambda *_: stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

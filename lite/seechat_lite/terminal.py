@@ -1,0 +1,74 @@
+"""Printing for people: a terminal may lack Chinese, be closed or full, or obey escapes."""
+
+import io
+import os
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from seechat_weights.errors import SeechatError
+
+if TYPE_CHECKING:
+    from seechat_lite.chat import Stats
+
+# a model may say anything: control characters, escape sequences among them, stay off the terminal
+CONTROL = {i: None for i in [*range(32), 127, *range(128, 160)] if chr(i) not in "\n\t"}
+
+
+def prepare_streams() -> None:
+    """Make sure that there is something to print to, and that any text can be printed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # started with it closed; print() would take the other one
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w"), encoding="utf-8"))
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Chinese shows the rest
+            stream.reconfigure(errors="replace")
+
+
+def forget_unwritable_output() -> None:
+    """Spare the interpreter's own last flush an output that cannot be written (full, closed)."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def complain(error: Exception) -> None:
+    """Say in one line what went wrong."""
+    if isinstance(error, SeechatError):
+        message = str(error)
+    elif isinstance(error, MemoryError):
+        message = "out of memory: close other programs, or choose a smaller --context or picture"
+    elif isinstance(error, OSError):
+        where = "output" if error.filename is None else error.filename
+        message = f"{where}: {error.strerror or error}"
+    else:  # our mistake
+        message = f"{type(error).__name__}: {error} (please report it, with --debug's output)"
+    # file names may hold anything, line breaks and escape sequences too
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    print(f"seechat: {line}", file=sys.stderr)
+
+
+def show(pieces: Iterable[str]) -> None:
+    """Print an answer on stdout as it comes."""
+    terminal, said = sys.stdout.isatty(), False
+    try:
+        for piece in pieces:
+            print(piece.translate(CONTROL) if terminal else piece, end="", flush=True)
+            said = True
+    except SeechatError:
+        if said:
+            print(flush=True)  # the error has its own line
+        raise
+    print(flush=True)
+
+
+def print_stats(stats: "Stats | None") -> None:
+    """Say on stderr what an answer took."""
+    if stats:
+        print(
+            f"prompt {stats.prompt_tokens} tokens · first token {stats.first_token_seconds:.2f} s"
+            f" · {stats.new_tokens} tokens in {stats.seconds:.2f} s"
+            f" ({stats.tokens_per_second:.1f}/s) · {stats.finish_reason}",
+            file=sys.stderr,
+        )
