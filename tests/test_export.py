@@ -196,6 +196,8 @@ def test_nothing_of_the_users_is_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "b/mine.txt").read_text() == "mine"
     (tmp_path / "c.partial").mkdir()
     (tmp_path / "c.partial/mine.txt").write_text("mine")
+    with pytest.raises(BundleError, match="format 'nonsense'"):
+        export_bundle(lm=LM, out=tmp_path / "c", conversation="nonsense")
     with pytest.raises(BundleError, match="not made by an export"):
         export_bundle(lm=LM, out=tmp_path / "c")
     assert (tmp_path / "c.partial/mine.txt").read_text() == "mine"
@@ -259,6 +261,30 @@ def test_other_options_start_anew(tmp_path: Path) -> None:
     export_bundle(lm=LM, out=tmp_path / "b", precision="int4")
     export_bundle(lm=LM, out=tmp_path / "fresh", precision="int4")
     assert contents(tmp_path / "b") == contents(tmp_path / "fresh")
+
+
+def test_what_another_run_left_is_not_shipped(tmp_path: Path) -> None:
+    """An interrupted export with eyes, finished without them, is a text-only bundle."""
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage == "embeddings":
+            (tmp_path / "b.partial/vision.onnx").write_text("half a graph")
+            raise StopHere
+
+    with pytest.raises(StopHere):
+        export_bundle(lm=LM, out=tmp_path / "b", progress=interrupt)
+    manifest = export_bundle(lm=LM, out=tmp_path / "b")
+    assert "vision.onnx" not in manifest.files
+    assert not (tmp_path / "b/vision.onnx").exists()
+
+
+def test_too_little_room_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(BundleError, match="the disk is full; the weights take"):
+        export_bundle(lm=LM, out=tmp_path / "b")
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from seechat_lite.conversation import FORMATS
 from seechat_weights.errors import SeechatError
 from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS
 
@@ -42,7 +43,9 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vision-precision", choices=("fp32", "fp16"), help="(fp16; fp32 with --precision fp32)"
     )
-    parser.add_argument("--format", metavar="NAME", help="default conversation format")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="default conversation format (by what the model sees)"
+    )
     parser.add_argument("--name", help="the model's name; default: the folder's")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the bundle to write"
@@ -104,7 +107,8 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     print(
         f"{args.out}: {size / 1e6:.0f} MB, agrees with the torch networks; against the checkpoint: "
         f"KL divergence {against['kl_divergence']:.2g}, "
-        f"top-1 agreement {against['top1_agreement']:.0%}",
+        f"top-1 agreement {against['top1_agreement']:.0%}\n"
+        f'try it: seechat ask --model {args.out} "你好"',
         file=sys.stderr,
     )
     return 0

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from filelock import FileLock, Timeout
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from seechat_export import graphs, parity
 from seechat_export.quantize import SHRINK, stored_arrays
+from seechat_lite.conversation import FORMATS
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.bundle import (
     MANIFEST,
@@ -79,6 +81,8 @@ def export_bundle(
     if PRECISIONS[precision].block and block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
         raise BundleError(f"block size {block_size}; expected one of {sizes}")
+    if conversation not in (None, *FORMATS):
+        raise BundleError(f"format {conversation!r}; expected one of {', '.join(FORMATS)}")
     if out.exists():
         raise BundleError(f"{out}: exists already; remove it or choose another --out")
     vision_precision = vision_precision or ("fp32" if precision == "fp32" else "fp16")
@@ -290,6 +294,16 @@ class _Writer:
             shutil.rmtree(self.folder)
             self.folder.mkdir()
             self._record(0)
+        for file in self.folder.iterdir():  # all but the weights is quick to write again
+            if file.name not in (WEIGHTS, JOURNAL):
+                file.unlink()
+        lm = self.source.config
+        needed = (
+            self.size + lm.vocab_size * lm.hidden_size * np.dtype(self.embeddings_dtype).itemsize
+        )
+        there = sum(f.stat().st_size for f in self.folder.iterdir())
+        if shutil.disk_usage(self.folder).free < needed - there:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _fingerprint(self) -> str:
         """What must be the same for a run to continue an earlier one's tensors."""
