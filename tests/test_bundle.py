@@ -157,7 +157,7 @@ def test_the_embeddings_of_another_model(bundle: Path, tmp_path: Path) -> None:
 
 def test_the_tokenizer_of_another_model(bundle: Path) -> None:
     edit(bundle, lambda m: m["lm"].update(gmask_id=1999))
-    assert "gmask_id is 2001, the manifest expects 1999" in refusal(bundle)
+    assert "gmask_id is 2001, the model expects 1999" in refusal(bundle)
     edit(bundle, lambda m: (m["lm"].update(gmask_id=2001), m["tokenizer"].update(file=MANIFEST)))
     assert "a file in use is 'seechat.json'" in refusal(bundle)
     edit(bundle, lambda m: m["tokenizer"].update(file="ice_text.model", num_image_tokens=200))

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from seechat_export import graphs, parity
 from seechat_export.quantize import SHRINK, stored_arrays
 from seechat_lite.conversation import FORMATS
+from seechat_lite.memory import human
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.bundle import (
     MANIFEST,
@@ -151,7 +152,7 @@ class Source:
         self.tokenizer = folder / TOKENIZER
         old = self.config.vocab_size == OLD_VOCABULARY
         self.num_image_tokens = OLD_IMAGE_TOKENS if old else 0
-        self._check_tokenizer()
+        Tokenizer(self.tokenizer, num_image_tokens=self.num_image_tokens).check(self.config)
 
     def tensor(self, key: str) -> Tensor:
         """One of our tensors, as stored."""
@@ -165,21 +166,6 @@ class Source:
         files = sorted({self.checkpoint.source(k) for k in self.names.values()} | {self.tokenizer})
         stats = {f.name: f.stat() for f in files}
         return {n: {"bytes": s.st_size, "modified": s.st_mtime_ns} for n, s in stats.items()}
-
-    def _check_tokenizer(self) -> None:
-        tokenizer = Tokenizer(self.tokenizer, num_image_tokens=self.num_image_tokens)
-        for name in ("mask_id", "gmask_id", "bos_id", "eos_id"):
-            ours, theirs = getattr(tokenizer, name), getattr(self.config, name)
-            if ours != theirs:
-                raise CheckpointError(
-                    f"{self.tokenizer}: {name} is {ours}, config.json says {theirs}: "
-                    "the tokenizer belongs to another release; download it from the same place"
-                )
-        if tokenizer.vocab_size > self.config.vocab_size:
-            raise CheckpointError(
-                f"{self.tokenizer}: {tokenizer.vocab_size} pieces, the model has "
-                f"{self.config.vocab_size}: download it from the same place as the weights"
-            )
 
 
 class _Writer:
@@ -224,7 +210,7 @@ class _Writer:
                     "check the folder's permissions or choose another --out"
                 ) from e
             raise BundleError(
-                f"{self.folder}: the disk is full; the weights take {self.size / 1e9:.2f} GB: "
+                f"{self.folder}: the disk is full; the weights take {human(self.size)}: "
                 "free some space and run the same command again, it continues where it stopped"
             ) from e
 

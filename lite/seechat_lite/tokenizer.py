@@ -13,6 +13,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from seechat_lite.errors import BundleError
+from seechat_weights.bundle import LMConfig
 
 _BLANKS = {f"<|blank_{k}|>": " " * k for k in range(2, 81)}
 _WHITESPACE = {"<n>": "\n", "<|tab|>": "\t", **_BLANKS}
@@ -44,7 +45,7 @@ class Tokenizer:
     vocab_size: int  # ids from here on are padding rows of the model's vocabulary
 
     def __init__(self, path: Path, *, num_image_tokens: int = 0) -> None:
-        path = Path(path)
+        self._path = path = Path(path)
         self._sp = _load(path)
         self._shift = num_image_tokens
         self.vocab_size = len(self._sp) + num_image_tokens
@@ -80,6 +81,24 @@ class Tokenizer:
             part = part.rstrip() if i < len(parts) - 1 else part
             ids += self._encode_part(part)
         return ids
+
+    def check(self, lm: LMConfig) -> None:
+        """Raise BundleError if this is not the tokenizer of a model of that shape.
+
+        <pad> is not compared: it is in no prompt, and published configurations differ on it.
+        """
+        for name in ("mask_id", "gmask_id", "bos_id", "eos_id"):
+            found, expected = getattr(self, name), getattr(lm, name)
+            if found != expected:
+                raise BundleError(
+                    f"{self._path}: {name} is {found}, the model expects {expected}: the tokenizer "
+                    "is another model's; get it from where the weights are from"
+                )
+        if self.vocab_size > lm.vocab_size:
+            raise BundleError(
+                f"{self._path}: {self.vocab_size} pieces, the model has {lm.vocab_size} ids: the "
+                "tokenizer is another model's; get it from where the weights are from"
+            )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`: sentencepiece, then newlines, tabs and blanks back; spaces are not cleaned
