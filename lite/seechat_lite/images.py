@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from seechat_weights.bundle import PixelSpec
+from seechat_weights.checkpoints import LFS_POINTER
 from seechat_weights.errors import BundleError, ImageError
 
 MAX_PIXELS = 128_000_000  # a 108-megapixel phone photo passes; decoded, this is half a gigabyte
 
-_LFS_POINTER = b"version https://git-lfs"
 _ORIENTATION = 0x0112  # the EXIF tag
 _VECTOR_FORMATS = ("EPS", "WMF")  # Pillow would start another program to draw them
 _FILTERS = {
@@ -120,11 +120,11 @@ def _from_bytes(data: bytes, name: str) -> Picture:
 
 def _open(file: BinaryIO, name: str) -> Image.Image:
     """Read a picture's header and refuse what must not be decoded."""
-    head = file.read(len(_LFS_POINTER))
+    head = file.read(len(LFS_POINTER))
     file.seek(0)
     if not head:
         raise ImageError(f"{name}: empty; expected a picture: check the file")
-    if head == _LFS_POINTER:
+    if head == LFS_POINTER:
         raise ImageError(
             f"{name}: a Git LFS pointer, not the picture itself; expected a picture: "
             "run `git lfs pull`"

@@ -14,6 +14,7 @@ from sentencepiece import SentencePieceProcessor
 
 from seechat_lite.errors import BundleError
 from seechat_weights.bundle import LMConfig
+from seechat_weights.checkpoints import LFS_POINTER
 
 _BLANKS = {f"<|blank_{k}|>": " " * k for k in range(2, 81)}
 _WHITESPACE = {"<n>": "\n", "<|tab|>": "\t", **_BLANKS}
@@ -23,7 +24,6 @@ _SPACES = re.compile(r" {2,80}")
 _SPECIAL = re.compile(
     r"(<sop>|<eop>|<unk>|<pad>|\[MASK\])"
 )  # [gMASK] is not among them: published so
-_LFS_POINTER = b"version https://git-lfs"
 
 
 class Tokenizer:
@@ -260,7 +260,7 @@ def _load(path: Path) -> SentencePieceProcessor:
         raise BundleError(
             f"{path}: cannot be read ({e.strerror}); {expected}: put the model's tokenizer there"
         ) from None
-    if data.startswith(_LFS_POINTER):
+    if data.startswith(LFS_POINTER):
         raise BundleError(
             f"{path}: a Git LFS pointer, not the file itself; {expected}: "
             "fetch it with `git lfs pull` or download it again"
