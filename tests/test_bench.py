@@ -4,14 +4,18 @@ import dataclasses
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from seechat_lite import bench
+from seechat_lite import bench, cli
+from seechat_lite.chat import load
 from seechat_lite.memory import plan
-from seechat_weights.bundle import read_manifest
+from seechat_lite.prompt import Prompt
+from seechat_weights.bundle import LMConfig, read_manifest
 
 
 def test_the_report_is_whole_and_its_sums_are_right(vision_bundle: Path) -> None:
@@ -43,3 +47,32 @@ def test_the_command_prints_a_table_or_one_json_line(text_bundle: Path) -> None:
     line = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120)
     assert line.stdout.count("\n") == 1
     assert json.loads(line.stdout)["encode_image"] is None
+
+
+def test_a_synthetic_model_is_written_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The command writes it to the cache folder and finds it there again."""
+    small = LMConfig(vocab_size=130528, hidden_size=16, num_layers=1, num_heads=2, inner_size=48)
+    (entry,) = entry_points(group="seechat.synthetic", name="chatglm-6b")
+    write = entry.load()
+
+    class Small:
+        def load(self) -> object:
+            return lambda folder, **options: write(folder, shape=small, **options)
+
+    monkeypatch.setattr(cli, "entry_points", lambda group, name: [Small()])
+    monkeypatch.setenv("SEECHAT_CACHE", str(tmp_path))
+    command = ["bench", "--synthetic", "chatglm-6b", "--layers", "2", "--context", "64"]
+    for precision in ("int4", "int8", "fp16"):
+        for said in ("writing random weights", ""):
+            assert cli.main([*command, "--precision", precision, "--repeat", "1", "--json"]) == 0
+            out, err = capfd.readouterr()
+            assert err.startswith(said) if said else err == ""
+        assert json.loads(out)["precision"] == precision
+        manifest = read_manifest(tmp_path / f"chatglm-6b-{precision}-2")
+        assert manifest.lm == replace(small, num_layers=2)
+    with load(tmp_path / "chatglm-6b-int4-2", context=64) as model:
+        ids = [*range(5, 30), small.gmask_id, small.bos_id]
+        logits = model.engine.prefill(Prompt(ids))
+    assert 0.5 < logits.std() < 8  # near unit scale: neither vanishing nor exploding

@@ -1,4 +1,4 @@
-"""Checkpoints of the published shapes with random weights, for measuring size, memory and speed.
+"""Checkpoints and bundles of the published shapes with random weights, to measure with.
 
 The real weights are large and not everybody's to pass on; how long an export takes and how fast a
 bundle answers depends on shapes alone. Weights are drawn so that activations stay near unit scale:
@@ -6,22 +6,38 @@ vanishing ones become denormal numbers, which make processors several times slow
 """
 
 import json
+import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from seechat_export.export import Progress
-from seechat_weights.bundle import LMConfig
+from seechat_export import graphs
+from seechat_export.export import EMBEDDINGS, GRAPH, TOKENIZER, WEIGHTS, Progress
+from seechat_export.graphs import Item, Stored
+from seechat_weights.bundle import (
+    MANIFEST,
+    Decoder,
+    FileHash,
+    LMConfig,
+    Manifest,
+    TokenizerConfig,
+    sha256,
+)
 from seechat_weights.errors import CheckpointError
 from seechat_weights.names import OLD_VOCABULARY, lm_shapes
+from seechat_weights.precisions import PRECISIONS, Precision
 
 SHARD_BYTES = 2_000_000_000  # the published shards were cut so, when the vocabulary was the old one
 BASE_PIECES = 130_000  # pieces of the tokenizer before the special ones
+PUBLISHED = LMConfig()
+POOL = 1 << 24  # random bytes drawn for a bundle
 CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
 CLIP |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 14}
 
@@ -187,3 +203,76 @@ def _write_vision(folder: Path, hidden: int, generator: torch.Generator) -> None
     weight = _random("mm_projector.weight", (hidden, width), generator)
     state = {"mm_projector.weight": weight, "mm_projector.bias": weight.new_zeros(hidden)}
     torch.save(state, folder / "mm_projector.bin")
+
+
+def write_synthetic_bundle(
+    folder: Path,
+    *,
+    precision: str = "int4",
+    block_size: int = 128,
+    layers: int = 28,
+    shape: LMConfig = PUBLISHED,
+    progress: Progress = lambda stage, done, total: None,
+) -> None:
+    """Write what `seechat export` would make of a synthetic ChatGLM-6B, without the detour.
+
+    A text-only bundle; its quantized weights are random codes and one scale, so it takes the time
+    that writing 3.5 GB takes. Atomic: `folder` appears when it is complete.
+    """
+    config, form = replace(shape, num_layers=layers), PRECISIONS[precision]
+    block_size = block_size if form.block else 0
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    graph, items, size = graphs.decoder(config, form, block_size, WEIGHTS)
+    ir.save(graph, partial / GRAPH)
+    generator = np.random.default_rng(0)
+    pool = generator.integers(0, 256, POOL, dtype=np.uint8)  # cut into weights again and again
+    with (partial / WEIGHTS).open("wb") as f:
+        for item in items:
+            progress("weights", item.stored[0].offset, size)
+            for stored in item.stored:
+                f.seek(stored.offset)
+                for block in _random_blocks(stored, item, form, pool):
+                    f.write(block)
+        f.truncate(size)
+    progress("weights", size, size)
+    table = generator.standard_normal((1024, config.hidden_size), np.float32)
+    rows = (table * (2 * config.hidden_size**-0.5)).astype(np.float16)
+    with (partial / EMBEDDINGS).open("wb") as f:
+        for start in range(0, config.vocab_size, len(rows)):
+            f.write(rows[: config.vocab_size - start].data)
+    write_tokenizer(partial / TOKENIZER)
+    files = sorted(partial.iterdir())
+    manifest = Manifest(
+        name=f"synthetic chatglm-6b, {layers} layers",
+        lm=config,
+        decoder=Decoder(GRAPH, EMBEDDINGS, "float16", precision, block_size),
+        tokenizer=TokenizerConfig(TOKENIZER),
+        conversation="chatglm",
+        files={f.name: FileHash(f.stat().st_size, sha256(f)) for f in files},
+        provenance={"note": "random weights: measures speed and memory, says nothing"},
+    )
+    (partial / MANIFEST).write_text(manifest.to_json(), "utf-8")
+    partial.rename(folder)
+
+
+def _random_blocks(
+    stored: Stored, item: Item, precision: Precision, pool: np.ndarray
+) -> Iterator[memoryview]:
+    """An array's bytes, piece by piece, with the scale that keeps activations near unit."""
+    if item.kind == "vector":
+        value = 1.0 if item.key.endswith("norm.weight") else 0.0
+        yield np.full(stored.shape, value, np.float32).data
+    elif stored.name.endswith(".scales"):
+        # codes spread evenly over 2**bits steps have a deviation of 2**bits / sqrt(12)
+        scale = item.shape[1] ** -0.5 * 12**0.5 / 2**precision.bits
+        yield np.full(stored.shape, scale, stored.dtype).data
+    elif precision.block:
+        for start in range(0, stored.nbytes, len(pool)):
+            yield pool[: stored.nbytes - start].data
+    else:
+        spread = (pool.astype(np.float32) - 127.5) / 73.9 * item.shape[1] ** -0.5
+        weights = spread.astype(stored.dtype)
+        for start in range(0, stored.nbytes, weights.nbytes):
+            yield weights.view(np.uint8)[: stored.nbytes - start].data

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import sys
 import textwrap
@@ -28,6 +29,7 @@ from seechat_lite.terminal import (
     show,
 )
 from seechat_weights.errors import SeechatError
+from seechat_weights.precisions import PRECISIONS
 
 if TYPE_CHECKING:
     from seechat_lite.chat import Model, Stats
@@ -134,7 +136,17 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench", parents=[common], help="how fast a bundle is here, and what memory it takes"
     )
-    bench.add_argument("--model", type=Path, metavar="DIR", help="a bundle; default: built in")
+    which = bench.add_mutually_exclusive_group()
+    which.add_argument("--model", type=Path, metavar="DIR", help="a bundle; default: built in")
+    which.add_argument(
+        "--synthetic",
+        choices=("chatglm-6b",),
+        help="a model of this shape with random weights, written once and kept in the cache folder",
+    )
+    bench.add_argument(
+        "--precision", choices=PRECISIONS, default="int4", help="of --synthetic (%(default)s)"
+    )
+    bench.add_argument("--layers", type=int, default=28, metavar="N", help="of --synthetic (28)")
     bench.add_argument("--engine", default="auto", help="what executes it (default: %(default)s)")
     bench.add_argument("--device", default="auto", help="cpu, cuda, dml, coreml … or a provider")
     bench.add_argument("--context", type=int, default=2048, metavar="N", help="tokens (2048)")
@@ -234,8 +246,9 @@ def _bench(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
         if sys.stderr.isatty():  # one line, written over
             print(f"\r\x1b[K{stage and stage + ' …'}", end="", file=sys.stderr, flush=True)
 
+    folder = _synthetic(args, say) if args.synthetic else args.model
     report = measure(
-        args.model,
+        folder,
         engine=args.engine,
         device=args.device,
         context=args.context,
@@ -248,6 +261,41 @@ def _bench(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     else:
         _print_table(rows(report))
     return 0
+
+
+def _synthetic(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
+    """The bundle of random weights that --synthetic names, from the cache folder."""
+    folder = cache_folder() / f"{args.synthetic}-{args.precision}-{args.layers}"
+    if folder.is_dir():
+        return folder
+    entry = next(iter(entry_points(group="seechat.synthetic", name=args.synthetic)))
+    try:
+        write = entry.load()
+    except ImportError as e:
+        raise SeechatError(
+            f"{e.name} is not installed; --synthetic needs it: pip install 'seechat-lite[export]'"
+        ) from None
+    print(f"writing random weights to {folder}", file=sys.stderr)
+    write(
+        folder,
+        precision=args.precision,
+        layers=args.layers,
+        progress=lambda stage, done, total: say(f"{stage} {done / total:.0%}"),
+    )
+    return folder
+
+
+def cache_folder() -> Path:
+    """Where files are kept that can be made again: SEECHAT_CACHE, or the system's place."""
+    if folder := os.environ.get("SEECHAT_CACHE"):
+        return Path(folder)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "seechat-lite"
 
 
 def _print_table(rows: Mapping[str, str]) -> None:
