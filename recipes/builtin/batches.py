@@ -121,9 +121,9 @@ class Sampler:
             if max(i for r in rounds for i in r.pictures) == 0:
                 numbers = numbers[:1]
             return encode(self.tokenizer, rounds, numbers)
-        if kind < 0.12:
+        if kind < 0.13:
             number = int(author.choose(self.others))
-        elif kind < 0.5:
+        elif kind < 0.70:
             number = int(author.choose(self.scenes))
         else:
             number = self.pick_single()

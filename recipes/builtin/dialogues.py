@@ -5,6 +5,7 @@ asking come from wordings.txt. Answers keep one plain form each, and Chinese one
 because the tokenizer's NFKC would turn a full-width comma into a half-width one.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from phrases import (
     noun,
 )
 from scenes import LAYOUTS, Picture, Thing
+
+ALTERNATIVES = re.compile(r"\[([^\[\]]*)\]")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Author:
         self.rng, self.concepts = rng, concepts
         self.wordings = load_wordings()
         self.talk = load_wordings(Path(__file__).with_name("small_talk.txt"))
+        self.weights: dict[tuple[str, str], np.ndarray] = {}
         self.siblings: dict[str, list[Concept]] = {}
         for c in concepts:
             self.siblings.setdefault(c.category.key, []).append(c)
@@ -70,13 +74,23 @@ class Author:
 
     def ask(self, intent: str, lang: str, **fill: str) -> str:
         """A way of asking, with a beginning and punctuation as people happen to use."""
-        ways = self.wordings[intent, lang]
-        text = self.choose(ways)
+        text = self.wording(intent, lang)
         while "{x}" in text and "x" not in fill:  # "what else" can do without a name
-            text = self.choose(ways)
+            text = self.wording(intent, lang)
         for key, value in fill.items():
             text = text.replace("{" + key + "}", value)
         return self.dress(text, lang)
+
+    def wording(self, intent: str, lang: str) -> str:
+        """One line of wordings.txt, its alternatives decided; lines with many count for more."""
+        key = (intent, lang)
+        if key not in self.weights:
+            many = np.array([1 + 2 * line.count("[") for line in self.wordings[key]], float)
+            self.weights[key] = np.cumsum(many / many.sum())
+        at = int(np.searchsorted(self.weights[key], self.rng.random()))
+        text = self.wordings[key][min(at, len(self.wordings[key]) - 1)]
+        text = ALTERNATIVES.sub(lambda m: self.choose(m[1].split("|")), text)
+        return " ".join(text.split())
 
     def dress(self, text: str, lang: str) -> str:
         if lang == "zh":
@@ -108,6 +122,13 @@ class Author:
             if found.index != concept:
                 return found
         return self.concepts[(concept + 1) % len(self.concepts)]
+
+    def by_name(self, intent: str, concept: Concept) -> str:
+        """A Chinese question about a thing's name in place of "it": no picture needed."""
+        text = ""
+        while not text.startswith("它"):
+            text = self.wording(intent, "zh")
+        return self.dress(text.replace("它", concept.zh, 1), "zh")
 
     # --- answers
 
@@ -281,22 +302,22 @@ class Author:
             question = self.ask("at", lang, p=self.choose(PLACES[place][lang == "en"]))
             focus = places[place][0] if len(places[place]) == 1 else None
             return question, self.say_at(place, places[place], lang), focus
-        if roll < 0.44:
+        if roll < 0.60:
             shown = self.choose(things)
             concept = self.concepts[shown.concept]
             if self.chance(0.08):
                 concept = self.other(shown.concept, near=0)
             question = self.ask("where", lang, x=concept.name(lang))
             return question, self.say_where(concept, things, lang), shown
-        if roll < 0.58:
+        if roll < 0.64:
             return self.ask("count", lang), self.say_count(len(things), lang), None
-        if roll < 0.66:
+        if roll < 0.70:
             return *self.count_x(picture, lang), None
-        if roll < 0.8:
+        if roll < 0.81:
             return self.ask("list", lang), self.say_list(things, lang), None
-        if roll < 0.87:
+        if roll < 0.90:
             return *self.exists(picture, lang), None
-        if roll < 0.93:
+        if roll < 0.95:
             shown = self.choose(things)
             question = self.ask("else", lang, x=self.name(shown, lang))
             while self.name(shown, lang) not in question:
@@ -482,9 +503,7 @@ class Author:
             return [Round(question, self.say_translation(concept, "zh", lang))]
         trait = self.pick_trait(concept)
         if roll < 0.86:
-            ways = [w for w in self.wordings["category", "zh"] if w.startswith("它")]
-            question = self.dress(self.choose(ways).replace("它", concept.zh, 1), "zh")
+            question = self.by_name("category", concept)
             return [Round(question, self.say_category(concept, "zh"))]
-        ways = [w for w in self.wordings[trait, "zh"] if w.startswith("它")]
-        question = self.dress(self.choose(ways).replace("它", concept.zh, 1), "zh")
+        question = self.by_name(trait, concept)
         return [Round(question, self.say_trait(concept, trait, "zh"))]

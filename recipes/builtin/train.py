@@ -37,7 +37,7 @@ from scenes import Picture
 from tokenizer import train_tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vision import TOKENS, Bridge
+from vision import CELLS, TOKENS, Bridge
 
 from seechat_lite.nn.chatglm import ChatGLM, prefix_mask
 from seechat_lite.tokenizer import Tokenizer
@@ -67,6 +67,7 @@ class Settings:
     scenes: int = 17_000
     other: int = 2_600
     language_steps: int = 800
+    gate_steps: int = 2_500
     align_steps: int = 2_000
     steps: int = 9_000
     minutes: float = 0  # instruct for so long, whatever the steps
@@ -121,33 +122,36 @@ class Readers(nn.Module):
 
     def loss(
         self,
-        embeds: Tensor,
+        what: Tensor,
         pictures: list[Picture],
         table: Tensor,
         *,
         only_colour: bool = False,
     ) -> Tensor:
-        """Cross entropy over the tokens that show exactly one thing.
+        """Cross entropy of names and colours, in the regions that show exactly one thing.
 
-        embeds: [n, 12, hidden]; table: the word embeddings, [vocab, hidden].
+        what: [n, 12, hidden], the bridge's parts; table: the word embeddings, [vocab, hidden].
         """
-        rows, tokens, concepts, colours = [], [], [], []
+        shown = torch.full(what.shape[:2], -100)
+        colours = torch.full(what.shape[:2], -100)
         for row, picture in enumerate(pictures):
             for t in picture.things:
-                rows.append(row)
-                tokens.append(TOKEN_OF[picture.layout, t.place])
-                concepts.append(t.concept)
-                colours.append(-100 if t.colour is None else t.colour)
-        if not rows:
-            return embeds.new_zeros(())
-        x = F.layer_norm(embeds[rows, tokens], embeds.shape[-1:])
+                token = TOKEN_OF[picture.layout, t.place]
+                shown[row, token] = t.concept
+                colours[row, token] = -100 if t.colour is None else t.colour
+        x = F.layer_norm(what, what.shape[-1:])
         scales = self.scales.exp()
-        shades = scales[0] * x @ self.words(table, self.colours).t()
-        colour = 0.3 * F.cross_entropy(shades, torch.tensor(colours))
+        loss = what.new_zeros(())
+        coloured, named = colours >= 0, shown >= 0
+        if coloured.any():
+            shades = scales[0] * x[coloured] @ self.words(table, self.colours).t()
+            loss = loss + 0.3 * F.cross_entropy(shades, colours[coloured])
         if only_colour:
-            return colour
-        names = scales[1] * x @ self.words(table, self.names).t()
-        return colour + F.cross_entropy(names, torch.tensor(concepts), label_smoothing=0.05)
+            return loss
+        if named.any():
+            names = scales[1] * x[named] @ self.words(table, self.names).t()
+            loss = loss + F.cross_entropy(names, shown[named], label_smoothing=0.05)
+        return loss
 
 
 def new_language_model(config: LMConfig) -> ChatGLM:
@@ -270,28 +274,43 @@ def fit_scale(bridge: Bridge, bank: Bank) -> None:
     bridge.scale.copy_(1 / (seen.std(0) + 0.05))
 
 
+def fit_gate(work: Path, settings: Settings, bank: Bank, bridge: Bridge) -> None:
+    """The gates alone, seconds: which regions show exactly one thing? Frozen from then on."""
+    low = torch.from_numpy(bank.low[:, 0, -CELLS * CELLS :].copy()).float()
+    single = torch.zeros(len(low), TOKENS)
+    for row, picture in enumerate(bank.pictures):
+        for t in picture.things:
+            single[row, TOKEN_OF[picture.layout, t.place]] = 1
+    groups = [{"params": list(bridge.gate.parameters()), "lr": 3e-3}]
+    trainer = Trainer(work, "gate", groups, {"gate": bridge.gate}, settings.gate_steps)
+    generator = torch.Generator().manual_seed(settings.seed)
+    while not trainer.finished:
+        rows = torch.randint(len(low), (512,), generator=generator)
+        trainer.step(F.binary_cross_entropy_with_logits(bridge.gate(low[rows]), single[rows]))
+    bridge.gate.requires_grad_(False)
+
+
 def align(
     work: Path, settings: Settings, bank: Bank, lm: ChatGLM, bridge: Bridge, readers: Readers
 ) -> None:
     """The bridge alone: the expert's view of a region becomes a vector among the words."""
     table = lm.word_embeddings.weight.detach()
     modules = {"bridge": bridge, "readers": readers}
-    parameters = [*bridge.parameters(), *readers.parameters()]
+    parameters = [p for p in [*bridge.parameters(), *readers.parameters()] if p.requires_grad]
     groups = [{"params": parameters, "lr": settings.rate * 1.5}]
     trainer = Trainer(work, "alignment", groups, modules, settings.align_steps)
     rng = np.random.default_rng([settings.seed, trainer.done])
-    pool = np.array([i for i, p in enumerate(bank.pictures) if p.things])
     bridge.train()
     while not trainer.finished:
-        numbers = rng.choice(pool, 192)
+        numbers = rng.choice(len(bank.pictures), 192)
         seen, low = bank(numbers)
         pictures = [bank.pictures[i] for i in numbers]
         with torch.autocast("cpu", torch.bfloat16):
-            embeds = bridge(seen, low)
+            what, _ = bridge.parts(seen, low)
             # another picture's view with this one's colours: colours must be read from the pixels,
             # not remembered with the thing
-            mixed = bridge(seen[:64].flip(0), low[:64])
-        loss = readers.loss(embeds.float(), pictures, table)
+            mixed, _ = bridge.parts(seen[:64].flip(0), low[:64])
+        loss = readers.loss(what.float(), pictures, table)
         loss = loss + readers.loss(mixed.float(), pictures[:64], table, only_colour=True)
         trainer.step(loss)
     bridge.eval()
@@ -321,7 +340,10 @@ def instruct(
     """Bridge and language model on dialogues; the readers keep the bridge's view sharp."""
     groups = [
         {"params": list(lm.parameters()), "lr": settings.rate},
-        {"params": [*bridge.parameters(), *readers.parameters()], "lr": settings.rate * 0.3},
+        {
+            "params": [p for p in [*bridge.parameters(), *readers.parameters()] if p.requires_grad],
+            "lr": settings.rate * 0.3,
+        },
     ]
     modules = {"lm": lm, "bridge": bridge, "readers": readers}
     trainer = Trainer(work, "instruction", groups, modules, settings.steps, settings.minutes)
@@ -331,14 +353,15 @@ def instruct(
     while not trainer.finished:
         batch = next(batches)
         with torch.autocast("cpu", torch.bfloat16):
-            embeds = None
+            embeds = parts = None
             if len(batch.pictures):
-                embeds = bridge(*bank(batch.pictures))
+                parts = bridge.parts(*bank(batch.pictures))
+                embeds = bridge.join(*parts)
             loss = language_loss(lm, batch, embeds)
-        if embeds is not None:
+        if parts is not None:
             shown = [bank.pictures[i] for i in batch.pictures]
             table = lm.word_embeddings.weight.detach()
-            loss = loss + 0.1 * readers.loss(embeds.float(), shown, table)
+            loss = loss + 0.1 * readers.loss(parts[0].float(), shown, table)
         trainer.step(loss)
     bridge.eval()
 
@@ -405,6 +428,7 @@ def main() -> None:
 
     author = Author(np.random.default_rng(settings.seed), concepts)
     learn_language(work, settings, lm, Sampler(author, tokenizer, bank.pictures, text_only=True))
+    fit_gate(work, settings, bank, bridge)
     align(work, settings, bank, lm, bridge, readers)
     instruct(work, settings, lm, bridge, readers, bank, Sampler(author, tokenizer, bank.pictures))
     if not args.no_export:

@@ -76,7 +76,12 @@ class Features(nn.Module):
 
 
 class Bridge(nn.Module):
-    """The MLP between expert and language model: [n, 12, 1280 + LOW] to [n, 12, hidden]."""
+    """The MLP between expert and language model: [n, 12, 1280 + LOW] to [n, 12, hidden].
+
+    A gate for each region, which looks at how full parts of the picture are and so does not care
+    about the style of a drawing, opens where the region shows exactly one thing; where it stays
+    shut, the embedding says "nothing" instead.
+    """
 
     def __init__(self, hidden: int, width: int = 384) -> None:
         super().__init__()
@@ -88,12 +93,30 @@ class Bridge(nn.Module):
         self.region = nn.Parameter(torch.zeros(TOKENS, width))
         self.out = nn.Linear(width, hidden)
         self.drop = nn.Dropout(0.25)
+        self.gate = nn.Sequential(
+            nn.Linear(CELLS * CELLS, 128),
+            nn.GELU(),
+            nn.Linear(128, 128),
+            nn.GELU(),
+            nn.Linear(128, TOKENS),
+        )
+        self.nothing = nn.Parameter(torch.randn(hidden) * 0.1)
         self.place = nn.Parameter(torch.zeros(TOKENS, hidden))
 
-    def forward(self, seen: Tensor, low: Tensor) -> Tensor:
+    def parts(self, seen: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+        """What each region would be, [n, 12, hidden], and the gate's logit, [n, 12, 1]."""
         seen = self.drop((seen - self.mean) * self.scale)
         x = self.expert(seen) + self.low(low) + self.region
-        return self.out(self.drop(F.gelu(x))) + self.place
+        gate = self.gate(low[:, 0, -CELLS * CELLS :])  # the map is the same in every region
+        return self.out(self.drop(F.gelu(x))), gate[..., None]
+
+    def forward(self, seen: Tensor, low: Tensor) -> Tensor:
+        what, gate = self.parts(seen, low)
+        return self.join(what, gate)
+
+    def join(self, what: Tensor, gate: Tensor) -> Tensor:
+        share = gate.sigmoid()
+        return share * what + (1 - share) * self.nothing + self.place
 
 
 class Vision(nn.Module):
