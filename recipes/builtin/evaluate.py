@@ -4,7 +4,7 @@
     python recipes/builtin/evaluate.py --bundle DIR --json result.json --vendor openmoji
 
 Downloads and draws the test set by itself (Twemoji; scikit-image's photos for refusals). The set
-and the questions are fixed by a seed; half of the wordings do not occur in training.
+and the questions are fixed by a seed; many of the wordings are among those that training can draw.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from scenes import LAYOUTS, Icons, Picture, Thing, compose, texture
 import seechat_lite as sl
 
 SEED = 20_000
-# (asked in training, never asked in training)
 NAME_ZH = ("这是什么？", "图里有什么？", "请说出图中物体的名称。", "这个图标表示的是什么？")
 NAME_EN = (
     "What is this?",
