@@ -116,7 +116,7 @@ def store_as_int8(path: Path) -> None:
 def provenance() -> dict[str, Any]:
     """Where the model's knowledge comes from, kept in the manifest."""
     return {
-        "licence": "Apache-2.0; training data and their licences: NOTICE, docs/builtin-model.md",
+        "license": "Apache-2.0; training data and their licences: NOTICE, docs/builtin-model.md",
         "vision_expert": "EfficientNet-Lite0, ImageNet, Apache-2.0, frozen",
         "drawings": {f"{v.package}@{v.version}": v.licence for v in VENDORS if v.train},
         "photos_refused": [f"{p}@{v}" for p, v in PHOTOS] + [SCIKIT_LEARN],

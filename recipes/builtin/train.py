@@ -11,7 +11,8 @@ Stages, each of which leaves its result in the work folder:
 3. language     the language model alone, on text
 4. alignment    the bridge alone: what a region shows must be readable from its embedding
 5. instruction  bridge and language model together, on dialogues about pictures
-6. export       a Hugging-Face-style folder and the shipped bundle
+6. places       where things are, on scenes mixed anew for every question (see places.py)
+7. export       a Hugging-Face-style folder and the shipped bundle
 """
 
 import argparse
@@ -31,6 +32,7 @@ from colours import COLOURS
 from concepts import Concept, load_concepts
 from dialogues import Author
 from emoji_sets import VENDORS, training_photos
+from places import TOKEN_OF, Mixer, keep_places, set_matching_head
 from publish import publish
 from render import render
 from scenes import Picture
@@ -43,16 +45,6 @@ from seechat_lite.nn.chatglm import ChatGLM, prefix_mask
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle import LMConfig
-
-# which token shows a thing at a place, by layout
-TOKEN_OF = {
-    ("one", "middle"): 0,
-    ("row2", "left"): 1, ("row2", "right"): 2,
-    ("column2", "top"): 3, ("column2", "bottom"): 4,
-    ("four", "top left"): 5, ("four", "top right"): 6,
-    ("four", "bottom left"): 7, ("four", "bottom right"): 8,
-    ("row3", "left"): 9, ("row3", "middle"): 10, ("row3", "right"): 11,
-}  # fmt: skip
 
 
 @dataclass
@@ -70,6 +62,8 @@ class Settings:
     gate_steps: int = 2_500
     align_steps: int = 2_000
     steps: int = 9_000
+    focus_steps: int = 400  # learning places: nothing else
+    place_steps: int = 900  # and among everything else
     minutes: float = 0  # instruct for so long, whatever the steps
     batch: int = 64
     rate: float = 1.0e-3
@@ -366,6 +360,49 @@ def instruct(
     bridge.eval()
 
 
+def learn_places(
+    work: Path,
+    settings: Settings,
+    lm: ChatGLM,
+    bridge: Bridge,
+    readers: Readers,
+    bank: Bank,
+    sampler: Sampler,
+) -> None:
+    """Where things are: a head set up for it, the one question alone, then among all others."""
+    modules = {"lm": lm, "bridge": bridge, "readers": readers}
+    bridge.gate.requires_grad_(False)
+    mixer = Mixer(sampler, bank)
+    if not (work / "focus.pt").exists():
+        bridge.eval()
+        set_matching_head(lm, bridge, bank, sampler, sampler.author.concepts)
+    table = lm.word_embeddings.weight
+    batches = sampler.batches(settings.batch)
+    for stage, steps in (("focus", settings.focus_steps), ("places", settings.place_steps)):
+        rest = [p for p in [*bridge.parameters(), *readers.parameters()] if p.requires_grad]
+        groups = [
+            {"params": list(lm.parameters()), "lr": settings.rate},
+            {"params": rest, "lr": settings.rate * 0.15},
+        ]
+        trainer = Trainer(work, stage, groups, modules, steps)
+        sampler.author.rng = np.random.default_rng([settings.seed, 3, steps, trainer.done])
+        bridge.train()
+        while not trainer.finished:
+            turn = trainer.done % 5
+            if stage == "focus":
+                batch = keep_places(mixer.batch(settings.batch, only_where=True), sampler.tokenizer)
+            elif turn in (0, 1, 3):
+                batch = mixer.batch(settings.batch, only_where=turn == 0)
+            else:
+                batch = next(batches)
+            with torch.autocast("cpu", torch.bfloat16):
+                parts = bridge.parts(*mixer.features(batch.pictures))
+                loss = language_loss(lm, batch, bridge.join(*parts))
+            shown = [mixer.picture(i) for i in batch.pictures]
+            trainer.step(loss + 0.1 * readers.loss(parts[0].float(), shown, table.detach()))
+    bridge.eval()
+
+
 def language_config(tokenizer: Tokenizer, settings: Settings) -> LMConfig:
     return LMConfig(
         vocab_size=tokenizer.vocab_size,
@@ -430,7 +467,9 @@ def main() -> None:
     learn_language(work, settings, lm, Sampler(author, tokenizer, bank.pictures, text_only=True))
     fit_gate(work, settings, bank, bridge)
     align(work, settings, bank, lm, bridge, readers)
-    instruct(work, settings, lm, bridge, readers, bank, Sampler(author, tokenizer, bank.pictures))
+    sampler = Sampler(author, tokenizer, bank.pictures)
+    instruct(work, settings, lm, bridge, readers, bank, sampler)
+    learn_places(work, settings, lm, bridge, readers, bank, sampler)
     if not args.no_export:
         # the shipped precision goes where the package looks for it, the others beside the work
         publish(work, lm, bridge, args.out, precision="int8")
