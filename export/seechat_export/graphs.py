@@ -27,11 +27,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from seechat_lite.nn.chatglm import ALPHA
 from seechat_weights.bundle import LMConfig
 from seechat_weights.precisions import Precision
 
 OPSET = 21
-ALPHA = math.sqrt(2 * 28)  # the published residual scale, whatever the number of layers
 MICROSOFT = "com.microsoft"
 ALIGN = 4096  # a page: lets the runtime map each tensor straight from the file
 

@@ -20,7 +20,7 @@ import onnxruntime as ort
 import psutil
 
 from seechat_lite.chat import Model, load
-from seechat_lite.memory import human, plan
+from seechat_lite.memory import cache_bytes, human, plan, widening
 from seechat_lite.prompt import Prompt
 from seechat_weights.bundle import Manifest
 from seechat_weights.precisions import PRECISIONS
@@ -104,13 +104,11 @@ def measure(
             seconds = _median(repeat, lambda p=prompt: model.engine.prefill(p))
             report.prefill[length] = length / seconds
         weights = manifest.files[f"{manifest.decoder.graph}.data"].bytes
-        if PRECISIONS[manifest.decoder.precision].dtype == "float16":
-            weights *= 2  # computed with as float32
-        lm = manifest.lm
+        weights *= widening(PRECISIONS[manifest.decoder.precision])
         for length in (n for n in DECODE if n + STEPS < context):
             say(f"decode {length}")
             report.decode[length] = _decode(model, length, repeat)
-            cached = 2 * lm.num_layers * lm.hidden_size * (length + STEPS // 2) * 4
+            cached = cache_bytes(manifest.lm, length + STEPS // 2)
             report.token_bytes[length] = weights + cached
         report.peak_memory, report.anonymous_memory = _memory()
         say("bandwidth")

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 
 from seechat_lite.errors import MemoryPlanError
-from seechat_weights.bundle import Manifest
-from seechat_weights.precisions import PRECISIONS
+from seechat_weights.bundle import LMConfig, Manifest
+from seechat_weights.precisions import PRECISIONS, Precision
 
 MIN_CONTEXT = 16  # tokens; less holds no question and answer
 RUNTIME = 80 << 20  # Python, numpy, Pillow and ONNX Runtime themselves
@@ -67,8 +67,6 @@ def plan(manifest: Manifest, *, context: int) -> MemoryPlan:
     def stored(graph: str) -> int:  # a graph and the weights beside it
         return sum(f.bytes for name, f in manifest.files.items() if name.startswith(graph))
 
-    # float weights are computed with in float32, however they are stored
-    widen = 2 if precision.dtype == "float16" else 1
     vision = 0
     if manifest.vision:
         widen_vision = 2 if manifest.vision.precision == "fp16" else 1
@@ -76,12 +74,22 @@ def plan(manifest: Manifest, *, context: int) -> MemoryPlan:
     # of the widest layer's activations in a prompt that fills the context: the MLP's
     activations = context * (2 * lm.inner_size + 6 * lm.hidden_size) * 4
     return MemoryPlan(
-        weights=stored(manifest.decoder.graph) * widen,
-        cache=2 * lm.num_layers * lm.hidden_size * context * CACHE_BYTES,
+        weights=stored(manifest.decoder.graph) * widening(precision),
+        cache=cache_bytes(lm, context),
         vision=vision,
         workspace=RUNTIME + activations,
         context=context,
     )
+
+
+def widening(precision: Precision) -> int:
+    """How many times its stored size a weight takes: floats are computed with in float32."""
+    return 2 if precision.dtype == "float16" else 1
+
+
+def cache_bytes(lm: LMConfig, tokens: int) -> int:
+    """Bytes of the keys and values of `tokens` tokens."""
+    return 2 * lm.num_layers * lm.hidden_size * tokens * CACHE_BYTES
 
 
 def available_memory() -> int:

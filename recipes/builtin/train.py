@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -322,6 +323,40 @@ def learn_language(work: Path, settings: Settings, lm: ChatGLM, sampler: Sampler
         trainer.step(loss)
 
 
+def tuning_groups(
+    settings: Settings, lm: ChatGLM, bridge: Bridge, readers: Readers, share: float
+) -> list[dict]:
+    """All of the decoder at the full rate, what may change of the bridge at a share of it."""
+    rest = [p for p in [*bridge.parameters(), *readers.parameters()] if p.requires_grad]
+    return [
+        {"params": list(lm.parameters()), "lr": settings.rate},
+        {"params": rest, "lr": settings.rate * share},
+    ]
+
+
+def tune(
+    trainer: Trainer,
+    lm: ChatGLM,
+    bridge: Bridge,
+    readers: Readers,
+    batch: Batch,
+    features: Callable[[np.ndarray], tuple[Tensor, Tensor]],
+    picture: Callable[[int], Picture],
+) -> None:
+    """One step on dialogues about pictures; the readers keep the bridge's view sharp."""
+    with torch.autocast("cpu", torch.bfloat16):
+        embeds = parts = None
+        if len(batch.pictures):
+            parts = bridge.parts(*features(batch.pictures))
+            embeds = bridge.join(*parts)
+        loss = language_loss(lm, batch, embeds)
+    if parts is not None:
+        shown = [picture(i) for i in batch.pictures]
+        table = lm.word_embeddings.weight.detach()
+        loss = loss + 0.1 * readers.loss(parts[0].float(), shown, table)
+    trainer.step(loss)
+
+
 def instruct(
     work: Path,
     settings: Settings,
@@ -331,32 +366,15 @@ def instruct(
     bank: Bank,
     sampler: Sampler,
 ) -> None:
-    """Bridge and language model on dialogues; the readers keep the bridge's view sharp."""
-    groups = [
-        {"params": list(lm.parameters()), "lr": settings.rate},
-        {
-            "params": [p for p in [*bridge.parameters(), *readers.parameters()] if p.requires_grad],
-            "lr": settings.rate * 0.3,
-        },
-    ]
+    """Bridge and language model together, on dialogues about the bank's pictures."""
+    groups = tuning_groups(settings, lm, bridge, readers, 0.3)
     modules = {"lm": lm, "bridge": bridge, "readers": readers}
     trainer = Trainer(work, "instruction", groups, modules, settings.steps, settings.minutes)
     sampler.author.rng = np.random.default_rng([settings.seed, 2, trainer.done])
     batches = sampler.batches(settings.batch)
     bridge.train()
     while not trainer.finished:
-        batch = next(batches)
-        with torch.autocast("cpu", torch.bfloat16):
-            embeds = parts = None
-            if len(batch.pictures):
-                parts = bridge.parts(*bank(batch.pictures))
-                embeds = bridge.join(*parts)
-            loss = language_loss(lm, batch, embeds)
-        if parts is not None:
-            shown = [bank.pictures[i] for i in batch.pictures]
-            table = lm.word_embeddings.weight.detach()
-            loss = loss + 0.1 * readers.loss(parts[0].float(), shown, table)
-        trainer.step(loss)
+        tune(trainer, lm, bridge, readers, next(batches), bank, bank.pictures.__getitem__)
     bridge.eval()
 
 
@@ -376,14 +394,9 @@ def learn_places(
     if not (work / "focus.pt").exists():
         bridge.eval()
         set_matching_head(lm, bridge, bank, sampler, sampler.author.concepts)
-    table = lm.word_embeddings.weight
     batches = sampler.batches(settings.batch)
     for stage, steps in (("focus", settings.focus_steps), ("places", settings.place_steps)):
-        rest = [p for p in [*bridge.parameters(), *readers.parameters()] if p.requires_grad]
-        groups = [
-            {"params": list(lm.parameters()), "lr": settings.rate},
-            {"params": rest, "lr": settings.rate * 0.15},
-        ]
+        groups = tuning_groups(settings, lm, bridge, readers, 0.15)
         trainer = Trainer(work, stage, groups, modules, steps)
         sampler.author.rng = np.random.default_rng([settings.seed, 3, steps, trainer.done])
         bridge.train()
@@ -395,11 +408,7 @@ def learn_places(
                 batch = mixer.batch(settings.batch, only_where=turn == 0)
             else:
                 batch = next(batches)
-            with torch.autocast("cpu", torch.bfloat16):
-                parts = bridge.parts(*mixer.features(batch.pictures))
-                loss = language_loss(lm, batch, bridge.join(*parts))
-            shown = [mixer.picture(i) for i in batch.pictures]
-            trainer.step(loss + 0.1 * readers.loss(parts[0].float(), shown, table.detach()))
+            tune(trainer, lm, bridge, readers, batch, mixer.features, mixer.picture)
     bridge.eval()
 
 
