@@ -88,3 +88,9 @@ class TorchEngine:
             embeds[None], torch.from_numpy(position)[None], cache=self.cache, last_only=True
         )
         return logits[0, 0].numpy()
+
+
+def manifest(name: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Names, shapes and dtypes of a checkpoint at its published size."""
+    published = load_json(f"manifests/{name}.json")["tensors"]
+    return {key: (tuple(entry[0]), entry[1]) for key, entry in published.items()}

@@ -24,7 +24,7 @@ from seechat_lite.nn.vision import ClipTower, Vision
 from seechat_weights.bundle import PixelSpec, VisionConfig
 from seechat_weights.checkpoints import open_checkpoint, read_json
 from seechat_weights.errors import CheckpointError
-from seechat_weights.names import ClipNames, map_bridge, map_clip
+from seechat_weights.vision_names import ClipNames, map_bridge, map_clip
 
 OPSET = 21  # as the decoder's; opset 23's Attention measured no faster and runs on fewer devices
 EXTERNAL_DATA_BYTES = 1_900_000_000  # protobuf, so a single .onnx file, ends at 2 GiB

@@ -6,7 +6,7 @@ trained on what enters the last layer (LLaVA's hidden_states[-2]), without the f
 
 from torch import Tensor, nn
 
-from seechat_weights.names import ClipNames
+from seechat_weights.vision_names import ClipNames
 
 
 class ClipTower(nn.Module):
