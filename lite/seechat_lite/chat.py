@@ -9,9 +9,10 @@ import threading
 import time
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -34,7 +35,8 @@ from seechat_weights.bundle import Manifest, read_manifest, verify_hashes
 log = logging.getLogger(__name__)
 
 ImageSource = str | Path | bytes | Image.Image
-CACHED_IMAGE_BYTES = 64 << 20  # embeddings kept for pictures that no chat shows any more
+Progress = Callable[[str, int, int], None]
+IMAGE_CACHE = 64 << 20  # bytes
 
 
 def load(
@@ -43,12 +45,17 @@ def load(
     engine: str = "auto",
     device: str = "auto",
     context: int = 2048,
+    image_cache: int = IMAGE_CACHE,
+    progress: Progress | None = None,
 ) -> "Model":
     """Load a bundle: a folder written by `seechat export`, or with None the built-in model.
 
     engine: "auto" or a name of engines.ENGINES. device: "auto", "cpu", "cuda", … or the name of an
     ONNX Runtime execution provider. context: tokens that the prompt and the answer may take
-    together; the cache grows with it.
+    together; the cache grows with it. image_cache: bytes of embeddings kept for pictures that no
+    chat shows any more. progress: called in this thread with a stage, "checking" (bytes of the
+    bundle) or "loading", and how much of it is done, of how much; loading ends with the exception
+    that it raises, and leaves nothing open.
 
     Raises BundleError (missing, damaged or newer bundle), EngineError (engine or device),
     MemoryPlanError (would not fit), ContextError (context too small to be of use).
@@ -67,19 +74,35 @@ def load(
     needed = plan(manifest, context=context)
     log.info("%s: %s", manifest.name, needed)
     check_memory(needed, manifest)
-    verify_hashes(folder, manifest)
+    verify_hashes(folder, manifest, partial(progress, "checking") if progress else None)
     tokenizer = Tokenizer(
         folder / manifest.tokenizer.file, num_image_tokens=manifest.tokenizer.num_image_tokens
     )
     tokenizer.check(manifest.lm)
+    if progress:
+        progress("loading", 0, 1)
     executor = create(engine, folder, manifest, device=device, context=context)
-    return Model(manifest, tokenizer, executor)
+    model = Model(manifest, tokenizer, executor, image_cache=image_cache)
+    try:
+        if progress:
+            progress("loading", 1, 1)
+    except BaseException:
+        model.close()
+        raise
+    return model
 
 
 class Model:
     """A loaded bundle. Made by `load`; a context manager; safe to use from several threads."""
 
-    def __init__(self, manifest: Manifest, tokenizer: Tokenizer, engine: Engine) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        *,
+        image_cache: int = IMAGE_CACHE,
+    ) -> None:
         self.manifest = manifest
         self.tokenizer = tokenizer
         self.engine = engine
@@ -87,6 +110,7 @@ class Model:
         self._answering: int | None = None  # the thread that holds it
         self._images: OrderedDict[str, np.ndarray] = OrderedDict()  # least recently used first
         self._images_lock = threading.Lock()
+        self._image_cache = image_cache
 
     def chat(self, format: str | None = None) -> "Chat":
         """Begin a conversation; `format` names one of conversation.FORMATS, else the bundle's.
@@ -121,7 +145,7 @@ class Model:
             spec = replace(vision.pixels, exact=exact or vision.pixels.exact)
             embeds = self.engine.encode_image(pixels(picture.image, spec)[None])[0]
             self._images[key] = embeds
-            while sum(e.nbytes for e in self._images.values()) > CACHED_IMAGE_BYTES:
+            while sum(e.nbytes for e in self._images.values()) > self._image_cache:
                 self._images.popitem(last=False)
             return key, embeds
 

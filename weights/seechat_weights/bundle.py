@@ -12,7 +12,7 @@ import math
 import stat
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +26,7 @@ VERSION = 1
 EMBEDDINGS_DTYPES = {"float16": 2, "float32": 4}  # bytes of a number
 RESIZES = ("squash", "crop", "pad")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+_HASHED_AT_ONCE = 1 << 22  # bytes
 MAX_IMAGE_SIZE = 4096  # pixels; vision towers take a few hundred
 
 
@@ -268,11 +269,24 @@ def required_files(manifest: Manifest) -> list[str]:
     return names
 
 
-def verify_hashes(folder: Path, manifest: Manifest) -> None:
-    """Compare every file of the bundle with its recorded sha256; BundleError on a difference."""
+def verify_hashes(
+    folder: Path, manifest: Manifest, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Compare every file of the bundle with its recorded sha256; BundleError on a difference.
+
+    progress: called with the bytes read so far and the bytes of all files.
+    """
+    done, total = 0, sum(entry.bytes for entry in manifest.files.values())
+
+    def read(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress:
+            progress(done, total)
+
     for name, entry in manifest.files.items():
         try:
-            digest = sha256(folder / name)
+            digest = sha256(folder / name, read)
         except OSError as e:
             raise BundleError(
                 f"{folder / name}: cannot be read ({e.strerror or e}): check its permissions, or "
@@ -285,9 +299,15 @@ def verify_hashes(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def sha256(path: Path, read: Callable[[int], None] | None = None) -> str:
+    """The hash of a file, hexadecimal; `read` is told the size of every part that was read."""
+    digest, part = hashlib.sha256(), memoryview(bytearray(_HASHED_AT_ONCE))
+    with path.open("rb", buffering=0) as f:
+        while size := f.readinto(part):
+            digest.update(part[:size])
+            if read:
+                read(size)
+    return digest.hexdigest()
 
 
 def _inside(name: str) -> bool:
