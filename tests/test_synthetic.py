@@ -8,8 +8,7 @@ import torch
 from seechat_export import synthetic
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.bundle import LMConfig
-from seechat_weights.checkpoints import open_checkpoint
-from seechat_weights.names import lm_config, map_lm
+from seechat_weights.lm import open_lm
 
 
 def test_the_shards_are_cut_where_the_published_ones_are() -> None:
@@ -46,14 +45,13 @@ def test_a_small_one_reads_back(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(synthetic._published_config(config)))
     generator = torch.Generator().manual_seed(3)
     synthetic._write_shards(tmp_path, config, generator, lambda stage, done, total: None)
-    checkpoint = open_checkpoint(tmp_path)
-    assert lm_config(json.loads((tmp_path / "config.json").read_text())) == config
-    used, ignored = map_lm(checkpoint.shapes, config, where="synthetic")
-    assert len(ignored) == config.num_layers  # the rotary buffers that are published too
-    head = checkpoint.read(used["lm_head.weight"])
-    assert (head == checkpoint.read(used["word_embeddings.weight"])).all()
+    lm = open_lm(tmp_path)
+    assert lm.config == config
+    assert len(lm.ignored["lm"]) == config.num_layers  # the rotary buffers that are published too
+    head = lm.read("lm_head.weight")
+    assert (head == lm.read("word_embeddings.weight")).all()
     assert head.dtype == "float16"
     assert abs(head.astype("float32").std() * 8**0.5 - 2) < 0.05
-    norm = checkpoint.read(used["layers.1.input_layernorm.weight"])
+    norm = lm.read("layers.1.input_layernorm.weight")
     assert norm.dtype == "float32"
     assert (norm == 1).all()

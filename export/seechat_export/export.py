@@ -39,10 +39,11 @@ from seechat_weights.bundle import (
     VisionConfig,
     sha256,
 )
-from seechat_weights.checkpoints import Checkpoint, open_checkpoint, read_json
-from seechat_weights.errors import BundleError, CheckpointError
-from seechat_weights.names import OLD_VOCABULARY, lm_config, map_lm
+from seechat_weights.errors import BundleError
+from seechat_weights.lm import ALL, LM, Rows, open_lm
+from seechat_weights.names import OLD_VOCABULARY
 from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS, Precision
+from seechat_weights.quantized import Quantized
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,10 @@ def export_bundle(
     *,
     lm: Path,
     out: Path,
+    checkpoint: Path | None = None,
+    adapter: Path | None = None,
+    prefix: Path | None = None,
+    tokenizer: Path | None = None,
     vision: tuple[nn.Module, VisionConfig] | None = None,
     precision: str = "int4",
     block_size: int = 128,
@@ -67,11 +72,14 @@ def export_bundle(
     provenance: dict[str, Any] | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Manifest:
-    """Write the bundle `out` from a ChatGLM-6B folder `lm` and, optionally, a vision network.
+    """Write the bundle `out` from the checkpoint `lm` and, optionally, a vision network.
 
+    lm, checkpoint, adapter, prefix: as seechat_weights.lm.open_lm takes them. tokenizer: the
+    ice_text.model, if it is not beside the weights.
     vision: a module in eval mode, float32 pixels [n, 3, S, S] to embeddings [n, tokens, hidden],
     and its description. vision_precision: "fp32" or "fp16"; by default fp32 in an fp32 bundle, else
-    fp16. conversation: the default format; "seechat" with vision, else "chatglm".
+    fp16. conversation: the default format; "visualglm" for VisualGLM-6B, else "seechat" with vision
+    and "chatglm" without.
 
     Raises CheckpointError (sources), BundleError (`out` exists or cannot be written, or the
     finished bundle does not agree with the torch networks).
@@ -87,7 +95,11 @@ def export_bundle(
     if out.exists():
         raise BundleError(f"{out}: exists already; remove it or choose another --out")
     vision_precision = vision_precision or ("fp32" if precision == "fp32" else "fp16")
-    source = Source(Path(lm))
+    model = open_lm(Path(lm), checkpoint=checkpoint, adapter=adapter, prefix=prefix)
+    source = Source(model, tokenizer)
+    if conversation is None:
+        with_eyes = "seechat" if model.conversation == "chatglm" else model.conversation
+        conversation = with_eyes if vision else model.conversation
     eye = parity.VisionCheck(*vision, source.config.hidden_size) if vision else None
     form = PRECISIONS[precision]
     writer = _Writer(source, out, form, block_size if form.block else 0, progress)
@@ -112,10 +124,11 @@ def export_bundle(
                 GRAPH, EMBEDDINGS, writer.embeddings_dtype, precision, writer.block_size
             ),
             tokenizer=TokenizerConfig(TOKENIZER, source.num_image_tokens),
-            conversation=conversation or ("seechat" if vision else "chatglm"),
+            conversation=conversation,
             vision=described,
             provenance={
-                "lm": source.fingerprint(),
+                **source.fingerprint(),
+                "ignored": source.ignored(with_vision=vision is not None),
                 "versions": {p: version(p) for p in ("torch", "onnx", "onnxruntime")},
                 **(provenance or {}),
             },
@@ -130,42 +143,45 @@ def export_bundle(
 
 
 class Source:
-    """The LM's checkpoint folder, checked: config, every tensor's name and shape, tokenizer.
+    """The LM to export and its tokenizer, as the writer and the check take them.
 
     Raises CheckpointError or BundleError (tokenizer) for whatever does not fit.
     """
 
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{folder}: no such folder; expected a ChatGLM-6B folder with config.json, weights "
-                "and ice_text.model: give it to --lm"
-            )
-        self.folder = folder
-        self.config: LMConfig = lm_config(
-            read_json(folder / "config.json"), where=str(folder / "config.json")
-        )
-        self.checkpoint: Checkpoint = open_checkpoint(folder)
-        self.names, self.ignored = map_lm(
-            self.checkpoint.shapes, self.config, where=str(self.checkpoint.path)
-        )
-        self.tokenizer = folder / TOKENIZER
+    def __init__(self, lm: LM, tokenizer: Path | None = None) -> None:
+        self.lm = lm
+        self.config: LMConfig = lm.config
+        self.tokenizer = tokenizer or lm.folder / TOKENIZER
         old = self.config.vocab_size == OLD_VOCABULARY
         self.num_image_tokens = OLD_IMAGE_TOKENS if old else 0
         Tokenizer(self.tokenizer, num_image_tokens=self.num_image_tokens).check(self.config)
 
-    def tensor(self, key: str) -> Tensor:
-        """One of our tensors, as stored."""
-        return torch.from_numpy(self.checkpoint.read(self.names[key]))
+    def tensor(self, key: str, rows: Rows = ALL) -> Tensor:
+        """One of our tensors, or some of its rows."""
+        return torch.from_numpy(self.lm.read(key, rows))
 
-    def dtype(self, key: str) -> str:
-        return self.checkpoint.shapes[self.names[key]].dtype
+    def weight(self, key: str, precision: Precision) -> Tensor | Quantized:
+        """One of our tensors, as its authors quantized it where `precision` can hold just that."""
+        quantized = self.lm.quantized(key) if precision.block else None
+        fits = quantized is not None and quantized.bits <= precision.bits
+        return quantized if fits else self.tensor(key)
+
+    def ignored(self, *, with_vision: bool) -> dict[str, dict[str, str]]:
+        """Tensors that nothing of the bundle is made of, by source, each with the reason."""
+        ignored = {role: dict(reasons) for role, reasons in self.lm.ignored.items() if reasons}
+        if not with_vision and self.lm.vision_keys:
+            reason = "part of the vision tower, which this bundle is without"
+            ignored["lm"] = ignored.get("lm", {}) | dict.fromkeys(self.lm.vision_keys, reason)
+        return ignored
 
     def fingerprint(self) -> dict[str, Any]:
         """Which files the weights come from: names, sizes and times of the last change."""
-        files = sorted({self.checkpoint.source(k) for k in self.names.values()} | {self.tokenizer})
-        stats = {f.name: f.stat() for f in files}
-        return {n: {"bytes": s.st_size, "modified": s.st_mtime_ns} for n, s in stats.items()}
+        roles = {**self.lm.sources, "tokenizer": [self.tokenizer]}
+        stats = {role: {f.name: f.stat() for f in files} for role, files in roles.items()}
+        return {
+            role: {n: {"bytes": s.st_size, "modified": s.st_mtime_ns} for n, s in files.items()}
+            for role, files in stats.items()
+        }
 
 
 class _Writer:
@@ -184,7 +200,7 @@ class _Writer:
             source.config, precision, block_size, WEIGHTS
         )
         exact = precision.dtype == "float32" and not precision.block
-        wide = exact and source.dtype("word_embeddings.weight") != "float16"
+        wide = exact and source.lm.shapes["word_embeddings.weight"].dtype != "float16"
         self.embeddings_dtype = "float32" if wide else "float16"
 
     @contextmanager
@@ -225,7 +241,7 @@ class _Writer:
                 self.progress("weights", _end(self.items[i - 1]) if i else 0, self.size)
                 arrays = stored_arrays(
                     item,
-                    self.source.tensor(item.key),
+                    self.source.weight(item.key, self.precision),
                     self.source.config,
                     self.precision,
                     self.block_size,
@@ -243,12 +259,13 @@ class _Writer:
 
     def embeddings(self) -> None:
         """The word embedding table, raw, as the runtime maps it."""
-        table = self.source.tensor("word_embeddings.weight")
-        dtype = getattr(torch, self.embeddings_dtype)
-        total = table.numel() * dtype.itemsize
+        key, dtype = "word_embeddings.weight", getattr(torch, self.embeddings_dtype)
+        rows, width = self.source.lm.shapes[key].shape
+        total = rows * width * dtype.itemsize
         with (self.folder / EMBEDDINGS).open("wb") as f:
-            for i in range(0, len(table), ROWS):
-                f.write(table[i : i + ROWS].to(dtype).contiguous().numpy().data)
+            for i in range(0, rows, ROWS):
+                chunk = self.source.tensor(key, slice(i, i + ROWS))
+                f.write(chunk.to(dtype).contiguous().numpy().data)
                 self.progress("embeddings", f.tell(), total)
 
     def finish(self, manifest: Manifest) -> Manifest:

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seechat_export.graphs import Item, hidden_name, padded_head_size
-from seechat_export.quantize import ALL, restored_tensor
+from seechat_export.quantize import restored_tensor
 from seechat_lite.nn.chatglm import Block, prefix_mask
 from seechat_lite.prompt import position_ids
 from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_weights.bundle import LMConfig, Manifest, VisionConfig
 from seechat_weights.errors import BundleError, CheckpointError
+from seechat_weights.lm import ALL, Rows
 from seechat_weights.precisions import PRECISIONS
 
 CONTEXT, ANSWER = 22, 5  # tokens of the check's prompt before [gMASK], and after <sop>
@@ -40,7 +41,7 @@ class Weights(Protocol):
 
     config: LMConfig
 
-    def tensor(self, key: str) -> Tensor: ...
+    def tensor(self, key: str, rows: Rows = ALL) -> Tensor: ...
 
 
 class VisionCheck:
@@ -98,10 +99,10 @@ def check(
         return restored_tensor(by_key[key], data, lm, PRECISIONS[decoder.precision], rows=rows)
 
     def original(key: str, rows: slice = ALL) -> Tensor:
-        return source.tensor(key)[rows].float()
+        return source.tensor(key, rows).float()
 
     tolerance = TOLERANCE[decoder.precision]
-    embeds = source.tensor("word_embeddings.weight")[ids].float()[None]
+    embeds = source.tensor("word_embeddings.weight", np.array(ids)).float()[None]
     found = x_stored = x_original = embeds  # [1, tokens, hidden]
     report["layers"] = []
     for i in range(lm.num_layers):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from seechat_export.graphs import Item, padded_head_size
 from seechat_weights.bundle import LMConfig
 from seechat_weights.precisions import Precision
+from seechat_weights.quantized import Quantized
 
 ALL = slice(None)
 CHUNK = 1 << 18  # weights quantized at a time
@@ -94,6 +95,22 @@ def _quantize_chunk(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes, best.squeeze(-1)
 
 
+def _published_blocks(
+    item: Item, weight: Quantized, config: LMConfig, bits: int, block_size: int
+) -> list[Tensor]:
+    """What quantize_blocks gives, from published integers and their rows' scales, nothing lost."""
+    codes, scales = torch.from_numpy(weight.codes), torch.from_numpy(weight.scales)
+    if item.heads:
+        codes = rearrange_heads(codes, config, item.heads)
+    if item.heads == "rows":
+        scales = rearrange_heads(scales, config, "rows")
+    padded = F.pad(codes, (0, -codes.shape[1] % block_size)).unflatten(1, (-1, block_size))
+    values = padded.view(torch.uint8) + 2 ** (bits - 1)  # wraps: -1 is 255
+    if bits == 4:
+        values = values[..., 0::2] | values[..., 1::2] << 4
+    return [values, scales[:, None].expand(values.shape[:2])]
+
+
 def dequantize_blocks(codes: Tensor, scales: Tensor, *, bits: int, inputs: int) -> Tensor:
     """The weight [outputs, inputs], float32, that quantize_blocks stored: its inverse."""
     if bits == 4:
@@ -103,9 +120,18 @@ def dequantize_blocks(codes: Tensor, scales: Tensor, *, bits: int, inputs: int) 
 
 
 def stored_arrays(
-    item: Item, tensor: Tensor, config: LMConfig, precision: Precision, block_size: int
+    item: Item,
+    tensor: Tensor | Quantized,
+    config: LMConfig,
+    precision: Precision,
+    block_size: int,
 ) -> list[Tensor]:
-    """The arrays to write for `item`, in the order of item.stored, from its tensor as published."""
+    """The arrays to write for `item`, in the order of item.stored, from its tensor as published.
+
+    A weight that its authors quantized, to no more bits than the precision has, is stored as it is.
+    """
+    if isinstance(tensor, Quantized):
+        return _published_blocks(item, tensor, config, precision.bits, block_size)
     if item.heads:
         tensor = rearrange_heads(tensor, config, item.heads)
     if item.kind == "vector":

@@ -11,6 +11,29 @@ from seechat_weights.errors import CheckpointError
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, tuple[Shape, str]]  # a Checkpoint's `shapes`: name -> (shape, dtype)
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+# Files of SEEChat and VisualGLM hold LM and vision together; a name's beginning says whose it is.
+PARTS = {
+    "lm": r"(llama_model|transformer|lm_head|mixins\.(chatglm-\w+|ptuning))\..*",
+    "vision": r"(visual_encoder|ln_vision|Qformer|llama_proj|image_encoder|mixins\.eva)\..*"
+    r"|query_tokens",
+}
+
+
+def part(shapes: Shapes, name: str, *, where: str) -> dict[str, tuple[Shape, str]]:
+    """The tensors of a part, "lm" or "vision", of a checkpoint that may hold both.
+
+    Who reads a part accounts for all of it, so that both together account for every tensor.
+    Raises CheckpointError naming tensors that belong to neither.
+    """
+    unknown = [k for k in shapes if not any(re.fullmatch(p, k) for p in PARTS.values())]
+    if unknown:
+        raise CheckpointError(
+            f"{where}: tensors are {len(unknown)} not known ({few(unknown)}); expected those of "
+            "ChatGLM-6B, SEEChat or VisualGLM-6B: name the right checkpoint"
+        )
+    return {k: v for k, v in shapes.items() if re.fullmatch(PARTS[name], k)}
 
 
 def account(
@@ -41,14 +64,21 @@ def account(
     return ignored
 
 
-def check_shapes(shapes: Shapes, expected: Mapping[str, Shape], where: str) -> None:
+def check_shapes(
+    shapes: Shapes,
+    expected: Mapping[str, Shape],
+    where: str,
+    *,
+    dtypes: tuple[str, ...] = FLOATS,
+) -> None:
+    """Compare sizes and dtypes; CheckpointError naming each tensor, what it is and should be."""
     wrong = []
     for key, shape in expected.items():
         found, dtype = shapes[key]
         if tuple(found) != shape:
             wrong.append(f"{key} is {list(found)} instead of {list(shape)}")
-        elif dtype not in ("float16", "bfloat16", "float32", "float64"):
-            wrong.append(f"{key} is {dtype} instead of float16 or float32")
+        elif dtype not in dtypes:
+            wrong.append(f"{key} is {dtype} instead of {' or '.join(dtypes)}")
     if wrong:
         raise CheckpointError(
             f"{where}: {len(wrong)} of {len(expected)} tensors do not fit ({few(wrong)}); "

@@ -1,6 +1,8 @@
 """Published names and ours, of the LM: which tensor of a checkpoint becomes which parameter."""
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from seechat_weights.accounting import Shape, Shapes, account, check_shapes
@@ -30,8 +32,8 @@ _LM_FIELDS = {
 def lm_config(config: Mapping[str, Any], *, where: str = "config.json") -> LMConfig:
     """The decoder's shape from a ChatGLM-6B config.json; what it does not say is as published.
 
-    Raises CheckpointError (`where` names the file) for other models, quantized checkpoints,
-    one-dimensional positions, and values that cannot be.
+    Raises CheckpointError (`where` names the file) for other models, one-dimensional positions,
+    and values that cannot be.
     """
 
     def refuse(found: str, expected: str, do: str) -> CheckpointError:
@@ -55,13 +57,6 @@ def lm_config(config: Mapping[str, Any], *, where: str = "config.json") -> LMCon
             "ChatGLM-6B's two-dimensional positions",
             "this variant is not supported",
         )
-    if config.get("quantization_bit"):
-        raise refuse(
-            f"quantization_bit is {config['quantization_bit']}, so the weights are quantized",
-            "fp16 weights",
-            "export the fp16 checkpoint, with --precision int4 or int8 for the same size",
-        )
-
     old = config.get("vocab_size") == OLD_VOCABULARY
     values: dict[str, Any] = dict(_OLD_IDS) if old else {}
     for ours, published in _LM_FIELDS.items():
@@ -117,29 +112,110 @@ def lm_shapes(config: LMConfig) -> dict[str, Shape]:
     }
 
 
-def map_lm(
-    shapes: Shapes, config: LMConfig, *, where: str
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Our parameter -> published tensor, and ignored tensor -> reason, of a ChatGLM-6B checkpoint.
+@dataclass(frozen=True)
+class Form:
+    """How a family of checkpoints names what we call layers.N.*, word_embeddings and so on."""
 
-    shapes: the checkpoint's; where: its path, for errors. An absent lm_head is the word
+    body: str  # what stands before those names
+    head: str  # lm_head.weight
+    partial: bool = False  # it may hold any subset, to be laid over a base
+
+
+FORMS = {
+    "huggingface": Form("transformer.", "lm_head.weight"),
+    "sat": Form("transformer.", "mixins.chatglm-final.lm_head.weight"),  # VisualGLM's own
+    "seechat": Form("llama_model.transformer.", "llama_model.lm_head.weight", partial=True),
+}
+_REASONS = (
+    (r"(.*\.)?rotary_emb\.inv_freq", "computed from the head size"),
+    (r"transformer\.position_embeddings\.weight", "ChatGLM-6B's positions are rotary"),
+)
+# a linear that SAT trained with LoRA: its own weights, and the pairs of each part of its rows
+_SAT_LORA = re.compile(r"transformer\.(layers\..*)\.matrix_([AB])\.(\d+)")
+
+
+@dataclass(frozen=True)
+class Published:
+    """The tensor one of our parameters comes from."""
+
+    key: str
+    scale: str = ""  # the tensor of its rows' scales, if it is quantized
+    bits: int = 0  # of a quantized weight: 8 or 4
+
+
+@dataclass(frozen=True)
+class LMNames:
+    """The LM found in a checkpoint."""
+
+    used: dict[str, Published]  # our parameter -> where it comes from
+    prefix: dict[str, str]  # a P-tuning prefix: name within its encoder -> published tensor
+    loras: dict[str, list[tuple[str, str]]]  # our linear -> its pairs A [r, in], B [out / n, r]
+    ignored: dict[str, str]  # published tensor -> reason
+
+
+def map_lm(shapes: Shapes, config: LMConfig, *, where: str, form: str = "huggingface") -> LMNames:
+    """Find ChatGLM-6B in a checkpoint of one of the FORMS.
+
+    shapes: the tensors of its LM; where: its path, for errors. An absent lm_head is the word
     embeddings (tied). Raises CheckpointError naming missing, surplus and misshapen tensors.
     """
-    if any(k.endswith(".weight_scale") for k in shapes):
-        raise CheckpointError(
-            f"{where}: holds quantized weights (*.weight_scale); expected fp16 weights: "
-            "export the fp16 checkpoint, with --precision int4 or int8 for the same size"
-        )
-    if any(k.startswith("transformer.prefix_encoder.") for k in shapes):
-        raise CheckpointError(
-            f"{where}: holds a P-tuning prefix (transformer.prefix_encoder.*), which is not "
-            "supported yet; expected ChatGLM-6B alone: give --lm the checkpoint it was tuned from"
-        )
-    expected = lm_shapes(config)
-    used = {k: k if k == "lm_head.weight" else f"transformer.{k}" for k in expected}
-    if "lm_head.weight" not in shapes:
-        used["lm_head.weight"] = used["word_embeddings.weight"]
-    reasons = ((r"transformer\.(.*\.)?rotary_emb\.inv_freq", "computed from the head size"),)
-    ignored = account(shapes, used.values(), reasons, where)
-    check_shapes(shapes, {used[k]: s for k, s in expected.items()}, where)
-    return used, ignored
+    row, expected = FORMS[form], lm_shapes(config)
+
+    def published(ours: str) -> str:
+        key = row.head if ours == "lm_head.weight" else row.body + ours
+        module, _, kind = key.rpartition(".")
+        original = f"{module}.original.{kind}"
+        return original if form == "sat" and original in shapes else key
+
+    keys = {ours: published(ours) for ours in expected}
+    if row.partial:
+        keys = {ours: key for ours, key in keys.items() if key in shapes}
+    elif keys["lm_head.weight"] not in shapes:
+        keys["lm_head.weight"] = keys["word_embeddings.weight"]
+    used = {}
+    floats: dict[str, Shape] = {}
+    integers: dict[str, Shape] = {}
+    for ours, key in keys.items():
+        shape = expected[ours]
+        found, dtype = shapes.get(key, (shape, ""))
+        if dtype == "int8" and len(shape) == 2:
+            # half as many columns: two to a byte
+            bits = 4 if len(found) == 2 and found[1] * 2 == shape[1] else 8
+            used[ours] = Published(key, f"{key}_scale", bits)
+            floats[used[ours].scale] = shape[:1]
+            integers[key] = (shape[0], shape[1] * bits // 8)
+        else:
+            used[ours] = Published(key)
+            floats[key] = shape
+    encoder = f"{row.body}prefix_encoder."
+    prefix = {k.removeprefix(encoder): k for k in shapes if k.startswith(encoder)}
+    if form == "sat":
+        prefix = {k: k for k in shapes if k.startswith("mixins.ptuning.prefix.")}
+    loras = _sat_loras(shapes, expected, where) if form == "sat" else {}
+    pairs = [key for parts in loras.values() for pair in parts for key in pair]
+    ignored = account(shapes, [*floats, *integers, *prefix.values(), *pairs], _REASONS, where)
+    # of no use but to tell that the number of heads is another one
+    frequencies = {k: (config.head_size // 4,) for k in ignored if k.endswith("inv_freq")}
+    check_shapes(shapes, floats | frequencies, where)
+    check_shapes(shapes, integers, where, dtypes=("int8",))
+    return LMNames(used, prefix, loras, ignored)
+
+
+def _sat_loras(
+    shapes: Shapes, expected: Mapping[str, Shape], where: str
+) -> dict[str, list[tuple[str, str]]]:
+    parts: dict[str, set[int]] = {}
+    for key in shapes:
+        if found := _SAT_LORA.fullmatch(key):
+            parts.setdefault(f"{found[1]}.weight", set()).add(int(found[3]))
+    loras = {}
+    for ours, numbers in parts.items():
+        count = len(numbers)
+        if ours not in expected or numbers != set(range(count)):
+            raise CheckpointError(
+                f"{where}: holds LoRA matrices {sorted(numbers)} of {ours}, expected those of a "
+                "linear of the LM, counted from 0: download the checkpoint again"
+            )
+        module = f"transformer.{ours.removesuffix('.weight')}"
+        loras[ours] = [(f"{module}.matrix_A.{i}", f"{module}.matrix_B.{i}") for i in range(count)]
+    return loras

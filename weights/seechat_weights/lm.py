@@ -1,0 +1,297 @@
+"""The language model of a checkpoint, whatever its form: our tensors, one at a time.
+
+    base        Hugging Face folder (ChatGLM-6B in fp16, int8, int4, int4-qe; VisualGLM-6B) or SAT
+    checkpoint  SEEChat's checkpoint_N.pth, laid over the base: any subset of the LM's tensors
+    adapter     PEFT's LoRA, merged into the linears it belongs to
+    prefix      a P-tuning prefix; one may also be in the base or in the checkpoint
+
+Nothing is converted on disk or kept: a tensor is read from its mapped file, dequantized, merged and
+put into our order when it is asked for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seechat_weights.accounting import account, few, part
+from seechat_weights.bundle import LMConfig
+from seechat_weights.checkpoints import Checkpoint, TensorInfo, open_checkpoint, read_json
+from seechat_weights.errors import CheckpointError
+from seechat_weights.lora import LoRA, check_pairs, open_adapter
+from seechat_weights.names import FORMS, LMNames, Published, lm_config, lm_shapes, map_lm
+from seechat_weights.prefixes import read_prefix
+from seechat_weights.quantized import Quantized, unpack
+
+ALL = slice(None)
+Rows = slice | np.ndarray  # rows of a tensor: a slice, or their numbers
+
+SAT_FILE, SAT_CONFIG = "mp_rank_00_model_states.pt", "model_config.json"
+# what stands before a prefix encoder's tensors in the file of a P-tuning run
+_ENCODERS = ("transformer.prefix_encoder.", "prefix_encoder.")
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Where one of our parameters comes from, and what is done to it."""
+
+    role: str
+    checkpoint: Checkpoint
+    published: Published
+    order: np.ndarray | None = None  # the published row of each of ours, where they differ
+    loras: tuple[LoRA, ...] = ()
+
+
+class LM:
+    """ChatGLM-6B out of one or several checkpoints. Made by `open_lm`.
+
+    config: its shape. prefix: float32 [layers, 2 (key, value), heads, tokens, head_size], heads as
+    published, or None. conversation: the format its family speaks. folder: where its tokenizer
+    should be. sources: role ("lm", "checkpoint", "adapter", "prefix") -> files read. ignored:
+    role -> tensor -> reason. vision_keys: tensors of the base that belong to a vision tower.
+    """
+
+    def __init__(self, config: LMConfig, *, folder: Path, conversation: str) -> None:
+        self.config = config
+        self.folder = folder
+        self.conversation = conversation
+        self.prefix: np.ndarray | None = None
+        self.sources: dict[str, list[Path]] = {}
+        self.ignored: dict[str, dict[str, str]] = {}
+        self.vision_keys: list[str] = []
+        self._expected = lm_shapes(config)
+        self._tensors: dict[str, _Tensor] = {}
+
+    @property
+    def shapes(self) -> dict[str, TensorInfo]:
+        """Our key -> shape and dtype, as `read` gives them (bfloat16 comes as float32)."""
+        return {key: TensorInfo(self._expected[key], _dtype(t)) for key, t in self._tensors.items()}
+
+    def read(self, key: str, rows: Rows = ALL) -> np.ndarray:
+        """One of our tensors, or some of its rows; may be a view of the mapped file.
+
+        float16 or float32 as stored; float32 where it is quantized or merged.
+        """
+        tensor = self._tensors[key]
+        if tensor.order is None and not tensor.loras:
+            return _published(tensor, rows)
+        outputs = self._expected[key][0]
+        order = (np.arange(outputs) if tensor.order is None else tensor.order)[rows]
+        found = _published(tensor, order)
+        if not tensor.loras:
+            return found
+        merged = found.astype(np.float32)
+        for lora in tensor.loras:
+            merged += lora.delta(order, outputs)
+        return merged
+
+    def quantized(self, key: str) -> Quantized | None:
+        """A linear as its authors quantized it, if they did and nothing was merged into it."""
+        tensor = self._tensors[key]
+        if not tensor.published.bits or tensor.order is not None or tensor.loras:
+            return None
+        return _quantized(tensor, ALL)
+
+    def _lay(self, role: str, checkpoint: Checkpoint, used: Mapping[str, Published]) -> None:
+        """Take these parameters from `checkpoint`, whoever brought them before."""
+        replaced: list[tuple[str, str, str]] = []
+        for key, published in used.items():
+            if old := self._tensors.get(key):
+                file = checkpoint.source(published.key).name
+                replaced += [(old.role, k, file) for k in _keys(old.published)]
+            self._tensors[key] = _Tensor(role, checkpoint, published)
+        # word embeddings may go on serving as the head that a checkpoint does not have
+        still = {(t.role, k) for t in self._tensors.values() for k in _keys(t.published)}
+        for old_role, key, file in replaced:
+            if (old_role, key) not in still:
+                self.ignored.setdefault(old_role, {})[key] = f"replaced by the one in {file}"
+        keys = [k for published in used.values() for k in _keys(published)]
+        self._note(role, {checkpoint.source(key) for key in keys})
+
+    def _merge(self, loras: Mapping[str, LoRA]) -> None:
+        for key, lora in loras.items():
+            tensor = self._tensors[key]
+            self._tensors[key] = replace(tensor, loras=(*tensor.loras, lora))
+
+    def _note(self, role: str, files: set[Path]) -> None:
+        self.sources[role] = sorted({*self.sources.get(role, []), *files})
+
+
+def open_lm(
+    path: Path,
+    *,
+    checkpoint: Path | None = None,
+    adapter: Path | None = None,
+    prefix: Path | None = None,
+) -> LM:
+    """Open ChatGLM-6B and account for every tensor of every file; only headers are read.
+
+    path: a Hugging Face folder, or SAT's mp_rank_00_model_states.pt or its folder. checkpoint: a
+    checkpoint_N.pth of SEEChat. adapter: a PEFT folder. prefix: a file or folder of a P-tuning run.
+
+    Raises CheckpointError for whatever is missing, surplus, of another shape or not supported.
+    """
+    lm, base, names, settings = _open_base(Path(path))
+    # role, checkpoint, the encoder's tensors, where: the last prefix counts
+    _check_tokens(base, names.prefix, settings, str(path))
+    prefixes = [("lm", base, names.prefix, str(path))]
+    if checkpoint is not None:
+        laid = open_checkpoint(checkpoint)
+        ours = part(laid.shapes, "lm", where=str(checkpoint))
+        names = map_lm(ours, lm.config, where=str(checkpoint), form="seechat")
+        lm.ignored["checkpoint"] = names.ignored
+        lm._lay("checkpoint", laid, names.used)
+        prefixes.append(("checkpoint", laid, names.prefix, str(checkpoint)))
+    if adapter is not None:
+        tuned = open_adapter(Path(adapter), lm.config)
+        lm._lay("adapter", tuned.checkpoint, {k: Published(v) for k, v in tuned.replaced.items()})
+        lm._merge(tuned.loras)
+        lm._note("adapter", set(tuned.files))
+    if prefix is not None:
+        prefixes.append(_open_prefix(Path(prefix)))
+    prefixes = [row for row in prefixes if row[2]]
+    for role, _, keys, _ in prefixes[:-1]:
+        reason = f"the prefix in {prefixes[-1][3]} takes its place"
+        lm.ignored.setdefault(role, {}).update(dict.fromkeys(keys.values(), reason))
+    if prefixes:
+        role, found, keys, where = prefixes[-1]
+        lm.prefix = read_prefix(found, keys, lm.config, where=where)
+        lm._note(role, {found.source(key) for key in keys.values()})
+    elif settings.get("pre_seq_len"):
+        raise CheckpointError(
+            f"{path}: config.json says that a P-tuning prefix of {settings['pre_seq_len']} tokens "
+            "belongs to it, and none is there: give --prefix the folder of its training run, or "
+            "take pre_seq_len out of config.json"
+        )
+    return lm
+
+
+def _open_base(path: Path) -> tuple[LM, Checkpoint, LMNames, dict[str, Any]]:
+    """The LM with its base laid, that checkpoint, what was found in it, and its settings."""
+    if path.is_dir() and (path / "config.json").exists():
+        folder, file, form = path, path, "huggingface"
+        settings, where = read_json(path / "config.json"), str(path / "config.json")
+    else:
+        file, form = _sat_file(path), "sat"
+        found = [f for f in (file.parent, file.parent.parent) if (f / SAT_CONFIG).exists()]
+        folder = found[0] if found else file.parent
+        settings = _sat_settings(folder / SAT_CONFIG) if found else {"model_type": "chatglm"}
+        where = str(folder / SAT_CONFIG)
+    config = lm_config(settings, where=where)
+    checkpoint = open_checkpoint(file)
+    if form == "sat" and FORMS["sat"].head not in checkpoint.shapes:
+        raise CheckpointError(
+            f"{file}: holds no {FORMS['sat'].head}; expected a checkpoint of VisualGLM-6B written "
+            "by SAT: give --lm a Hugging Face folder with config.json, or such a file"
+        )
+    ours = part(checkpoint.shapes, "lm", where=str(file))
+    names = map_lm(ours, config, where=str(file), form=form)
+    eyes = [key for key in checkpoint.shapes if key not in ours]
+    lm = LM(config, folder=folder, conversation="visualglm" if eyes else "chatglm")
+    lm.vision_keys = eyes
+    lm.ignored["lm"] = names.ignored
+    lm._lay("lm", checkpoint, names.used)
+    if form == "sat":
+        order = _rows_by_head(config)
+        for key, tensor in lm._tensors.items():
+            if "query_key_value" in key:
+                lm._tensors[key] = replace(tensor, order=order)
+        loras = {}
+        for key, pairs in names.loras.items():
+            rank = check_pairs(checkpoint, pairs, lm.shapes[key].shape, str(file))
+            loras[key] = LoRA(checkpoint, tuple(pairs), 1 / rank)  # SAT's alpha is 1
+        lm._merge(loras)
+    return lm, checkpoint, names, settings if form == "huggingface" else {}
+
+
+def _sat_file(path: Path) -> Path:
+    """SAT's one file, from itself or a folder that holds it: [latest,] [N/]mp_rank_00_..."""
+    if path.is_file():
+        return path
+    found = [p for p in (path / SAT_FILE, *sorted(path.glob(f"*/{SAT_FILE}"))) if p.exists()]
+    if len(found) > 1 and (path / "latest").is_file():  # names the iteration to take
+        latest = (path / "latest").read_text("utf-8", "replace").strip()
+        found = [p for p in found if p.parent.name == latest] or found
+    if len(found) == 1:
+        if list(found[0].parent.glob("mp_rank_01_*")):
+            raise CheckpointError(
+                f"{found[0].parent}: the model is split over several files (mp_rank_01_...); "
+                "expected one: merge it with SAT's split_model.py for one process"
+            )
+        return found[0]
+    what = "no such folder" if not path.exists() else f"holds {len(found)} {SAT_FILE}"
+    raise CheckpointError(
+        f"{path}: {what}; expected a ChatGLM-6B folder with config.json, weights and "
+        f"ice_text.model, or one {SAT_FILE}: give it to --lm"
+    )
+
+
+def _sat_settings(path: Path) -> dict[str, Any]:
+    """SAT's model_config.json in the words of ChatGLM-6B's config.json."""
+    settings = read_json(path)
+    if settings.get("layernorm_order", "post") != "post":
+        raise CheckpointError(
+            f"{path}: layernorm_order is {settings['layernorm_order']!r}; expected 'post', as in "
+            "ChatGLM-6B: give --lm a checkpoint of VisualGLM-6B"
+        )
+    return {"model_type": "chatglm", **settings}
+
+
+def _rows_by_head(config: LMConfig) -> np.ndarray:
+    """SAT's row of each of our query_key_value rows: its are [q | k | v][head], ours reversed."""
+    rows = np.arange(3 * config.hidden_size).reshape(3, config.num_heads, config.head_size)
+    return rows.transpose(1, 0, 2).ravel()
+
+
+def _open_prefix(path: Path) -> tuple[str, Checkpoint, dict[str, str], str]:
+    """What a P-tuning run saved: the prefix encoder's tensors and nothing else."""
+    checkpoint, where = open_checkpoint(path), str(path)
+    keys = list(checkpoint.shapes)
+    encoder = next((e for e in _ENCODERS if any(k.startswith(e) for k in keys)), None)
+    if encoder is None:
+        raise CheckpointError(
+            f"{where}: holds no P-tuning prefix ({few(keys)}); expected {_ENCODERS[0]}*: give "
+            "--prefix the folder or file of a P-tuning run"
+        )
+    names = {k.removeprefix(encoder): k for k in keys if k.startswith(encoder)}
+    account(checkpoint.shapes, names.values(), (), where)
+    if (path / "config.json").is_file():
+        _check_tokens(checkpoint, names, read_json(path / "config.json"), where)
+    return "prefix", checkpoint, names, where
+
+
+def _check_tokens(
+    checkpoint: Checkpoint, names: Mapping[str, str], settings: Mapping[str, Any], where: str
+) -> None:
+    """See that a prefix is as long as the config.json beside it says."""
+    said, key = settings.get("pre_seq_len"), names.get("embedding.weight")
+    if said and key and checkpoint.shapes[key].shape[:1] != (said,):
+        raise CheckpointError(
+            f"{where}: {key} is {list(checkpoint.shapes[key].shape)}, pre_seq_len in config.json "
+            f"is {said}; expected {said} rows: take both from the same training run"
+        )
+
+
+def _keys(published: Published) -> list[str]:
+    return [published.key, published.scale] if published.scale else [published.key]
+
+
+def _dtype(tensor: _Tensor) -> str:
+    if tensor.published.bits or tensor.loras:
+        return "float32"
+    return tensor.checkpoint.shapes[tensor.published.key].dtype
+
+
+def _published(tensor: _Tensor, rows: Rows) -> np.ndarray:
+    """Rows of a tensor in the published order, dequantized."""
+    if tensor.published.bits:
+        return _quantized(tensor, rows).dequantized()
+    return tensor.checkpoint.read(tensor.published.key)[rows]
+
+
+def _quantized(tensor: _Tensor, rows: Rows) -> Quantized:
+    read, published = tensor.checkpoint.read, tensor.published
+    codes = unpack(read(published.key)[rows], bits=published.bits)
+    return Quantized(codes, read(published.scale)[rows].astype(np.float32), published.bits)

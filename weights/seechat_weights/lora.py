@@ -1,0 +1,166 @@
+"""LoRA: small matrices that a fine-tuning added to some linears, merged into them when read.
+
+A linear's weight becomes W + scaling * B @ A. PEFT keeps its matrices in a folder of their own
+(adapter_config.json, adapter_model.*); SAT keeps them beside the weights they belong to.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seechat_weights.accounting import Shape, account, check_shapes
+from seechat_weights.bundle import LMConfig
+from seechat_weights.checkpoints import Checkpoint, open_checkpoint, read_json
+from seechat_weights.errors import CheckpointError
+from seechat_weights.names import FORMS, lm_shapes
+
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_PEFT = "base_model.model."
+# what PEFT puts between a module's name and its tensor's
+_WRAPPING = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
+_MATRIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+# ways of starting that change the base weights too, so that the published ones are no base
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """What is added to one linear [outputs, inputs]."""
+
+    checkpoint: Checkpoint
+    # A [r, inputs] and B [outputs / n, r]; n pairs divide the rows among themselves
+    pairs: tuple[tuple[str, str], ...]
+    scaling: float
+
+    def delta(self, rows: np.ndarray, outputs: int) -> np.ndarray:
+        """float32 [rows, inputs] to add to these rows of the published weight."""
+        read, size = self.checkpoint.read, outputs // len(self.pairs)
+        inputs = self.checkpoint.shapes[self.pairs[0][0]][0][1]
+        delta = np.empty((len(rows), inputs), np.float32)
+        for i, (a, b) in enumerate(self.pairs):
+            mine = rows // size == i
+            part = read(b)[rows[mine] - i * size].astype(np.float32)
+            delta[mine] = part @ read(a).astype(np.float32)
+        return delta * np.float32(self.scaling)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT adapter, checked against the LM it is for."""
+
+    checkpoint: Checkpoint
+    files: tuple[Path, ...]
+    loras: dict[str, LoRA]  # our linear -> what is added
+    replaced: dict[str, str]  # our parameter -> the adapter's own (biases, modules_to_save)
+
+
+def check_pairs(
+    checkpoint: Checkpoint, pairs: list[tuple[str, str]], shape: Shape, where: str
+) -> int:
+    """See that matrices fit their linear and each other; returns their rank."""
+    outputs, inputs = shape
+    found = checkpoint.shapes[pairs[0][0]].shape
+    rank = found[0] if found else 0
+    if rank < 1 or outputs % len(pairs):
+        raise CheckpointError(
+            f"{where}: {pairs[0][0]} is {list(found)} in {len(pairs)} parts of [{outputs}, "
+            f"{inputs}]; expected [rank, {inputs}]: take model and adapter of the same kind"
+        )
+    expected: dict[str, Shape] = {}
+    for a, b in pairs:
+        expected |= {a: (rank, inputs), b: (outputs // len(pairs), rank)}
+    check_shapes(checkpoint.shapes, expected, where)
+    return rank
+
+
+def open_adapter(folder: Path, config: LMConfig) -> Adapter:
+    """Open a PEFT LoRA adapter for ChatGLM-6B.
+
+    Raises CheckpointError: no adapter, another method than LoRA, tensors that are missing, surplus
+    or of another shape.
+    """
+    names = [folder / name for name in _ADAPTER_FILES if (folder / name).exists()]
+    if not names or not (folder / ADAPTER_CONFIG).exists():
+        raise CheckpointError(
+            f"{folder}: no PEFT adapter; expected a folder with {ADAPTER_CONFIG} and "
+            f"{' or '.join(_ADAPTER_FILES)}: give --adapter the folder that save_pretrained wrote"
+        )
+    settings = read_json(folder / ADAPTER_CONFIG)
+    _refuse_other_methods(settings, str(folder / ADAPTER_CONFIG))
+    checkpoint, where = open_checkpoint(names[0]), str(names[0])
+    expected, form = lm_shapes(config), FORMS["huggingface"]
+    published = {form.head if k == "lm_head.weight" else form.body + k: k for k in expected}
+    matrices: dict[str, dict[str, str]] = {}
+    replaced: dict[str, str] = {}
+    for key in checkpoint.shapes:
+        name = _WRAPPING.sub("", key.removeprefix(_PEFT))
+        matrix = _MATRIX.fullmatch(name)
+        ours = published.get(f"{matrix[1]}.weight" if matrix else name)
+        if ours is None or not key.startswith(_PEFT):
+            continue  # named by account() below
+        if matrix:
+            matrices.setdefault(ours, {})[matrix[2]] = key
+        else:
+            replaced[ours] = key
+    needed = [
+        pair.get(part, f"{next(iter(pair.values()))} (its lora_{part})")
+        for pair in matrices.values()
+        for part in "AB"
+    ]
+    account(checkpoint.shapes, [*needed, *replaced.values()], (), where)
+    check_shapes(checkpoint.shapes, {key: expected[k] for k, key in replaced.items()}, where)
+    loras = {}
+    for ours, pair in matrices.items():
+        pairs = [(pair["A"], pair["B"])]
+        rank = check_pairs(checkpoint, pairs, expected[ours], where)
+        module = next(k for k, v in published.items() if v == ours).removesuffix(".weight")
+        loras[ours] = LoRA(checkpoint, tuple(pairs), _scaling(settings, module, rank, where))
+    return Adapter(checkpoint, (folder / ADAPTER_CONFIG, names[0]), loras, replaced)
+
+
+def _refuse_other_methods(settings: Mapping[str, Any], where: str) -> None:
+    method, start = settings.get("peft_type"), settings.get("init_lora_weights")
+    found = ""
+    if method != "LORA":
+        found = f"peft_type is {method!r}"
+    elif settings.get("use_dora"):
+        found = "use_dora is on"
+    elif settings.get("enable_lora"):  # before PEFT 0.3: one matrix for two thirds of the rows
+        found = f"enable_lora is {settings['enable_lora']}"
+    elif isinstance(start, str) and start.startswith(_CHANGED_BASE):
+        found = f"init_lora_weights is {start!r}, which changed the base weights as well"
+    if found:
+        raise CheckpointError(
+            f"{where}: {found}; expected plain LoRA: merge the adapter with PEFT "
+            "(merge_and_unload, save_pretrained) and give --lm the merged checkpoint"
+        )
+
+
+def _scaling(settings: Mapping[str, Any], module: str, rank: int, where: str) -> float:
+    """alpha / rank, or alpha / sqrt(rank) of rank-stabilized LoRA.
+
+    fan_in_fan_out needs no care: it says how the base model stores its weights, and ChatGLM-6B's
+    are [outputs, inputs], as is B @ A.
+    """
+    patterns = settings.get("alpha_pattern") or {}
+    ranks = settings.get("rank_pattern") or {}
+    alpha = next(
+        (v for k, v in patterns.items() if module == k or module.endswith(f".{k}")),
+        settings.get("lora_alpha"),
+    )
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e6:
+        raise CheckpointError(
+            f"{where}: lora_alpha of {module} is {alpha!r} in {ADAPTER_CONFIG}; expected a number: "
+            "take both files from the same training run"
+        )
+    if not ranks and settings.get("r") != rank:
+        raise CheckpointError(
+            f"{where}: the matrices of {module} have rank {rank}, {ADAPTER_CONFIG} says "
+            f"{settings.get('r')!r}: take both files from the same training run"
+        )
+    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
