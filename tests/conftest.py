@@ -1,5 +1,6 @@
 """Settings and fixtures shared by all tests."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,13 @@ def vision_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lm=data("chatglm_tiny"), out=out, precision="fp32", vision=vision, vision_precision="fp32"
     )
     return out
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint's configuration and weights that a test may change."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "ice_text.model"):
+        shutil.copy(data("chatglm_tiny") / name, folder)
+    return folder

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.numpy import load_file
 
+from seechat_lite.engines import Engine
 from seechat_lite.nn.chatglm import ChatGLM, KVCache
 from seechat_lite.prompt import Prompt, context_length, position_ids
 from seechat_weights.bundle import LMConfig
+from seechat_weights.errors import CheckpointError
+from seechat_weights.lm import LM, open_lm
 from seechat_weights.names import lm_config
 
 DATA = Path(__file__).parent / "data"
@@ -43,6 +47,37 @@ def load_chatglm(folder: str) -> ChatGLM:
     return model.eval().requires_grad_(False)
 
 
+def chatglm_of(lm: LM) -> ChatGLM:
+    """The network in float32 over the weights of an opened checkpoint."""
+    with torch.device("meta"):
+        model = ChatGLM(lm.config)
+    state = {key: torch.from_numpy(lm.read(key)).float() for key in lm.shapes}
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def greedy(engine: Engine, ids: list[int], count: int) -> list[int]:
+    """The likeliest `count` tokens after a prompt, one by one."""
+    logits, found = engine.prefill(Prompt(ids)), []
+    for _ in range(count):
+        found.append(int(logits.argmax()))
+        logits = engine.step(found[-1])
+    return found
+
+
+def random_array(*shape: int, seed: int = 0) -> np.ndarray:
+    """The same standard normal float32 numbers whenever the same shape and seed are asked for."""
+    return np.random.default_rng([*shape, seed]).standard_normal(shape).astype(np.float32)
+
+
+def lm_error(path: Path, **options: Path) -> str:
+    """The message with which open_lm refuses a checkpoint."""
+    with pytest.raises(CheckpointError) as e:
+        open_lm(path, **options)
+    assert "\n" not in str(e.value) and "expected" in str(e.value)
+    return str(e.value)
+
+
 def positions(ids: list[int], config: LMConfig) -> np.ndarray:
     """Position ids, int64 [2, len(ids)], with the special ids of `config`."""
     return position_ids(ids, gmask_id=config.gmask_id, mask_id=config.mask_id, bos_id=config.bos_id)
@@ -51,8 +86,9 @@ def positions(ids: list[int], config: LMConfig) -> np.ndarray:
 class TorchEngine:
     """The engine protocol over the torch network: no mask anywhere, as the runtime's engines."""
 
-    def __init__(self, model: ChatGLM) -> None:
+    def __init__(self, model: ChatGLM, prefix: np.ndarray | None = None) -> None:
         self.model = model
+        self.prefix = prefix
         self.context = model.config.max_sequence_length
         self.steps = 0
         self.cache: KVCache | None = None
@@ -63,6 +99,10 @@ class TorchEngine:
     def prefill(self, prompt: Prompt) -> np.ndarray:
         config, ids = self.model.config, prompt.ids
         self.cache = KVCache.empty(self.model, self.context)
+        if self.prefix is not None:
+            prefix = torch.from_numpy(self.prefix)
+            capacity = self.context + prefix.shape[3]
+            self.cache = KVCache.prefixed(self.model, capacity, prefix)
         self.position = positions(ids, config)
         embeds = self.model.word_embeddings(torch.tensor(ids)).clone()
         for start, image in prompt.images:

@@ -162,8 +162,8 @@ def open_lm(
     elif settings.get("pre_seq_len"):
         raise CheckpointError(
             f"{path}: config.json says that a P-tuning prefix of {settings['pre_seq_len']} tokens "
-            "belongs to it, and none is there: give --prefix the folder of its training run, or "
-            "take pre_seq_len out of config.json"
+            "belongs to it, and none is there; expected its weights: give --prefix the folder of "
+            "its training run, or take pre_seq_len out of config.json"
         )
     return lm
 

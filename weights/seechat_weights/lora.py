@@ -160,7 +160,7 @@ def _scaling(settings: Mapping[str, Any], module: str, rank: int, where: str) ->
         )
     if not ranks and settings.get("r") != rank:
         raise CheckpointError(
-            f"{where}: the matrices of {module} have rank {rank}, {ADAPTER_CONFIG} says "
-            f"{settings.get('r')!r}: take both files from the same training run"
+            f"{where}: the matrices of {module} have rank {rank}, expected r = "
+            f"{settings.get('r')!r} of {ADAPTER_CONFIG}: take both from the same training run"
         )
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)

@@ -27,7 +27,9 @@ def read_prefix(
     """
     if any(name.startswith("mixins.") for name in names):
         return _sat_prefix(checkpoint, names, config, where)
-    shapes = {name: checkpoint.shapes[key] for name, key in names.items()}
+    shapes = {key: checkpoint.shapes[key] for key in names.values()}
+    name, key = next(iter(names.items()))
+    encoder = key.removesuffix(name)
     hidden, width = config.hidden_size, 2 * config.num_layers * config.hidden_size
     expected: dict[str, Shape] = {"embedding.weight": (0, width)}
     if any(name.startswith("trans.") for name in names):
@@ -38,10 +40,10 @@ def read_prefix(
             "trans.2.weight": (width, hidden),
             "trans.2.bias": (width,),
         }
-    account(shapes, expected, (), where)
-    tokens = _tokens(shapes["embedding.weight"].shape, 0, config, where)
+    account(shapes, [encoder + k for k in expected], (), where)
+    tokens = _tokens(shapes[f"{encoder}embedding.weight"].shape, 0, config, where)
     expected["embedding.weight"] = (tokens, expected["embedding.weight"][1])
-    check_shapes(shapes, expected, where)
+    check_shapes(shapes, {encoder + k: shape for k, shape in expected.items()}, where)
 
     def read(name: str) -> np.ndarray:
         return checkpoint.read(names[name])

@@ -53,6 +53,20 @@ class KVCache:
         make = lambda: [weight.new_zeros(shape) for _ in range(c.num_layers)]  # noqa: E731
         return cls(make(), make())
 
+    @classmethod
+    def prefixed(cls, model: "ChatGLM", capacity: int, prefix: Tensor, batch: int = 1) -> "KVCache":
+        """A cache that begins with a P-tuning prefix, which no position counts.
+
+        prefix: [layers, 2 (key, value), heads, tokens, head_size]; capacity includes its tokens.
+        """
+        cache, tokens = cls.empty(model, capacity, batch), prefix.shape[3]
+        for part, (keys, values) in zip(
+            prefix, zip(cache.keys, cache.values, strict=True), strict=True
+        ):
+            keys[:, :, :tokens], values[:, :, :tokens] = part
+        cache.length = tokens
+        return cache
+
 
 class Attention(nn.Module):
     def __init__(self, config: LMConfig) -> None:
