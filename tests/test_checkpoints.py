@@ -5,6 +5,8 @@ import gc
 import json
 import os
 import shutil
+import warnings
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from reference import data, load_json, tensors
-from seechat_weights.checkpoints import LFS_POINTER, open_checkpoint, read_json
+from seechat_weights.checkpoints import open_checkpoint, read_json
 from seechat_weights.errors import CheckpointError
+from seechat_weights.files import LFS_POINTER
 
 INDEX = "pytorch_model.bin.index.json"
 
@@ -161,7 +164,7 @@ def test_truncated_file(tmp_path: Path, source: str, keep: float) -> None:
     file = tmp_path / data(source).name
     file.write_bytes(whole[: int(len(whole) * keep)])
     message = refused(file)
-    assert any(word in message for word in ("truncated", "empty", "not a torch file"))
+    assert any(word in message for word in ("truncated", "empty", "not a checkpoint"))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -180,10 +183,68 @@ def test_unsafe_pickle_is_named_and_not_run(tmp_path: Path, zipped: bool) -> Non
     assert not marker.exists()
 
 
-def test_pickled_objects_of_a_training_script_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / "last.pt"
-    torch.save({"state_dict": {"a": torch.ones(1)}, "args": argparse.Namespace(lr=1)}, file)
-    assert "argparse.Namespace" in refused(file)
+def test_what_a_training_script_saves_beside_the_weights(tmp_path: Path) -> None:
+    """Optimizer, configuration objects and random states are stepped over, nothing is built."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+    content = {
+        "model": {"a": torch.ones(1)},
+        "optimizer": optimizer.state_dict(),
+        "config": argparse.Namespace(lr=1, out=Path("out"), dtype=torch.float16),
+        "np_rng_state": np.random.get_state(),
+        "counts": defaultdict(int, a=1),
+    }
+    for zipped in (True, False):
+        file = tmp_path / f"last{zipped}.pt"
+        torch.save(content, file, _use_new_zipfile_serialization=zipped)
+        assert open_checkpoint(file).shapes == {"a": ((1,), "float32")}
+
+
+def test_torchscript_is_read_without_its_code(tmp_path: Path) -> None:
+    """As OpenAI's own CLIP files: tensors are attributes of nested modules."""
+    file = tmp_path / "scripted.pt"
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3).half())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(module[:1], torch.ones(1, 2)).save(str(file))
+    checkpoint = open_checkpoint(file)
+    assert checkpoint.shapes == {"0.weight": ((3, 2), "float32"), "0.bias": ((3,), "float32")}
+    np.testing.assert_array_equal(checkpoint.read("0.weight"), module[0].weight.detach().numpy())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_views_of_one_storage(tmp_path: Path, zipped: bool) -> None:
+    """Slices, transposed and tied tensors, scalars and empty ones, of every dtype."""
+    file = tmp_path / "views.pt"
+    base = torch.arange(24).reshape(4, 6)
+    values = {"all": base, "turned": base.T, "part": base[1:3, 2:5], "tied": base}
+    values |= {"scalar": torch.tensor(3.5), "empty": torch.ones(0, 3), "flags": base > 3}
+    values |= {str(d): base.to(d) for d in (torch.uint8, torch.int8, torch.int16, torch.int32)}
+    torch.save(values, file, _use_new_zipfile_serialization=zipped)
+    checkpoint = open_checkpoint(file)
+    for key, value in values.items():
+        np.testing.assert_array_equal(checkpoint.read(key), value.numpy())
+        assert checkpoint.read(key).dtype == value.numpy().dtype
+
+
+def test_a_read_tensor_can_be_changed_and_the_file_stays(tmp_path: Path) -> None:
+    file = tmp_path / "a.bin"
+    torch.save({"a": torch.ones(2)}, file)
+    before = file.read_bytes()
+    array = open_checkpoint(file).read("a")
+    torch.from_numpy(array).zero_()
+    assert file.read_bytes() == before
+
+
+def test_a_changed_byte_in_a_tensor(tmp_path: Path) -> None:
+    file = tmp_path / "a.bin"
+    torch.save({"a": torch.full((64,), 1.5), "b": torch.zeros(2)}, file)
+    content = bytearray(file.read_bytes())
+    content[content.index(b"\0\0\xc0\x3f" * 64) + 5] ^= 1
+    file.write_bytes(content)
+    checkpoint = open_checkpoint(file)
+    assert checkpoint.read("b").tolist() == [0, 0]
+    with pytest.raises(CheckpointError, match="checksum"):
+        checkpoint.read("a")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +259,7 @@ def test_no_state_dict(tmp_path: Path, content: object, message: str) -> None:
 
 def test_other_files(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_text("hello")
-    assert "not a torch file" in refused(tmp_path / "a.bin")
+    assert "not a checkpoint" in refused(tmp_path / "a.bin")
     assert "no such file" in refused(tmp_path / "missing.bin")
     assert "looked for model.safetensors" in refused(tmp_path)
     with pytest.raises(CheckpointError, match="cannot be read"):

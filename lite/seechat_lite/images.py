@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from seechat_weights.bundle import PixelSpec
-from seechat_weights.checkpoints import LFS_POINTER
 from seechat_weights.errors import BundleError, ImageError
+from seechat_weights.files import LFS_POINTER
 
 MAX_PIXELS = 128_000_000  # a 108-megapixel phone photo passes; decoded, this is half a gigabyte
 

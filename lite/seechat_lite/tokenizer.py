@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor
 
 from seechat_lite.errors import BundleError
 from seechat_weights.bundle import LMConfig
-from seechat_weights.checkpoints import LFS_POINTER
+from seechat_weights.files import LFS_POINTER
 
 _BLANKS = {f"<|blank_{k}|>": " " * k for k in range(2, 81)}
 _WHITESPACE = {"<n>": "\n", "<|tab|>": "\t", **_BLANKS}
