@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from seechat_export import graphs, parity
-from seechat_export.quantize import SHRINK, stored_arrays
+from seechat_export.quantize import SHRINK, rearrange_prefix, stored_arrays
 from seechat_lite.conversation import FORMATS
 from seechat_lite.memory import human
 from seechat_lite.tokenizer import Tokenizer
@@ -48,6 +48,7 @@ from seechat_weights.quantized import Quantized
 log = logging.getLogger(__name__)
 
 GRAPH, WEIGHTS, EMBEDDINGS = "decoder.onnx", "decoder.onnx.data", "embeddings.bin"
+PREFIX = "prefix.bin"
 TOKENIZER, PARITY, JOURNAL = "ice_text.model", "parity.json", "journal.json"
 OLD_IMAGE_TOKENS = 20000  # ids before the text ids in the vocabulary of 150528
 ROWS = 4096  # rows of the embedding table written at a time
@@ -106,6 +107,8 @@ def export_bundle(
     with writer.opened():
         writer.weights()
         writer.embeddings()
+        if model.prefix is not None:
+            writer.prefix(torch.from_numpy(model.prefix))
         shutil.copyfile(source.tokenizer, writer.folder / TOKENIZER)
         described = None
         if vision:
@@ -121,7 +124,13 @@ def export_bundle(
             name=name or out.name,
             lm=source.config,
             decoder=Decoder(
-                GRAPH, EMBEDDINGS, writer.embeddings_dtype, precision, writer.block_size
+                GRAPH,
+                EMBEDDINGS,
+                writer.embeddings_dtype,
+                precision,
+                writer.block_size,
+                prefix=PREFIX if model.prefix is not None else None,
+                prefix_tokens=0 if model.prefix is None else model.prefix.shape[3],
             ),
             tokenizer=TokenizerConfig(TOKENIZER, source.num_image_tokens),
             conversation=conversation,
@@ -267,6 +276,12 @@ class _Writer:
                 chunk = self.source.tensor(key, slice(i, i + ROWS))
                 f.write(chunk.to(dtype).contiguous().numpy().data)
                 self.progress("embeddings", f.tell(), total)
+
+    def prefix(self, prefix: Tensor) -> None:
+        """A P-tuning prefix [layers, 2, heads, tokens, head_size], raw, as the cache holds it."""
+        stored = rearrange_prefix(prefix, self.source.config)
+        stored = stored.to(getattr(torch, self.embeddings_dtype)).contiguous()
+        (self.folder / PREFIX).write_bytes(stored.numpy().data)
 
     def finish(self, manifest: Manifest) -> Manifest:
         """Hash all files, write the manifest, and give the folder its final name."""

@@ -48,6 +48,17 @@ def rearrange_heads(tensor: Tensor, config: LMConfig, axis: str) -> Tensor:
     return torch.stack([q, k, v]).flatten(0, 4).reshape(-1, *tensor.shape[1:])
 
 
+def rearrange_prefix(prefix: Tensor, config: LMConfig) -> Tensor:
+    """A P-tuning prefix [layers, 2 (key, value), heads, tokens, head_size] as the cache holds it.
+
+    Keys have the quarters of a head in the graph's order, and all quarters are padded.
+    """
+    padding = (padded_head_size(config) - config.head_size) // 4
+    halves = F.pad(prefix.unflatten(-1, (2, 2, -1)), (0, padding))
+    keys, values = halves.unbind(1)
+    return torch.stack([keys.transpose(-3, -2), values], 1).flatten(-3)
+
+
 def quantize_blocks(weight: Tensor, *, bits: int, block_size: int) -> tuple[Tensor, Tensor]:
     """Symmetric weight-only quantization of [outputs, inputs].
 

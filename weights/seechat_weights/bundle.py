@@ -94,6 +94,10 @@ class Decoder:
     embeddings_dtype: str = "float16"
     precision: str = "fp32"
     block_size: int = 0  # 0 where the precision has no blocks
+    # a P-tuning prefix that the cache begins with: raw `embeddings_dtype`,
+    # [layers, 2 (key, value), heads, prefix_tokens, head size of the graph], heads in its order
+    prefix: str | None = None
+    prefix_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -206,6 +210,14 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
     table = manifest.files[decoder.embeddings].bytes
     size = lm.vocab_size * lm.hidden_size * EMBEDDINGS_DTYPES[dtype]
     yield f"files.{decoder.embeddings}.bytes", table, table == size, f"{size} for the ids and width"
+    tokens = decoder.prefix_tokens
+    sound = 0 < tokens < lm.max_sequence_length if decoder.prefix else tokens == 0
+    yield "decoder.prefix_tokens", tokens, sound, "0, or the tokens of decoder.prefix"
+    if decoder.prefix:
+        found = manifest.files[decoder.prefix].bytes
+        head = -(-lm.head_size // 8) * 8  # the graph's heads are multiples of 8
+        size = 2 * lm.num_layers * lm.num_heads * tokens * head * EMBEDDINGS_DTYPES[dtype]
+        yield f"files.{decoder.prefix}.bytes", found, found == size, f"{size} for its tokens"
     if manifest.vision:
         vision, pixels = manifest.vision, manifest.vision.pixels
         yield "vision.tokens", vision.tokens, vision.tokens > 0, "a positive number"
@@ -264,6 +276,8 @@ def read_manifest(folder: Path) -> Manifest:
 def required_files(manifest: Manifest) -> list[str]:
     """Names of the files that the manifest's own fields point at."""
     names = [manifest.decoder.graph, manifest.decoder.embeddings, manifest.tokenizer.file]
+    if manifest.decoder.prefix:
+        names.append(manifest.decoder.prefix)
     if manifest.vision:
         names.append(manifest.vision.graph)
     return names

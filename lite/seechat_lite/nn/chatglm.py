@@ -60,10 +60,8 @@ class KVCache:
         prefix: [layers, 2 (key, value), heads, tokens, head_size]; capacity includes its tokens.
         """
         cache, tokens = cls.empty(model, capacity, batch), prefix.shape[3]
-        for part, (keys, values) in zip(
-            prefix, zip(cache.keys, cache.values, strict=True), strict=True
-        ):
-            keys[:, :, :tokens], values[:, :, :tokens] = part
+        for i, (key, value) in enumerate(prefix):
+            cache.keys[i][:, :, :tokens], cache.values[i][:, :, :tokens] = key, value
         cache.length = tokens
         return cache
 
