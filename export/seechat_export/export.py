@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from seechat_export import graphs, parity
-from seechat_export.quantize import SHRINK, rearrange_prefix, stored_arrays
+from seechat_export.quantize import FRACTIONS, rearrange_prefix, stored_arrays
 from seechat_lite.conversation import FORMATS
 from seechat_lite.memory import human
 from seechat_lite.tokenizer import Tokenizer
@@ -114,7 +114,7 @@ def export_bundle(
         if vision:
             described = dataclasses.replace(vision[1], precision=vision_precision)
             # transformers, which this needs, takes seconds to import
-            from seechat_export.vision import export_vision
+            from seechat_export.vision_graph import export_vision
 
             progress("vision", 0, 1)
             path = writer.folder / described.graph
@@ -330,7 +330,7 @@ class _Writer:
             "config": dataclasses.asdict(self.source.config),
             "precision": dataclasses.asdict(self.precision),
             "block_size": self.block_size,
-            "shrink": SHRINK,
+            "fractions": FRACTIONS,
             "tensors": [dataclasses.asdict(i) for i in self.items],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
