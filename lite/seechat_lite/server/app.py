@@ -1,0 +1,137 @@
+"""The application: routes, what stands before them, and the model's life."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from seechat_lite.chat import Model
+from seechat_lite.server import openapi, page, schemas
+from seechat_lite.server.completions import Completions, json_response, unknown_model
+from seechat_lite.server.desk import Desk
+from seechat_lite.server.errors import HANDLED, handle
+from seechat_lite.server.fetch import Fetcher
+from seechat_lite.server.guard import Guard
+from seechat_lite.server.images import Images
+from seechat_lite.server.intake import Intake
+from seechat_lite.server.legacy import Legacy
+from seechat_lite.server.logs import RequestLog
+from seechat_lite.server.metrics import Metrics, memory
+from seechat_lite.server.settings import Settings
+from seechat_weights.bundle import Manifest
+
+
+def create_app(
+    load: Callable[[], Model],
+    manifest: Manifest,
+    *,
+    settings: Settings,
+    context: int = 2048,
+    format: str | None = None,
+    failed: Callable[[Exception], None],
+    fetcher: Fetcher | None = None,
+) -> Starlette:
+    """The server as an ASGI application.
+
+    load: opens the model of `manifest`; called in the model's thread when the application starts,
+    and again after keep_alive unloaded it. failed: told if that first loading fails; nothing can
+    be answered then, and the server should end. `app.state.desk` is its Desk.
+    """
+    metrics = Metrics()
+    desk = Desk(
+        load,
+        format=format,
+        queue=settings.queue,
+        keep_alive=settings.keep_alive,
+        observe=metrics.answered,
+    )
+    images = Images(settings, fetcher or Fetcher(seconds=settings.fetch_seconds))
+    names = (manifest.name, *settings.aliases)
+    vision = manifest.vision
+    about = schemas.ModelInfo(
+        id=manifest.name,
+        created=int(time.time()),
+        owned_by="seechat-lite",
+        precision=manifest.decoder.precision,
+        vision=f"{vision.tower} + {vision.bridge}" if vision else None,
+        context=context,
+    )
+    completions = Completions(desk, images, names=names)
+    legacy = Legacy(desk, images)
+    document = openapi.document(with_key=settings.api_key is not None)
+
+    async def models(_: Request) -> Response:
+        return json_response(schemas.ModelList(data=[about]))
+
+    async def model(request: Request) -> Response:
+        if request.path_params["model"] not in names:
+            raise unknown_model(request.path_params["model"])
+        return json_response(about)
+
+    async def health(_: Request) -> Response:
+        status = desk.status
+        body = schemas.Health(
+            status=status,
+            waiting=desk.waiting,
+            answering=desk.answering,
+            memory_bytes=memory(),
+        )
+        return JSONResponse(body.model_dump(), 200 if status in ("ok", "unloaded") else 503)
+
+    async def numbers(_: Request) -> Response:
+        return metrics.response(waiting=desk.waiting, loaded=desk.status == "ok")
+
+    async def describe(_: Request) -> Response:
+        return JSONResponse(document)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async def open_model() -> None:
+            try:
+                await desk.open()
+            except Exception as e:
+                failed(e)
+
+        loading = asyncio.create_task(open_model())
+        yield
+        await desk.stop(0)
+        loading.cancel()
+        desk.close()
+
+    middleware = [
+        Middleware(RequestLog, metrics=metrics),
+        Middleware(Guard, settings=settings, public=page.PATHS),
+        Middleware(Intake, settings=settings),
+    ]
+    if settings.cors_origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )
+        middleware.insert(1, cors)
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", completions.answer, methods=["POST"]),
+            Route("/v1/models", models),
+            Route("/v1/models/{model:path}", model),
+            Route("/health", health),
+            Route("/metrics", numbers),
+            Route("/openapi.json", describe),
+            Route("/", legacy.answer, methods=["POST"]),
+            *page.routes(),
+        ],
+        middleware=middleware,
+        exception_handlers=dict.fromkeys(HANDLED, handle),
+        lifespan=lifespan,
+    )
+    app.state.desk = desk
+    return app

@@ -1,0 +1,121 @@
+"""The command `seechat serve`, found by the command line as an entry point."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from seechat_weights.errors import SeechatError
+
+KEY_VARIABLE = "SEECHAT_API_KEY"
+
+
+def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add `serve` to the subparsers of `seechat`; `common` holds the options of all commands."""
+    parser = commands.add_parser(
+        "serve",
+        parents=[common],
+        help="an OpenAI-compatible server, and a page to drop pictures on",
+        description="Serve a model to programs that speak the OpenAI API, and to people on a web "
+        "page. Prints its address on stdout once it listens.",
+    )
+    add = parser.add_argument
+    add("--model", type=Path, metavar="DIR", help="a bundle; default: built in")
+    add("--engine", default="auto", help="what executes it (default: %(default)s)")
+    add("--device", default="auto", help="cpu, cuda, dml, coreml … or a provider")
+    add("--context", type=int, default=2048, metavar="N", help="tokens of prompt and answer (2048)")
+    add("--format", metavar="NAME", help="conversation format; default: the bundle's")
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add("--port", type=int, default=8080, metavar="N", help="0: any free one (%(default)s)")
+    add(
+        "--api-key",
+        metavar="KEY",
+        help=f"clients must send it; {KEY_VARIABLE} in the environment is seen by fewer",
+    )
+    add("--alias", action="append", default=[], metavar="NAME", help="another name of the model")
+    add(
+        "--host-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name by which clients call this server, besides localhost",
+    )
+    add(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of this origin use the server",
+    )
+    add("--https-images", action="store_true", help="fetch pictures from public https: addresses")
+    add("--media-path", type=Path, metavar="DIR", help="read file: pictures below this folder")
+    add("--queue", type=int, default=32, metavar="N", help="requests that may wait (%(default)s)")
+    add("--max-body", type=float, default=32, metavar="MB", help="of one request (%(default)s)")
+    add("--image-cache", type=float, default=64, metavar="MB", help="of embeddings (%(default)s)")
+    add("--keep-alive", type=float, metavar="SECONDS", help="unload the model when idle so long")
+    add("--log-json", action="store_true", help="log JSON lines")
+    parser.set_defaults(run=lambda args: _serve(args, parser.error))
+
+
+def _serve(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
+    for name, least in (("port", 0), ("queue", 0), ("max_body", 0), ("image_cache", 0)):
+        if getattr(args, name) < least:
+            usage_error(f"--{name.replace('_', '-')}: expected {least} or more")
+    if args.port > 65535:
+        usage_error("--port: expected at most 65535")
+    if args.keep_alive is not None and args.keep_alive < 0:
+        usage_error("--keep-alive: expected 0 or more")
+    if args.media_path and not args.media_path.is_dir():
+        usage_error(f"--media-path: {args.media_path} is no folder")
+    key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE)
+    if key is not None and not (key.strip() and key.isascii() and key.isprintable()):
+        usage_error("the API key: expected printable ASCII characters")
+    from seechat_lite.conversation import FORMATS
+    from seechat_lite.engines import ENGINES
+    from seechat_lite.memory import MIN_CONTEXT
+
+    if args.context < MIN_CONTEXT:
+        usage_error(f"--context is {args.context}; expected at least {MIN_CONTEXT}")
+    if args.engine not in ("auto", *ENGINES):
+        usage_error(f"--engine is {args.engine}; expected one of auto, {', '.join(ENGINES)}")
+    if args.format not in (None, *FORMATS):
+        usage_error(f"--format is {args.format}; expected one of {', '.join(FORMATS)}")
+    try:
+        from seechat_lite.server.run import Options, serve
+        from seechat_lite.server.settings import Settings
+    except ImportError as e:
+        raise SeechatError(
+            f"{e.name} is not installed; the server needs it: pip install 'seechat-lite[server]'"
+        ) from None
+    settings = Settings(
+        max_body=int(args.max_body * 1e6),
+        max_bodies=int(args.max_body * 8e6),
+        https_images=args.https_images,
+        media_path=args.media_path,
+        api_key=key,
+        cors_origins=tuple(o.rstrip("/") for o in args.cors_origin),
+        hosts=tuple(args.host_name),
+        aliases=tuple(args.alias),
+        queue=args.queue,
+        keep_alive=args.keep_alive,
+    )
+    options = Options(
+        model=args.model,
+        engine=args.engine,
+        device=args.device,
+        context=args.context,
+        format=args.format,
+        image_cache=int(args.image_cache * 1e6),
+        host=args.host,
+        port=args.port,
+    )
+
+    def listening(address: str) -> None:
+        print(address, flush=True)
+        print(f"seechat: listening on {address} · Ctrl-C: stop 停止", file=sys.stderr)
+
+    return serve(
+        options, settings, listening=listening, log_json=args.log_json, verbose=args.verbose
+    )

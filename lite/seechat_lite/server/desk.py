@@ -1,0 +1,295 @@
+"""The desk where answers are given: one model, one at a time, first come first served.
+
+Everything that touches the model runs in one thread. The pieces of an answer go to the client's
+task through a queue, so a slow client keeps nobody waiting; when that task is cancelled, its place
+in the line is free at once, and a running answer ends within one token.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+from seechat_lite.chat import Chat, Model, Stats
+from seechat_lite.server.errors import ApiError
+
+log = logging.getLogger(__name__)
+
+MAX_NEW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question with the files of its pictures, and its answer where it is past."""
+
+    question: str
+    images: tuple[bytes, ...] = ()
+    answer: str = ""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """All that one answer needs; the options are Chat.stream's."""
+
+    turn: Turn
+    past: tuple[Turn, ...] = ()
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int = MAX_NEW_TOKENS
+    max_length: int | None = None  # prompt and answer together, instead of max_new_tokens
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+class Desk:
+    """Made and used in the event loop's thread.
+
+    load: opens the model, here and again after it was unloaded. queue: how many may wait.
+    keep_alive: seconds without a request after which the model is unloaded, None for never.
+    observe: told of every answer's Stats.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Model],
+        *,
+        format: str | None,
+        queue: int,
+        keep_alive: float | None,
+        observe: Callable[[Stats], None],
+    ) -> None:
+        self._load = load
+        self._format = format
+        self._queue = queue
+        self._keep_alive = keep_alive
+        self._observe = observe
+        self._thread = ThreadPoolExecutor(1, "seechat-model")
+        self._model: Model | None = None
+        self._opened = self._stopping = False
+        self._busy = False  # something runs in the thread
+        self._running: _Running | None = None  # the answer among such things
+        self._line: deque[asyncio.Future[None]] = deque()
+        self._unloading: asyncio.TimerHandle | None = None
+
+    @property
+    def status(self) -> Literal["ok", "loading", "unloaded", "stopping"]:
+        if self._stopping:
+            return "stopping"
+        if not self._opened:
+            return "loading"
+        return "ok" if self._model else "unloaded"
+
+    @property
+    def waiting(self) -> int:
+        return len(self._line)
+
+    @property
+    def answering(self) -> bool:
+        return self._running is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether the model's thread has nothing to do, so that the process may end."""
+        return not self._busy
+
+    async def open(self) -> None:
+        """Load the model; meanwhile requests wait. Raises what loading it raises."""
+        await self._enter()
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._loaded)
+            self._opened = True
+        finally:
+            self._leave()
+
+    async def answer(self, ask: Ask) -> AsyncGenerator[str | Stats, None]:
+        """Wait for a turn; yield the answer's pieces as they come, and at its end the Stats.
+
+        Raises ApiError when the line is full or the server stops, and what Chat.stream raises.
+        """
+        await self._enter()
+        running = self._running = _Running()
+        loop = asyncio.get_running_loop()
+        put = partial(loop.call_soon_threadsafe, running.pieces.put_nowait)
+        done = loop.run_in_executor(self._thread, self._run, ask, running, put)
+        done.add_done_callback(lambda _: self._leave())
+        try:
+            while piece := await running.pieces.get():
+                if isinstance(piece, ApiError):
+                    raise piece
+                yield piece
+            stats = await done
+            self._observe(stats)
+            # of those who hear this, only a shutdown cuts the answer short
+            yield replace(stats, finish_reason="length") if running.stopped else stats
+        finally:
+            running.stop()
+
+    async def whole_answer(self, ask: Ask) -> tuple[str, Stats]:
+        """The pieces joined, and the Stats."""
+        text = ""
+        async with aclosing(self.answer(ask)) as answer:
+            async for piece in answer:
+                if isinstance(piece, Stats):
+                    return text, piece
+                text += piece
+        raise AssertionError("an answer ends with its Stats")
+
+    async def stop(self, grace: float) -> None:
+        """Refuse who waits and who comes; end a running answer when `grace` seconds are over."""
+        self._stopping = True
+        for place in self._line:
+            if not place.done():
+                place.set_exception(_shutting_down())
+        self._line.clear()
+        await self._finished(grace)
+        if self._running:
+            self._running.stop()
+            await self._finished(0.5)
+        if self._running:  # reading a long prompt, which nothing can interrupt
+            self._running.pieces.put_nowait(_shutting_down())
+
+    def close(self) -> None:
+        """Release the model, unless it is still at work."""
+        self._stay()
+        self._thread.shutdown(wait=False)
+        if self.idle and self._model:
+            self._model.close()
+            self._model = None
+
+    async def _finished(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while self._running and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+
+    async def _enter(self) -> None:
+        """Come back when it is this task's turn."""
+        if self._stopping:
+            raise _shutting_down()
+        if not self._busy:
+            self._stay()
+            self._busy = True
+            return
+        if len(self._line) >= self._queue:
+            raise ApiError(
+                503,
+                f"{len(self._line)} requests are waiting already: try again later",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
+        place = asyncio.get_running_loop().create_future()
+        self._line.append(place)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place in self._line:
+                self._line.remove(place)
+            elif not place.cancelled() and not place.exception():  # its turn had just come
+                self._leave()
+            raise
+
+    def _leave(self) -> None:
+        """Let the next one in."""
+        self._running = None
+        while self._line:
+            place = self._line.popleft()
+            if not place.done():
+                place.set_result(None)
+                return
+        self._busy = False
+        if self._keep_alive is not None and self._model and not self._stopping:
+            loop = asyncio.get_running_loop()
+            self._unloading = loop.call_later(self._keep_alive, self._unload)
+
+    def _stay(self) -> None:
+        if self._unloading:
+            self._unloading.cancel()
+            self._unloading = None
+
+    def _unload(self) -> None:
+        self._unloading = None
+        self._busy = True
+        done = asyncio.get_running_loop().run_in_executor(self._thread, self._forget)
+        done.add_done_callback(lambda _: self._leave())
+
+    # --- in the model's thread
+
+    def _loaded(self) -> Model:
+        self._model = self._model or self._load()
+        return self._model
+
+    def _forget(self) -> None:
+        if self._model:
+            log.info("unloading the model: nobody has asked for %g s", self._keep_alive)
+            self._model.close()
+            self._model = None
+
+    def _run(self, ask: Ask, running: "_Running", put: Callable[[str], object]) -> Stats:
+        try:
+            chat = self._loaded().chat(self._format)
+            chat.format = replace(chat.format, stop=(*chat.format.stop, *ask.stop))
+            for turn in ask.past:
+                if running.stopped:
+                    break
+                chat.append(turn.question, turn.answer, turn.images)
+            question, images = ask.turn.question, ask.turn.images
+            new = ask.max_new_tokens
+            if ask.max_length is not None:
+                new = ask.max_length - len(chat.prompt(question, images).ids)
+            stream = chat.stream(
+                question,
+                images,
+                max_new_tokens=max(new, 1),
+                temperature=ask.temperature,
+                top_p=ask.top_p,
+                top_k=ask.top_k,
+                repetition_penalty=ask.repetition_penalty,
+                seed=ask.seed,
+            )
+            running.follow(chat)
+            for piece in stream:
+                put(piece)
+            if chat.stats is None:
+                raise AssertionError("a finished stream has its Stats")
+            return chat.stats
+        finally:
+            put("")
+
+
+class _Running:
+    """An answer being given: what it has said and how to end it."""
+
+    def __init__(self) -> None:
+        # "" is the end
+        self.pieces: asyncio.Queue[str | ApiError] = asyncio.Queue()
+        self._stop = threading.Event()
+        self._chat: Chat | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop.is_set()
+
+    def follow(self, chat: Chat) -> None:
+        """From now on stop() stops this chat, also if it came before."""
+        self._chat = chat
+        if self.stopped:
+            chat.stop()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._chat:
+            self._chat.stop()
+
+
+def _shutting_down() -> ApiError:
+    return ApiError(
+        503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"}
+    )

@@ -1,0 +1,114 @@
+"""Errors as clients of the OpenAI API expect them: a status and {"error": {...}}."""
+
+import logging
+from collections.abc import Mapping
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from seechat_lite.errors import (
+    ContextError,
+    EngineError,
+    ImageError,
+    MemoryPlanError,
+    SeechatError,
+)
+
+log = logging.getLogger(__name__)
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 503: "overloaded_error"}
+
+
+class ApiError(Exception):
+    """An answer that says what is wrong with a request, or with the server.
+
+    code: a word for programs. param: the field of the request it is about.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = headers
+
+    @property
+    def body(self) -> dict[str, dict[str, str | None]]:
+        kind = _TYPES.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+        )
+        return {
+            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        }
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+HANDLED = (ApiError, SeechatError, ValidationError, MemoryError, HTTPException, Exception)
+
+
+def unsupported(what: str, advice: str, *, param: str) -> ApiError:
+    """A request asks for something that this server does not do; better said than ignored."""
+    return ApiError(400, f"{what}: {advice}", code="unsupported", param=param)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of any exception; of our own mistakes it learns nothing."""
+    match error:
+        case ApiError():
+            return error
+        case ImageError():
+            return ApiError(400, str(error), code="invalid_image", param="messages")
+        case ContextError():
+            return ApiError(400, str(error), code="context_length_exceeded", param="messages")
+        case MemoryPlanError():
+            return ApiError(503, str(error), code="out_of_memory", headers={"Retry-After": "60"})
+        case MemoryError():
+            text = "out of memory: send smaller pictures, or give the server more memory"
+            return ApiError(503, text, code="out_of_memory", headers={"Retry-After": "60"})
+        case EngineError():
+            log.error("%s", error)
+            return ApiError(500, "the engine failed; the server's log says why", code="engine")
+        case SeechatError():
+            return ApiError(400, str(error), code="invalid_value")
+        case ValidationError():
+            return _invalid(error)
+        case HTTPException(status_code=404):
+            return ApiError(404, "no such address; see /openapi.json", code="not_found")
+        case HTTPException():
+            return ApiError(
+                error.status_code, error.detail, code="http_error", headers=error.headers
+            )
+        case _:
+            return ApiError(500, "internal error; the server's log says more", code="internal")
+
+
+async def handle(request: Request, error: Exception) -> Response:
+    """Starlette's exception handler for all of them."""
+    return as_api_error(error).response()
+
+
+def _invalid(error: ValidationError) -> ApiError:
+    """422 for JSON of the wrong shape; 400 for what is no JSON, or a kind of content unknown."""
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    # of a field that may be this or that, what was nearest to being right
+    first = max(errors, key=lambda e: (e["type"] == "union_tag_invalid", len(e["loc"])))
+    # the names of union members in a path say nothing to a client
+    path = [str(p) for p in first["loc"] if not (isinstance(p, str) and not p.islower())]
+    where = ".".join(path) or None
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first['msg']}", code="invalid_json")
+    status = 400 if first["type"] == "union_tag_invalid" else 422
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return ApiError(
+        status, f"{where or 'body'}: {first['msg']}{more}", code="invalid_request", param=where
+    )

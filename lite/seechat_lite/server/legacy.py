@@ -1,0 +1,76 @@
+"""POST /: the requests of ChatGLM-6B's and VisualGLM-6B's demo servers, whose clients live on.
+
+{"prompt", "history", max_length, top_p, temperature} is ChatGLM-6B's, {"text", "image" (base64),
+"history", …} VisualGLM-6B's; each has its demo's defaults. `min_length` and `num_beams` are
+ignored.
+"""
+
+import secrets
+from datetime import datetime
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from seechat_lite.server import schemas
+from seechat_lite.server.completions import json_response
+from seechat_lite.server.desk import Ask, Desk, Turn
+from seechat_lite.server.errors import ApiError
+from seechat_lite.server.images import Images
+from seechat_lite.server.logs import note
+
+# (temperature, top_p, top_k, repetition_penalty) of the two demos
+_CHATGLM = (0.95, 0.7, 0, 1.0)
+_VISUALGLM = (0.8, 0.4, 100, 1.2)
+_MAX_LENGTH = 2048
+
+
+class Legacy:
+    """The endpoint."""
+
+    def __init__(self, desk: Desk, images: Images) -> None:
+        self._desk = desk
+        self._images = images
+
+    async def answer(self, request: Request) -> Response:
+        body = schemas.LegacyRequest.model_validate_json(await request.body())
+        question = body.prompt if body.text is None else body.text
+        if question is None or (body.prompt is not None and body.text is not None):
+            raise _bad("expected either `prompt` (ChatGLM-6B) or `text` (VisualGLM-6B)", "prompt")
+        if not question.strip():
+            raise _bad("the question is empty", "prompt")
+        history = [pair for pair in body.history or [] if pair]  # [[]] is ChatGLM's default
+        if any(len(pair) != 2 for pair in history):
+            raise _bad("expected pairs of a question and its answer", "history")
+        turns = [Turn(question=q, answer=a) for q, a in history] + [Turn(question)]
+        if image := body.image or body.image_prompt:
+            url = image if image.startswith("data:") else f"data:image/any;base64,{image}"
+            turns[0] = Turn(
+                turns[0].question, tuple(await self._images.read([url])), turns[0].answer
+            )
+        temperature, top_p, top_k, penalty = _CHATGLM if body.text is None else _VISUALGLM
+        if body.temperature is not None:
+            temperature = body.temperature if body.temperature >= 0.001 else 0.0
+        ask = Ask(
+            turns[-1],
+            tuple(turns[:-1]),
+            max_length=body.max_length or _MAX_LENGTH,
+            temperature=temperature,
+            top_p=body.top_p or top_p,
+            top_k=top_k if body.top_k is None else body.top_k,
+            repetition_penalty=body.repetition_penalty or penalty,
+            seed=secrets.randbits(63),
+        )
+        text, stats = await self._desk.whole_answer(ask)
+        note(request, stats)
+        return json_response(
+            schemas.LegacyAnswer(
+                response=text,
+                result=text,
+                history=[*history, [question, text]],
+                time=datetime.now().strftime("%Y-%m-%d %H:%M:%S"),
+            )
+        )
+
+
+def _bad(why: str, where: str) -> ApiError:
+    return ApiError(422, f"{where}: {why}", code="invalid_request", param=where)

@@ -1,0 +1,106 @@
+"""One line a request on stderr, for people or (--log-json) for programs."""
+
+import json
+import logging
+import sys
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from seechat_lite.chat import Stats
+from seechat_lite.server.metrics import Metrics
+
+log = logging.getLogger("seechat_lite.requests")
+
+_STATE = "seechat"  # where a request's notes are kept in its scope
+
+
+def set_up(*, as_json: bool, verbose: bool) -> None:
+    """Log to stderr; replaces what the command line set up for short commands."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter(as_json=as_json))
+    logging.basicConfig(
+        handlers=[handler], level=logging.DEBUG if verbose else logging.INFO, force=True
+    )
+    logging.getLogger("uvicorn").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+def formatter(*, as_json: bool) -> logging.Formatter:
+    """One line a record, whatever is in it."""
+    return _Json() if as_json else _Text()
+
+
+def note(request: Request, stats: Stats) -> None:
+    """Have the request's line tell what its answer took."""
+    request.scope[_STATE].update(
+        prompt_tokens=stats.prompt_tokens,
+        new_tokens=stats.new_tokens,
+        first_token_seconds=round(stats.first_token_seconds, 3),
+        tokens_per_second=round(stats.tokens_per_second, 1),
+        finish_reason=stats.finish_reason,
+    )
+
+
+class RequestLog:
+    """ASGI middleware, the outermost. What users ask and what is answered is never logged."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        notes: dict[str, Any] = {}
+        scope[_STATE] = notes
+        status = 499  # nobody was there to be answered
+
+        async def noticing(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noticing)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            fields = {
+                "client": (scope.get("client") or ("", 0))[0],
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "seconds": round(time.perf_counter() - start, 3),
+            } | notes
+            self._metrics.requested(scope["method"], status)
+            log.info("request", extra={"fields": fields})
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=True)
+
+
+class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = getattr(record, "fields", {})
+        message = " ".join(f"{k}={v}" for k, v in fields.items()) or record.getMessage().strip()
+        # paths hold whatever a client sent, line breaks and escape sequences too
+        line = "seechat: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line

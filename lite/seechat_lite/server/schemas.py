@@ -1,0 +1,191 @@
+"""Requests and answers as clients see them; the OpenAPI document is made of these.
+
+Fields that the OpenAI API has and this server has no use for are ignored, unless ignoring them
+would change an answer: those are refused in completions.py.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_INTEGER = 2**63 - 1
+FinishReason = Literal["stop", "length"]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class TextPart(_Request):
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(_Request):
+    url: str = Field(
+        description="data:, https: or file: URL, the latter two if the server reads them"
+    )
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(_Request):
+    type: Literal["image_url"]
+    image_url: ImageURL | str
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(_Request):
+    """One message; the text of system and developer messages precedes the next question."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part] | None = None
+
+
+class StreamOptions(_Request):
+    include_usage: bool | None = None
+
+
+class ChatRequest(_Request):
+    """POST /v1/chat/completions, after OpenAI's; top_k and repetition_penalty are additions."""
+
+    model: str | None = Field(None, description="the served model's name; may be left out")
+    messages: list[Message] = Field(min_length=1, max_length=2048)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INTEGER)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INTEGER)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=MAX_INTEGER)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    seed: int | None = Field(None, ge=-MAX_INTEGER - 1, le=MAX_INTEGER)
+    stop: str | list[str] | None = None
+    n: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logprobs: bool | None = None
+    tools: list[Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Timings(BaseModel):
+    """How long an answer took, an addition to OpenAI's fields."""
+
+    first_token_seconds: float
+    seconds: float
+    tokens_per_second: float
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    index: int = 0
+    message: AnswerMessage
+    logprobs: None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    timings: Timings
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChunkChoice(BaseModel):
+    index: int = 0
+    delta: Delta
+    logprobs: None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(BaseModel):
+    """One event of a stream; the one with the finish reason has `timings`."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+    timings: Timings | None = None
+
+
+class ModelInfo(BaseModel):
+    """What /v1/models says; from `precision` on, additions to OpenAI's fields."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    precision: str
+    vision: str | None = Field(description="the vision tower and bridge, null without")
+    context: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelInfo]
+
+
+class Health(BaseModel):
+    status: Literal["ok", "loading", "unloaded", "stopping"]
+    waiting: int
+    answering: bool
+    memory_bytes: int = Field(description="resident memory of the server's process")
+
+
+class LegacyRequest(_Request):
+    """What clients of the ChatGLM-6B demo (`prompt`) and the VisualGLM-6B demo (`text`) send."""
+
+    prompt: str | None = None
+    text: str | None = None
+    image: str | None = Field(None, description="base64")
+    image_prompt: str | None = Field(None, description="base64, the older name")
+    history: list[list[str]] | None = Field(None, max_length=1024)
+    max_length: int | None = Field(None, ge=1, le=MAX_INTEGER)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=MAX_INTEGER)
+    temperature: float | None = Field(None, ge=0, le=100)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+
+
+class LegacyAnswer(BaseModel):
+    """Both demos' answers at once: `response` is ChatGLM-6B's, `result` VisualGLM-6B's name."""
+
+    response: str
+    result: str
+    history: list[list[str]]
+    status: Literal[200] = 200
+    time: str
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail

@@ -1,0 +1,26 @@
+"""What the operator decided: limits, what URLs may be read, who may ask."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of `seechat serve`; sizes in bytes, times in seconds."""
+
+    max_body: int = 32 << 20  # of one request
+    max_bodies: int = 256 << 20  # of all requests that are being answered or wait
+    max_image: int = 20 << 20  # of one picture's file
+    max_images: int = 16  # in one request
+    body_seconds: float = 30.0  # a request's body must have come by then
+    send_seconds: float = 60.0  # a client must take what is sent by then
+    fetch_seconds: float = 15.0  # a picture's address must have answered by then
+    https_images: bool = False
+    media_path: Path | None = None  # file: URLs below this folder are read
+    api_key: str | None = None
+    cors_origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()  # names by which clients may call this server, besides localhost
+    aliases: tuple[str, ...] = ()  # names of the model, besides its own
+    queue: int = 32  # requests that may wait
+    keep_alive: float | None = None  # the model is unloaded after so long without a request
+    grace: float = 2.5  # on shutdown, a running answer may go on for so long

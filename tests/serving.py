@@ -1,0 +1,197 @@
+"""Servers for the tests: in a thread of this process, or as the command `seechat serve`."""
+
+import base64
+import http.client
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvicorn
+from starlette.applications import Starlette
+
+import seechat_lite as sl
+from seechat_lite.server.app import create_app
+from seechat_lite.server.desk import Desk
+from seechat_lite.server.fetch import Fetcher
+from seechat_lite.server.run import configure
+from seechat_lite.server.settings import Settings
+from seechat_weights.builtin import BUILTIN
+from seechat_weights.bundle import read_manifest
+
+IMAGES = Path(__file__).parent.parent / "docs/images"
+PANDA = (IMAGES / "panda.png").read_bytes()
+
+
+def data_url(data: bytes = PANDA) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def asking(question: str, *urls: str, **fields: Any) -> dict[str, Any]:
+    """The body of a request."""
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    content.append({"type": "text", "text": question})
+    return {"messages": [{"role": "user", "content": content}], **fields}
+
+
+def slow_load(seconds: float, tokens: int = 200) -> Callable[[], sl.Model]:
+    """The built-in model, taking so long for each of `tokens` tokens and never ending by itself."""
+
+    def load() -> sl.Model:
+        model = sl.load()
+        engine, step = model.engine, model.engine.step
+        eos = model.tokenizer.eos_id
+
+        def slow_step(token: int) -> np.ndarray:
+            time.sleep(seconds)
+            logits = step(token)
+            logits[eos] = -1e9
+            return logits
+
+        engine.step = slow_step
+        return model
+
+    return load
+
+
+@dataclass
+class Running:
+    url: str
+    app: Starlette
+    server: uvicorn.Server
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    @property
+    def desk(self) -> Desk:
+        return self.app.state.desk
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+
+    def request(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        """Status, headers and body of one request on a connection of its own."""
+        connection = self.connect()
+        try:
+            content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+            connection.request(method, path, content, headers or {})
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+        finally:
+            connection.close()
+
+    def post(self, body: Any, path: str = "/v1/chat/completions", **headers: str) -> Any:
+        """The JSON answer, with its status as "status" where it is an error."""
+        status, _, content = self.request("POST", path, body, headers)
+        answer = json.loads(content)
+        if status != 200:
+            answer["status"] = status
+        return answer
+
+    def raw(self, sent: bytes, *, seconds: float = 10) -> bytes:
+        """What comes back for these bytes until the server closes the connection."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as s:
+            s.sendall(sent)
+            received = b""
+            while part := s.recv(65536):
+                received += part
+            return received
+
+
+@contextmanager
+def running(
+    settings: Settings | None = None,
+    *,
+    load: Callable[[], sl.Model] = sl.load,
+    fetcher: Fetcher | None = None,
+) -> Iterator[Running]:
+    """A server of this process, on a port of its own, with its model loaded."""
+    failures: list[Exception] = []
+    app = create_app(
+        load,
+        read_manifest(BUILTIN),
+        settings=settings or Settings(),
+        failed=failures.append,
+        fetcher=fetcher,
+    )
+    server = uvicorn.Server(configure(app))
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as sock:
+        thread = threading.Thread(target=server.run, args=([sock],))
+        thread.start()
+        try:
+            wait_until(lambda: app.state.desk.status == "ok" or bool(failures))
+            assert not failures
+            yield Running(f"http://127.0.0.1:{sock.getsockname()[1]}", app, server)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+SLOW_SERVER = """
+import sys, time
+from seechat_lite.engines.onnx import OnnxEngine
+from seechat_lite.server import run
+step = OnnxEngine.step
+def slow(self, token):
+    time.sleep({seconds})
+    logits = step(self, token)
+    logits[2] = logits[self._manifest.lm.eos_id] = -1e9
+    return logits
+OnnxEngine.step = slow
+from seechat_lite.__main__ import main
+sys.exit(main())
+"""
+
+
+@contextmanager
+def serving(*options: str, step_seconds: float = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command itself: its process and its address. stderr is a pipe."""
+    start = (
+        ["-c", SLOW_SERVER.format(seconds=step_seconds)] if step_seconds else ["-m", "seechat_lite"]
+    )
+    process = subprocess.Popen(
+        [sys.executable, *start, "serve", "--port", "0", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+    try:
+        assert process.stdout
+        url = process.stdout.readline().strip()
+        assert url.startswith("http://"), process.communicate()[1]
+        wait_until(lambda: _healthy(url))
+        yield process, url
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def _healthy(url: str) -> bool:
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    finally:
+        connection.close()

@@ -1,0 +1,244 @@
+"""The command `seechat serve` as a process: starting, logging, signals, tools that talk to it."""
+
+import base64
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from serving import IMAGES, asking, data_url, serving, wait_until
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
+SEECHAT = [sys.executable, "-m", "seechat_lite", "serve"]
+
+
+def serve(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """For what ends by itself."""
+    return subprocess.run(
+        [*SEECHAT, *options],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+        env=os.environ | environment,
+    )
+
+
+def begin_stream(url: str) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
+    connection.request("POST", "/v1/chat/completions", json.dumps(asking("你好", stream=True)))
+    response = connection.getresponse()
+    assert response.readline().startswith(b"data: ")
+    return connection, response
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "-1"], "--port"),
+        (["--port", "70000"], "--port"),
+        (["--queue", "-1"], "--queue"),
+        (["--format", "x"], "--format"),
+        (["--media-path", "/no/such/folder"], "--media-path"),
+        (["--api-key", "a\nb"], "API key"),
+        (["--api-key", ""], "API key"),
+        (["--context", "3"], "--context"),
+        (["--engine", "steam"], "--engine"),
+    ],
+)
+def test_wrong_usage(options: list[str], message: str) -> None:
+    done = serve(*options)
+    assert done.returncode == 2 and message in done.stderr and not done.stdout
+
+
+def test_what_cannot_be_served(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = serve("--port", str(taken.getsockname()[1]))
+    assert done.returncode == 1 and "cannot listen" in done.stderr
+    done = serve("--port", "0", "--model", str(tmp_path))
+    assert done.returncode == 1 and "seechat.json" in done.stderr and not done.stdout
+    done = serve("--port", "0", "--device", "abacus")  # known when the model is loaded
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("seechat: device 'aba")
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import sys; sys.modules['starlette'] = None\nfrom seechat_lite.cli import main\n"
+    script += "sys.exit(main(['serve', '--port', '0']))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "pip install 'seechat-lite[server]'" in done.stderr
+
+
+def test_a_key_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEECHAT_API_KEY", "sk-1")
+    with serving() as (_, url):
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        key = {"Authorization": "Bearer sk-1"}
+        assert httpx.get(f"{url}/v1/models", headers=key).status_code == 200
+
+
+@posix
+def test_logs_in_json() -> None:
+    with serving("--log-json", "--max-body", "0.1") as (process, url):
+        assert httpx.post(f"{url}/v1/chat/completions", json=asking("你好")).status_code == 200
+        assert httpx.post(f"{url}/", content=b"x" * 200_000).status_code == 413
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=20)
+    lines = [json.loads(line) for line in err.splitlines()[1:]]
+    answered = next(line for line in lines if line.get("path") == "/v1/chat/completions")
+    assert answered["status"] == 200 and answered["new_tokens"] > 0
+    assert answered["finish_reason"] == "stop" and answered["level"] == "info"
+    assert any(line.get("status") == 413 for line in lines)
+    assert "你好" not in err and "\\u4f60" not in err  # what is asked is nobody's business
+
+
+@posix
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_while_idle(number: int, code: int) -> None:
+    with serving() as (process, url), httpx.Client() as kept_alive:
+        kept_alive.get(f"{url}/health")
+        start = time.monotonic()
+        process.send_signal(number)
+        process.communicate(timeout=20)
+        assert process.returncode == code and time.monotonic() - start < 3
+
+
+@posix
+def test_sigterm_amid_answers() -> None:
+    """A running stream ends as streams end, waiting ones are refused, all within five seconds."""
+    refused: list[int] = []
+    with serving(step_seconds=0.1) as (process, url):
+        connection, response = begin_stream(url)
+
+        def wait() -> None:
+            refused.append(
+                httpx.post(
+                    f"{url}/v1/chat/completions", json=asking("你好"), timeout=20
+                ).status_code
+            )
+
+        waiting = [threading.Thread(target=wait) for _ in range(3)]
+        for thread in waiting:
+            thread.start()
+        wait_until(lambda: httpx.get(f"{url}/health").json()["waiting"] == 3)
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        rest = response.read().decode()
+        connection.close()
+        _, err = process.communicate(timeout=20)
+        took = time.monotonic() - start
+        for thread in waiting:
+            thread.join()
+    assert process.returncode == 0 and took < 5, err
+    assert "Traceback" not in err
+    *_, last, done, nothing = rest.split("\n\n")
+    assert (done, nothing) == ("data: [DONE]", "")
+    assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert refused == [503] * 3
+
+
+@posix
+def test_sigterm_lets_a_short_answer_finish() -> None:
+    with serving(step_seconds=0.05) as (process, url):
+        body = asking("你好", max_tokens=20)
+        answers: list[Any] = []
+        thread = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{url}/v1/chat/completions", json=body))
+        )
+        thread.start()
+        wait_until(lambda: httpx.get(f"{url}/health").json()["answering"])
+        process.send_signal(signal.SIGTERM)
+        thread.join(20)
+        process.communicate(timeout=20)
+    assert answers[0].json()["usage"]["completion_tokens"] == 20
+
+
+@posix
+def test_sigterm_while_nothing_can_be_interrupted() -> None:
+    """The model's thread does not come back for minutes: the server goes all the same."""
+    with serving(step_seconds=300) as (process, url):
+        errors: list[Any] = []
+        thread = threading.Thread(
+            target=lambda: errors.append(
+                httpx.post(f"{url}/v1/chat/completions", json=asking("你好"), timeout=30)
+            )
+        )
+        thread.start()
+        wait_until(lambda: httpx.get(f"{url}/health").json()["answering"])
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+        thread.join()
+        assert time.monotonic() - start < 5 and process.returncode == 0
+    assert errors[0].status_code == 503
+
+
+@posix
+def test_memory_and_queue_after_a_crowd() -> None:
+    """Answers, pictures, cancels and bad bodies leave nothing behind."""
+    with serving() as (process, url):
+
+        def crowd() -> None:
+            with httpx.Client(base_url=url, timeout=30) as client:
+                for n in range(12):
+                    if n % 4 == 3:
+                        connection, _ = begin_stream(url)
+                        connection.close()
+                        continue
+                    body = b"{" if n % 4 == 2 else None
+                    done = client.post(
+                        "/v1/chat/completions",
+                        content=body or json.dumps(asking("这是什么？", data_url())),
+                    )
+                    assert done.status_code == (400 if body else 200)
+
+        def round() -> int:
+            threads = [threading.Thread(target=crowd) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            wait_until(lambda: not httpx.get(f"{url}/health").json()["answering"])
+            assert httpx.get(f"{url}/health").json()["waiting"] == 0
+            return psutil.Process(process.pid).memory_info().rss
+
+        round()
+        before, after = round(), round()
+        assert after < before * 1.05
+
+
+def test_llm_talks_to_it(tmp_path: Path) -> None:
+    """The `llm` command with nothing but its own configuration file."""
+    with serving() as (_, url):
+        (tmp_path / "extra-openai-models.yaml").write_text(
+            f"- model_id: house\n  model_name: seechat-lite-builtin\n"
+            f"  api_base: {url}/v1\n  vision: true\n",
+            "utf-8",
+        )
+        for stream in ([], ["--no-stream"]):
+            done = subprocess.run(
+                [sys.executable, "-m", "llm", "-m", "house", "-a", str(IMAGES / "panda.png"),
+                 "--key", "none", *stream, "这是什么？"],
+                capture_output=True, text=True, encoding="utf-8", timeout=60,
+                env=os.environ | {"LLM_USER_PATH": str(tmp_path)},
+            )  # fmt: skip
+            assert done.stdout == "这是熊猫。\n", done.stderr
+
+
+def test_an_old_demo_client(tmp_path: Path) -> None:
+    """What people wrote against VisualGLM-6B's api.py."""
+    picture = base64.b64encode((IMAGES / "panda.png").read_bytes()).decode()
+    with serving() as (_, url):
+        done = httpx.post(url, json={"image": picture, "text": "描述这张图片。", "history": []})
+        assert done.json()["result"] and done.json()["status"] == 200
