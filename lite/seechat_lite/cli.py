@@ -125,8 +125,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     chat.set_defaults(run=lambda args: _chat(args, chat.error))
 
-    info = commands.add_parser("info", parents=[common], help="what a bundle is and will take")
-    info.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="default: built in")
+    info = commands.add_parser("info", parents=[common], help="what a bundle or a checkpoint is")
+    info.add_argument(
+        "model", nargs="?", type=Path, metavar="PATH", help="a bundle, or published weights"
+    )
     info.add_argument(
         "--context", type=int, default=2048, metavar="N", help="count the memory for N (2048)"
     )
@@ -195,10 +197,12 @@ def _chat(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
 def _info(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     from seechat_lite.memory import available_memory, human, plan
     from seechat_weights.builtin import BUILTIN
-    from seechat_weights.bundle import read_manifest, verify_hashes
+    from seechat_weights.bundle import MANIFEST, read_manifest, verify_hashes
 
     _check_context(args, usage_error)
     folder = args.model or BUILTIN
+    if not (folder / MANIFEST).exists():
+        return _identify(folder, as_json=args.json)
     manifest = read_manifest(folder)
     verify_hashes(folder, manifest)
     needed = plan(manifest, context=args.context)
@@ -233,6 +237,23 @@ def _info(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
         rows["license"] = str(manifest.provenance["license"])
     _print_table(rows)
     return 0
+
+
+def _identify(path: Path, *, as_json: bool) -> int:
+    """Say what published weights are; 1 if nothing can be made of them."""
+    from seechat_weights.identify import identify
+
+    found = identify(path)
+    if as_json:
+        print(json.dumps(vars(found) | {"path": str(path)}, ensure_ascii=False))
+        return 0 if found.usable else 1
+    rows: dict[str, str | list[str]] = {"what": found.title, "path": str(path), **found.facts}
+    if found.missing:
+        rows["still needed"] = [f"{name}: {place}" for name, place in found.missing.items()]
+    if found.command:
+        rows["export with"] = found.command
+    _print_table(rows)
+    return 0 if found.usable else 1
 
 
 def _bench(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
@@ -298,14 +319,22 @@ def cache_folder() -> Path:
     return Path(base) / "seechat-lite"
 
 
-def _print_table(rows: Mapping[str, str]) -> None:
-    """Names and values in two columns, the values wrapped to the terminal's width."""
+def _print_table(rows: Mapping[str, str | list[str]]) -> None:
+    """Names and values in two columns; a value's lines are wrapped to the terminal's width."""
     width = max(map(len, rows)) + 2
     columns = shutil.get_terminal_size().columns
     for name, value in rows.items():
-        lines = textwrap.wrap(
-            value.translate(CONTROL), max(columns - width, 40), break_long_words=False
-        ) or [""]
+        lines = [
+            part
+            for text in ([value] if isinstance(value, str) else value)
+            for part in textwrap.wrap(
+                text.translate(CONTROL),
+                max(columns - width, 40),
+                break_long_words=False,
+                break_on_hyphens=False,  # paths and addresses are to be copied
+            )
+            or [""]
+        ]
         print(f"{name:<{width}}" + ("\n" + " " * width).join(lines))
 
 

@@ -18,7 +18,7 @@ from seechat_weights.files import first_bytes, line, read_json, shown, unreadabl
 from seechat_weights.stored import Block, Stored, TensorInfo, open_safetensors, verify
 from seechat_weights.torchfile import open_torch
 
-__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "read_json"]
+__all__ = ["Checkpoint", "NoWeightsError", "TensorInfo", "open_checkpoint", "read_json"]
 
 # what a folder's weights are called, first choice first: safetensors before pickles
 _STEMS = (
@@ -28,6 +28,10 @@ _STEMS = (
     ("open_clip_pytorch_model", ".bin"),
 )
 _MAX_NAME = 512  # characters of a tensor's name; published ones have up to 90
+
+
+class NoWeightsError(CheckpointError):
+    """A folder holds no weights under the names that libraries give them."""
 
 
 class Checkpoint:
@@ -109,7 +113,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         if shards:
             return Checkpoint(folder, _all_shards(folder, stem, suffix, shards))
     looked_for = ", ".join(stem + suffix for stem, suffix in _STEMS)
-    raise CheckpointError(
+    raise NoWeightsError(
         f"{folder}: holds no weights; looked for {looked_for}, each also in shards with an "
         ".index.json: download the weights into this folder or name the file itself"
     )

@@ -1,0 +1,267 @@
+"""How each published model shows in its tensors: what it is, what it still needs, how to use it."""
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from seechat_weights.checkpoints import TensorInfo
+from seechat_weights.errors import CheckpointError
+from seechat_weights.files import first_bytes
+
+TOKENIZER = "ice_text.model"
+CHATGLM_HUB = "https://huggingface.co/THUDM/chatglm-6b"
+VISUALGLM_HUB = "https://huggingface.co/THUDM/visualglm-6b"
+_LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
+EVA, QFORMER, CHECKPOINT = (
+    "eva_vit_g.pth",
+    "blip2_pretrained_flant5xxl.pth",
+    "checkpoint_100.pth",
+)
+PLACES = {
+    EVA: f"{_LAVIS}/{EVA}",
+    QFORMER: f"{_LAVIS}/{QFORMER}",
+    CHECKPOINT: "https://pan.baidu.com/s/18-_f_O5a-W1dJBWsbpmAGw (code qiho)",
+    "a ChatGLM-6B folder": CHATGLM_HUB,
+    "a CLIP ViT-L/14": "https://huggingface.co/openai/clip-vit-large-patch14",
+    "a projector": "the training run that made it; SEEChat publishes none for CLIP",
+}
+_OLD_VOCABULARY = 150528
+
+Shapes = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a path holds.
+
+    kind: one word for programs; title: a line for people; facts: name -> value, in order;
+    missing: what else is needed -> where it is published; command: the export that would use it.
+    usable: whether seechat-lite reads it at all.
+    """
+
+    path: Path
+    kind: str
+    title: str
+    facts: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    command: str | None = None
+    usable: bool = True
+
+
+def _lm(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Identity | None:
+    """ChatGLM-6B and VisualGLM-6B, as Hugging Face folders or SAT's file."""
+    sat = "mixins.chatglm-final.lm_head.weight" in shapes
+    embeddings = shapes.get("transformer.word_embeddings.weight")
+    if embeddings is None or "transformer.layers.0.attention.query_key_value.weight" not in shapes:
+        return None
+    layers = _layers(shapes, r"transformer\.layers\.(\d+)\.")
+    hidden = _size(shapes.get("transformer.layers.0.input_layernorm.weight"), 0)
+    seeing = any(k.startswith(("image_encoder.", "mixins.eva.")) for k in shapes)
+    family = "VisualGLM-6B" if seeing else "ChatGLM-6B"
+    vocabulary = _size(embeddings, 0)
+    old = vocabulary == _OLD_VOCABULARY
+    facts = {
+        "language model": f"{layers} layers, hidden {hidden}",
+        "vocabulary": f"{vocabulary} ids" + (", the old one with image tokens" if old else ""),
+        "precision": _precision(shapes, hidden),
+        "vision": "EVA ViT-g + Q-Former" if seeing else "none",
+    }
+    if any(".matrix_A." in k or ".lora_A." in k for k in shapes):
+        facts["fine-tuned"] = "LoRA, merged at export"
+    prefix = next((v for k, v in shapes.items() if "prefix_encoder.embedding.weight" in k), None)
+    if prefix:
+        facts["fine-tuned"] = f"P-tuning, a prefix of {_size(prefix, 0)} tokens"
+    home = path if path.is_dir() else path.parent
+    missing = {}
+    if not sat and not (home / "config.json").is_file():
+        missing["config.json"] = VISUALGLM_HUB if seeing else CHATGLM_HUB
+    if not any(whole(f / TOKENIZER) for f in ((home, home.parent) if sat else (home,))):
+        missing[TOKENIZER] = VISUALGLM_HUB if seeing else CHATGLM_HUB
+    form = ", SwissArmyTransformer's file" if sat else ""
+    kind = "visualglm" if seeing else "chatglm"
+    where = path if sat else home
+    return Identity(path, kind, f"{family}{form}", facts, missing, export(lm=str(where)))
+
+
+def _precision(shapes: Mapping[str, TensorInfo], hidden: int) -> str:
+    name = "transformer.layers.0.attention.query_key_value.weight"
+    weight = shapes[name]
+    if f"{name}_scale" not in shapes:
+        return weight.dtype
+    bits = 8 if _size(weight, 1) == hidden else 4
+    quantized = "transformer.word_embeddings.weight_scale" in shapes
+    return f"int{bits}, the authors' own" + (", embeddings too (qe)" if quantized else "")
+
+
+def _ptuning(path: Path, shapes: Shapes, _: object) -> Identity | None:
+    prefix = [k for k in shapes if k.startswith(("transformer.prefix_encoder.", "prefix_encoder."))]
+    if not prefix or len(prefix) < len(shapes):
+        return None
+    table = next((shapes[k] for k in prefix if k.endswith("embedding.weight")), None)
+    projected = any(".trans." in k for k in prefix)
+    facts = {"prefix": f"{_size(table, 0)} tokens" + (", with projection" if projected else "")}
+    return Identity(
+        path,
+        "ptuning",
+        "a P-tuning prefix for ChatGLM-6B",
+        facts,
+        need("a ChatGLM-6B folder"),
+        export(prefix=str(path)),
+    )
+
+
+def _lora(path: Path, shapes: Shapes, _: object) -> Identity | None:
+    tuned = [k for k in shapes if ".lora_A." in k]
+    if not tuned or not all(k.startswith("base_model.model.") for k in shapes):
+        return None
+    folder = path if path.is_dir() else path.parent
+    facts = {"adapter": f"LoRA of rank {_size(shapes[tuned[0]], 0)} on {len(tuned)} linears"}
+    if not any(".query_key_value." in k and ".layers." in k for k in tuned):
+        return Identity(path, "other", "a LoRA adapter of another model", facts, usable=False)
+    missing = need("a ChatGLM-6B folder")
+    if not (folder / "adapter_config.json").is_file():
+        missing["adapter_config.json"] = "the training run that made it"
+    command = export(adapter=str(folder))
+    return Identity(path, "lora", "a LoRA adapter for ChatGLM-6B", facts, missing, command)
+
+
+def _seechat(path: Path, shapes: Shapes, _: object) -> Identity | None:
+    """SEEChat's checkpoint, BLIP-2's Q-Former file: networks told apart by their prefixes."""
+    parts = {
+        "ViT": "visual_encoder.",
+        "ln_vision": "ln_vision.",
+        "Q-Former": "Qformer.bert.encoder.",
+        "queries": "query_tokens",
+        "projector": "llama_proj.",
+        "language model": "llama_model.transformer.layers.0.mlp",
+        "prefix encoder": "llama_model.transformer.prefix_encoder.",
+    }
+    held = [part for part, start in parts.items() if any(k.startswith(start) for k in shapes)]
+    facts = {"holds": ", ".join(held)}
+    if any(k.startswith(("llama_proj.", "llama_model.transformer.")) for k in shapes):
+        if "language model" in held:
+            facts["precision"] = shapes[
+                next(k for k in shapes if k.startswith(parts["language model"]))
+            ].dtype
+        eva = None if "ViT" in held else EVA
+        qformer = None if {"Q-Former", "queries", "ln_vision"} <= set(held) else QFORMER
+        missing = need("a ChatGLM-6B folder", *filter(None, (eva, qformer)))
+        command = export(eva=eva, qformer=qformer, checkpoint=str(path))
+        return Identity(path, "seechat", "a checkpoint of SEEChat", facts, missing, command)
+    if "Q-Former" not in held:
+        return None
+    queries = _size(shapes.get("query_tokens"), 1)
+    facts |= {"queries": str(queries), "ignored": "t5_proj or opt_proj, BLIP-2's own projector"}
+    missing = need("a ChatGLM-6B folder", EVA, CHECKPOINT)
+    command = export(eva=EVA, qformer=str(path), checkpoint=CHECKPOINT)
+    return Identity(path, "qformer", "BLIP-2's Q-Former", facts, missing, command)
+
+
+def _eva(path: Path, shapes: Shapes, _: object) -> Identity | None:
+    if "blocks.0.attn.q_bias" not in shapes or "patch_embed.proj.weight" not in shapes:
+        return None
+    blocks = _layers(shapes, r"blocks\.(\d+)\.")
+    patch, width = _size(shapes["patch_embed.proj.weight"], 2), _size(shapes.get("pos_embed"), 2)
+    facts = {"vision": f"{blocks} blocks (SEEChat uses 39), width {width}, patches of {patch}"}
+    missing = need("a ChatGLM-6B folder", QFORMER, CHECKPOINT)
+    command = export(eva=str(path), qformer=QFORMER, checkpoint=CHECKPOINT)
+    return Identity(path, "eva", "EVA ViT-g", facts, missing, command)
+
+
+def _clip(path: Path, shapes: Shapes, _: object) -> Identity | None:
+    forms = (
+        ("open_clip", "visual.conv1.weight", r"visual\.transformer\.resblocks\.(\d+)\."),
+        (
+            "Hugging Face",
+            "vision_model.embeddings.patch_embedding.weight",
+            r"vision_model\.encoder\.layers\.(\d+)\.",
+        ),
+        ("Hugging Face", "embeddings.patch_embedding.weight", r"encoder\.layers\.(\d+)\."),
+    )
+    found = [row for row in forms if row[1] in shapes and _layers(shapes, row[2])]
+    if not found:
+        return None
+    form, patches, stack = found[0]
+    layers = _layers(shapes, stack)
+    if form == "open_clip" and "input_resolution" in shapes:
+        form = "OpenAI's own file"
+    width, patch = _size(shapes[patches], 0), _size(shapes[patches], 2)
+    facts = {"vision": f"{layers} layers, width {width}, patches of {patch}", "names": form}
+    text = any(k.startswith(("token_embedding", "text_model.", "transformer.")) for k in shapes)
+    if text:
+        facts["ignored"] = "the text tower"
+    missing = need("a ChatGLM-6B folder", "a projector")
+    command = export(clip=str(path), projector="PROJECTOR")
+    return Identity(path, "clip", "a CLIP vision tower", facts, missing, command)
+
+
+def _projector(path: Path, shapes: Shapes, _: object) -> Identity | None:
+    names = {re.sub(r"^(model\.)?mm_projector\.", "", k): k for k in shapes}
+    kinds = {
+        "linear": {"weight", "bias"},
+        "mlp2x_gelu": {"0.weight", "0.bias", "2.weight", "2.bias"},
+    }
+    kind = next((k for k, expected in kinds.items() if names.keys() == expected), None)
+    if kind is None:
+        return None
+    first, last = names[min(names, key=_by_layer)], names[max(names, key=_by_layer)]
+    facts = {"bridge": f"{kind}, {_size(shapes[first], 1)} to {_size(shapes[last], 0)}"}
+    missing = need("a ChatGLM-6B folder", "a CLIP ViT-L/14")
+    command = export(clip="CLIP", projector=str(path))
+    return Identity(path, "projector", "a projector", facts, missing, command)
+
+
+def _by_layer(name: str) -> tuple[str, bool]:
+    """Weights before biases, layer by layer: the first is an input, the last an output."""
+    return name.rpartition(".")[0], name.endswith("bias")
+
+
+def _others(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Any:
+    """Models that people take for one of this family, by name."""
+    if any(k.startswith("transformer.encoder.layers.") for k in shapes):
+        return later(path, config)
+    if "model.layers.0.self_attn.q_proj.weight" in shapes:
+        seeing = any("mm_projector" in k or "vision_tower" in k for k in shapes)
+        name = "LLaVA, on a Llama-like model" if seeing else "a Llama-like model"
+        return Identity(path, "other", f"{name}, not of this family", usable=False)
+    return None
+
+
+def later(path: Path, config: Mapping[str, Any]) -> Identity:
+    glm4 = config.get("padded_vocab_size") in (151552, 151343)
+    name = "GLM-4" if glm4 else "ChatGLM2-6B or ChatGLM3-6B"
+    title = f"{name}: another network than ChatGLM-6B under a like name, not of this family"
+    return Identity(path, "other", title, missing=need("a ChatGLM-6B folder"), usable=False)
+
+
+RECOGNIZERS = (_lm, _ptuning, _lora, _seechat, _eva, _clip, _projector, _others)
+
+
+def whole(path: Path) -> bool:
+    """Whether a file is there, and not as a pointer."""
+    try:
+        return bool(first_bytes(path))
+    except CheckpointError:
+        return False
+
+
+def need(*names: str) -> dict[str, str]:
+    return {name: PLACES[name] for name in names}
+
+
+def export(**options: str | None) -> str:
+    given = {"lm": "CHATGLM-6B"} | {k: v for k, v in options.items() if v}
+    words = " ".join(f"--{k} {shlex.quote(v)}" for k, v in given.items())
+    return f"seechat export {words} --precision int4 --out BUNDLE"
+
+
+def _layers(shapes: Mapping[str, TensorInfo], pattern: str) -> int:
+    compiled = re.compile(pattern)
+    return len({m[1] for k in shapes if (m := compiled.match(k))})
+
+
+def _size(info: TensorInfo | None, axis: int) -> int:
+    return info.shape[axis] if info and len(info.shape) > axis else 0

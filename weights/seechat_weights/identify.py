@@ -1,0 +1,214 @@
+"""What is this? One look at a folder or file says which published model it holds, or which part.
+
+Judged by tensors, configuration and first bytes, never by the path's name; only headers are read.
+"""
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from seechat_weights.bundle import MANIFEST, read_manifest
+from seechat_weights.checkpoints import NoWeightsError, open_checkpoint
+from seechat_weights.errors import CheckpointError
+from seechat_weights.families import (
+    CHATGLM_HUB,
+    RECOGNIZERS,
+    TOKENIZER,
+    VISUALGLM_HUB,
+    Identity,
+    later,
+    need,
+    whole,
+)
+from seechat_weights.files import LFS_POINTER, first_bytes, read_json, shown
+from seechat_weights.stored import ITEM_BYTES
+
+__all__ = ["Identity", "identify"]
+
+_SAT_FILE = "mp_rank_00_model_states.pt"
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
+
+
+def identify(path: Path) -> Identity:
+    """Say what a file or folder is. Raises CheckpointError: unreadable, damaged or unsafe."""
+    path = Path(path)
+    if path.is_dir():
+        return _identify_folder(path)
+    try:
+        head = first_bytes(path, 16)
+    except CheckpointError:
+        if pointer := _pointer(path):
+            return pointer
+        raise
+    if head.startswith(b"\x0a") and head[8:9] != b"{" and (pieces := _tokenizer(path)):
+        return pieces
+    if head.lstrip().startswith(b"{"):
+        return _by_config(path, read_json(path), {})
+    return _by_tensors(path, {})
+
+
+def _identify_folder(folder: Path) -> Identity:
+    if (folder / MANIFEST).is_file():
+        return _bundle(folder)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    lost = _lost_shards(folder)
+    if lost:
+        found = _by_config(folder, config, {})
+        hub = _hub(config) if found.usable else "its publisher"
+        return _with(found, missing=dict.fromkeys(lost, hub) | found.missing)
+    try:
+        return _by_tensors(folder, config)
+    except NoWeightsError:
+        pass  # some other arrangement
+    if (folder / "adapter_config.json").is_file():  # beside an optimizer and the like
+        adapters = [p for p in folder.glob("adapter_model.*") if p.suffix in _WEIGHTS]
+        if adapters:
+            return _with(_by_tensors(adapters[0], config), path=folder)
+    sat = [p for p in (folder / _SAT_FILE, *sorted(folder.glob(f"*/{_SAT_FILE}"))) if p.is_file()]
+    files = sat or sorted(p for p in folder.iterdir() if p.suffix in _WEIGHTS and p.is_file())
+    if len(files) == 1:
+        return _with(_by_tensors(files[0], config), path=folder)
+    if files:
+        names = ", ".join(shown(f.name) for f in files[:8])
+        return Identity(
+            folder, "several", f"{len(files)} weight files", {"files": names}, usable=False
+        )
+    if config:
+        return _by_config(folder, config, {"weights": _hub(config)})
+    if (folder / TOKENIZER).is_file():
+        return identify(folder / TOKENIZER)
+    raise CheckpointError(
+        f"{folder}: holds no {MANIFEST}, weights or tokenizer; expected a bundle or a checkpoint: "
+        "name another folder, or the file itself"
+    )
+
+
+def _bundle(folder: Path) -> Identity:
+    manifest = read_manifest(folder)
+    lm, vision = manifest.lm, manifest.vision
+    return Identity(
+        folder,
+        "bundle",
+        f"a bundle: {manifest.name}",
+        {
+            "language model": f"{lm.num_layers} layers, hidden {lm.hidden_size}",
+            "precision": manifest.decoder.precision,
+            "vision": f"{vision.tower} + {vision.bridge}" if vision else "none",
+        },
+        command=f"seechat chat --model {shlex.quote(str(folder))}",
+    )
+
+
+def _by_tensors(path: Path, config: Mapping[str, Any]) -> Identity:
+    checkpoint = open_checkpoint(path)
+    shapes = checkpoint.shapes
+    files = {checkpoint.source(k) for k in shapes}
+    sizes: Counter[str] = Counter()
+    for shape, dtype in shapes.values():
+        sizes[dtype] += _count(shape) * ITEM_BYTES[dtype]
+    total = max(sum(sizes.values()), 1)
+    facts = {
+        "files": f"{len(files)}, {_human(sum(f.stat().st_size for f in files))}",
+        "tensors": f"{len(shapes)}, {sum(_count(s) for s, _ in shapes.values()) / 1e6:.4g} million "
+        "numbers",
+        "stored as": ", ".join(f"{d} {n / total:.0%}" for d, n in sizes.most_common(3)),
+    }
+    for recognize in RECOGNIZERS:
+        if found := recognize(path, shapes, config):
+            return _with(found, facts=facts | found.facts)
+    kind = config.get("model_type")
+    title = f"a {shown(kind)} model, not of this family" if kind else "not of this family"
+    names = ", ".join(shown(k) for k in list(shapes)[:3])
+    return Identity(path, "other", title, facts | {"tensors like": names}, usable=False)
+
+
+def _by_config(path: Path, config: Mapping[str, Any], missing: dict[str, str]) -> Identity:
+    """From a configuration alone, where the weights are not there."""
+    kind = config.get("model_type")
+    if any(n in config for n in ("padded_vocab_size", "multi_query_attention", "rmsnorm")):
+        return later(path, config)
+    if kind != "chatglm":
+        name = f"a {shown(kind)} model" if kind else "JSON"
+        return Identity(path, "other", f"{name}, not of this family", usable=False)
+    seeing = "eva_config" in config or "image_length" in config
+    bits = config.get("quantization_bit") or None
+    facts = {
+        "language model": f"{shown(config.get('num_layers'))} layers, "
+        f"hidden {shown(config.get('hidden_size'))}",
+        "vocabulary": f"{shown(config.get('vocab_size'))} ids",
+        "precision": f"int{shown(bits)}, the authors' own" if bits else "float16",
+    }
+    folder = path if path.is_dir() else path.parent
+    if not whole(folder / TOKENIZER):
+        missing = missing | {TOKENIZER: _hub(config)}
+    title = ("VisualGLM-6B" if seeing else "ChatGLM-6B") + ", its weights not (all) there"
+    return Identity(folder, "visualglm" if seeing else "chatglm", title, facts, missing)
+
+
+def _hub(config: Mapping[str, Any]) -> str:
+    """Where a configuration's weights are published."""
+    if "eva_config" in config or "image_length" in config:
+        return VISUALGLM_HUB
+    bits = config.get("quantization_bit")
+    embeddings = "-qe" if config.get("quantization_embeddings") else ""
+    return f"{CHATGLM_HUB}-int{bits}{embeddings}" if bits in (4, 8) else CHATGLM_HUB
+
+
+def _lost_shards(folder: Path) -> list[str]:
+    """Files that an index names and that are not there, or as Git LFS pointers only."""
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        single = folder / index.removesuffix(".index.json")
+        if (folder / index).is_file() and not single.exists():
+            weight_map = read_json(folder / index).get("weight_map")
+            names = weight_map.values() if isinstance(weight_map, dict) else ()
+            plain = {n for n in names if isinstance(n, str) and not set(n) & set("/\\\0")}
+            return sorted(n for n in plain if not whole(folder / n))
+    return []
+
+
+def _tokenizer(path: Path) -> Identity | None:
+    """An ICE tokenizer: a sentencepiece model with ChatGLM's special tokens among its pieces."""
+    if path.stat().st_size > 64 << 20:
+        return None
+    data = path.read_bytes()
+    if not all(special in data for special in (b"[gMASK]", b"<sop>", b"<eop>")):
+        return None
+    return Identity(
+        path, "tokenizer", "ChatGLM-6B's tokenizer", {"size": _human(len(data))},
+        need("a ChatGLM-6B folder"),
+    )  # fmt: skip
+
+
+def _pointer(path: Path) -> Identity | None:
+    """A Git LFS pointer, and what it points to."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as f:
+        text = f.read(1024)
+    if not text.startswith(LFS_POINTER):
+        return None
+    size = re.search(rb"size (\d{1,15})", text)
+    facts = {"stands for": f"a file of {int(size[1])} bytes"} if size else {}
+    where = "run `git lfs pull`, or download it from the model page"
+    return Identity(
+        path, "lfs-pointer", "a Git LFS pointer, not the file itself", facts,
+        {"the file itself": where}, usable=False,
+    )  # fmt: skip
+
+
+def _with(found: Identity, **changes: Any) -> Identity:
+    return Identity(**{**vars(found), **changes})
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def _human(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
