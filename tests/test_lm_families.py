@@ -15,6 +15,7 @@ from reference import (
     lm_error,
     random_array,
 )
+from seechat_export.export import export_bundle
 from seechat_weights.lm import SAT_CONFIG, SAT_FILE, open_lm
 
 TINY = data("chatglm_tiny")
@@ -144,9 +145,19 @@ def test_sat_holds_the_same_model(write_sat: Callable[..., Path]) -> None:
         for key in lm.shapes:
             np.testing.assert_array_equal(lm.read(key), plain.read(key))
             np.testing.assert_array_equal(lm.read(key, slice(5, 40)), plain.read(key)[5:40])
-        assert lm.vision_keys == list(eyes)
+        assert lm.vision_keys == {"lm": list(eyes)}
         assert set(lm.ignored["lm"]) == {*position, "mixins.chatglm-attn.rotary_emb.inv_freq"}
         assert (lm.conversation, lm.folder) == ("visualglm", folder)
+
+
+def test_sat_exports_to_the_same_bundle(write_sat: Callable[..., Path], tmp_path: Path) -> None:
+    sat = write_sat(to_sat(published(), heads=4))
+    options = {"tokenizer": TINY / "ice_text.model", "precision": "int4"}
+    of_sat = export_bundle(lm=sat, out=tmp_path / "sat", **options)
+    of_folder = export_bundle(lm=TINY, out=tmp_path / "folder", **options)
+    for name in ("decoder.onnx", "decoder.onnx.data", "embeddings.bin", "ice_text.model"):
+        assert of_sat.files[name] == of_folder.files[name]
+    assert of_sat.lm == of_folder.lm
 
 
 def test_sat_lora(write_sat: Callable[..., Path]) -> None:
@@ -213,6 +224,6 @@ def test_visualglm_folder(base: Path) -> None:
     eyes = {"image_encoder.glm_proj.weight": random_array(64, 32)}
     save_file(load_file(base / "model.safetensors") | eyes, base / "model.safetensors")
     lm = open_lm(base)
-    assert lm.vision_keys == list(eyes)
+    assert lm.vision_keys == {"lm": list(eyes)}
     assert lm.conversation == "visualglm"
     assert len(lm.shapes) == len(open_lm(TINY).shapes)

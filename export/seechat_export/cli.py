@@ -21,7 +21,27 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         "projector or without. Run again after an interruption, it continues.",
     )
     parser.add_argument(
-        "--lm", type=Path, required=True, metavar="DIR", help="config.json, weights, ice_text.model"
+        "--lm",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="ChatGLM-6B (fp16, int8, int4, int4-qe) or VisualGLM-6B: a Hugging Face folder with "
+        "config.json, weights and ice_text.model, or SAT's mp_rank_00_model_states.pt",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="SEEChat's checkpoint_N.pth, whose tensors take the place of the others'",
+    )
+    parser.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="a PEFT LoRA for the LM, to be merged"
+    )
+    parser.add_argument(
+        "--prefix", type=Path, metavar="PATH", help="a P-tuning v2 prefix: its folder or file"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="ice_text.model; default: the one in --lm"
     )
     parser.add_argument(
         "--clip", type=Path, metavar="PATH", help="CLIP ViT: an open_clip or Hugging Face folder"
@@ -92,6 +112,10 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     with Bars() as bars:
         manifest = export_bundle(
             lm=args.lm,
+            checkpoint=args.checkpoint,
+            adapter=args.adapter,
+            prefix=args.prefix,
+            tokenizer=args.tokenizer,
             out=args.out,
             vision=vision,
             precision=args.precision,
@@ -99,6 +123,7 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             vision_precision=args.vision_precision,
             conversation=args.format,
             name=args.name,
+            announce=lambda plan: print(f"this will take {plan}", file=sys.stderr),
             progress=bars,
         )
     report = json.loads((args.out / "parity.json").read_text("utf-8"))

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from seechat_export import graphs, parity
+from seechat_export.plan import ExportPlan, Parts, check_room, make_plan
 from seechat_export.quantize import FRACTIONS, rearrange_prefix, stored_arrays
 from seechat_lite.conversation import FORMATS
 from seechat_lite.memory import human
@@ -39,7 +40,7 @@ from seechat_weights.bundle import (
     VisionConfig,
     sha256,
 )
-from seechat_weights.errors import BundleError
+from seechat_weights.errors import BundleError, SeechatError
 from seechat_weights.lm import ALL, LM, Rows, open_lm
 from seechat_weights.names import OLD_VOCABULARY
 from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS, Precision
@@ -51,7 +52,9 @@ GRAPH, WEIGHTS, EMBEDDINGS = "decoder.onnx", "decoder.onnx.data", "embeddings.bi
 PREFIX = "prefix.bin"
 TOKENIZER, PARITY, JOURNAL = "ice_text.model", "parity.json", "journal.json"
 OLD_IMAGE_TOKENS = 20000  # ids before the text ids in the vocabulary of 150528
+NEW_JOURNAL = f"{JOURNAL}.new"
 ROWS = 4096  # rows of the embedding table written at a time
+VISION_BITS = {"fp32": 32, "fp16": 16, "int8": 9}  # with the blocks' scales
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
@@ -71,6 +74,7 @@ def export_bundle(
     conversation: str | None = None,
     name: str | None = None,
     provenance: dict[str, Any] | None = None,
+    announce: Callable[[ExportPlan], None] = lambda plan: None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Manifest:
     """Write the bundle `out` from the checkpoint `lm` and, optionally, a vision network.
@@ -80,10 +84,11 @@ def export_bundle(
     vision: a module in eval mode, float32 pixels [n, 3, S, S] to embeddings [n, tokens, hidden],
     and its description. vision_precision: "fp32" or "fp16"; by default fp32 in an fp32 bundle, else
     fp16. conversation: the default format; "visualglm" for VisualGLM-6B, else "seechat" with vision
-    and "chatglm" without.
+    and "chatglm" without. announce: is told the plan once all sources are checked, before the work
+    begins.
 
-    Raises CheckpointError (sources), BundleError (`out` exists or cannot be written, or the
-    finished bundle does not agree with the torch networks).
+    Raises CheckpointError (sources), BundleError (`out` exists or cannot be written, the disk is
+    too small, or the finished bundle does not agree with the torch networks), MemoryPlanError.
     """
     out = Path(out)
     if precision not in PRECISIONS:
@@ -105,6 +110,7 @@ def export_bundle(
     form = PRECISIONS[precision]
     writer = _Writer(source, out, form, block_size if form.block else 0, progress)
     with writer.opened():
+        announce(writer.plan(vision[0] if vision else None, vision_precision))
         writer.weights()
         writer.embeddings()
         if model.prefix is not None:
@@ -177,11 +183,12 @@ class Source:
 
     def ignored(self, *, with_vision: bool) -> dict[str, dict[str, str]]:
         """Tensors that nothing of the bundle is made of, by source, each with the reason."""
-        ignored = {role: dict(reasons) for role, reasons in self.lm.ignored.items() if reasons}
-        if not with_vision and self.lm.vision_keys:
+        ignored = {role: dict(reasons) for role, reasons in self.lm.ignored.items()}
+        if not with_vision:
             reason = "part of the vision tower, which this bundle is without"
-            ignored["lm"] = ignored.get("lm", {}) | dict.fromkeys(self.lm.vision_keys, reason)
-        return ignored
+            for role, keys in self.lm.vision_keys.items():
+                ignored[role] |= dict.fromkeys(keys, reason)
+        return {role: reasons for role, reasons in ignored.items() if reasons}
 
     def fingerprint(self) -> dict[str, Any]:
         """Which files the weights come from: names, sizes and times of the last change."""
@@ -239,6 +246,34 @@ class _Writer:
                 "free some space and run the same command again, it continues where it stopped"
             ) from e
 
+    def plan(self, vision: nn.Module | None, vision_precision: str) -> ExportPlan:
+        """What is left to do will take this; raises MemoryPlanError or BundleError if it cannot."""
+        lm, done = self.source.config, self._journal()["done"]
+        numbers = sum(p.numel() for p in vision.parameters()) if vision else 0
+        parts = Parts(
+            weights=self.size,
+            embeddings=lm.vocab_size * lm.hidden_size * np.dtype(self.embeddings_dtype).itemsize,
+            vision=numbers * VISION_BITS[vision_precision] // 8,
+        )
+        plan = make_plan(
+            self.source,
+            self.items,
+            self.folder,
+            precision=self.precision,
+            block_size=self.block_size,
+            parts=parts,
+            done=done,
+            # ONNX Runtime widens float16 when the finished graph is run for the check
+            vision_memory=parts.vision if vision_precision == "int8" else 4 * numbers,
+        )
+        try:
+            check_room(plan, lm, self.precision, out=self.out)
+        except SeechatError:
+            if not done:
+                self.discard()
+            raise
+        return plan
+
     def weights(self) -> None:
         """The decoder's weights file, tensor by tensor, then its graph."""
         done = self._journal()["done"]
@@ -286,7 +321,13 @@ class _Writer:
     def finish(self, manifest: Manifest) -> Manifest:
         """Hash all files, write the manifest, and give the folder its final name."""
         files = sorted(f for f in self.folder.iterdir() if f.name not in (MANIFEST, JOURNAL))
-        hashes = {f.name: FileHash(f.stat().st_size, sha256(f)) for f in files}
+        sizes = {f: f.stat().st_size for f in files}
+        done, hashes = 0, {}
+        for file, size in sizes.items():
+            self.progress("hash", done, sum(sizes.values()))
+            hashes[file.name] = FileHash(size, sha256(file))
+            done += size
+        self.progress("hash", done, done)
         manifest = dataclasses.replace(manifest, files=hashes)
         with (self.folder / MANIFEST).open("w", encoding="utf-8") as f:
             f.write(manifest.to_json())
@@ -303,25 +344,17 @@ class _Writer:
     def _begin(self) -> None:
         """Keep what an earlier run of the same export wrote; anything else of ours is cleared."""
         journal = self._journal()
-        if not journal and any(self.folder.iterdir()):
+        if not journal and any(f.name != NEW_JOURNAL for f in self.folder.iterdir()):
             raise BundleError(
                 f"{self.folder}: not made by an export, yet the export would write there: "
                 "move it away or choose another --out"
             )
         if journal.get("fingerprint") != self._fingerprint():
-            shutil.rmtree(self.folder)
-            self.folder.mkdir()
-            self._record(0)
+            self._record(0)  # first: whatever is left when this is cut short counts as nothing
+            (self.folder / WEIGHTS).unlink(missing_ok=True)
         for file in self.folder.iterdir():  # all but the weights is quick to write again
             if file.name not in (WEIGHTS, JOURNAL):
                 file.unlink()
-        lm = self.source.config
-        needed = (
-            self.size + lm.vocab_size * lm.hidden_size * np.dtype(self.embeddings_dtype).itemsize
-        )
-        there = sum(f.stat().st_size for f in self.folder.iterdir())
-        if shutil.disk_usage(self.folder).free < needed - there:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _fingerprint(self) -> str:
         """What must be the same for a run to continue an earlier one's tensors."""
@@ -343,7 +376,7 @@ class _Writer:
 
     def _record(self, done: int) -> None:
         """Note that the first `done` tensors are on the disk; atomic, so never half a note."""
-        new = self.folder / f"{JOURNAL}.new"
+        new = self.folder / NEW_JOURNAL
         new.write_text(json.dumps({"fingerprint": self._fingerprint(), "done": done}), "utf-8")
         new.replace(self.folder / JOURNAL)
 

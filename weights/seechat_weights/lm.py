@@ -50,7 +50,7 @@ class LM:
     config: its shape. prefix: float32 [layers, 2 (key, value), heads, tokens, head_size], heads as
     published, or None. conversation: the format its family speaks. folder: where its tokenizer
     should be. sources: role ("lm", "checkpoint", "adapter", "prefix") -> files read. ignored:
-    role -> tensor -> reason. vision_keys: tensors of the base that belong to a vision tower.
+    role -> tensor -> reason. vision_keys: role -> tensors that belong to a vision tower.
     """
 
     def __init__(self, config: LMConfig, *, folder: Path, conversation: str) -> None:
@@ -60,7 +60,7 @@ class LM:
         self.prefix: np.ndarray | None = None
         self.sources: dict[str, list[Path]] = {}
         self.ignored: dict[str, dict[str, str]] = {}
-        self.vision_keys: list[str] = []
+        self.vision_keys: dict[str, list[str]] = {}
         self._expected = lm_shapes(config)
         self._tensors: dict[str, _Tensor] = {}
 
@@ -141,6 +141,7 @@ def open_lm(
         laid = open_checkpoint(checkpoint)
         ours = part(laid.shapes, "lm", where=str(checkpoint))
         names = map_lm(ours, lm.config, where=str(checkpoint), form="seechat")
+        lm.vision_keys["checkpoint"] = [key for key in laid.shapes if key not in ours]
         lm.ignored["checkpoint"] = names.ignored
         lm._lay("checkpoint", laid, names.used)
         prefixes.append(("checkpoint", laid, names.prefix, str(checkpoint)))
@@ -190,7 +191,7 @@ def _open_base(path: Path) -> tuple[LM, Checkpoint, LMNames, dict[str, Any]]:
     names = map_lm(ours, config, where=str(file), form=form)
     eyes = [key for key in checkpoint.shapes if key not in ours]
     lm = LM(config, folder=folder, conversation="visualglm" if eyes else "chatglm")
-    lm.vision_keys = eyes
+    lm.vision_keys["lm"] = eyes
     lm.ignored["lm"] = names.ignored
     lm._lay("lm", checkpoint, names.used)
     if form == "sat":
