@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from seechat_lite.conversation import FORMATS
 from seechat_weights.errors import SeechatError
 from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS
+
+# options that name published weights: a path, or a Hub id
+_PUBLISHED = ("lm", "checkpoint", "adapter", "prefix", "tokenizer", "clip", "projector")
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -66,6 +70,9 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=FORMATS, help="default conversation format (by what the model sees)"
     )
+    parser.add_argument(
+        "--offline", action="store_true", help="take Hub ids from the cache, open no connection"
+    )
     parser.add_argument("--name", help="the model's name; default: the folder's")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the bundle to write"
@@ -93,9 +100,26 @@ def _synthetic(args: argparse.Namespace) -> int:
     return 0
 
 
+def _fetch(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Put downloads in the place of Hub ids; tells where each came from."""
+    from seechat_export.download import fetch
+
+    if not sys.stderr.isatty():  # read when huggingface_hub is imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    sources = {}
+    for option in _PUBLISHED:
+        given = getattr(args, option)
+        if given:
+            path, source = fetch(given, offline=args.offline)
+            setattr(args, option, path)
+            sources |= {option: source} if source else {}
+    return sources
+
+
 def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if bool(args.clip) != bool(args.projector):
         parser.error("--clip and --projector go together")
+    downloads = _fetch(args)
     try:
         from seechat_export.bars import Bars
         from seechat_export.export import export_bundle
@@ -124,6 +148,7 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             conversation=args.format,
             name=args.name,
             announce=lambda plan: print(f"this will take {plan}", file=sys.stderr),
+            provenance={"downloads": downloads} if downloads else None,
             progress=bars,
         )
     report = json.loads((args.out / "parity.json").read_text("utf-8"))

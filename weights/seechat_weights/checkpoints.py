@@ -18,10 +18,10 @@ from seechat_weights.files import first_bytes, line, read_json, shown, unreadabl
 from seechat_weights.stored import Block, Stored, TensorInfo, open_safetensors, verify
 from seechat_weights.torchfile import open_torch
 
-__all__ = ["Checkpoint", "NoWeightsError", "TensorInfo", "open_checkpoint", "read_json"]
+__all__ = ["STEMS", "Checkpoint", "NoWeightsError", "TensorInfo", "open_checkpoint", "read_json"]
 
 # what a folder's weights are called, first choice first: safetensors before pickles
-_STEMS = (
+STEMS = (
     ("model", ".safetensors"),
     ("open_clip_model", ".safetensors"),
     ("pytorch_model", ".bin"),
@@ -103,7 +103,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    for stem, suffix in _STEMS:
+    for stem, suffix in STEMS:
         single, index = folder / (stem + suffix), folder / f"{stem}{suffix}.index.json"
         if os.path.lexists(single):  # a broken link is an error of its own
             return Checkpoint(folder, [single])
@@ -112,7 +112,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         shards = sorted(folder.glob(f"{stem}-*-of-*{suffix}"))
         if shards:
             return Checkpoint(folder, _all_shards(folder, stem, suffix, shards))
-    looked_for = ", ".join(stem + suffix for stem, suffix in _STEMS)
+    looked_for = ", ".join(stem + suffix for stem, suffix in STEMS)
     raise NoWeightsError(
         f"{folder}: holds no weights; looked for {looked_for}, each also in shards with an "
         ".index.json: download the weights into this folder or name the file itself"

@@ -1,0 +1,176 @@
+"""Downloads by Hub id, from a small Hub of our own on 127.0.0.1."""
+
+import hashlib
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from reference import data
+from seechat_export.download import fetch
+from seechat_lite.cli import main
+from seechat_weights.errors import CheckpointError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    p.name: p.read_bytes()
+    for p in (*data("chatglm_bin").iterdir(), data("chatglm_tiny/ice_text.model"))
+} | {"config.json": data("chatglm_tiny/config.json").read_bytes(), "README.md": b"x", "tf.h5": b"x"}
+FETCH = """
+import json, sys
+from pathlib import Path
+from seechat_export.download import fetch
+path, source = fetch(Path(sys.argv[1]))
+print(json.dumps([str(path), source, sorted(p.name for p in path.iterdir())]))
+"""
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as huggingface_hub asks for."""
+
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        type(self).asked.append(path)
+        if path.startswith("/api/models/gated/"):
+            return self.reply(403, b"", {"X-Error-Code": "GatedRepo"})
+        if path.startswith("/api/models/tiny/chatglm/tree/"):
+            tree = [
+                {"type": "file", "path": n, "size": len(c), "oid": hashlib.sha1(c).hexdigest()}
+                for n, c in FILES.items()
+            ]
+            return self.reply(200, json.dumps(tree).encode())
+        if path.startswith("/api/models/tiny/chatglm"):
+            siblings = [{"rfilename": n} for n in FILES]
+            info = {"id": "tiny/chatglm", "sha": COMMIT, "siblings": siblings}
+            return self.reply(200, json.dumps(info).encode())
+        name = path.rpartition("/")[2]
+        if path.startswith("/tiny/chatglm/resolve/") and name in FILES:
+            etag = f'"{hashlib.sha1(FILES[name]).hexdigest()}"'
+            return self.reply(200, FILES[name], {"ETag": etag, "X-Repo-Commit": COMMIT})
+        return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    def reply(self, code: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a process that asks our Hub, and keeps what it gets in tmp_path."""
+    Hub.asked = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        server.shutdown()
+
+
+def run(code: str, environment: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], env=environment, capture_output=True, text=True
+    )
+
+
+def test_only_what_is_needed_is_downloaded(hub: dict[str, str], tmp_path: Path) -> None:
+    done = run(FETCH, hub, "tiny/chatglm")
+    assert done.returncode == 0, done.stderr
+    path, source, files = json.loads(done.stdout)
+    assert source == {"repository": "tiny/chatglm", "revision": COMMIT}
+    assert Path(path).is_relative_to(tmp_path / "hf")
+    assert files == sorted(FILES.keys() - {"README.md", "tf.h5"})
+    assert (Path(path) / "ice_text.model").read_bytes() == FILES["ice_text.model"]
+    before = len(Hub.asked)
+    # now it is there: offline, nobody is asked
+    done = run(FETCH, hub | {"HF_HUB_OFFLINE": "1"}, "tiny/chatglm")
+    assert json.loads(done.stdout)[1:] == [source, files], done.stderr
+    assert len(Hub.asked) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("tiny/nothing", "neither a path nor a repository on http://127.0.0.1"),
+        ("gated/model", "is gated; expected a folder or a Hub id: accept its terms"),
+        ("tiny/chatglm/absent.pth", "has no file absent.pth"),
+    ],
+)
+def test_refused_by_the_hub(hub: dict[str, str], given: str, expected: str) -> None:
+    done = run(FETCH, hub, given)
+    assert expected in done.stderr.splitlines()[-1]
+    assert "CheckpointError" in done.stderr.splitlines()[-1]
+
+
+def test_no_network(hub: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    done = run(FETCH, hub | {"HF_ENDPOINT": f"http://127.0.0.1:{port}"}, "tiny/chatglm")
+    assert f"http://127.0.0.1:{port} cannot be reached" in done.stderr.splitlines()[-1]
+
+
+def test_offline_opens_no_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class NoSocket(socket.socket):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", NoSocket)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    out = tmp_path / "out"
+    assert main(["export", "--lm", "tiny/chatglm", "--offline", "--out", str(out)]) == 1
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "run once without --offline" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_are_never_looked_for_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for given in (tmp_path / "a/b", tmp_path / "a/typo", Path("/nowhere/x"), Path("../x")):
+        assert fetch(given) == (given, None)
+
+
+def test_a_typo_in_an_existing_folder_is_no_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert fetch(Path("models/chatglm")) == (Path("models/chatglm"), None)
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(Exception, match=r"seechat-lite\[download\]"):
+        fetch(Path("tiny/chatglm"))
+
+
+def test_the_disk_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        fetch(Path("tiny/chatglm"), offline=True)
