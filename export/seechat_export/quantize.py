@@ -120,11 +120,16 @@ def _published_blocks(
         codes = rearrange_heads(codes, config, item.heads)
     if item.heads == "rows":
         scales = rearrange_heads(scales, config, "rows")
-    padded = F.pad(codes, (0, -codes.shape[1] % block_size)).unflatten(1, (-1, block_size))
-    values = padded.view(torch.uint8) + 2 ** (bits - 1)  # wraps: -1 is 255
-    if bits == 4:
-        values = values[..., 0::2] | values[..., 1::2] << 4
-    return [values, scales[:, None].expand(values.shape[:2])]
+    outputs, inputs = codes.shape
+    blocks = -(-inputs // block_size)
+    stored = torch.empty((outputs, blocks, block_size * bits // 8), dtype=torch.uint8)
+    rows = max(1, CHUNK // inputs)
+    for i in range(0, outputs, rows):
+        padded = F.pad(codes[i : i + rows], (0, -inputs % block_size))
+        values = padded.view(torch.uint8) + 2 ** (bits - 1)  # wraps: -1 is 255
+        values = values.unflatten(1, (-1, block_size))
+        stored[i : i + rows] = values[..., 0::2] | values[..., 1::2] << 4 if bits == 4 else values
+    return [stored, scales[:, None].expand(outputs, blocks)]
 
 
 def dequantize_blocks(codes: Tensor, scales: Tensor, *, bits: int, inputs: int) -> Tensor:
