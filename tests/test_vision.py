@@ -16,9 +16,10 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from reference import data, load_json, tensors
-from seechat_export import vision as export
-from seechat_export.vision import export_vision, load_vision
-from seechat_lite.nn.vision import Vision
+from seechat_export import vision_graph as export
+from seechat_export.vision import load_vision
+from seechat_export.vision_graph import export_vision
+from seechat_lite.nn.streamed import Streamed
 from seechat_weights.bundle import PixelSpec, VisionConfig
 from seechat_weights.errors import CheckpointError
 
@@ -31,8 +32,14 @@ def projector(bridge: str) -> Path:
     return data(f"vision/mm_projector_{bridge}.bin")
 
 
-def load(clip: Path, bridge: str = "linear", **settings: Any) -> tuple[Vision, VisionConfig]:
+def load(clip: Path, bridge: str = "linear", **settings: Any) -> tuple[Streamed, VisionConfig]:
     return load_vision(clip=clip, projector=projector(bridge), **settings)
+
+
+def tower(module: Streamed) -> nn.Module:
+    part = module.loaded().tower
+    assert isinstance(part, nn.Module)
+    return part
 
 
 def run_torch(module: nn.Module, pixels: np.ndarray) -> np.ndarray:
@@ -59,11 +66,11 @@ def single_file(tmp_path: Path) -> Path:
 def test_published_embeddings(form: str, bridge: str, single_file: Path, tmp_path: Path) -> None:
     clip = single_file if form == "file" else data(f"vision/{form}")
     module, config = load(clip, bridge)
-    assert not module.training and next(module.parameters()).dtype == torch.float32
+    assert {p.device.type for p in module.parameters()} == {"meta"}  # no weights held
     assert (config.tower, config.bridge, config.tokens) == ("clip", bridge, 16)
 
     patches, expected = CASE["penultimate_patch_tokens"], CASE[f"projected_{bridge}"]
-    np.testing.assert_allclose(run_torch(module.tower, CASE["image"]), patches, atol=1e-4)
+    np.testing.assert_allclose(run_torch(tower(module), CASE["image"]), patches, atol=1e-4)
     np.testing.assert_allclose(run_torch(module, CASE["image"]), expected, atol=1e-3)
 
     path = tmp_path / "vision.onnx"
@@ -79,13 +86,13 @@ def test_published_embeddings(form: str, bridge: str, single_file: Path, tmp_pat
 def test_activation_is_the_configurations(single_file: Path) -> None:
     exact = CASE["penultimate_patch_tokens_if_exact_gelu"]
     module, _ = load(single_file, activation="gelu")
-    np.testing.assert_allclose(run_torch(module.tower, CASE["image"]), exact, atol=1e-4)
+    np.testing.assert_allclose(run_torch(tower(module), CASE["image"]), exact, atol=1e-4)
 
     config = load_json(f"vision/{OPEN_CLIP}")
     del config["model_cfg"]["quick_gelu"]
     (single_file.parent / "open_clip_config.json").write_text(json.dumps(config))
     module, _ = load(single_file)
-    np.testing.assert_allclose(run_torch(module.tower, CASE["image"]), exact, atol=1e-4)
+    np.testing.assert_allclose(run_torch(tower(module), CASE["image"]), exact, atol=1e-4)
 
 
 def test_hugging_face_folder_is_what_transformers_reads(tmp_path: Path) -> None:
@@ -97,7 +104,7 @@ def test_hugging_face_folder_is_what_transformers_reads(tmp_path: Path) -> None:
         pixels = torch.from_numpy(CASE["image"])
         expected = published(pixels, output_hidden_states=True).hidden_states[-2][:, 1:].numpy()
     module, _ = load(folder)
-    np.testing.assert_allclose(run_torch(module.tower, CASE["image"]), expected, atol=1e-5)
+    np.testing.assert_allclose(run_torch(tower(module), CASE["image"]), expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +176,7 @@ def test_another_size_in_every_form(other: Path, tmp_path: Path) -> None:
     ]
     for module, config in loaded:
         assert (config.tokens, config.pixels.image_size) == (9, 96)
-        np.testing.assert_allclose(run_torch(module.tower, pixels), expected, atol=1e-5)
+        np.testing.assert_allclose(run_torch(tower(module), pixels), expected, atol=1e-5)
 
     module, config = loaded[0]
     expected = run_torch(module, pixels)
@@ -200,12 +207,12 @@ def test_fp16_rounds_the_matrices_alone(other: Path, tmp_path: Path) -> None:
         export_vision(module, config, path, precision=precision)
         sizes[precision] = path.stat().st_size
     assert sizes["fp16"] < 0.55 * sizes["fp32"]
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(parameter.half().float())
+    rounded = module.loaded()
+    for parameter in rounded.parameters():
+        if parameter.ndim > 1:
+            parameter.copy_(parameter.half().float())
     found = run_onnx(tmp_path / "fp16.onnx", pixels)
-    np.testing.assert_allclose(found, run_torch(module, pixels), atol=1e-4)
+    np.testing.assert_allclose(found, run_torch(rounded, pixels), atol=1e-4)
 
 
 def test_export_leaves_one_file_and_is_silent(
@@ -337,5 +344,5 @@ def test_projector_of_another_tower(other: Path) -> None:
 
 def test_unknown_precision(tmp_path: Path) -> None:
     module, config = load(data("vision/clip_hf"))
-    with pytest.raises(ValueError, match="expected fp32 or fp16"):
+    with pytest.raises(ValueError, match="expected fp32, fp16, int8"):
         export_vision(module, config, tmp_path / "vision.onnx", precision="int4")

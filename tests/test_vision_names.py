@@ -8,7 +8,7 @@ from reference import data, manifest
 from seechat_lite.nn.bridges import BRIDGES
 from seechat_weights.checkpoints import open_checkpoint
 from seechat_weights.errors import CheckpointError
-from seechat_weights.vision_names import BRIDGE_TENSORS, map_bridge, map_clip
+from seechat_weights.vision_names import BRIDGE_TENSORS, Part, map_bridge, map_clip
 
 
 @pytest.fixture
@@ -21,10 +21,12 @@ def test_published_clip_is_accounted_for() -> None:
     clip = map_clip(shapes, where="ViT-L-14")
     assert (clip.image_size, clip.patch_size, clip.width, clip.inner_size) == (224, 14, 1024, 4096)
     assert clip.layers == 24
-    assert {p.key for p in clip.used.values()} | clip.ignored.keys() == shapes.keys()
-    assert not any(p.key.startswith("visual.transformer.resblocks.23.") for p in clip.used.values())
+    keys = {name for part in clip.used.values() for name in part.names}
+    assert keys | clip.ignored.keys() == shapes.keys()
+    assert not any(name.startswith("visual.transformer.resblocks.23.") for name in keys)
     value = clip.used["encoder.layers.22.self_attn.v_proj.bias"]
-    assert (value.key, value.third) == ("visual.transformer.resblocks.22.attn.in_proj_bias", 2)
+    fused = "visual.transformer.resblocks.22.attn.in_proj_bias"
+    assert value == Part((fused,), share=2, shares=3)
 
 
 def test_whole_clip_files_ignore_the_text_tower() -> None:
@@ -45,7 +47,7 @@ def test_whole_clip_files_ignore_the_text_tower() -> None:
     whole = map_clip(shapes, where="CLIPModel")
     assert whole.used == alone.used
     assert whole.ignored.keys() - alone.ignored.keys() == shapes.keys() - alone.ignored.keys() - {
-        p.key for p in alone.used.values()
+        name for part in alone.used.values() for name in part.names
     }
 
 
@@ -100,7 +102,7 @@ def test_every_bridge_has_a_network() -> None:
 def test_bridge_names(keys: dict[str, tuple[int, ...]], name: str) -> None:
     bridge = map_bridge({k: (v, "float16") for k, v in keys.items()}, where="file")
     assert (bridge.name, bridge.inputs, bridge.outputs) == (name, 6, 8)
-    assert set(bridge.used.values()) == keys.keys() and not bridge.ignored
+    assert {part.names[0] for part in bridge.used.values()} == keys.keys() and not bridge.ignored
 
 
 def test_published_bridges() -> None:

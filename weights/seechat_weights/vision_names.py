@@ -2,7 +2,10 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
 
 from seechat_weights.accounting import Shape, Shapes, account, check_shapes, few
 from seechat_weights.errors import CheckpointError
@@ -10,10 +13,35 @@ from seechat_weights.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter's source: a published tensor, or a third of its rows (of a fused q, k, v)."""
+    """Where a parameter comes from: published tensors, put together row by row.
 
-    key: str
-    third: int | None = None
+    keys: concatenated; None stands for as many zeros as its neighbour has numbers. Of the rows, the
+    parameter is share number `share` of `shares` equal ones (q, k or v of a fused tensor). rank:
+    the published tensor's, where it lacks leading sizes of 1 that ours has.
+    """
+
+    keys: tuple[str | None, ...]
+    share: int = 0
+    shares: int = 1
+    rank: int | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return [key for key in self.keys if key is not None]
+
+    def published_shape(self, shape: Shape) -> Shape:
+        """What each of the published tensors must measure for the parameter to have `shape`."""
+        if self.rank is not None:
+            return shape[len(shape) - self.rank :]
+        return (shape[0] * self.shares // len(self.keys), *shape[1:])
+
+    def read(self, shape: Shape, read: Callable[[str], np.ndarray]) -> np.ndarray:
+        """The parameter, of `shape`; `read` gives a published tensor."""
+        arrays = [None if key is None else read(key) for key in self.keys]
+        like = next(a for a in arrays if a is not None)
+        if len(arrays) > 1:
+            like = np.concatenate([np.zeros_like(like) if a is None else a for a in arrays])
+        return np.split(like, self.shares)[self.share].reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -27,6 +55,7 @@ class ClipNames:
     inner_size: int
     layers: int  # in the checkpoint; the last one is not used
     used: dict[str, Part]  # our parameter -> where it comes from
+    sizes: dict[str, Shape]  # our parameter -> its shape
     ignored: dict[str, str]  # published tensor -> reason
 
 
@@ -92,11 +121,14 @@ def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
     names = _clip_shapes(width=0, inner=0, patch=0, positions=0, layers=layers - 1)
     used = {k: _clip_part(k, form, prefix) for k in names}
     ignored = account(
-        shapes, [p.key for p in used.values()], ((last + ".*", _LAST), *reasons), where
+        shapes,
+        [name for part in used.values() for name in part.names],
+        ((last + ".*", _LAST), *reasons),
+        where,
     )
 
     def shape(ours: str, rank: int) -> Shape:
-        key = used[ours].key
+        (key,) = used[ours].names
         found = shapes[key][0]
         if len(found) != rank or 0 in found:
             raise CheckpointError(
@@ -114,16 +146,12 @@ def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
             f"{where}: {positions} position embeddings, expected a square of patches and one more: "
             "other vision towers are not supported"
         )
-    expected: dict[str, Shape] = {}
     sizes = _clip_shapes(
         width=width, inner=inner, patch=patch, positions=positions, layers=layers - 1
     )
-    for ours, ours_shape in sizes.items():
-        part = used[ours]
-        rows = ours_shape[0] * (1 if part.third is None else 3)
-        expected[part.key] = (rows, *ours_shape[1:])
+    expected = {n: used[k].published_shape(s) for k, s in sizes.items() for n in used[k].names}
     check_shapes(shapes, expected, where)
-    return ClipNames(form, side * patch, patch, width, inner, layers, used, ignored)
+    return ClipNames(form, side * patch, patch, width, inner, layers, used, sizes, ignored)
 
 
 def _clip_shapes(
@@ -154,14 +182,15 @@ def _clip_shapes(
 
 def _clip_part(ours: str, form: str, prefix: str) -> Part:
     if form == "huggingface":
-        return Part(prefix + ours)
+        return Part((prefix + ours,))
     name = ours
     for old, new in _OPEN_CLIP_NAMES.items():
         name = name.replace(old, new)
     fused = re.fullmatch(r"(.*)self_attn\.([qkv])_proj\.(weight|bias)", name)
     if fused:
-        return Part(f"{prefix}{fused[1]}attn.in_proj_{fused[3]}", "qkv".index(fused[2]))
-    return Part(prefix + name)
+        key = f"{prefix}{fused[1]}attn.in_proj_{fused[3]}"
+        return Part((key,), share="qkv".index(fused[2]), shares=3)
+    return Part((prefix + name,))
 
 
 # a bridge's tensors and their sizes: o(utputs), i(nputs)
@@ -181,7 +210,8 @@ class BridgeNames:
     name: str  # a key of BRIDGE_TENSORS
     inputs: int
     outputs: int
-    used: dict[str, str]  # our parameter -> published tensor
+    used: dict[str, Part]  # our parameter -> where it comes from
+    sizes: dict[str, Shape]  # our parameter -> its shape
     ignored: dict[str, str]  # published tensor -> reason
 
 
@@ -203,16 +233,17 @@ def map_bridge(shapes: Shapes, *, where: str) -> BridgeNames:
             "bias: give --projector the file that holds it"
         )
     name, tensors = found[0]
-    used = {k: prefix + k for k in tensors}
-    ignored = account(shapes, used.values(), _BRIDGE_REASONS, where)
-    first = shapes[used[next(iter(tensors))]][0]
+    keys = {k: prefix + k for k in tensors}
+    ignored = account(shapes, keys.values(), _BRIDGE_REASONS, where)
+    first = shapes[keys[next(iter(tensors))]][0]
     if len(first) != 2 or 0 in first:
         raise CheckpointError(
             f"{where}: {prefix}{next(iter(tensors))} has shape {list(first)}, expected "
             "[outputs, inputs]: give --projector the file that holds a projector"
         )
     outputs, inputs = first
-    sizes = {"o": outputs, "i": inputs}
-    expected = {used[k]: tuple(sizes[axis] for axis in axes) for k, axes in tensors.items()}
-    check_shapes(shapes, expected, where)
-    return BridgeNames(name, inputs, outputs, used, ignored)
+    lengths = {"o": outputs, "i": inputs}
+    sizes = {k: tuple(lengths[axis] for axis in axes) for k, axes in tensors.items()}
+    check_shapes(shapes, {keys[k]: shape for k, shape in sizes.items()}, where)
+    used = {k: Part((key,)) for k, key in keys.items()}
+    return BridgeNames(name, inputs, outputs, used, sizes, ignored)

@@ -4,8 +4,10 @@ CLIP's vision transformer is that of the transformers library, one layer short: 
 trained on what enters the last layer (LLaVA's hidden_states[-2]), without the final layer norm.
 """
 
+import torch
 from torch import Tensor, nn
 
+from seechat_lite.nn.attention import register_attention
 from seechat_weights.vision_names import ClipNames
 
 
@@ -31,10 +33,14 @@ class ClipTower(nn.Module):
                 layer_norm_eps=layernorm_epsilon,
             )
         )
+        model.set_attn_implementation(register_attention())
         # the first releases of transformers 5 keep the network one level deeper
         clip = getattr(model, "vision_model", model)
         # only the pooled class token goes through the final layer norm, and it is not used
         clip.register_module("post_layernorm", nn.Identity())
+        # the one buffer whose content counts: real even where the network is built without weights
+        positions = torch.arange((names.image_size // names.patch_size) ** 2 + 1, device="cpu")
+        clip.embeddings.register_buffer("position_ids", positions[None], persistent=False)
         self.clip = clip
 
     def forward(self, pixel_values: Tensor) -> Tensor:

@@ -1,0 +1,214 @@
+"""What a CLIP checkpoint's tensors do not tell: heads, activation, how pictures are prepared.
+
+Read from the configuration files that its publisher puts beside it, and checked against the
+tensors.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from seechat_weights.bundle import PixelSpec
+from seechat_weights.checkpoints import read_json
+from seechat_weights.errors import CheckpointError
+from seechat_weights.vision_names import ClipNames
+
+ACTIVATIONS = ("quick_gelu", "gelu")
+
+_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+_RESIZE_MODES = {"shortest": "crop", "longest": "pad", "squash": "squash"}  # open_clip's names
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What configuration files say of a CLIP tower."""
+
+    file: str  # where, for errors
+    heads: int
+    activation: str | None
+    layernorm_epsilon: float
+    pixels: PixelSpec
+
+
+def clip_settings(path: Path, names: ClipNames, activation: str | None) -> Settings:
+    """What is known of the CLIP checkpoint `path` beside its tensors. Raises CheckpointError.
+
+    activation: "quick_gelu" or "gelu", where nothing beside the weights tells.
+    """
+    folder = path if path.is_dir() else path.parent
+    read = _open_clip_settings if names.form == "open_clip" else _hugging_face_settings
+    settings = read(folder, names)
+    activation = activation or settings.activation
+    if activation is None:
+        raise CheckpointError(
+            f"{path}: no {settings.file} beside it, and the weights do not tell their activation; "
+            "expected to know it: put the file there, or pass --clip-activation quick_gelu "
+            "(OpenAI's weights) or gelu (LAION's)"
+        )
+    if activation not in ACTIVATIONS:
+        raise CheckpointError(
+            f"{settings.file}: activation {activation!r}; expected {' or '.join(ACTIVATIONS)}: "
+            "give --clip a CLIP ViT checkpoint"
+        )
+    if settings.heads < 1 or names.width % settings.heads:
+        raise CheckpointError(
+            f"{path}: width {names.width} in {settings.heads} attention heads; expected a "
+            f"multiple: put the {settings.file} beside it that belongs to it"
+        )
+    return dataclasses.replace(settings, activation=activation)
+
+
+def _open_clip_settings(folder: Path, names: ClipNames) -> Settings:
+    file = folder / "open_clip_config.json"
+    config = read_json(file) if file.exists() else {}
+    model = config.get("model_cfg", config)
+    vision = model.get("vision_cfg", {})
+    sizes = ("width", "layers", "patch_size", "image_size")
+    _must_agree(file, names, *(vision.get(k) for k in sizes))
+    if not config:
+        activation = None
+    elif vision.get("act_kwargs"):  # a GELU of another kind
+        activation = f"gelu {vision['act_kwargs']}"
+    else:
+        quick = vision.get("quick_gelu", model.get("quick_gelu", False))
+        activation = "quick_gelu" if quick else "gelu"
+    given = config.get("preprocess_cfg", {})
+    mode = given.get("resize_mode", "shortest")
+    pixels = _pixel_spec(
+        file,
+        names,
+        mean=given.get("mean"),
+        std=given.get("std"),
+        interpolation=given.get("interpolation", "bicubic"),
+        resize=_RESIZE_MODES.get(mode, mode),
+        rgb_first=False,
+    )
+    if mode == "longest":
+        pixels = dataclasses.replace(pixels, background=(given.get("fill_color", 0),) * 3)
+    return Settings(
+        file=file.name,
+        heads=names.width // (vision.get("head_width") or 64),
+        activation=activation,
+        layernorm_epsilon=(vision.get("norm_kwargs") or {}).get("eps", 1e-5),
+        pixels=pixels,
+    )
+
+
+def _hugging_face_settings(folder: Path, names: ClipNames) -> Settings:
+    from transformers import CLIPVisionConfig
+
+    file = folder / "config.json"
+    pixels = _hugging_face_pixels(folder / "preprocessor_config.json", names)
+    if not file.exists():
+        return Settings(file.name, names.width // 64, None, 1e-5, pixels)
+    given = read_json(file)
+    try:
+        # what a Hugging Face configuration leaves out is this class's default
+        config = CLIPVisionConfig.from_dict(given.get("vision_config", given))
+    except Exception as e:  # its validation raises classes of its own
+        raise CheckpointError(
+            f"{file}: {str(e).splitlines()[0]}; expected the configuration of a CLIP model: "
+            "download the file again"
+        ) from None
+    _must_agree(
+        file,
+        names,
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.patch_size,
+        config.image_size,
+    )
+    return Settings(
+        file=file.name,
+        heads=config.num_attention_heads,
+        activation=config.hidden_act,
+        layernorm_epsilon=config.layer_norm_eps,
+        pixels=pixels,
+    )
+
+
+def _hugging_face_pixels(file: Path, names: ClipNames) -> PixelSpec:
+    given = read_json(file) if file.exists() else {}
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        if given.get(step, True) is not True:
+            raise CheckpointError(
+                f"{file}: {step} is {given[step]!r}; expected true, as CLIP was trained: "
+                "download the file again"
+            )
+    size = given.get("size", {"shortest_edge": names.image_size})
+    crops = given.get("do_center_crop", True) and "height" not in _edges(size)
+    target = _edges(given["crop_size"] if crops and "crop_size" in given else size)
+    for found in (*_edges(size).values(), *target.values()):
+        if found != names.image_size:
+            raise CheckpointError(
+                f"{file}: pictures of {found} pixels a side; expected {names.image_size}, for "
+                "which the weights have positions: download the file that belongs to them"
+            )
+    resample = given.get("resample", 3)
+    return _pixel_spec(
+        file,
+        names,
+        mean=given.get("image_mean"),
+        std=given.get("image_std"),
+        interpolation=_RESAMPLE.get(resample, resample),
+        resize="crop" if crops else "squash",
+        rgb_first=True,
+    )
+
+
+def _edges(size: Any) -> dict[str, Any]:
+    return size if isinstance(size, dict) else {"shortest_edge": size}
+
+
+def _pixel_spec(
+    file: Path,
+    names: ClipNames,
+    *,
+    mean: Any,
+    std: Any,
+    interpolation: Any,
+    resize: Any,
+    rgb_first: bool,
+) -> PixelSpec:
+    """Check what a configuration says of pictures; where it says nothing, CLIP's own values."""
+    clip = PixelSpec()
+    mean, std = mean or clip.mean, std or clip.std
+    numbers = all(
+        isinstance(v, list | tuple) and len(v) == 3 and all(isinstance(x, int | float) for x in v)
+        for v in (mean, std)
+    )
+    if not numbers or 0 in std or interpolation not in _RESAMPLE.values():
+        raise CheckpointError(
+            f"{file}: mean {mean}, std {std}, interpolation {interpolation!r}; expected three "
+            f"numbers each and {', '.join(_RESAMPLE.values())}: download the file again"
+        )
+    if resize not in _RESIZE_MODES.values():
+        raise CheckpointError(
+            f"{file}: resize mode {resize!r}; expected {', '.join(_RESIZE_MODES)}: "
+            "download the file again"
+        )
+    return PixelSpec(
+        image_size=names.image_size,
+        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
+        std=(float(std[0]), float(std[1]), float(std[2])),
+        resize=resize,
+        interpolation=interpolation,
+        rgb_first=rgb_first,
+    )
+
+
+def _must_agree(
+    file: Path, names: ClipNames, width: Any, layers: Any, patch_size: Any, image_size: Any
+) -> None:
+    """Refuse a configuration of another model, whose heads and activation would be wrong as well.
+
+    The inner size is not compared: the tensors have it, while open_clip states a rounded ratio.
+    """
+    found = (width, layers, patch_size, image_size)
+    expected = (names.width, names.layers, names.patch_size, names.image_size)
+    for what, a, b in zip(("width", "layers", "patch", "image"), found, expected, strict=True):
+        if a not in (None, b, [b, b], (b, b)):
+            raise CheckpointError(
+                f"{file}: {what} is {a}, but {b} in the weights; expected both of one model: "
+                "put the configuration there that belongs to the weights"
+            )

@@ -1,0 +1,222 @@
+"""Vision networks as ONNX: traced without their weights, which are then written one at a time.
+
+A traced graph names the network's parameters; what is stored for each is worked out only when the
+file is written, so that exporting takes the memory of the largest matrix, not of the network.
+"""
+
+import contextlib
+import copy
+import functools
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from torch import nn
+
+from seechat_export.quantize import quantize_blocks
+from seechat_lite.nn.streamed import Streamed
+from seechat_weights.bundle import VisionConfig
+from seechat_weights.errors import CheckpointError
+
+OPSET = 21  # as the decoder's; opset 23's Attention measured no faster and runs on fewer devices
+PRECISIONS = ("fp32", "fp16", "int8")
+EXTERNAL_DATA_BYTES = 100_000_000  # beyond it weights are mapped from a file of their own
+BLOCK_SIZE = 32  # weights that share a scale in int8
+ACCURACY_LEVEL = 4
+
+Values = Callable[[], np.ndarray]  # float32 or float16
+
+
+def export_vision(module: nn.Module, config: VisionConfig, path: Path, *, precision: str) -> None:
+    """Write a vision module as ONNX: pixel_values [n, 3, S, S] -> image_embeds [n, tokens, hidden].
+
+    module: Streamed, or any network with its weights. precision: "fp32"; "fp16", where matrices
+    are stored as float16; or "int8", where those of products are, in blocks of BLOCK_SIZE. The
+    arithmetic is float32 in any case. Weights beyond EXTERNAL_DATA_BYTES go to a file beside it,
+    named like `path` with ".data".
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"vision precision is {precision!r}; expected {', '.join(PRECISIONS)}")
+    with _quiet():
+        if isinstance(module, Streamed):
+            model = _trace_streamed(module, config)
+        else:
+            model = _trace(module, config, optimize=True)
+        ClearMetadataAndDocStringPass()(model)  # traces of the exporting machine's source files
+        if precision == "int8":
+            _store_as_int8(model.graph)
+        if precision != "fp32":
+            _store_as_fp16(model.graph)
+        values = [v.const_value for v in model.graph.initializers.values()]
+        external = sum(v.nbytes for v in values if v is not None) > EXTERNAL_DATA_BYTES
+        ir.save(model, path, external_data=f"{path.name}.data" if external else None)
+
+
+def _trace(module: nn.Module, config: VisionConfig, *, optimize: bool) -> ir.Model:
+    size = config.pixels.image_size
+    program = torch.onnx.export(
+        module,
+        (torch.zeros(2, 3, size, size),),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["pixel_values"],
+        output_names=["image_embeds"],
+        dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
+        optimize=optimize,
+        verbose=False,
+    )
+    assert program is not None  # None only comes from the old exporter
+    return program.model
+
+
+def _trace_streamed(module: Streamed, config: VisionConfig) -> ir.Model:
+    """Trace a network without weights, and let its initializers read them when they are written."""
+    from onnxscript.optimizer import optimize_ir
+
+    network = copy.deepcopy(module.network)
+    shapes = {}
+    for prefix, part in network.named_modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            shapes[f"{prefix}.{name}" if prefix else name] = tuple(parameter.shape)
+            # one zero that looks like the whole parameter: the trace must not take its memory
+            nothing = torch.zeros(()).expand(parameter.shape)
+            setattr(part, name, nn.Parameter(nothing, requires_grad=False))
+    model = _trace(network, config, optimize=False)
+    graph = model.graph
+    pixels = graph.inputs[0]
+    values = {name: graph.initializers.pop(name) for name in shapes}
+    graph.inputs.extend(values.values())  # not known, so nothing of them is worked out in advance
+    optimize_ir(model)
+    graph.inputs[:] = [pixels]
+    for name, value in values.items():
+        read = functools.partial(module.read, name)
+        for node, _ in list(value.uses()):
+            if node.op_type == "Transpose":
+                _store_transposed(graph, node, shapes[name], read)
+        if value.uses():
+            value.const_value = _lazy(name, shapes[name], read)
+            graph.register_initializer(value)
+    return model
+
+
+def _store_transposed(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...], read: Values) -> None:
+    """Store a matrix as its product takes it: [inputs, outputs]."""
+    (matrix,), (old,) = node.inputs, node.outputs
+    assert matrix is not None
+    new = _initializer(f"{matrix.name}.T", shape[::-1], lambda: read().T)
+    ir.convenience.replace_all_uses_with(old, new)
+    graph.remove(node, safe=True)
+    graph.register_initializer(new)
+
+
+def _initializer(
+    name: str, shape: tuple[int, ...], read: Values, dtype: ir.DataType = ir.DataType.FLOAT
+) -> ir.Value:
+    tensor = _lazy(name, shape, read, dtype)
+    return ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(dtype))
+
+
+def _lazy(
+    name: str, shape: tuple[int, ...], read: Values, dtype: ir.DataType = ir.DataType.FLOAT
+) -> ir.LazyTensor:
+    def tensor() -> ir.Tensor:
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(read(), dtype.numpy())
+        if dtype == ir.DataType.FLOAT16 and not np.isfinite(array).all():
+            raise CheckpointError(
+                f"the vision network's {name.removesuffix('.fp16')} has numbers beyond 65504, the "
+                "end of float16; expected smaller ones: export with --vision-precision fp32"
+            )
+        return ir.tensor(array, name=name)
+
+    return ir.LazyTensor(tensor, dtype=dtype, shape=ir.Shape(shape), name=name)
+
+
+def _store_as_fp16(graph: ir.Graph) -> None:
+    """Store weight matrices as float16, each cast back to float32 in front of its users.
+
+    Vectors (biases, layer norms) stay as they are: they are small, and rounding them shows. The
+    casts stand first in the graph: ONNX Runtime orders a graph by going back from its outputs, to
+    the later one of a node's inputs first, so that each cast then runs right before its user. Where
+    they are not folded, one matrix at a time is held in float32, not all.
+    """
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) < 2:
+            continue
+        shape = tuple(tensor.shape.numpy())
+        stored = _initializer(f"{name}.fp16", shape, tensor.numpy, ir.DataType.FLOAT16)
+        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value})
+        (back,) = cast.outputs
+        back.name, back.dtype, back.shape = f"{name}.fp32", ir.DataType.FLOAT, value.shape
+        ir.convenience.replace_all_uses_with(value, back)
+        graph.register_initializer(stored)
+        del graph.initializers[name]
+        graph.insert_before(graph[0], cast)
+
+
+def _store_as_int8(graph: ir.Graph) -> None:
+    """Replace products with stored matrices by MatMulNBits, which keeps them in 8 bits.
+
+    Convolutions, embeddings and vectors are left as they are.
+    """
+    matrices: dict[str, Callable[[], np.ndarray]] = {}
+
+    # codes and scales of a matrix are two tensors of the file, written one after the other
+    @functools.lru_cache(maxsize=1)
+    def quantized(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = torch.from_numpy(np.ascontiguousarray(matrices[name]().T))
+        return quantize_blocks(weight, bits=8, block_size=BLOCK_SIZE)
+
+    for node in list(graph):
+        matrix = node.inputs[1] if node.op_type == "MatMul" else None
+        tensor = matrix.const_value if matrix else None
+        if matrix is None or tensor is None or len(tensor.shape) != 2:
+            continue
+        name, (inputs, outputs) = str(matrix.name), tensor.shape.numpy()
+        blocks = -(-inputs // BLOCK_SIZE)
+        matrices[name] = tensor.numpy
+        codes = _initializer(
+            f"{name}.codes",
+            (outputs, blocks, BLOCK_SIZE),
+            lambda name=name: quantized(name)[0].numpy(),
+            ir.DataType.UINT8,
+        )
+        scales = _initializer(
+            f"{name}.scales", (outputs, blocks), lambda name=name: quantized(name)[1].numpy()
+        )
+        attributes = {"K": inputs, "N": outputs, "bits": 8, "block_size": BLOCK_SIZE}
+        attributes["accuracy_level"] = ACCURACY_LEVEL
+        product = ir.node(
+            "MatMulNBits", [node.inputs[0], codes, scales], attributes, domain="com.microsoft"
+        )
+        (new,), (old,) = product.outputs, node.outputs
+        new.name, new.dtype, new.shape = old.name, old.dtype, old.shape
+        graph.insert_before(node, product)
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        graph.register_initializer(codes)
+        graph.register_initializer(scales)
+        if not matrix.uses():
+            del graph.initializers[name]
+    graph.opset_imports.setdefault("com.microsoft", 1)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's exporter from talking about its inner life: warnings, log lines, prints."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,67 @@
+"""BLIP-2's vision half in torch, as SEEChat and VisualGLM-6B use it: EVA ViT-g and Q-Former.
+
+Both are the transformers library's networks. What they lack: SEEChat's ViT has no final norm of its
+own but ln_vision, with another epsilon, and the query tokens and the projector to the LM.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from seechat_lite.nn.attention import register_attention
+from seechat_weights.blip_names import BlipNames
+
+
+class EvaTower(nn.Module):
+    """EVA ViT and ln_vision: pixels [n, 3, S, S] to [n, 1 + (S / patch)**2, width]."""
+
+    def __init__(self, names: BlipNames, *, heads: int) -> None:
+        super().__init__()
+        from transformers import Blip2VisionConfig, Blip2VisionModel
+
+        self.vit = Blip2VisionModel(
+            Blip2VisionConfig(
+                hidden_size=names.width,
+                intermediate_size=names.inner_size,
+                num_hidden_layers=names.blocks,
+                num_attention_heads=heads,
+                image_size=names.image_size,
+                patch_size=names.patch_size,
+                hidden_act="gelu",
+                layer_norm_eps=1e-6,
+            )
+        )
+        self.vit.set_attn_implementation(register_attention())
+        self.vit.post_layernorm = nn.LayerNorm(names.width, eps=1e-5)  # ln_vision
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.vit(pixel_values=pixel_values).last_hidden_state
+
+
+class QFormerBridge(nn.Module):
+    """Q-Former and projector: what the tower sees [n, tokens, width] to [n, queries, hidden]."""
+
+    def __init__(self, names: BlipNames, *, heads: int) -> None:
+        super().__init__()
+        from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+        self.query_tokens = nn.Parameter(torch.empty(1, names.queries, names.query_width))
+        self.qformer = Blip2QFormerModel(
+            Blip2QFormerConfig(
+                hidden_size=names.query_width,
+                num_hidden_layers=names.query_layers,
+                num_attention_heads=heads,
+                intermediate_size=names.query_inner_size,
+                hidden_act="gelu",
+                layer_norm_eps=1e-12,
+                cross_attention_frequency=2,
+                encoder_hidden_size=names.width,
+                use_qformer_text_input=False,
+            )
+        )
+        self.qformer.set_attn_implementation(register_attention())
+        self.projection = nn.Linear(names.query_width, names.outputs)
+
+    def forward(self, seen: Tensor) -> Tensor:
+        queries = self.query_tokens.expand(seen.shape[0], -1, -1)
+        found = self.qformer(query_embeds=queries, encoder_hidden_states=seen)
+        return self.projection(found.last_hidden_state)

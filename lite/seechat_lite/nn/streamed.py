@@ -1,0 +1,65 @@
+"""Networks whose weights stay in the checkpoint: read for each call, one layer at a time."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Read = Callable[[str], np.ndarray]  # a parameter's name -> its value, in any float dtype
+
+
+class Streamed(nn.Module):
+    """Runs a network that was built on the meta device, in the memory of its largest layer.
+
+    Each module's own parameters are read when it is called and let go when it is done. `network`
+    itself stays without weights: it tells the parameters' names and shapes, and can be traced.
+    """
+
+    def __init__(self, network: nn.Module, read: Read) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.read = read
+        self.training = False
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        hooks = []
+        for prefix, module in self.network.named_modules():
+            absent = dict(module.named_parameters(recurse=False))
+            if absent:
+                loads = _Loads(self, f"{prefix}." if prefix else "", absent)
+                hooks.append(module.register_forward_pre_hook(loads.load))
+                hooks.append(module.register_forward_hook(loads.drop, always_call=True))
+        try:
+            return self.network(*inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def loaded(self) -> nn.Module:
+        """A copy of the network that holds all of its weights, float32."""
+        network = copy.deepcopy(self.network)
+        state = {name: self.parameter(name) for name, _ in network.named_parameters()}
+        network.load_state_dict(state, assign=True, strict=False)  # buffers are there already
+        return network.requires_grad_(False)
+
+    def parameter(self, name: str) -> nn.Parameter:
+        # copied: a checkpoint's arrays may be read-only views of its mapped file
+        value = torch.from_numpy(np.array(self.read(name), np.float32))
+        return nn.Parameter(value, requires_grad=False)
+
+
+class _Loads:
+    """The hooks of one module."""
+
+    def __init__(self, streamed: Streamed, prefix: str, absent: dict[str, nn.Parameter]) -> None:
+        self.streamed, self.prefix, self.absent = streamed, prefix, absent
+
+    def load(self, module: nn.Module, inputs: object) -> None:
+        for name in self.absent:
+            setattr(module, name, self.streamed.parameter(self.prefix + name))
+
+    def drop(self, module: nn.Module, inputs: object, output: object) -> None:
+        for name, parameter in self.absent.items():
+            setattr(module, name, parameter)

@@ -1,0 +1,364 @@
+"""Published names and ours, of BLIP-2's vision half: EVA ViT-g, ln_vision, Q-Former, projector.
+
+Two families publish it: SEEChat in three files (eva_vit_g.pth, BLIP-2's Q-Former, a checkpoint of
+its own), and VisualGLM-6B inside its own checkpoint, under the names of SwissArmyTransformer (SAT).
+Our names are those of the transformers library, as seechat_lite.nn.blip builds the networks.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from seechat_weights.accounting import Shape, Shapes, account, check_shapes, few, part
+from seechat_weights.checkpoints import Checkpoint
+from seechat_weights.errors import CheckpointError
+from seechat_weights.vision_names import Part
+
+# VisualGLM-6B's vision half in its Hugging Face folder and in its SAT file
+SAT_PREFIXES = ("image_encoder.", "mixins.eva.model.")
+# SEEChat, as LAVIS, builds its ViT with 39 blocks, whatever else eva_vit_g.pth holds
+BLOCKS = 39
+
+
+@dataclass(frozen=True)
+class BlipSettings:
+    """What the tensors do not tell; the defaults are the published models'."""
+
+    blocks: int | None = None  # of the ViT, None: as many as there are
+    heads: int = 16
+    query_heads: int = 12
+
+
+@dataclass(frozen=True)
+class BlipNames:
+    """EVA ViT, Q-Former and projector found in a checkpoint; the sizes are those of the tensors."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    inner_size: int
+    blocks: int
+    queries: int
+    query_width: int
+    query_inner_size: int
+    query_layers: int
+    outputs: int  # the LM's hidden size
+    used: dict[str, Part]  # our parameter -> where it comes from
+    sizes: dict[str, Shape]  # our parameter -> its shape
+    ignored: dict[str, str]  # published tensor -> reason
+
+
+class _Layer(NamedTuple):
+    checkpoint: Checkpoint
+    prefix: str  # of its names in the whole
+    shapes: Shapes  # by its own names
+
+
+class Overlay:
+    """Several checkpoints read as one: a later one's tensor takes the place of an earlier one's."""
+
+    def __init__(self, layers: Sequence[_Layer]) -> None:
+        self._layers = layers
+        self._holder = {layer.prefix + k: layer for layer in layers for k in layer.shapes}
+        self.shapes = {layer.prefix + k: v for layer in layers for k, v in layer.shapes.items()}
+        self.where = " + ".join(str(layer.checkpoint.path) for layer in layers)
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor, as stored. Raises CheckpointError."""
+        layer = self._holder[key]
+        return layer.checkpoint.read(key.removeprefix(layer.prefix))
+
+    def account(self, needed: Iterable[str], reasons: Iterable[tuple[str, str]]) -> dict[str, str]:
+        """See that nothing is missing in all files together, and nothing surplus in any."""
+        needed, reasons = list(dict.fromkeys(needed)), list(reasons)
+        missing = [key for key in needed if key not in self.shapes]
+        if missing:
+            raise CheckpointError(
+                f"{self.where}: tensors are {len(missing)} missing ({few(missing)}); expected all "
+                f"of EVA ViT, Q-Former and projector: {_remedy(missing[0])}"
+            )
+        ignored = {}
+        for layer in self._layers:
+            names = {key.removeprefix(layer.prefix) for key in needed}
+            own = [(p.removeprefix(re.escape(layer.prefix)), why) for p, why in reasons]
+            here = [k for k in layer.shapes if k in names]
+            ignored |= account(layer.shapes, here, own, str(layer.checkpoint.path))
+        return ignored
+
+    def check_shapes(self, expected: Mapping[str, Shape]) -> None:
+        """Compare sizes and dtypes, naming the file that each tensor is taken from."""
+        for layer in self._layers:
+            here = {
+                k.removeprefix(layer.prefix): shape
+                for k, shape in expected.items()
+                if self._holder[k] is layer
+            }
+            check_shapes(layer.shapes, here, str(layer.checkpoint.path))
+
+
+def _remedy(missing: str) -> str:
+    if missing.startswith("visual_encoder."):
+        return "give eva_vit_g.pth to --eva"
+    if missing.startswith("llama_proj."):
+        return "give SEEChat's checkpoint (checkpoint_100.pth) to --checkpoint"
+    if missing.startswith(("Qformer.", "query_tokens", "ln_vision.")):
+        return "give blip2_pretrained_flant5xxl.pth to --qformer"
+    return "download the checkpoint again"
+
+
+def seechat_overlay(
+    *, eva: Checkpoint | None, qformer: Checkpoint | None, checkpoint: Checkpoint | None
+) -> Overlay:
+    """SEEChat's files in the order in which it loads them, the last one with its vision half only.
+
+    Raises CheckpointError for a checkpoint that holds neither SEEChat's LM nor its vision.
+    """
+    layers = []
+    if eva:
+        layers.append(_Layer(eva, "visual_encoder.", eva.shapes))
+    if qformer:
+        layers.append(_Layer(qformer, "", qformer.shapes))
+    if checkpoint:
+        own = part(checkpoint.shapes, "vision", where=str(checkpoint.path))
+        layers.append(_Layer(checkpoint, "", own))
+    return Overlay(layers)
+
+
+def visualglm_overlay(checkpoint: Checkpoint) -> Overlay | None:
+    """The vision half of a VisualGLM-6B checkpoint, or None where there is none."""
+    if not any(k.startswith(SAT_PREFIXES) for k in checkpoint.shapes):
+        return None
+    own = part(checkpoint.shapes, "vision", where=str(checkpoint.path))
+    return Overlay([_Layer(checkpoint, "", own)])
+
+
+_TEXT = "belongs to the Q-Former's text branch"
+_SEECHAT_REASONS = (
+    (r"visual_encoder\.(norm|fc_norm|head)\..*", "the patches are taken before the final norm"),
+    (r"Qformer\.bert\.embeddings\.position_ids", "counts from 0"),
+    (r"Qformer\.bert\.embeddings\.(word|position)_embeddings\.weight", _TEXT),
+    (r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..*", _TEXT),
+    (r"Qformer\.cls\..*", _TEXT),
+    (r"(t5|opt)_proj\..*", "leads to another language model"),
+    (r"(vision|text)_proj\..*|itm_head\..*|temp", "compares pictures with texts"),
+)
+
+
+def map_seechat(source: Overlay, *, blocks: int | None = None) -> BlipNames:
+    """SEEChat's vision half. blocks: of the ViT, the 39 that it builds unless stated.
+
+    Raises CheckpointError naming missing, surplus and misshapen tensors and their file.
+    """
+    blocks = BLOCKS if blocks is None else blocks
+    layers = _count(source.shapes, r"Qformer\.bert\.encoder\.layer\.(\d+)\..*")
+    found = _count(source.shapes, r"visual_encoder\.blocks\.(\d+)\..*")
+    unused = [
+        (rf"visual_encoder\.blocks\.{i}\..*", f"SEEChat's ViT has {blocks} blocks")
+        for i in range(blocks, found)
+    ]
+    return _map(source, _seechat_part, (*unused, *_SEECHAT_REASONS), blocks, layers)
+
+
+def map_visualglm(source: Overlay) -> BlipNames:
+    """VisualGLM-6B's vision half. Raises CheckpointError, as map_seechat."""
+    prefix = next(p for p in SAT_PREFIXES if any(k.startswith(p) for k in source.shapes))
+    at = re.escape(prefix)
+    blocks = _count(source.shapes, at + r"vit\.transformer\.layers\.(\d+)\..*")
+    layers = _count(source.shapes, at + r"qformer\.transformer\.layers\.(\d+)\..*")
+    return _map(source, lambda ours: _sat_part(ours, prefix, layers), (), blocks, layers)
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    return 1 + max((int(m[1]) for k in shapes if (m := re.fullmatch(pattern, k))), default=0)
+
+
+def _map(
+    source: Overlay,
+    find: Callable[[str], Part],
+    reasons: Iterable[tuple[str, str]],
+    blocks: int,
+    layers: int,
+) -> BlipNames:
+    used = {ours: find(ours) for ours in _sizes(blocks, layers, *[1] * 8)}
+    ignored = source.account([name for p in used.values() for name in p.names], reasons)
+
+    def size(ours: str, rank: int) -> Shape:
+        key = used[ours].names[0]
+        shape = source.shapes[key][0]
+        if len(shape) != rank or 0 in shape:
+            raise CheckpointError(
+                f"{source.where}: {key} has shape {list(shape)}, expected {rank} sizes above 0: "
+                "give the files of BLIP-2, SEEChat or VisualGLM-6B"
+            )
+        return shape
+
+    width, _, patch, _ = size("tower.vit.embeddings.patch_embedding.weight", 4)
+    inner, _ = size("tower.vit.encoder.layers.0.mlp.fc1.weight", 2)
+    positions = "tower.vit.embeddings.position_embedding"
+    count = size(positions, used[positions].rank or 3)[-2]
+    queries = size("bridge.query_tokens", used["bridge.query_tokens"].rank or 3)[-2]
+    query_inner, query_width = size(
+        "bridge.qformer.encoder.layer.0.intermediate_query.dense.weight", 2
+    )
+    outputs, _ = size("bridge.projection.weight", 2)
+    side = math.isqrt(count - 1)
+    if side * side != count - 1:
+        raise CheckpointError(
+            f"{source.where}: {count} position embeddings, expected a square of patches and one "
+            "more: give the files of BLIP-2, SEEChat or VisualGLM-6B"
+        )
+    sizes = _sizes(
+        blocks, layers, width, inner, patch, count, queries, query_width, query_inner, outputs
+    )
+    source.check_shapes(
+        {n: used[k].published_shape(s) for k, s in sizes.items() for n in used[k].names}
+    )
+    return BlipNames(
+        side * patch, patch, width, inner, blocks, queries, query_width, query_inner, layers,
+        outputs, used, sizes, ignored,
+    )  # fmt: skip
+
+
+def _sizes(
+    blocks: int,
+    layers: int,
+    width: int,
+    inner: int,
+    patch: int,
+    positions: int,
+    queries: int,
+    query_width: int,
+    query_inner: int,
+    outputs: int,
+) -> dict[str, Shape]:
+    """Our parameters and their shapes."""
+    sizes: dict[str, Shape] = {}
+
+    def linear(name: str, rows: int, columns: int) -> None:
+        sizes[f"{name}.weight"], sizes[f"{name}.bias"] = (rows, columns), (rows,)
+
+    def norm(name: str, size: int) -> None:
+        sizes[f"{name}.weight"] = sizes[f"{name}.bias"] = (size,)
+
+    sizes["tower.vit.embeddings.class_embedding"] = (1, 1, width)
+    sizes["tower.vit.embeddings.position_embedding"] = (1, positions, width)
+    sizes["tower.vit.embeddings.patch_embedding.weight"] = (width, 3, patch, patch)
+    sizes["tower.vit.embeddings.patch_embedding.bias"] = (width,)
+    for i in range(blocks):
+        at = f"tower.vit.encoder.layers.{i}"
+        norm(f"{at}.layer_norm1", width)
+        linear(f"{at}.self_attn.qkv", 3 * width, width)
+        linear(f"{at}.self_attn.projection", width, width)
+        norm(f"{at}.layer_norm2", width)
+        linear(f"{at}.mlp.fc1", inner, width)
+        linear(f"{at}.mlp.fc2", width, inner)
+    norm("tower.vit.post_layernorm", width)
+    sizes["bridge.query_tokens"] = (1, queries, query_width)
+    norm("bridge.qformer.layernorm", query_width)
+    for i in range(layers):
+        at = f"bridge.qformer.encoder.layer.{i}"
+        for name in ("attention", "crossattention") if i % 2 == 0 else ("attention",):
+            source = width if name == "crossattention" else query_width
+            linear(f"{at}.{name}.attention.query", query_width, query_width)
+            linear(f"{at}.{name}.attention.key", query_width, source)
+            linear(f"{at}.{name}.attention.value", query_width, source)
+            linear(f"{at}.{name}.output.dense", query_width, query_width)
+            norm(f"{at}.{name}.output.LayerNorm", query_width)
+        linear(f"{at}.intermediate_query.dense", query_inner, query_width)
+        linear(f"{at}.output_query.dense", query_width, query_inner)
+        norm(f"{at}.output_query.LayerNorm", query_width)
+    linear("bridge.projection", outputs, query_width)
+    return sizes
+
+
+_SEECHAT_NAMES = {
+    "tower.vit.embeddings.class_embedding": "visual_encoder.cls_token",
+    "tower.vit.embeddings.position_embedding": "visual_encoder.pos_embed",
+    "tower.vit.embeddings.patch_embedding": "visual_encoder.patch_embed.proj",
+    "tower.vit.encoder.layers": "visual_encoder.blocks",
+    "self_attn.projection": "attn.proj",
+    "self_attn": "attn",
+    "layer_norm": "norm",
+    "tower.vit.post_layernorm": "ln_vision",
+    "bridge.query_tokens": "query_tokens",
+    "bridge.qformer.layernorm": "Qformer.bert.embeddings.LayerNorm",
+    "bridge.qformer": "Qformer.bert",
+    "attention.attention": "attention.self",
+    "bridge.projection": "llama_proj",
+}
+
+
+def _seechat_part(ours: str) -> Part:
+    name = ours
+    for old, new in _SEECHAT_NAMES.items():
+        name = name.replace(old, new)
+    if name.endswith("attn.qkv.bias"):  # the key's bias is zero, and not published
+        at = name.removesuffix("qkv.bias")
+        return Part((f"{at}q_bias", None, f"{at}v_bias"))
+    return Part((name,))
+
+
+_SAT_VIT = {
+    "embeddings.patch_embedding": "mixins.patch_embedding.proj",
+    "post_layernorm": "mixins.cls.ln_vision",
+    "encoder.layers": "transformer.layers",
+    "self_attn.qkv": "attention.query_key_value",
+    "self_attn.projection": "attention.dense",
+    "layer_norm1": "input_layernorm",
+    "layer_norm2": "post_attention_layernorm",
+    "mlp.fc1": "mlp.dense_h_to_4h",
+    "mlp.fc2": "mlp.dense_4h_to_h",
+}
+_SAT_QFORMER = {
+    "crossattention.output.dense": "cross_attention.dense",
+    "crossattention.output.LayerNorm": "post_cross_attention_layernorm",
+    "crossattention.attention.query": "cross_attention.query",
+    "attention.output.dense": "attention.dense",
+    "attention.output.LayerNorm": "post_attention_layernorm",
+    "intermediate_query.dense": "mlp.dense_h_to_4h",
+    "output_query.dense": "mlp.dense_4h_to_h",
+}
+
+
+def _sat_part(ours: str, prefix: str, layers: int) -> Part:
+    """SAT's names: one fused tensor for q, k and v, and each layer norm one place further on.
+
+    A post-norm layer of SAT begins with the norm that ends BERT's layer before.
+    """
+    vit, qformer = f"{prefix}vit.", f"{prefix}qformer.transformer."
+    if ours == "tower.vit.embeddings.class_embedding":
+        return Part((f"{vit}transformer.word_embeddings.weight",), rank=2)
+    if ours == "tower.vit.embeddings.position_embedding":
+        return Part((f"{vit}transformer.position_embeddings.weight",), rank=2)
+    if ours == "bridge.query_tokens":
+        return Part((f"{qformer}word_embeddings.weight",), rank=2)
+    if ours.startswith("bridge.projection."):
+        return Part((ours.replace("bridge.projection", f"{prefix}glm_proj"),))
+    name = ours.removeprefix("tower.vit.")
+    if name != ours:
+        for old, new in _SAT_VIT.items():
+            name = name.replace(old, new)
+        return Part((vit + name,))
+    name, kind = ours.removeprefix("bridge.qformer.").rsplit(".", 1)
+    if name == "layernorm":
+        return Part((f"{qformer}layers.0.input_layernorm.{kind}",))
+    _, _, number, name = name.split(".", 3)
+    if name == "output_query.LayerNorm":
+        i = int(number) + 1
+        at = f"layers.{i}.input_layernorm" if i < layers else "final_layernorm"
+        return Part((f"{qformer}{at}.{kind}",))
+    at = f"{qformer}layers.{number}."
+    fused = re.fullmatch(r"(cross)?attention\.attention\.(query|key|value)", name)
+    if fused and not fused[1]:
+        share = ("query", "key", "value").index(fused[2])
+        return Part((f"{at}attention.query_key_value.{kind}",), share=share, shares=3)
+    if fused and fused[2] != "query":
+        share = ("key", "value").index(fused[2])
+        return Part((f"{at}cross_attention.key_value.{kind}",), share=share, shares=2)
+    for old, new in _SAT_QFORMER.items():
+        name = name.replace(old, new)
+    return Part((f"{at}{name}.{kind}",))
