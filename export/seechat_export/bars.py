@@ -5,7 +5,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-BYTES = ("weights", "embeddings")  # stages that count bytes; the others count steps
+BYTES = ("weights", "embeddings", "hash")  # stages that count bytes; the others count steps
 
 
 class Bars:

@@ -136,8 +136,8 @@ def dequantize_blocks(codes: Tensor, scales: Tensor, *, bits: int, inputs: int) 
     """The weight [outputs, inputs], float32, that quantize_blocks stored: its inverse."""
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-    values = codes.float() - 2 ** (bits - 1)
-    return (values * scales[..., None]).flatten(1)[:, :inputs]
+    values = codes.float().sub_(2 ** (bits - 1)).mul_(scales[..., None])
+    return values.flatten(1)[:, :inputs]
 
 
 def stored_arrays(
@@ -159,7 +159,9 @@ def stored_arrays(
         return [tensor.float()]
     if precision.block:
         return list(quantize_blocks(tensor, bits=precision.bits, block_size=block_size))
-    return [tensor.t().contiguous().to(getattr(torch, precision.dtype))]
+    # copied into place: transposing and converting one after the other would take twice the memory
+    turned = torch.empty(tensor.shape[::-1], dtype=getattr(torch, precision.dtype))
+    return [turned.copy_(tensor.t())]
 
 
 def restored_tensor(

@@ -1,0 +1,223 @@
+"""What an export will take, known before it starts: time, memory, disk.
+
+Sizes follow from the shapes. Time is measured: a few million of the very weights are quantized,
+written and checked as the export will do it, which takes about a second.
+"""
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from seechat_export import graphs
+from seechat_export.graphs import Item
+from seechat_export.quantize import dequantize_blocks, stored_arrays
+from seechat_lite.memory import available_memory, human
+from seechat_weights.bundle import LMConfig
+from seechat_weights.errors import BundleError, MemoryPlanError
+from seechat_weights.lm import ALL, Rows
+from seechat_weights.precisions import PRECISIONS, Precision
+
+PROCESS = 260_000_000  # bytes of Python, torch and ONNX Runtime themselves
+SAMPLE = 1 << 22  # weights converted to see how long it takes
+PROBE = 1 << 26  # bytes written to see how fast the disk is
+CHECK_TOKENS = 29  # of the prompt that the check runs
+SESSION = 1.2  # times what torch takes to run a layer: ONNX Runtime's preparing and running it
+
+
+class Weights(Protocol):
+    """Where tensors come from: seechat_export.export.Source."""
+
+    config: LMConfig
+
+    def tensor(self, key: str, rows: Rows = ALL) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of a bundle's files, the small ones left out."""
+
+    weights: int
+    embeddings: int
+    vision: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.embeddings + self.vision
+
+    def __str__(self) -> str:
+        names = [n for n in ("weights", "embeddings", "vision") if getattr(self, n)]
+        return " + ".join(f"{n} {human(getattr(self, n))}" for n in names)
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """seconds: from now on. memory: bytes at the peak, mapped input files not counted, because the
+    system takes their pages back when it needs them. disk: bytes still to be written of `parts`."""
+
+    seconds: float
+    memory: int
+    disk: int
+    parts: Parts
+    free_memory: int
+    free_disk: int
+
+    def __str__(self) -> str:
+        return (
+            f"about {_duration(self.seconds)}, {human(self.memory)} of memory "
+            f"({human(self.free_memory)} free), {human(self.disk)} on the disk "
+            f"({human(self.free_disk)} free)"
+        )
+
+
+def make_plan(
+    source: Weights,
+    items: Sequence[Item],
+    folder: Path,
+    *,
+    precision: Precision,
+    block_size: int,
+    parts: Parts,
+    done: int,
+    vision_memory: int = 0,
+) -> ExportPlan:
+    """The plan of an export into `folder`, where the first `done` items are written already.
+
+    vision_memory: bytes that the vision part takes at its peak, beyond the process itself. Writes a
+    file to measure the disk and removes it.
+    """
+    speed = _measure(source, items, folder, precision, block_size, limit=parts.total)
+    linear = [_weights(item) for item in items if item.kind == "linear"]
+    convert = sum(_weights(item) for item in items[done:] if item.kind == "linear")
+    there = sum(f.stat().st_size for f in folder.iterdir())
+    disk = max(parts.total - there, 0)
+    seconds = (
+        convert * speed.convert
+        + disk * speed.write
+        + sum(linear) * speed.check
+        + parts.total * speed.hash
+        + parts.vision * 2 * speed.hash  # traced, written and run once
+    )
+    memory = max(memory_bytes(source.config, items, precision), PROCESS + vision_memory)
+    free = shutil.disk_usage(folder).free
+    return ExportPlan(seconds, memory, disk, parts, available_memory(), free)
+
+
+def memory_bytes(config: LMConfig, items: Sequence[Item], precision: Precision) -> int:
+    """The peak of writing and checking the LM, mapped files not counted."""
+    stored = {item.key: sum(s.nbytes for s in item.stored) for item in items}
+    # rearranged heads: the tensor is copied a few times, in no more than float32
+    write = max(stored[i.key] + (8 * _weights(i) if i.heads else 0) for i in items)
+    layer = [item for item in items if item.key.startswith("layers.0.")]
+    # the check holds one layer in float32 while its largest weight is still being worked out
+    check = 4 * sum(map(_weights, layer)) + 2 * max(map(_weights, layer))
+    # ONNX Runtime keeps a product's weights in an order of its own, and widens float16 before
+    widened = {"float32": 1, "float16": 4}[precision.dtype]
+    head = stored["lm_head.weight"] * (1 if precision.block else widened)
+    return PROCESS + max(write, check, head)
+
+
+def check_room(plan: ExportPlan, config: LMConfig, precision: Precision, *, out: Path) -> None:
+    """Raise MemoryPlanError or BundleError, with the sums and what would fit, if it does not."""
+    needs, free = "", 0
+    if plan.memory > plan.free_memory:
+        error, advice = MemoryPlanError, "close other programs"
+        needs, free = f"{human(plan.memory)} of memory at its peak", plan.free_memory
+    elif plan.disk > plan.free_disk:
+        error, advice = BundleError, "free some space or choose another --out"
+        parts = f"{plan.parts} = {human(plan.parts.total)}"
+        needs, free = f"{human(plan.disk)} more on the disk (of {parts})", plan.free_disk
+    else:
+        return
+    there = plan.parts.total - plan.disk  # other options would begin anew
+    for name in list(PRECISIONS)[list(PRECISIONS).index(precision.name) + 1 :]:
+        form = PRECISIONS[name]
+        _, items, size = graphs.decoder(config, form, 128 if form.block else 0, "")
+        parts, memory = replace(plan.parts, weights=size), memory_bytes(config, items, form)
+        if memory <= plan.free_memory and parts.total <= plan.free_disk + there:
+            small = f"{human(memory)} of memory, {human(parts.total)} on the disk"
+            advice += f", or use --precision {name} ({small})"
+            break
+    raise error(f"{out}: the export needs {needs}; {human(free)} are free: {advice}")
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """Seconds a weight (convert, check) and a byte (write, hash)."""
+
+    convert: float
+    write: float
+    check: float
+    hash: float
+
+
+def _measure(
+    source: Weights,
+    items: Sequence[Item],
+    folder: Path,
+    precision: Precision,
+    block_size: int,
+    limit: int,
+) -> _Speed:
+    item = max((i for i in items if i.kind == "linear" and not i.heads), key=_weights)
+    outputs, inputs = item.shape
+    rows = min(outputs, max(1, SAMPLE // inputs))
+    sample = replace(item, shape=(rows, inputs))
+
+    def convert() -> list[Tensor]:
+        tensor = source.tensor(item.key, slice(rows))
+        return stored_arrays(sample, tensor, source.config, precision, block_size)
+
+    def check() -> None:
+        x = torch.ones(CHECK_TOKENS, inputs)
+        stored = (
+            dequantize_blocks(*arrays, bits=precision.bits, inputs=inputs)
+            if precision.block
+            else arrays[0].float().t().clone()
+        )
+        for weight in (stored, source.tensor(item.key, slice(rows)).float()):
+            F.linear(x, weight)
+
+    def write() -> None:
+        with probe.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+
+    arrays = convert()  # once before it is timed: the first call reads the disk and starts threads
+    check()
+    data = arrays[0].numpy().tobytes()
+    data = (data * (PROBE // len(data) + 1))[: min(PROBE, limit)]
+    probe = folder / "probe.new"
+    speed = _Speed(
+        convert=_time(convert) / (rows * inputs),
+        write=_time(write) / len(data),
+        check=_time(check) / (rows * inputs) * (1 + SESSION),
+        hash=_time(lambda: hashlib.sha256(data).digest()) / len(data),
+    )
+    probe.unlink()
+    return speed
+
+
+def _time(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _weights(item: Item) -> int:
+    return torch.Size(item.shape).numel()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min"
