@@ -175,7 +175,7 @@ def _open_base(path: Path) -> tuple[LM, Checkpoint, LMNames, dict[str, Any]]:
         folder, file, form = path, path, "huggingface"
         settings, where = read_json(path / "config.json"), str(path / "config.json")
     else:
-        file, form = _sat_file(path), "sat"
+        file, form = sat_file(path), "sat"
         found = [f for f in (file.parent, file.parent.parent) if (f / SAT_CONFIG).exists()]
         folder = found[0] if found else file.parent
         settings = _sat_settings(folder / SAT_CONFIG) if found else {"model_type": "chatglm"}
@@ -207,7 +207,7 @@ def _open_base(path: Path) -> tuple[LM, Checkpoint, LMNames, dict[str, Any]]:
     return lm, checkpoint, names, settings if form == "huggingface" else {}
 
 
-def _sat_file(path: Path) -> Path:
+def sat_file(path: Path) -> Path:
     """SAT's one file, from itself or a folder that holds it: [latest,] [N/]mp_rank_00_..."""
     if path.is_file():
         return path
@@ -219,7 +219,7 @@ def _sat_file(path: Path) -> Path:
         if list(found[0].parent.glob("mp_rank_01_*")):
             raise CheckpointError(
                 f"{found[0].parent}: the model is split over several files (mp_rank_01_...); "
-                "expected one: merge it with SAT's split_model.py for one process"
+                "expected one: save it with SAT in one process (model_parallel_size 1)"
             )
         return found[0]
     what = "no such folder" if not path.exists() else f"holds {len(found)} {SAT_FILE}"
