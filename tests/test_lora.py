@@ -134,6 +134,7 @@ def test_biases_and_modules_to_save_are_taken(tmp_path: Path) -> None:
         ({"enable_lora": [True, False, True]}, "enable_lora is"),
         ({"init_lora_weights": "pissa_niter_16"}, "which changed the base weights as well"),
         ({"lora_alpha": None}, "lora_alpha of .* is None"),
+        ({"alpha_pattern": {"dense": "5"}}, "lora_alpha of .*dense is '5'"),
         ({"r": 8}, "have rank 4, expected r = 8 of adapter_config.json"),
     ],
 )

@@ -54,6 +54,8 @@ def test_tiny_configuration() -> None:
         ({"num_layers": "3"}, "num_layers is '3'"),
         ({"num_layers": True}, "num_layers is True"),
         ({"num_layers": 0}, "num_layers is 0"),
+        ({"num_layers": 10**9}, "num_layers is 1000000000; expected at most 1024"),
+        ({"hidden_size": 2**40}, "hidden_size is 1099511627776; expected at most"),
         ({"pad_token_id": -1}, "pad_token_id is -1"),
         ({"num_attention_heads": 5}, "a multiple of 20"),
         ({"gmask_token_id": None}, "gmask_token_id is 130001 in a vocabulary of 2432"),

@@ -20,6 +20,7 @@ from seechat_weights.accounting import account, few, part
 from seechat_weights.bundle import LMConfig
 from seechat_weights.checkpoints import Checkpoint, TensorInfo, open_checkpoint, read_json
 from seechat_weights.errors import CheckpointError
+from seechat_weights.files import first_bytes
 from seechat_weights.lora import LoRA, check_pairs, open_adapter
 from seechat_weights.names import FORMS, LMNames, Published, lm_config, lm_shapes, map_lm
 from seechat_weights.prefixes import read_prefix
@@ -213,7 +214,7 @@ def sat_file(path: Path) -> Path:
         return path
     found = [p for p in (path / SAT_FILE, *sorted(path.glob(f"*/{SAT_FILE}"))) if p.exists()]
     if len(found) > 1 and (path / "latest").is_file():  # names the iteration to take
-        latest = (path / "latest").read_text("utf-8", "replace").strip()
+        latest = first_bytes(path / "latest", 64).decode("utf-8", "replace").strip()
         found = [p for p in found if p.parent.name == latest] or found
     if len(found) == 1:
         if list(found[0].parent.glob("mp_rank_01_*")):

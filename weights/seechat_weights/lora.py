@@ -147,18 +147,16 @@ def _scaling(settings: Mapping[str, Any], module: str, rank: int, where: str) ->
     fan_in_fan_out needs no care: it says how the base model stores its weights, and ChatGLM-6B's
     are [outputs, inputs], as is B @ A.
     """
-    patterns = settings.get("alpha_pattern") or {}
-    ranks = settings.get("rank_pattern") or {}
-    alpha = next(
-        (v for k, v in patterns.items() if module == k or module.endswith(f".{k}")),
-        settings.get("lora_alpha"),
-    )
+    patterns, alpha = settings.get("alpha_pattern") or {}, settings.get("lora_alpha")
+    if isinstance(patterns, dict):
+        named = (v for k, v in patterns.items() if module == k or module.endswith(f".{k}"))
+        alpha = next(named, alpha)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e6:
         raise CheckpointError(
             f"{where}: lora_alpha of {module} is {alpha!r} in {ADAPTER_CONFIG}; expected a number: "
             "take both files from the same training run"
         )
-    if not ranks and settings.get("r") != rank:
+    if not settings.get("rank_pattern") and settings.get("r") != rank:
         raise CheckpointError(
             f"{where}: the matrices of {module} have rank {rank}, expected r = "
             f"{settings.get('r')!r} of {ADAPTER_CONFIG}: take both from the same training run"
