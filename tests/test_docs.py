@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from serving import serving
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -30,6 +32,26 @@ def test_examples_run(name: str, number: int, expected: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert expected in done.stdout
+
+
+def test_the_servers_example_runs() -> None:
+    (example,) = examples("docs/server.md")
+    with serving() as (_, url):
+        done = subprocess.run(
+            [sys.executable, "-c", example.replace("http://127.0.0.1:8080", url)],
+            capture_output=True, text=True, encoding="utf-8", timeout=60, cwd=ROOT,
+        )  # fmt: skip
+    assert done.stdout == "这是熊猫。", done.stderr
+
+
+def test_every_option_of_the_server_is_documented() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "seechat_lite", "serve", "--help"], capture_output=True, text=True
+    )
+    common = {"--help", "--verbose", "--debug", "--engine", "--device", "--context", "--format"}
+    options = set(re.findall(r"--[a-z-]+", done.stdout)) - common
+    text = (ROOT / "docs/server.md").read_text("utf-8")
+    assert options and not [o for o in options if o not in text]
 
 
 def test_no_example_is_forgotten() -> None:
