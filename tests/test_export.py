@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,10 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from reference import data
-from seechat_export import export, quantize
+from seechat_export import export, plan, quantize
 from seechat_export.export import export_bundle
+from seechat_export.plan import ExportPlan
 from seechat_export.quantize import dequantize_blocks, quantize_blocks, rearrange_heads
-from seechat_lite.errors import BundleError, CheckpointError, SeechatError
+from seechat_lite.errors import BundleError, CheckpointError, MemoryPlanError, SeechatError
 from seechat_weights.bundle import LMConfig, read_manifest, verify_hashes
 
 LM = data("chatglm_tiny")
@@ -278,13 +278,41 @@ def test_what_another_run_left_is_not_shipped(tmp_path: Path) -> None:
     assert not (tmp_path / "b/vision.onnx").exists()
 
 
+def test_the_plan_comes_first_and_its_sizes_are_right(tmp_path: Path) -> None:
+    plans: list[ExportPlan] = []
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        assert len(plans) == 1
+        if done > total / 2:
+            raise StopHere
+
+    with pytest.raises(StopHere):
+        export_bundle(lm=LM, out=tmp_path / "b", announce=plans.append, progress=interrupt)
+    export_bundle(lm=LM, out=tmp_path / "b", announce=plans.append)
+    first, second = plans
+    sizes = {f.name: f.stat().st_size for f in (tmp_path / "b").iterdir()}
+    assert first.parts.weights == sizes["decoder.onnx.data"]
+    assert first.parts.embeddings == sizes["embeddings.bin"]
+    assert first.parts.total - 1000 < first.disk <= first.parts.total  # less the journal
+    assert first.seconds > 0
+    assert first.parts.embeddings < second.disk < first.disk
+    assert str(first).startswith("about ")
+
+
 def test_too_little_room_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(BundleError, match="the disk is full; the weights take"):
+    """Each error names the next smaller precision if that fits, and nothing is left behind."""
+    usage = shutil.disk_usage(tmp_path)
+    for free, advice in ((1_500_000, "use --precision fp16"), (1000, "another --out$")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        with pytest.raises(BundleError, match=f"on the disk .*are free: .*{advice}"):
+            export_bundle(lm=LM, out=tmp_path / "b", precision="fp32")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))
+    monkeypatch.setattr(plan, "available_memory", lambda: 10**8)
+    with pytest.raises(MemoryPlanError, match=r"260 MB of memory at its peak; 100 MB are free"):
         export_bundle(lm=LM, out=tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,34 +328,54 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import os, random, shutil, signal, sys, time
 from pathlib import Path
 from seechat_export.export import export_bundle
-left = int(sys.argv[3])
-def progress(stage, done, total):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-export_bundle(lm=Path(sys.argv[1]), out=Path(sys.argv[2]), precision="int8", progress=progress)
+from seechat_export.plan import ExportPlan
+from seechat_weights.bundle import read_manifest
+from seechat_weights.errors import BundleError
+
+lm, whole, out = map(Path, sys.argv[1:])
+
+def start(folder):  # in a process of its own, of which nothing but the files is left
+    pid = os.fork()
+    if not pid:
+        export_bundle(lm=lm, out=folder, precision="int4", block_size=32)
+        os._exit(0)
+    return pid
+
+begun = time.perf_counter()
+assert os.waitpid(start(whole), 0)[1] == 0
+duration = time.perf_counter() - begun
+moments, kills = random.Random(3), 0
+while kills < 10:
+    pid = start(out)
+    time.sleep(duration * moments.random())
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        kills += 1
+        for folder in (out, out.with_name(out.name + ".partial")):
+            try:
+                read_manifest(folder)
+            except BundleError:
+                continue
+            raise AssertionError(f"{folder} loads")
+    else:  # it was done already: begin anew
+        assert status == 0
+        shutil.rmtree(out)
+assert os.waitpid(start(out), 0)[1] == 0
 """
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="a POSIX signal")
-def test_killed_again_and_again(tmp_path: Path) -> None:
-    """SIGKILL at later and later moments; what is left never loads and is always continued."""
-    for after in (2, 15, 15, 8):
-        run = subprocess.run(
-            [sys.executable, "-c", KILLED, LM, tmp_path / "b", str(after)], timeout=120
-        )
-        assert run.returncode == -signal.SIGKILL
-        with pytest.raises(BundleError):
-            read_manifest(tmp_path / "b")
-        with pytest.raises(BundleError):
-            read_manifest(tmp_path / "b.partial")
-    export_bundle(lm=LM, out=tmp_path / "b", precision="int8")
-    export_bundle(lm=LM, out=tmp_path / "whole", precision="int8")
-    assert contents(tmp_path / "b") == contents(tmp_path / "whole")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")
+def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
+    """SIGKILL; what is left never loads and is always continued, to the same bytes."""
+    whole, out = tmp_path / "whole", tmp_path / "b"
+    run = subprocess.run([sys.executable, "-c", KILLED, LM, whole, out], timeout=250)
+    assert run.returncode == 0
+    assert contents(out) == contents(whole)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "whole"]
 
 
 def test_two_at_once(tmp_path: Path) -> None:

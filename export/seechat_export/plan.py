@@ -27,7 +27,7 @@ from seechat_weights.lm import ALL, Rows
 from seechat_weights.precisions import PRECISIONS, Precision
 
 PROCESS = 260_000_000  # bytes of Python, torch and ONNX Runtime themselves
-SAMPLE = 1 << 22  # weights converted to see how long it takes
+SAMPLE = 1 << 23  # weights converted to see how long it takes
 PROBE = 1 << 26  # bytes written to see how fast the disk is
 CHECK_TOKENS = 29  # of the prompt that the check runs
 SESSION = 1.2  # times what torch takes to run a layer: ONNX Runtime's preparing and running it
@@ -169,21 +169,23 @@ def _measure(
 ) -> _Speed:
     item = max((i for i in items if i.kind == "linear" and not i.heads), key=_weights)
     outputs, inputs = item.shape
-    rows = min(outputs, max(1, SAMPLE // inputs))
+    rows = min(-(-outputs // 2), max(1, SAMPLE // inputs))
     sample = replace(item, shape=(rows, inputs))
 
-    def convert() -> list[Tensor]:
-        tensor = source.tensor(item.key, slice(rows))
-        return stored_arrays(sample, tensor, source.config, precision, block_size)
+    def part(number: int) -> Tensor:  # others each time: the first look at a page costs more
+        return source.tensor(item.key, slice(number * rows, (number + 1) * rows))
 
-    def check() -> None:
+    def convert(number: int) -> list[Tensor]:
+        return stored_arrays(sample, part(number), source.config, precision, block_size)
+
+    def check(number: int) -> None:
+        stored = [array.clone() for array in arrays]
+        if precision.block:
+            restored = dequantize_blocks(*stored, bits=precision.bits, inputs=inputs)
+        else:
+            restored = stored[0].float().t()
         x = torch.ones(CHECK_TOKENS, inputs)
-        stored = (
-            dequantize_blocks(*arrays, bits=precision.bits, inputs=inputs)
-            if precision.block
-            else arrays[0].float().t().clone()
-        )
-        for weight in (stored, source.tensor(item.key, slice(rows)).float()):
+        for weight in (restored, part(number).float()):
             F.linear(x, weight)
 
     def write() -> None:
@@ -192,15 +194,15 @@ def _measure(
             f.flush()
             os.fsync(f.fileno())
 
-    arrays = convert()  # once before it is timed: the first call reads the disk and starts threads
-    check()
+    arrays = convert(0)  # once before it is timed: the first call starts threads
+    check(0)
     data = arrays[0].numpy().tobytes()
     data = (data * (PROBE // len(data) + 1))[: min(PROBE, limit)]
     probe = folder / "probe.new"
     speed = _Speed(
-        convert=_time(convert) / (rows * inputs),
+        convert=_time(lambda: convert(1)) / (rows * inputs),
         write=_time(write) / len(data),
-        check=_time(check) / (rows * inputs) * (1 + SESSION),
+        check=_time(lambda: check(1)) / (rows * inputs) * (1 + SESSION),
         hash=_time(lambda: hashlib.sha256(data).digest()) / len(data),
     )
     probe.unlink()
