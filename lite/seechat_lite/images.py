@@ -21,6 +21,8 @@ from seechat_weights.files import LFS_POINTER
 
 MAX_PIXELS = 128_000_000  # a 108-megapixel phone photo passes; decoded, this is half a gigabyte
 
+MAX_BYTES = 256 << 20  # of a picture's file
+
 _ORIENTATION = 0x0112  # the EXIF tag
 _VECTOR_FORMATS = ("EPS", "WMF")  # Pillow would start another program to draw them
 _FILTERS = {
@@ -52,6 +54,11 @@ def load_image(source: str | Path | bytes | Image.Image) -> Picture:
     try:
         if path.exists() and not path.is_file():
             raise ImageError(f"{path}: not a file; expected a picture: name one picture file")
+        if path.stat().st_size > MAX_BYTES:
+            raise ImageError(
+                f"{path}: {path.stat().st_size >> 20} MB; expected a picture of at most "
+                f"{MAX_BYTES >> 20} MB: make it smaller"
+            )
         with path.open("rb") as f:
             # the header first: a picture that is none, or too large, is not read to the end
             _open(f, str(path))

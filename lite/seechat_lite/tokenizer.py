@@ -7,6 +7,7 @@ all text ids are shifted by the 20000 image tokens in front of them.
 """
 
 import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ _SPACES = re.compile(r" {2,80}")
 _SPECIAL = re.compile(
     r"(<sop>|<eop>|<unk>|<pad>|\[MASK\])"
 )  # [gMASK] is not among them: published so
+_MAX_BYTES = 64 << 20  # of a tokenizer model; the published one has 2.7 MB
 
 
 class Tokenizer:
@@ -255,6 +257,12 @@ class TextStream:
 def _load(path: Path) -> SentencePieceProcessor:
     expected = "expected a sentencepiece model such as ChatGLM-6B's ice_text.model"
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
+            raise BundleError(
+                f"{path}: cannot be read (no file, or more than {_MAX_BYTES >> 20} MB); "
+                f"{expected}: put the model's tokenizer there"
+            )
         data = path.read_bytes()
     except OSError as e:
         raise BundleError(
@@ -268,7 +276,7 @@ def _load(path: Path) -> SentencePieceProcessor:
     sp = SentencePieceProcessor()
     try:
         sp.LoadFromSerializedProto(data)
-    except (RuntimeError, OSError):
+    except (RuntimeError, OSError, ValueError):  # ValueError: its own message is not UTF-8
         raise BundleError(
             f"{path}: {len(data)} bytes that are no sentencepiece model; {expected}: "
             "the file is damaged or something else, download it again"

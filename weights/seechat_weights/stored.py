@@ -137,6 +137,7 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
     base, tensors = 8 + length, {}
     for name, entry in header.items():
         tensors[name] = _described(path, name, entry, base)
+        tensors[name].check(name)
     # one after the other, without a gap, to the end
     at = base
     for name, stored in sorted(tensors.items(), key=lambda t: (t[1].block.start, t[1].block.size)):

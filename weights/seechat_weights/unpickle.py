@@ -21,7 +21,7 @@ from seechat_weights.errors import CheckpointError
 from seechat_weights.files import line, shown
 
 MAX_BYTES = 32 << 20  # of one pickle; that of a shard of ChatGLM-6B has 10 kB
-MAX_OPCODES = 2_000_000
+MAX_OPCODES = 1_000_000
 _MAX_LINE = 4096
 
 # classes in the configuration and state that training scripts save beside the weights
@@ -42,7 +42,7 @@ _HARMLESS = re.compile(
 )
 # opcodes whose argument is the value
 _IMMEDIATE = re.compile(
-    r"INT|BININT[12]?|LONG[14]?|FLOAT|BINFLOAT|(SHORT_)?BIN(STRING|BYTES|UNICODE)"
+    r"STRING|UNICODE|INT|BININT[12]?|LONG[14]?|FLOAT|BINFLOAT|(SHORT_)?BIN(STRING|BYTES|UNICODE)"
     r"|BIN(BYTES|UNICODE)8"
 )
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
@@ -98,6 +98,8 @@ class Window:
     def readline(self) -> bytes:
         part = bytes(self._data[self._at : min(self._at + _MAX_LINE, self._end)])
         part = part[: part.find(b"\n") + 1]  # without a line's end: nothing, which is an error
+        if b"\\" in part:
+            raise ValueError("a backslash in a name")
         self._at += len(part)
         return part
 
