@@ -83,7 +83,9 @@ def _lm(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Identity | Non
     form = ", SwissArmyTransformer's file" if sat else ""
     kind = "visualglm" if seeing else "chatglm"
     where = path if sat else home
-    return Identity(path, kind, f"{family}{form}", facts, missing, export(lm=str(where)))
+    beside = TOKENIZER if TOKENIZER in missing else None
+    command = export(lm=str(where), tokenizer=beside)
+    return Identity(path, kind, f"{family}{form}", facts, missing, command)
 
 
 def _precision(shapes: Mapping[str, TensorInfo], hidden: int) -> str:
