@@ -68,13 +68,13 @@ def test_rows_are_those_of_the_whole(form: str) -> None:
         assert whole.dtype == dtype
         np.testing.assert_array_equal(lm.read(key, rows), whole[rows])
         np.testing.assert_array_equal(lm.read(key, slice(7, 9)), whole[7:9])
-        quantized = lm.quantized(key)
+        bits = lm.bits(key)
         expected = re.search(r"(query_key_value|dense\w*)\.weight$", key) is not None
         if form == "int4-qe":
             expected |= key in ("word_embeddings.weight", "lm_head.weight")
-        assert (quantized is not None) == expected
-        if quantized is not None:
-            assert quantized.bits == (8 if form == "int8" else 4)
+        assert bits == (0 if not expected else 8 if form == "int8" else 4)
+        if expected:
+            np.testing.assert_array_equal(lm.quantized(key).dequantized(), whole)
 
 
 @pytest.fixture(params=["embed", "proj"])

@@ -98,11 +98,11 @@ def test_a_lora_on_quantized_weights(tmp_path: Path) -> None:
     int4 = data("quantized/int4")
     lm = open_lm(int4, adapter=write_adapter(tmp_path / "a", adapter_state()))
     key = "layers.0.mlp.dense_h_to_4h.weight"
-    assert lm.quantized(key) is None
+    assert lm.bits(key) == 0
     a, b = (adapter_state()[f"{PEFT}.0.mlp.dense_h_to_4h.lora_{p}.weight"] for p in "AB")
     expected = open_lm(int4).read(key) + 8 * b @ a
     np.testing.assert_allclose(lm.read(key), expected, rtol=0, atol=1e-6)
-    assert lm.quantized(key.replace("layers.0", "layers.2")) is not None
+    assert lm.bits(key.replace("layers.0", "layers.2")) == 4
 
 
 def test_biases_and_modules_to_save_are_taken(tmp_path: Path) -> None:

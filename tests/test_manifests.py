@@ -93,7 +93,7 @@ def test_full_size_is_accounted_for(tmp_path: Path, name: str) -> None:
         assert opened.config.vocab_size == (OLD_VOCABULARY if "150528" in name else 130528)
         weight = opened.read("layers.27.mlp.dense_4h_to_h.weight", slice(3, 5))
         assert weight.shape == (2, 16384) and not weight.any()
-        assert (opened.quantized("layers.0.attention.dense.weight") is None) == ("int4" not in name)
+        assert opened.bits("layers.0.attention.dense.weight") == (4 if "int4" in name else 0)
     elif name in CHECKPOINTS:
         ours = part(shapes, "lm", where="")
         eyes = part(shapes, "vision", where="")

@@ -107,7 +107,7 @@ def export_bundle(
         with_eyes = "seechat" if model.conversation == "chatglm" else model.conversation
         conversation = with_eyes if vision else model.conversation
     eye = parity.VisionCheck(*vision, source.config.hidden_size) if vision else None
-    form = PRECISIONS[precision]
+    form = source.form(PRECISIONS[precision])
     writer = _Writer(source, out, form, block_size if form.block else 0, progress)
     with writer.opened():
         announce(writer.plan(vision[0] if vision else None, vision_precision))
@@ -135,6 +135,7 @@ def export_bundle(
                 writer.embeddings_dtype,
                 precision,
                 writer.block_size,
+                form.head_bits,
                 prefix=PREFIX if model.prefix is not None else None,
                 prefix_tokens=0 if model.prefix is None else model.prefix.shape[3],
             ),
@@ -175,11 +176,22 @@ class Source:
         """One of our tensors, or some of its rows."""
         return torch.from_numpy(self.lm.read(key, rows))
 
-    def weight(self, key: str, precision: Precision) -> Tensor | Quantized:
-        """One of our tensors, as its authors quantized it where `precision` can hold just that."""
-        quantized = self.lm.quantized(key) if precision.block else None
-        fits = quantized is not None and quantized.bits <= precision.bits
-        return quantized if fits else self.tensor(key)
+    def weight(self, item: graphs.Item) -> Tensor | Quantized:
+        """The tensor of `item`, as its authors quantized it where the item can hold just that."""
+        if 0 < self.lm.bits(item.key) <= item.bits:
+            return self.lm.quantized(item.key)
+        return self.tensor(item.key)
+
+    def form(self, precision: Precision) -> Precision:
+        """The precision, with a head of 8 bits where its authors quantized all but the head.
+
+        With 4 bits the head would be all that such a bundle loses, and it would lose a lot.
+        """
+        kept = any(0 < self.lm.bits(key) <= precision.bits for key in self.lm.shapes)
+        wider = precision.block and precision.bits < 8
+        if not wider or not kept or self.lm.bits("lm_head.weight"):
+            return precision
+        return dataclasses.replace(precision, head_bits=8)
 
     def ignored(self, *, with_vision: bool) -> dict[str, dict[str, str]]:
         """Tensors that nothing of the bundle is made of, by source, each with the reason."""
@@ -285,7 +297,7 @@ class _Writer:
                 self.progress("weights", _end(self.items[i - 1]) if i else 0, self.size)
                 arrays = stored_arrays(
                     item,
-                    self.source.weight(item.key, self.precision),
+                    self.source.weight(item),
                     self.source.config,
                     self.precision,
                     self.block_size,

@@ -57,7 +57,7 @@ class Item:
     kind: "vector", stored as it is, or "linear", stored as the precision says. shape: the
     tensor's, [outputs, inputs] of a linear, once its heads are rearranged. heads: which axis runs
     over heads and is rearranged first: "rows" (query_key_value), "columns" (the attention's dense)
-    or "" for neither.
+    or "" for neither. bits: of the integers of a linear in blocks, else 0.
     """
 
     key: str
@@ -65,6 +65,7 @@ class Item:
     shape: tuple[int, ...]
     heads: str
     stored: tuple[Stored, ...]
+    bits: int = 0
 
 
 def padded_head_size(config: LMConfig) -> int:
@@ -103,10 +104,17 @@ class Weights:
         *,
         bias: bool = True,
         heads: str = "",
+        bits: int = 0,
     ) -> ir.Value:
-        """x [..., inputs] times the transposed weight [outputs, inputs] (plus bias)."""
-        write = self._block_linear if self.precision.block else self._float_linear
-        y = write(x, key, outputs, inputs, heads)
+        """x [..., inputs] times the transposed weight [outputs, inputs] (plus bias).
+
+        bits: of a weight in blocks, if not those of the precision.
+        """
+        if self.precision.block:
+            bits = bits or self.precision.bits
+            y = self._block_linear(x, key, outputs, inputs, heads, bits)
+        else:
+            y = self._float_linear(x, key, outputs, inputs, heads)
         if not bias:
             return y
         rows = heads if heads == "rows" else ""
@@ -123,16 +131,16 @@ class Weights:
         return self.tape.op("MatMul", [x, weight])
 
     def _block_linear(
-        self, x: ir.Value, key: str, outputs: int, inputs: int, heads: str
+        self, x: ir.Value, key: str, outputs: int, inputs: int, heads: str, bits: int
     ) -> ir.Value:
-        bits, block = self.precision.bits, self.block_size
+        block = self.block_size
         blocks = -(-inputs // block)
         arrays = [
             (f"{key}.quant", "uint8", (outputs, blocks, block * bits // 8)),
             (f"{key}.scales", self.precision.dtype, (outputs, blocks)),
         ]
         stored, (quant, scales) = self._place(arrays)
-        self.items.append(Item(f"{key}.weight", "linear", (outputs, inputs), heads, stored))
+        self.items.append(Item(f"{key}.weight", "linear", (outputs, inputs), heads, stored, bits))
         # accuracy_level 4: the products' inputs are rounded to 8 bits a block, for integer kernels
         attributes = {
             "K": inputs,
@@ -270,7 +278,8 @@ def decoder(
 
     last = tape.initializer(ir.tensor(np.int64(-1), name="last"))
     x = norm(tape.op("Gather", [x, last], {"axis": 1}), "final_layernorm")  # [1, hidden]
-    logits = weights.linear(x, "lm_head", config.vocab_size, hidden, bias=False)
+    bits = precision.head_bits
+    logits = weights.linear(x, "lm_head", config.vocab_size, hidden, bias=False, bits=bits)
     logits.name = "logits"
     logits.type = ir.TensorType(ir.DataType.FLOAT)
     logits.shape = ir.Shape([1, config.vocab_size])

@@ -180,8 +180,8 @@ def _measure(
 
     def check(number: int) -> None:
         stored = [array.clone() for array in arrays]
-        if precision.block:
-            restored = dequantize_blocks(*stored, bits=precision.bits, inputs=inputs)
+        if item.bits:
+            restored = dequantize_blocks(*stored, bits=item.bits, inputs=inputs)
         else:
             restored = stored[0].float().t()
         x = torch.ones(CHECK_TOKENS, inputs)

@@ -112,9 +112,10 @@ def _quantize_chunk(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _published_blocks(
-    item: Item, weight: Quantized, config: LMConfig, bits: int, block_size: int
+    item: Item, weight: Quantized, config: LMConfig, block_size: int
 ) -> list[Tensor]:
     """What quantize_blocks gives, from published integers and their rows' scales, nothing lost."""
+    bits = item.bits
     codes, scales = torch.from_numpy(weight.codes), torch.from_numpy(weight.scales)
     if item.heads:
         codes = rearrange_heads(codes, config, item.heads)
@@ -149,16 +150,16 @@ def stored_arrays(
 ) -> list[Tensor]:
     """The arrays to write for `item`, in the order of item.stored, from its tensor as published.
 
-    A weight that its authors quantized, to no more bits than the precision has, is stored as it is.
+    A weight that its authors quantized, to no more bits than the item has, is stored as it is.
     """
     if isinstance(tensor, Quantized):
-        return _published_blocks(item, tensor, config, precision.bits, block_size)
+        return _published_blocks(item, tensor, config, block_size)
     if item.heads:
         tensor = rearrange_heads(tensor, config, item.heads)
     if item.kind == "vector":
         return [tensor.float()]
-    if precision.block:
-        return list(quantize_blocks(tensor, bits=precision.bits, block_size=block_size))
+    if item.bits:
+        return list(quantize_blocks(tensor, bits=item.bits, block_size=block_size))
     # copied into place: transposing and converting one after the other would take twice the memory
     turned = torch.empty(tensor.shape[::-1], dtype=getattr(torch, precision.dtype))
     return [turned.copy_(tensor.t())]
@@ -174,12 +175,12 @@ def restored_tensor(
     stored = [
         data[s.offset : s.offset + s.nbytes].view(s.dtype).reshape(s.shape) for s in item.stored
     ]
-    transposed = item.kind == "linear" and not precision.block
+    transposed = item.kind == "linear" and not item.bits
     arrays = [torch.from_numpy((a[:, rows] if transposed else a[rows]).copy()) for a in stored]
     if item.kind == "vector":
         tensor = arrays[0]
-    elif precision.block:
-        tensor = dequantize_blocks(*arrays, bits=precision.bits, inputs=item.shape[1])
+    elif item.bits:
+        tensor = dequantize_blocks(*arrays, bits=item.bits, inputs=item.shape[1])
     else:
         tensor = arrays[0].float().t()
     if not item.heads:

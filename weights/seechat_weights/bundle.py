@@ -94,6 +94,7 @@ class Decoder:
     embeddings_dtype: str = "float16"
     precision: str = "fp32"
     block_size: int = 0  # 0 where the precision has no blocks
+    head_bits: int = 0  # of lm_head, where it has more than the other weights
     # a P-tuning prefix that the cache begins with: raw `embeddings_dtype`,
     # [layers, 2 (key, value), heads, prefix_tokens, head size of the graph], heads in its order
     prefix: str | None = None

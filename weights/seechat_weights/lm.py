@@ -88,12 +88,14 @@ class LM:
             merged += lora.delta(order, outputs)
         return merged
 
-    def quantized(self, key: str) -> Quantized | None:
-        """A linear as its authors quantized it, if they did and nothing was merged into it."""
+    def bits(self, key: str) -> int:
+        """Bits to which the authors quantized a tensor; 0 if it is not, or something is merged."""
         tensor = self._tensors[key]
-        if not tensor.published.bits or tensor.order is not None or tensor.loras:
-            return None
-        return _quantized(tensor, ALL)
+        return 0 if tensor.order is not None or tensor.loras else tensor.published.bits
+
+    def quantized(self, key: str) -> Quantized:
+        """A tensor that has `bits`, as its authors quantized it."""
+        return _quantized(self._tensors[key], ALL)
 
     def _lay(self, role: str, checkpoint: Checkpoint, used: Mapping[str, Published]) -> None:
         """Take these parameters from `checkpoint`, whoever brought them before."""

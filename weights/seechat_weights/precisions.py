@@ -19,6 +19,7 @@ class Precision:
     bits: int
     block: bool
     dtype: str  # numpy name of the stored float weights, or of the scales
+    head_bits: int = 0  # of lm_head, where an export gives it more than the other weights
 
 
 PRECISIONS: dict[str, Precision] = {
