@@ -1,13 +1,16 @@
 """Reading the golden data under tests/data, and a tiny engine over the torch network."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from safetensors.numpy import load_file
+from torch import nn
 
 from seechat_lite.engines import Engine
 from seechat_lite.nn.chatglm import ChatGLM, KVCache
@@ -118,6 +121,19 @@ class TorchEngine:
         self.position = self.position[:, -1:] + [[0], [1]]
         return self._forward(self.model.word_embeddings(torch.tensor([token_id])), self.position)
 
+    def extend(self, token_ids: Sequence[int]) -> np.ndarray:
+        return np.stack([self.step(token) for token in token_ids])
+
+    def forget(self, tokens: int) -> None:
+        self.cache.length -= tokens
+        self.position = self.position[:, -1:] - [[0], [tokens]]
+
+    def cancel(self) -> None:
+        pass
+
+    def reset(self) -> None:
+        self.cache = None
+
     def close(self) -> None:
         self.cache = None
 
@@ -134,3 +150,17 @@ def manifest(name: str) -> dict[str, tuple[tuple[int, ...], str]]:
     """Names, shapes and dtypes of a checkpoint at its published size."""
     published = load_json(f"manifests/{name}.json")["tensors"]
     return {key: (tuple(entry[0]), entry[1]) for key, entry in published.items()}
+
+
+def run_torch(module: nn.Module, pixels: np.ndarray) -> np.ndarray:
+    """What a vision network makes of pixels [n, 3, S, S]."""
+    with torch.inference_mode():
+        return module(torch.from_numpy(pixels)).numpy()
+
+
+def run_onnx(path: Path, pixels: np.ndarray) -> np.ndarray:
+    """What a vision graph makes of pixels [n, 3, S, S]."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(["image_embeds"], {"pixel_values": pixels})[0])

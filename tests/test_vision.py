@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from reference import data, load_json, tensors
+from reference import data, load_json, run_onnx, run_torch, tensors
 from seechat_export import vision_graph as export
 from seechat_export.vision import load_vision
 from seechat_export.vision_graph import export_vision
@@ -40,18 +39,6 @@ def tower(module: Streamed) -> nn.Module:
     part = module.loaded().tower
     assert isinstance(part, nn.Module)
     return part
-
-
-def run_torch(module: nn.Module, pixels: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        return module(torch.from_numpy(pixels)).numpy()
-
-
-def run_onnx(path: Path, pixels: np.ndarray) -> np.ndarray:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(["image_embeds"], {"pixel_values": pixels})[0])
 
 
 @pytest.fixture

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from seechat_lite.conversation import FORMATS
+from seechat_lite.memory import human
 from seechat_weights.errors import SeechatError
 from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS
 
 # options that name published weights: a path, or a Hub id
-_PUBLISHED = ("lm", "checkpoint", "adapter", "prefix", "tokenizer", "clip", "projector")
+_PUBLISHED = (
+    *("lm", "checkpoint", "adapter", "prefix", "tokenizer"),
+    *("clip", "projector", "eva", "qformer"),
+)
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -21,8 +25,9 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         "export",
         parents=[common],
         help="make a bundle from published weights",
-        description="Make a bundle from a ChatGLM-6B checkpoint, with a CLIP vision tower and its "
-        "projector or without. Run again after an interruption, it continues.",
+        description="Make a bundle from a ChatGLM-6B checkpoint: without eyes, with a CLIP vision "
+        "tower and its projector, or with SEEChat's EVA ViT, Q-Former and checkpoint. VisualGLM-6B "
+        "brings its own. Run again after an interruption, it continues.",
     )
     parser.add_argument(
         "--lm",
@@ -48,7 +53,25 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         "--tokenizer", type=Path, metavar="FILE", help="ice_text.model; default: the one in --lm"
     )
     parser.add_argument(
-        "--clip", type=Path, metavar="PATH", help="CLIP ViT: an open_clip or Hugging Face folder"
+        "--eva", type=Path, metavar="FILE", help="SEEChat's vision tower: eva_vit_g.pth"
+    )
+    parser.add_argument(
+        "--qformer",
+        type=Path,
+        metavar="FILE",
+        help="SEEChat's Q-Former: blip2_pretrained_flant5xxl.pth",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="pixels a side that --eva sees, if not the 224 of its weights",
+    )
+    parser.add_argument(
+        "--clip",
+        type=Path,
+        metavar="PATH",
+        help="CLIP ViT: an open_clip or Hugging Face folder, or OpenAI's ViT-L-14.pt",
     )
     parser.add_argument("--projector", type=Path, metavar="FILE", help="linear or MLP projector")
     parser.add_argument(
@@ -65,7 +88,9 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         help="weights that share a scale in int8 and int4 (%(default)s)",
     )
     parser.add_argument(
-        "--vision-precision", choices=("fp32", "fp16"), help="(fp16; fp32 with --precision fp32)"
+        "--vision-precision",
+        choices=("fp32", "fp16", "int8"),
+        help="(fp16; fp32 with --precision fp32)",
     )
     parser.add_argument(
         "--format", choices=FORMATS, help="default conversation format (by what the model sees)"
@@ -119,20 +144,32 @@ def _fetch(args: argparse.Namespace) -> dict[str, dict[str, str]]:
 def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if bool(args.clip) != bool(args.projector):
         parser.error("--clip and --projector go together")
+    if args.clip and (args.eva or args.qformer):
+        parser.error("--clip is one vision tower and --eva another; give one of them")
+    if args.image_size and not (args.eva or args.qformer):
+        parser.error("--image-size goes with --eva")
     downloads = _fetch(args)
     try:
         from seechat_export.bars import Bars
         from seechat_export.export import export_bundle
-        from seechat_export.vision import load_vision
+        from seechat_export.vision import load_seechat, load_vision, load_visualglm
     except ImportError as e:
         raise SeechatError(
             f"{e.name} is not installed; export needs it: pip install 'seechat-lite[export]'"
         ) from None
-    vision = None
     if args.clip:
         vision = load_vision(
             clip=args.clip, projector=args.projector, activation=args.clip_activation
         )
+    elif args.eva or args.qformer:
+        vision = load_seechat(
+            eva=args.eva,
+            qformer=args.qformer,
+            checkpoint=args.checkpoint,
+            image_size=args.image_size,
+        )
+    else:
+        vision = load_visualglm(args.lm)
     with Bars() as bars:
         manifest = export_bundle(
             lm=args.lm,
@@ -155,8 +192,8 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     against = report["against_checkpoint"]
     size = sum(f.bytes for f in manifest.files.values())
     print(
-        f"{args.out}: {size / 1e6:.0f} MB, agrees with the torch networks; against the checkpoint: "
-        f"KL divergence {against['kl_divergence']:.2g}, "
+        f"{args.out}: {human(size)}, agrees with the torch networks\n"
+        f"against the checkpoint: KL divergence {max(against['kl_divergence'], 0):.2g}, "
         f"top-1 agreement {against['top1_agreement']:.0%}\n"
         f'try it: seechat ask --model {args.out} "你好"',
         file=sys.stderr,

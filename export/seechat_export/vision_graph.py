@@ -84,14 +84,17 @@ def _trace_streamed(module: Streamed, config: VisionConfig) -> ir.Model:
     for prefix, part in network.named_modules():
         for name, parameter in part.named_parameters(recurse=False):
             shapes[f"{prefix}.{name}" if prefix else name] = tuple(parameter.shape)
-            # one zero that looks like the whole parameter: the trace must not take its memory
-            nothing = torch.zeros(()).expand(parameter.shape)
+            # one number that looks like the whole parameter: the trace must not take its memory.
+            # Not zero, for which a bias would be left out
+            nothing = torch.full((), torch.nan).expand(parameter.shape)
             setattr(part, name, nn.Parameter(nothing, requires_grad=False))
     model = _trace(network, config, optimize=False)
     graph = model.graph
     pixels = graph.inputs[0]
     values = {name: graph.initializers.pop(name) for name in shapes}
-    graph.inputs.extend(values.values())  # not known, so nothing of them is worked out in advance
+    for value in values.values():  # not known, so that nothing is worked out in advance
+        value.const_value = None
+        graph.inputs.append(value)
     optimize_ir(model)
     graph.inputs[:] = [pixels]
     for name, value in values.items():
@@ -102,6 +105,8 @@ def _trace_streamed(module: Streamed, config: VisionConfig) -> ir.Model:
         if value.uses():
             value.const_value = _lazy(name, shapes[name], read)
             graph.register_initializer(value)
+        elif f"{name}.T" not in graph.initializers:
+            raise RuntimeError(f"torch {torch.__version__} left {name} out of the vision graph")
     return model
 
 
