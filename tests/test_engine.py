@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from reference import TorchEngine, data, load_chatglm, load_json, tensors
 from seechat_export.export import export_bundle
 from seechat_export.graphs import padded_head_size
-from seechat_lite.engines import ENGINES, Engine, create
+from seechat_lite.engines import ENGINES, Engine, EngineOptions, create
 from seechat_lite.errors import ContextError, EngineError
 from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.prompt import Prompt
@@ -44,8 +44,10 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
     return make
 
 
-def open_engine(folder: Path, name: str = "onnx", context: int = 300) -> Engine:
-    return create(name, folder, read_manifest(folder), device="cpu", context=context)
+def open_engine(
+    folder: Path, name: str = "onnx", context: int = 300, options: EngineOptions | None = None
+) -> Engine:
+    return create(name, folder, read_manifest(folder), context=context, options=options)
 
 
 @pytest.fixture(scope="module", params=["torch reference", *ENGINES])
@@ -265,11 +267,8 @@ def test_unknown_engines_and_devices(bundle_of: Callable[..., Path]) -> None:
     with pytest.raises(EngineError, match="unknown engine 'tpu'"):
         open_engine(folder, "tpu")
     with pytest.raises(EngineError, match="'NoSuchProvider' is not in this ONNX Runtime"):
-        create("onnx", folder, read_manifest(folder), device="NoSuchProvider", context=16)
-    engine = create(
-        "onnx", folder, read_manifest(folder), device="CPUExecutionProvider", context=16
-    )
-    engine.close()
+        open_engine(folder, options=EngineOptions(device="NoSuchProvider"))
+    open_engine(folder, options=EngineOptions(device="CPUExecutionProvider")).close()
 
 
 def test_positions_match_the_reference() -> None:

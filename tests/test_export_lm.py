@@ -13,15 +13,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from reference import data, load_json, random_array, tensors
+from reference import (
+    TorchEngine,
+    chatglm_of,
+    data,
+    greedy,
+    load_json,
+    random_array,
+    tensors,
+)
 from seechat_export.export import export_bundle
 from seechat_export.graphs import Item, Stored, decoder
 from seechat_export.quantize import dequantize_blocks, restored_tensor, stored_arrays
 from seechat_lite.engines import create
+from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.prompt import Prompt
 from seechat_weights.bundle import LMConfig, Manifest, read_manifest
 from seechat_weights.lm import open_lm
-from seechat_weights.names import lm_shapes
+from seechat_weights.names import lm_config, lm_shapes
 from seechat_weights.precisions import PRECISIONS
 from seechat_weights.quantized import Quantized
 
@@ -44,7 +53,7 @@ def test_quantized_reference(tmp_path: Path, form: str) -> None:
     """At fp32 the bundle answers as the reference's quantized network does."""
     source = data(f"quantized/{form}")
     manifest = export_bundle(lm=source, tokenizer=TOKENIZER, out=tmp_path / "b", precision="fp32")
-    engine = create("onnx", tmp_path / "b", manifest, device="cpu", context=200)
+    engine = create("onnx", tmp_path / "b", manifest, context=200)
     for name, recorded in load_json(f"quantized/{form}/cases.json")["cases"].items():
         case = tensors(f"quantized/{form}/case_{name}.safetensors")
         logits, found = engine.prefill(Prompt(case["input_ids"][0].tolist())), []
@@ -234,3 +243,82 @@ def test_the_command(tmp_path: Path) -> None:
     assert roles <= said.keys()
     # three rotary buffers; position_ids and the projector, for want of a vision tower
     assert len(said["ignored"]["checkpoint"]) == 6
+
+
+# --- answers with a prefix ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["embed", "proj"])
+def test_prefix_reference(tmp_path: Path, name: str) -> None:
+    prefix = TINY / f"ptuning_{name}_pytorch_model.bin"
+    manifest = export_bundle(lm=TINY, prefix=prefix, out=tmp_path / "b", precision="fp32")
+    engine = create("onnx", tmp_path / "b", manifest, context=200)
+    case = tensors(f"chatglm_tiny/case_prefix_{name}.safetensors")
+    ids = case["input_ids"][0].tolist()
+    recorded = load_json("chatglm_tiny/cases.json")["cases"][f"prefix_{name}"]["greedy"]
+    for _ in range(2):  # the second prompt finds the prefix as the first did
+        logits = engine.prefill(Prompt(ids))
+        np.testing.assert_allclose(logits, case["logits_last"][0], rtol=0, atol=TOLERANCE)
+        assert greedy(engine, ids, len(recorded)) == recorded
+    engine.close()
+
+
+def test_prefix_before_pictures(tmp_path: Path) -> None:
+    prefix = TINY / "ptuning_embed_pytorch_model.bin"
+    manifest = export_bundle(lm=TINY, prefix=prefix, out=tmp_path / "b", precision="fp32")
+    engine = create("onnx", tmp_path / "b", manifest, context=200)
+    case = tensors("chatglm_tiny/case_seechat_embeds_prefix.safetensors")
+    ids = case["input_ids"][0].tolist()
+    start, end = ids.index(0), len(ids) - ids[::-1].index(0)
+    logits = engine.prefill(Prompt(ids, [(start, case["inputs_embeds"][0, start:end])]))
+    np.testing.assert_allclose(logits, case["logits_last"][0], rtol=0, atol=TOLERANCE)
+    found = []
+    recorded = load_json("chatglm_tiny/cases.json")["cases"]["seechat_embeds_prefix"]["greedy"]
+    for _ in recorded:
+        found.append(int(logits.argmax()))
+        logits = engine.step(found[-1])
+    assert found == recorded
+    engine.close()
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.03), ("int8", 0.6), ("int4", 5)])
+def test_a_prefix_at_every_precision(tmp_path: Path, precision: str, tolerance: float) -> None:
+    """Without the prefix a logit would be 11 away."""
+    prefix = TINY / "ptuning_proj_pytorch_model.bin"
+    manifest = export_bundle(lm=TINY, prefix=prefix, out=tmp_path / "b", precision=precision)
+    engine = create("onnx", tmp_path / "b", manifest, context=200)
+    case = tensors("chatglm_tiny/case_prefix_proj.safetensors")
+    logits = engine.prefill(Prompt(case["input_ids"][0].tolist()))
+    np.testing.assert_allclose(logits, case["logits_last"][0], rtol=0, atol=tolerance)
+    engine.close()
+
+
+def test_a_prefix_in_padded_heads(tmp_path: Path) -> None:
+    """Head size 12, whose quarters the graph pads; a prefix of 3 tokens inside the checkpoint."""
+    settings = load_json("chatglm_tiny/config.json") | {
+        "hidden_size": 60,
+        "num_attention_heads": 5,
+        "num_layers": 2,
+        "inner_hidden_size": 100,
+        "pre_seq_len": 3,
+    }
+    source = tmp_path / "lm"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(settings))
+    torch.manual_seed(5)
+    state = {
+        key if key == "lm_head.weight" else f"transformer.{key}": value.detach().numpy()
+        for key, value in ChatGLM(lm_config(settings)).state_dict().items()
+    }
+    state["transformer.prefix_encoder.embedding.weight"] = random_array(3, 240)
+    save_file(state, source / "model.safetensors")
+    manifest = export_bundle(lm=source, tokenizer=TOKENIZER, out=tmp_path / "b", precision="fp32")
+    lm = open_lm(source)
+    reference = TorchEngine(chatglm_of(lm), lm.prefix)
+    engine = create("onnx", tmp_path / "b", manifest, context=60)
+    prompt = Prompt([*range(40, 60), lm.config.gmask_id, lm.config.bos_id, 7, 8])
+    expected = [reference.prefill(prompt), reference.step(9), reference.step(10)]
+    found = [engine.prefill(prompt), engine.step(9), engine.step(10)]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+    assert np.abs(TorchEngine(chatglm_of(lm)).prefill(prompt) - found[0]).max() > 20 * TOLERANCE
+    engine.close()

@@ -224,8 +224,13 @@ class _Writer:
         self.precision = precision
         self.block_size = block_size
         self.progress = progress
+        prefix = source.lm.prefix
         self.graph, self.items, self.size = graphs.decoder(
-            source.config, precision, block_size, WEIGHTS
+            source.config,
+            precision,
+            block_size,
+            WEIGHTS,
+            prefix_tokens=0 if prefix is None else prefix.shape[3],
         )
         exact = precision.dtype == "float32" and not precision.block
         wide = exact and source.lm.shapes["word_embeddings.weight"].dtype != "float16"

@@ -21,13 +21,14 @@ from PIL import Image
 
 from seechat_lite import prompt as prompts
 from seechat_lite.conversation import FORMATS, CleanStream, Format, Turn, render
-from seechat_lite.engines import Engine, create
+from seechat_lite.engines import Engine, EngineOptions, create
 from seechat_lite.errors import BundleError, ContextError, EngineError, SeechatError
 from seechat_lite.generate import generate
 from seechat_lite.images import load_image, pixels
 from seechat_lite.memory import MIN_CONTEXT, check_memory, plan
 from seechat_lite.prompt import Prompt
 from seechat_lite.sampling import Sampling
+from seechat_lite.speculation import PromptLookup
 from seechat_lite.tokenizer import TextStream, Tokenizer
 from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle import Manifest, read_manifest, verify_hashes
@@ -81,7 +82,9 @@ def load(
     tokenizer.check(manifest.lm)
     if progress:
         progress("loading", 0, 1)
-    executor = create(engine, folder, manifest, device=device, context=context)
+    executor = create(
+        engine, folder, manifest, context=context, options=EngineOptions(device=device)
+    )
     model = Model(manifest, tokenizer, executor, image_cache=image_cache)
     try:
         if progress:
@@ -186,6 +189,8 @@ class Stats:
     first_token_seconds: float  # pictures and prompt included
     seconds: float
     finish_reason: str  # "stop", "length" (max_new_tokens or a full context) or "cancelled"
+    guessed_tokens: int = 0  # run before they were chosen, and how many of them were chosen
+    right_guesses: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -204,6 +209,7 @@ class Chat:
         self.stats: Stats | None = None  # of the last answer
         self._embeds: dict[str, np.ndarray] = {}  # pictures of the turns, by key
         self._stop = threading.Event()
+        self._answering = False  # whether the engine works for this chat
 
     def stream(
         self,
@@ -216,12 +222,15 @@ class Chat:
         top_k: int = 0,
         repetition_penalty: float = 1.0,
         seed: int = 0,
+        speculate: bool = True,
     ) -> Iterator[str]:
         """Ask and yield the answer piece by piece; the pieces joined are the answer.
 
         image: a picture or several, shown with this question; later questions remember them. The
         turn enters the history when the stream ends, also when it was stopped or closed early; not
-        if it fails. See sampling.Sampling for the other options.
+        if it fails. speculate: guess tokens from what was said before and run them together, which
+        is faster where an answer repeats something and never changes it. See sampling.Sampling for
+        the other options.
 
         Raises ImageError, ContextError (empty question, or too long for the context), EngineError,
         SeechatError (option out of range).
@@ -238,7 +247,7 @@ class Chat:
         if max_new_tokens < 1:
             raise SeechatError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         self._stop.clear()  # here, not in the generator: a stop() before its first piece counts
-        return self._stream(question, image, sampling, max_new_tokens)
+        return self._stream(question, image, sampling, max_new_tokens, speculate)
 
     def ask(
         self,
@@ -251,6 +260,7 @@ class Chat:
         top_k: int = 0,
         repetition_penalty: float = 1.0,
         seed: int = 0,
+        speculate: bool = True,
     ) -> str:
         """The whole answer at once; see stream()."""
         return "".join(
@@ -263,6 +273,7 @@ class Chat:
                 top_k=top_k,
                 repetition_penalty=repetition_penalty,
                 seed=seed,
+                speculate=speculate,
             )
         )
 
@@ -294,6 +305,8 @@ class Chat:
     def stop(self) -> None:
         """End the running answer within one token; may be called from any thread."""
         self._stop.set()
+        if self._answering:
+            self.model.engine.cancel()
 
     def clear(self) -> None:
         """Forget all turns and pictures."""
@@ -306,6 +319,7 @@ class Chat:
         image: ImageSource | Sequence[ImageSource] | None,
         sampling: Sampling,
         max_new_tokens: int,
+        speculate: bool,
     ) -> Iterator[str]:
         model, start = self.model, time.perf_counter()
         with model.answering():
@@ -316,6 +330,7 @@ class Chat:
                 log.warning("the context is full: the oldest %d turn(s) are forgotten", dropped)
             room = model.engine.context - len(prompt.ids) + 1  # the last token needs no place
             limit = min(max_new_tokens, room)
+            lookup = PromptLookup(prompt.ids) if speculate else None
             tokens = generate(
                 model.engine,
                 prompt,
@@ -323,10 +338,12 @@ class Chat:
                 max_new_tokens=limit,
                 eos_id=model.tokenizer.eos_id,
                 stopped=self._stop.is_set,
+                lookup=lookup,
             )
             text = TextStream(model.tokenizer, stop=self.format.stop)
             answer = CleanStream(self.format)
             count, first, finish, failed = 0, 0.0, "cancelled", False
+            self._answering = True
             try:
                 for token in tokens:
                     count += 1
@@ -343,10 +360,19 @@ class Chat:
                 failed = True
                 raise
             finally:
+                self._answering = False
+                model.engine.reset()  # a later turn is read anew: its memory is free until then
                 # closed early, interrupted or stopped: what was said so far stays said
                 seconds = time.perf_counter() - start
                 self.stats = Stats(
-                    len(prompt.ids), count, dropped, first or seconds, seconds, finish
+                    len(prompt.ids),
+                    count,
+                    dropped,
+                    first or seconds,
+                    seconds,
+                    finish,
+                    guessed_tokens=lookup.guessed if lookup else 0,
+                    right_guesses=lookup.right if lookup else 0,
                 )
                 if not failed and (answer.shown or finish != "cancelled"):
                     self.turns = [*turns[:-1], replace(turns[-1], answer=answer.shown)]

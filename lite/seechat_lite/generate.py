@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 
-from seechat_lite.engines.base import Engine
+from seechat_lite.engines.base import Cancelled, Engine
 from seechat_lite.errors import SeechatError
 from seechat_lite.prompt import Prompt
 from seechat_lite.sampling import Sampler, Sampling
+from seechat_lite.speculation import PromptLookup
 
 
 def generate(
@@ -16,12 +17,14 @@ def generate(
     max_new_tokens: int,
     eos_id: int,
     stopped: Callable[[], bool],
+    lookup: PromptLookup | None = None,
 ) -> Iterator[int]:
     """Yield the answer's token ids, at most `max_new_tokens`, never the eos.
 
     `stopped` is asked before and after every call of the engine, so that an answer ends within one
-    token of its becoming true. Closing the iterator at any time is fine: nothing is kept outside
-    it, and the engine's next prefill starts afresh. Raises EngineError if the logits are no
+    token of its becoming true; a call that engine.cancel() ends, ends the answer. Closing the
+    iterator at any time is fine: the engine's next prefill starts afresh. lookup: guesses tokens
+    that are then run together; the answer stays the same. Raises EngineError if the logits are no
     numbers.
     """
     if max_new_tokens < 1:
@@ -29,14 +32,30 @@ def generate(
     if stopped():
         return
     sampler = Sampler(sampling, prompt.ids, eos_id=eos_id)
-    logits = engine.prefill(prompt)  # [vocab]
-    for remaining in range(max_new_tokens, 0, -1):
-        if stopped():
-            return
-        token = sampler.next(logits)
-        if token == eos_id:
-            return
-        yield token
-        if remaining == 1 or stopped():
-            return
-        logits = engine.step(token)
+    remaining = max_new_tokens
+    try:
+        rows = engine.prefill(prompt)[None]  # [1 + guessed, vocab]
+        guess: list[int] = []  # tokens that were run before they were chosen
+        while True:
+            # the logits after the last token chosen, then after each guess as long as it is right
+            for right, logits in enumerate(rows):
+                if stopped():
+                    return
+                token = sampler.next(logits)
+                if token == eos_id:
+                    return
+                yield token
+                remaining -= 1
+                if not remaining or stopped():
+                    return
+                if lookup:
+                    lookup.append(token)
+                if right == len(guess) or token != guess[right]:
+                    break
+            if guess and lookup:
+                lookup.learn(len(guess), right)
+                engine.forget(len(guess) - right)
+            guess = lookup.guess(remaining - 1) if lookup else []
+            rows = engine.extend([token, *guess]) if guess else engine.step(token)[None]
+    except Cancelled:
+        return

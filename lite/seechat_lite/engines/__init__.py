@@ -7,7 +7,7 @@ contract test. Its module is imported only when it is asked for.
 from importlib import import_module
 from pathlib import Path
 
-from seechat_lite.engines.base import Engine
+from seechat_lite.engines.base import Engine, EngineOptions
 from seechat_lite.errors import EngineError
 from seechat_weights.bundle import Manifest
 
@@ -15,7 +15,14 @@ ENGINES = {"onnx": ("seechat_lite.engines.onnx", "OnnxEngine")}
 DEFAULT = "onnx"
 
 
-def create(name: str, folder: Path, manifest: Manifest, *, device: str, context: int) -> Engine:
+def create(
+    name: str,
+    folder: Path,
+    manifest: Manifest,
+    *,
+    context: int,
+    options: EngineOptions | None = None,
+) -> Engine:
     """Load the bundle in `folder` with the engine called `name` ("auto" takes the default).
 
     Raises EngineError for an unknown engine or device, or when the graphs cannot be loaded.
@@ -24,7 +31,9 @@ def create(name: str, folder: Path, manifest: Manifest, *, device: str, context:
     if name not in ENGINES:
         raise EngineError(f"unknown engine {name!r}; expected one of: auto, {', '.join(ENGINES)}")
     module, cls = ENGINES[name]
-    return getattr(import_module(module), cls)(folder, manifest, device=device, context=context)
+    return getattr(import_module(module), cls)(
+        folder, manifest, context=context, options=options or EngineOptions()
+    )
 
 
-__all__ = ["ENGINES", "Engine", "create"]
+__all__ = ["ENGINES", "Engine", "EngineOptions", "create"]

@@ -1,10 +1,27 @@
 """What every engine can do: pictures to embeddings, a prompt to logits, a token to logits."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from seechat_lite.errors import EngineError
 from seechat_lite.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Where and how an engine runs."""
+
+    device: str = "auto"
+    threads: int = 0  # on the CPU; 0 is one a core
+    vision_device: str | None = None  # None for `device`
+    keep_vision: bool = True  # or release the vision network after every picture
+
+
+class Cancelled(EngineError):
+    """A call of the engine was ended by cancel()."""
 
 
 class Engine(Protocol):
@@ -31,6 +48,26 @@ class Engine(Protocol):
 
         Raises ContextError when the cache is full, EngineError before any prefill.
         """
+        ...
+
+    def extend(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Append several tokens, each of which sees those before it.
+
+        Returns the next token's logits after each of them, float32 [tokens, vocab]; raises what
+        step() raises.
+        """
+        ...
+
+    def forget(self, tokens: int) -> None:
+        """Take back the last `tokens` appended by step() or extend()."""
+        ...
+
+    def cancel(self) -> None:
+        """End the running call, if there is one, soon; it raises Cancelled. From any thread."""
+        ...
+
+    def reset(self) -> None:
+        """Free the cache: the answer is complete."""
         ...
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """The default engine: ONNX Runtime executes the vision graph and the decoder graph of a bundle.
 
 The key/value cache is one buffer per layer and part, of the context's length, bound as the
-decoder's past and present alike, so that no step copies it. The context of a prompt is one
+decoder's past and present alike, so that no step copies it; it lives as long as one answer. The
+context of a prompt is one
 bidirectional call, everything from <sop> on is causal (see seechat_export.graphs). The embedding
 table is never loaded: the few rows a prompt needs are read from the memory-mapped file.
 """
@@ -13,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from seechat_lite.engines.base import Cancelled, EngineOptions
 from seechat_lite.errors import BundleError, ContextError, EngineError
 from seechat_lite.prompt import Prompt, context_length, position_ids
 from seechat_lite.rotary import rotary_rows, rotary_tables
-from seechat_weights.bundle import Manifest
+from seechat_weights.bundle import LMConfig, Manifest
 
 # names people use for ONNX Runtime's execution providers; any provider's full name works as well
 DEVICES = {
@@ -29,25 +31,30 @@ DEVICES = {
 
 
 class OnnxEngine:
-    """See engines.base.Engine. `device` is a key of DEVICES or an execution provider's name."""
+    """See engines.base.Engine; devices are keys of DEVICES or execution providers' names."""
 
-    def __init__(self, folder: Path, manifest: Manifest, *, device: str, context: int) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, context: int, options: EngineOptions
+    ) -> None:
         self.context = context
         self._folder = folder
         self._manifest = manifest
-        self._providers = _providers(device)
+        self._threads = options.threads
+        self._providers = _providers(options.device)
+        self._vision_providers = _providers(options.vision_device or options.device)
+        self._keep_vision = options.keep_vision
         self._vision: ort.InferenceSession | None = None
         self._vision_lock = threading.Lock()
         lm = manifest.lm
-        parts = [f"past_{part}_{i}" for part in ("key", "value") for i in range(lm.num_layers)]
         self._decoder: ort.InferenceSession | None = _session(
             folder / manifest.decoder.graph,
             self._providers,
             {
                 "inputs_embeds": (None, None, lm.hidden_size),
-                **dict.fromkeys(parts, (None, lm.num_heads, None, None)),
+                **dict.fromkeys(_cache_names("past", lm), (None, lm.num_heads, None, None)),
                 "logits": (None, lm.vocab_size),
             },
+            threads=self._threads,
         )
         self._embeddings = np.memmap(
             folder / manifest.decoder.embeddings,
@@ -56,24 +63,14 @@ class OnnxEngine:
             shape=(lm.vocab_size, lm.hidden_size),
         )
         self._rotary = rotary_tables(lm.head_size, context + 1)
-        decoder = self._opened()
-        self._binding = decoder.io_binding()
-        cache = next(i for i in decoder.get_inputs() if i.name == "past_key_0")
-        heads, head = cache.shape[1], cache.shape[3]
-        self._rotary_width = head // 2
-        self._cache: dict[tuple[str, int], np.ndarray] = {}
-        for layer in range(lm.num_layers):
-            for part in ("key", "value"):
-                # zeros from the allocator: pages that no token has reached take no memory
-                buffer = np.zeros((1, heads, context, head), np.float32)
-                self._cache[part, layer] = buffer
-                value = ort.OrtValue.ortvalue_from_numpy(buffer)
-                self._binding.bind_ortvalue_input(f"past_{part}_{layer}", value)
-                self._binding.bind_ortvalue_output(f"present_{part}_{layer}", value)
-        # the logits' buffer is bound once as well; every call overwrites it
-        self._logits = np.zeros((1, lm.vocab_size), np.float32)
-        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
-        self._length = 0  # tokens in the cache
+        cache = next(i for i in self._opened().get_inputs() if i.name == "past_key_0")
+        self._head = cache.shape[3]
+        self._prefix = _prefix(folder, manifest, self._head)
+        self._cache_dtype = np.dtype({"tensor(float)": "f4", "tensor(float16)": "f2"}[cache.type])
+        self._cache: dict[str, np.ndarray] = {}  # by the graph's names of the past
+        self._binding = self._opened().io_binding()
+        self._options = ort.RunOptions()
+        self._length = 0  # tokens in the cache, those of a prefix included
         self._next_position = np.zeros((2, 1), np.int64)  # of the token that the next step appends
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
@@ -93,15 +90,16 @@ class OnnxEngine:
         with self._vision_lock:  # loaded with the first picture: text alone needs none of it
             session = self._vision or _session(
                 self._folder / vision.graph,
-                self._providers,
+                self._vision_providers,
                 {
                     "pixel_values": (None, 3, size, size),
                     "image_embeds": (None, vision.tokens, self._manifest.lm.hidden_size),
                 },
+                threads=self._threads,
             )
-            self._vision = session
+            self._vision = session if self._keep_vision else None
         feeds = {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
-        (embeddings,) = session.run(["image_embeds"], feeds)
+        (embeddings,) = session.run(["image_embeds"], feeds, _returning_memory())
         return np.asarray(embeddings)
 
     def prefill(self, prompt: Prompt) -> np.ndarray:
@@ -128,35 +126,52 @@ class OnnxEngine:
                 )
             embeds[start : start + len(image)] = image
         split = context_length(ids, bos_id=lm.bos_id)
-        self._length = 0
+        self._begin()
         if split:
             self._run(embeds[:split], positions[:, :split], bidirectional=True)
-        logits = self._run(embeds[split:], positions[:, split:], bidirectional=False)
+        logits = self._run(embeds[split:], positions[:, split:])[0]
         self._next_position = positions[:, -1:].copy()
         self._next_position[1] += 1
+        self._options = ort.RunOptions()  # steps are short: keep their memory from one to the next
         return logits
 
     def step(self, token_id: int) -> np.ndarray:
-        if not self._length:
+        return self.extend([token_id])[0]
+
+    def extend(self, token_ids: Sequence[int]) -> np.ndarray:
+        if not self._cache:
             raise EngineError("step() before prefill(): there is no prompt to continue")
-        if self._length >= self.context:
+        free = self.context + len(self._prefix) - self._length
+        if len(token_ids) > free:
             raise ContextError(
-                f"the context of {self.context} tokens is full: "
-                "start a new chat or load the model with a larger context"
+                f"the context of {self.context} tokens is full ({free} left, {len(token_ids)} "
+                "needed): start a new chat or load the model with a larger context"
             )
-        logits = self._run(self._rows([token_id]), self._next_position, bidirectional=False)
-        self._next_position[1] += 1
+        positions = self._next_position.repeat(len(token_ids), axis=1)
+        positions[1] += np.arange(len(token_ids))
+        logits = self._run(self._rows(token_ids), positions, rows=len(token_ids))
+        self._next_position[1] += len(token_ids)
         return logits
 
+    def forget(self, tokens: int) -> None:
+        self._length -= tokens  # what lies behind the length is never read, only overwritten
+        self._next_position[1] -= tokens
+
+    def cancel(self) -> None:
+        self._options.terminate = True
+
+    def reset(self) -> None:
+        self._binding.clear_binding_inputs()  # the cache goes with its bindings
+        self._binding.clear_binding_outputs()
+        self._cache.clear()
+        self._length = 0
+
     def cached(self, part: str, layer: int) -> np.ndarray:
-        """What the cache holds, float32 [heads, tokens, head]; part is "key" or "value"."""
-        return self._cache[part, layer][0, :, : self._length]
+        """What the cache holds, [heads, tokens, head]; part is "key" or "value"."""
+        return self._cache[f"past_{part}_{layer}"][0, :, : self._length]
 
     def close(self) -> None:
-        if self._decoder is not None:
-            self._binding.clear_binding_inputs()  # the cache goes with its bindings
-            self._binding.clear_binding_outputs()
-            self._cache.clear()
+        self.reset()
         self._decoder = self._vision = None
 
     def _opened(self) -> ort.InferenceSession:
@@ -164,15 +179,43 @@ class OnnxEngine:
             raise EngineError("the model is closed: load it again")
         return self._decoder
 
+    def _begin(self) -> None:
+        """An empty cache, but for the prefix."""
+        lm = self._manifest.lm
+        self.reset()
+        shape = (1, lm.num_heads, len(self._prefix) + self.context, self._head)
+        names = zip(_cache_names("past", lm), _cache_names("present", lm), strict=True)
+        for i, (past, present) in enumerate(names):
+            # zeros from the allocator: pages that no token has reached take no memory
+            buffer = self._cache[past] = np.zeros(shape, self._cache_dtype)
+            value = ort.OrtValue.ortvalue_from_numpy(buffer)
+            self._binding.bind_ortvalue_input(past, value)
+            self._binding.bind_ortvalue_output(present, value)
+            if len(self._prefix):  # [tokens, layers, key and value, heads, head]
+                layer, part = divmod(i, 2)
+                buffer[0, :, : len(self._prefix)] = self._prefix[:, layer, part].swapaxes(0, 1)
+        self._length = len(self._prefix)
+        self._options = _returning_memory()
+
     def _rows(self, ids: Sequence[int]) -> np.ndarray:
         """Word embeddings, float32 [tokens, hidden]."""
         return self._embeddings[ids].astype(np.float32)
 
-    def _run(self, embeds: np.ndarray, positions: np.ndarray, *, bidirectional: bool) -> np.ndarray:
-        """Append tokens (embeddings [s, hidden], positions [2, s]); logits [vocab] of the last."""
+    def _run(
+        self,
+        embeds: np.ndarray,
+        positions: np.ndarray,
+        *,
+        bidirectional: bool = False,
+        rows: int = 1,
+    ) -> np.ndarray:
+        """Append tokens (embeddings [s, hidden], positions [2, s]).
+
+        Returns the logits [rows, vocab] of the last ones. Raises Cancelled.
+        """
         decoder = self._opened()
         total = self._length + len(embeds)
-        cos, sin = rotary_rows(self._rotary, positions, self._rotary_width)
+        cos, sin = rotary_rows(self._rotary, positions, self._head // 2)
         feeds = {
             "inputs_embeds": embeds[None],
             "rotary_cos": cos,
@@ -180,12 +223,45 @@ class OnnxEngine:
             "last_index": np.array([total - 1], np.int32),
             "total_length": np.array(total, np.int32),
             "bidirectional": np.array(bidirectional),
+            "logit_rows": np.arange(len(embeds) - rows, len(embeds)),
         }
         for name, array in feeds.items():
             self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        decoder.run_with_iobinding(self._binding)
+        logits = np.empty((rows, self._manifest.lm.vocab_size), np.float32)
+        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        try:
+            decoder.run_with_iobinding(self._binding, self._options)
+        except Exception as e:  # ONNX Runtime raises its own unrelated exception types
+            if self._options.terminate:
+                raise Cancelled from None
+            raise EngineError(
+                f"ONNX Runtime failed after {self._length} tokens ({str(e).splitlines()[0]}): "
+                "if memory was short, load the model with a smaller context"
+            ) from e
         self._length = total
-        return self._logits[0].copy()
+        return logits
+
+
+def _cache_names(prefix: str, lm: LMConfig) -> list[str]:
+    """The graph's names of the cache's buffers: key and value of every layer in turn."""
+    return [f"{prefix}_{part}_{i}" for i in range(lm.num_layers) for part in ("key", "value")]
+
+
+def _prefix(folder: Path, manifest: Manifest, head: int) -> np.ndarray:
+    """A P-tuning prefix, [tokens, layers, key and value, heads, head]; no tokens without one."""
+    lm, decoder = manifest.lm, manifest.decoder
+    shape = (lm.num_layers, 2, lm.num_heads, decoder.prefix_tokens, head)
+    if not decoder.prefix:
+        return np.empty((0,), np.float32)
+    stored = np.fromfile(folder / decoder.prefix, decoder.embeddings_dtype).reshape(shape)
+    return np.moveaxis(stored, 3, 0)
+
+
+def _returning_memory() -> ort.RunOptions:
+    """Options of a run whose large activations go back to the system when it ends."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def _providers(device: str) -> list[str]:
@@ -204,13 +280,18 @@ def _providers(device: str) -> list[str]:
 
 
 def _session(
-    path: Path, providers: list[str], expected: Mapping[str, tuple[int | None, ...]]
+    path: Path,
+    providers: list[str],
+    expected: Mapping[str, tuple[int | None, ...]],
+    *,
+    threads: int,
 ) -> ort.InferenceSession:
     """Load a graph; `expected` are inputs and outputs that it must have, None for any size."""
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors are raised; warnings about node placement help nobody
-    # prepacked weights replace the originals: keeping the memory arena off returns their pages
-    options.enable_cpu_mem_arena = False
+    options.intra_op_num_threads = threads
+    # a plan of a run's memory is kept for every length of prompt, and saves no time
+    options.enable_mem_pattern = False
     try:
         session = ort.InferenceSession(path, options, providers=providers)
     except Exception as e:  # ONNX Runtime raises its own unrelated exception types

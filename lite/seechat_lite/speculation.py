@@ -1,0 +1,55 @@
+"""Guesses at what an answer says next, from what was said before (prompt lookup).
+
+Running several tokens at once reads the weights once, so it costs little more than running one.
+An answer that repeats its prompt or itself (names, code, quotations, lists) is guessed by looking
+up its last tokens earlier in the conversation. The sampler decides every token all the same, from
+the same logits: guesses change the speed of an answer, not its text.
+"""
+
+from collections.abc import Sequence
+
+NGRAM = 3  # tokens that must agree
+LONGEST = 12  # tokens guessed at once
+PAUSE = 64  # tokens without a guess, at most
+
+
+class PromptLookup:
+    """Guesses for one answer; counts how many were right."""
+
+    def __init__(self, prompt_ids: Sequence[int]) -> None:
+        self.guessed = 0
+        self.right = 0
+        self._ids: list[int] = []
+        self._next: dict[tuple[int, ...], int] = {}  # n-gram -> index of what followed it last
+        self._length = 4  # tokens of the next guess
+        self._failures = 0  # guesses in a row without a right token
+        self._pause = 0  # tokens until the next guess
+        for token in prompt_ids:
+            self.append(token)
+
+    def append(self, token: int) -> None:
+        """Take note of the next token."""
+        if len(self._ids) >= NGRAM:
+            self._next[tuple(self._ids[-NGRAM:])] = len(self._ids)
+        self._ids.append(token)
+        self._pause -= 1
+
+    def guess(self, room: int) -> list[int]:
+        """The tokens that may come next, `room` at most; often none."""
+        if self._pause > 0:
+            return []
+        start = self._next.get(tuple(self._ids[-NGRAM:]))
+        if start is None:
+            return []
+        return self._ids[start : start + min(self._length, room)]
+
+    def learn(self, guessed: int, right: int) -> None:
+        """How the last guess went: guess more while it pays, and pause when it does not."""
+        self.guessed += guessed
+        self.right += right
+        if right:
+            self._failures = 0
+            self._length = min(LONGEST, 2 * guessed) if right == guessed else max(2, right + 1)
+        else:
+            self._failures += 1
+            self._pause = min(PAUSE, 2**self._failures)
