@@ -398,3 +398,14 @@ def test_pictures(tmp_path: Path) -> None:
     special = places(tmp_path)
     found = ends("picture", data("images/02_rgba.png"), tmp_path)
     check(found, {name: message for name, (_, message) in files.items()} | special)
+
+
+def test_the_largest_pictures(tmp_path: Path) -> None:
+    """Small files that are decoded to as many pixels as are allowed."""
+    for name, depth, colour, size in (("16 bits", 16, 0, 2), ("transparent", 8, 6, 4)):
+        pack, side = zlib.compressobj(1), 10_580
+        lines = b"".join(pack.compress(bytes(1 + side * size)) for _ in range(side)) + pack.flush()
+        chunks = header(side, side, depth=depth, colour=colour), (b"IDAT", lines), (b"IEND", b"")
+        (tmp_path / name).write_bytes(png(*chunks))
+    for name, end in ends("picture", data("images/02_rgba.png"), tmp_path).items():
+        assert end["says"] == "was read" and end["took"] < MEMORY, (name, end)

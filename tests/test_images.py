@@ -271,19 +271,46 @@ def test_bomb_is_refused_before_decoding(tmp_path: Path, size: tuple[int, int]) 
     file.write_bytes(png(*size))
     process, start = psutil.Process(), time.perf_counter()
     before = process.memory_info().rss
-    with pytest.raises(ImageError, match="expected at most 128 million"):
+    with pytest.raises(ImageError, match="expected at most 112 million"):
         load_image(file)
     assert time.perf_counter() - start < 1
     assert process.memory_info().rss - before < 10_000_000
-    assert MAX_PIXELS == 128_000_000
+    assert MAX_PIXELS == 112_000_000
 
 
 def test_bomb_as_pil_image() -> None:
     class Huge(Image.Image):
         size = (30000, 30000)
 
-    with pytest.raises(ImageError, match="30000×30000 pixels; expected at most 128 million"):
+    with pytest.raises(ImageError, match="30000×30000 pixels; expected at most 112 million"):
         load_image(Huge())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK", "I;16"])
+@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
+def test_large_pictures_have_the_same_pixels(
+    mode: str, resize: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read in bands of rows, to the last bit as in one piece."""
+    noise = np.random.default_rng(0).integers(0, 256, (401, 199, 4), dtype=np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(noise).convert("RGB" if mode == "CMYK" else "RGBA").convert(mode)
+    if mode == "P":
+        image.info["transparency"] = 3
+    for interpolation in ("nearest", "bilinear", "bicubic"):
+        spec = PixelSpec(image_size=32, resize=resize, interpolation=interpolation)
+        whole = pixels(image, spec)
+        with monkeypatch.context() as changed:
+            changed.setattr("seechat_lite.images.BAND_PIXELS", 20_000)
+            np.testing.assert_array_equal(pixels(image, spec), whole)
+
+
+def test_32_bits_of_every_pixel_have_a_limit_of_their_own() -> None:
+    file = io.BytesIO()
+    Image.new("I", (5000, 4000)).save(file, "TIFF", compression="tiff_deflate")
+    assert "5000×4000 pixels of 32 bits; expected at most 16 million" in refused(file.getvalue())
 
 
 def refused(source: str | Path | bytes) -> str:

@@ -19,8 +19,8 @@ from seechat_weights.bundle import PixelSpec
 from seechat_weights.errors import BundleError, ImageError
 from seechat_weights.files import LFS_POINTER
 
-MAX_PIXELS = 128_000_000  # a 108-megapixel phone photo passes; decoded, this is half a gigabyte
-
+MAX_PIXELS = 112_000_000  # a 108-megapixel phone photo passes; decoded, this is 450 MB
+BAND_PIXELS = 16_000_000  # larger ones become pixels some rows at a time: no second half gigabyte
 MAX_BYTES = 256 << 20  # of a picture's file
 
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -88,13 +88,17 @@ def pixels(image: Image.Image, spec: PixelSpec) -> np.ndarray:
         if spec.rgb_first:
             image = _convert(image, "RGB")
     else:
-        image = _sensible_rgb(image, spec.background)
+        if _orientation(image) != 1:
+            image = ImageOps.exif_transpose(image)
+        if not _in_bands(image, spec):
+            image = _sensible_rgb(image, spec.background)
     if spec.resize == "squash":
         image = _resize(image, (spec.image_size, spec.image_size), spec)
     elif spec.resize == "crop":
         image = _resize_and_crop(image, spec)
     else:
-        image = _resize_and_pad(_convert(image, "RGB"), spec)
+        image = image if _in_bands(image, spec) else _convert(image, "RGB")
+        image = _resize_and_pad(image, spec)
     levels = np.asarray(_convert(image, "RGB"), dtype=np.float32) / np.float32(255)
     mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
     normal = (levels - mean) / std  # [S, S, 3]
@@ -161,6 +165,11 @@ def _check_size(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise _too_large(name, f"{width}×{height}")
+    if image.mode in ("I", "F") and width * height > BAND_PIXELS:
+        raise ImageError(
+            f"{name}: {width}×{height} pixels of 32 bits; expected at most "
+            f"{BAND_PIXELS // 10**6} million of these: make the picture smaller"
+        )
     if not width or not height:
         raise ImageError(f"{name}: {width}×{height} pixels; expected a picture: choose another")
 
@@ -199,9 +208,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _sensible_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Upright, 8 bits, opaque RGB."""
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
+    """8 bits, opaque RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         return _to_8_bits(image).convert("RGB")
     if image.has_transparency_data:
@@ -238,6 +245,8 @@ def _resize(
     along one axis each give the same on every version.
     """
     resample = _FILTERS[spec.interpolation]
+    if _in_bands(image, spec):
+        return _resize_in_bands(image, size, spec, box or (0, 0, *image.size))
     # bilevel and palette pictures cannot be averaged: Pillow takes the nearest pixel
     if image.mode in ("1", "P") or resample == Image.Resampling.NEAREST:
         return image.resize(size, Image.Resampling.NEAREST, box)
@@ -251,6 +260,31 @@ def _resize(
         return image.resize(size, resample, (left, 0, right, size[1]))
     image = image.resize((size[0], image.height), resample, (left, 0, right, image.height))
     return image.resize(size, resample, (0, top, size[0], bottom))
+
+
+def _in_bands(image: Image.Image, spec: PixelSpec) -> bool:
+    """Whether a picture is too large for copies of it, and not so thin that bands are no help."""
+    large = image.width * image.height > BAND_PIXELS
+    return large and not spec.exact and spec.image_size * image.height <= MAX_PIXELS
+
+
+def _resize_in_bands(
+    image: Image.Image, size: tuple[int, int], spec: PixelSpec, box: tuple[float, ...]
+) -> Image.Image:
+    """The same for a picture whose copies would fill the memory: some rows at a time.
+
+    The horizontal pass takes every row by itself, so that the pixels are the same.
+    """
+    resample = _FILTERS[spec.interpolation]
+    left, top, right, bottom = box
+    rows = max(1, BAND_PIXELS // 16 // image.width)
+    narrow = Image.new("RGB", (size[0], image.height))
+    for y in range(0, image.height, rows):
+        band = image.crop((0, y, image.width, min(y + rows, image.height)))
+        band = _sensible_rgb(band, spec.background)
+        part = (left, 0, right, band.height)
+        narrow.paste(band.resize((size[0], band.height), resample, part), (0, y))
+    return narrow.resize(size, resample, (0, top, size[0], bottom))
 
 
 def _resize_and_crop(image: Image.Image, spec: PixelSpec) -> Image.Image:
