@@ -6,6 +6,7 @@ from typing import Self
 from tqdm import tqdm
 
 BYTES = ("weights", "embeddings", "hash")  # stages that count bytes; the others count steps
+FORMAT = "{percentage:3.0f}% {bar:30} {n_fmt:>5} of {total_fmt:<5} {elapsed}, {remaining} left"
 
 
 class Bars:
@@ -21,9 +22,9 @@ class Bars:
             in_bytes = stage in BYTES
             self._bar = tqdm(
                 total=total,
-                desc=f"{stage:<10}",
-                unit="B" if in_bytes else "step",
                 unit_scale=in_bytes,
+                bar_format=f"{stage:<10} {FORMAT}",
+                dynamic_ncols=True,
                 disable=None,  # off where stderr is no terminal
                 leave=True,
             )
