@@ -134,6 +134,8 @@ def test_signatures(
     found = of_keys(tmp_path, keys)
     assert found.kind == kind and found.usable == (kind != "other")
     assert any(expected in text for text in (found.title, *found.facts.values()))
+    if "int4" in expected:
+        assert found.missing["config.json"].endswith("/chatglm-6b-int4")
 
 
 def test_later_generations_are_named(tmp_path: Path) -> None:

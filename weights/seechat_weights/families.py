@@ -76,16 +76,19 @@ def _lm(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Identity | Non
         facts["fine-tuned"] = f"P-tuning, a prefix of {_size(prefix, 0)} tokens"
     home = path if path.is_dir() else path.parent
     missing = {}
+    quantized = re.match(r"int[48]", facts["precision"])
+    form = f"-{quantized[0]}{'-qe' * ('(qe)' in facts['precision'])}" if quantized else ""
+    hub = VISUALGLM_HUB if seeing else CHATGLM_HUB + form
     if not sat and not (home / "config.json").is_file():
-        missing["config.json"] = VISUALGLM_HUB if seeing else CHATGLM_HUB
+        missing["config.json"] = hub
     if not any(whole(f / TOKENIZER) for f in ((home, home.parent) if sat else (home,))):
-        missing[TOKENIZER] = VISUALGLM_HUB if seeing else CHATGLM_HUB
-    form = ", SwissArmyTransformer's file" if sat else ""
+        missing[TOKENIZER] = hub
+    title = f"{family}, SwissArmyTransformer's file" if sat else family
     kind = "visualglm" if seeing else "chatglm"
     where = path if sat else home
     beside = TOKENIZER if TOKENIZER in missing else None
     command = export(lm=str(where), tokenizer=beside)
-    return Identity(path, kind, f"{family}{form}", facts, missing, command)
+    return Identity(path, kind, title, facts, missing, command)
 
 
 def _precision(shapes: Mapping[str, TensorInfo], hidden: int) -> str:
@@ -156,7 +159,9 @@ def _seechat(path: Path, shapes: Shapes, _: object) -> Identity | None:
     if "Q-Former" not in held:
         return None
     queries = _size(shapes.get("query_tokens"), 1)
-    facts |= {"queries": str(queries), "ignored": "t5_proj or opt_proj, BLIP-2's own projector"}
+    facts["queries"] = str(queries)
+    if any(k.startswith(("t5_proj.", "opt_proj.")) for k in shapes):
+        facts["ignored"] = "BLIP-2's own projector"
     missing = need("a ChatGLM-6B folder", EVA, CHECKPOINT)
     command = export(eva=EVA, qformer=str(path), checkpoint=CHECKPOINT)
     return Identity(path, "qformer", "BLIP-2's Q-Former", facts, missing, command)

@@ -23,7 +23,7 @@ from seechat_weights.families import (
     need,
     whole,
 )
-from seechat_weights.files import LFS_POINTER, first_bytes, read_json, shown
+from seechat_weights.files import LFS_POINTER, first_bytes, read_json, shown, unreadable
 from seechat_weights.stored import ITEM_BYTES
 
 __all__ = ["Identity", "identify"]
@@ -35,8 +35,11 @@ _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 def identify(path: Path) -> Identity:
     """Say what a file or folder is. Raises CheckpointError: unreadable, damaged or unsafe."""
     path = Path(path)
-    if path.is_dir():
-        return _identify_folder(path)
+    try:
+        if path.is_dir():
+            return _identify_folder(path)
+    except OSError as e:  # no permission to look into it
+        raise unreadable(path, e) from None
     try:
         head = first_bytes(path, 16)
     except CheckpointError:
