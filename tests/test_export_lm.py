@@ -25,6 +25,7 @@ from reference import (
 from seechat_export.export import export_bundle
 from seechat_export.graphs import Item, Stored, decoder
 from seechat_export.quantize import dequantize_blocks, restored_tensor, stored_arrays
+from seechat_export.vision import load_vision
 from seechat_lite.engines import create
 from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.prompt import Prompt
@@ -187,6 +188,15 @@ def test_provenance_names_every_source(tmp_path: Path, base: Path) -> None:
     expected = weights[f"transformer.{key}"].astype(np.float32) + delta
     found = bundle_tensor(tmp_path / "b", manifest, key)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_provenance_names_what_eyes_leave_out(tmp_path: Path) -> None:
+    vision = load_vision(
+        clip=data("vision/clip_open_clip"), projector=data("vision/mm_projector_linear.bin")
+    )
+    said = export_bundle(lm=TINY, vision=vision, out=tmp_path / "b", precision="fp32").provenance
+    assert said["ignored"]["vision"]["visual.proj"]
+    assert all(why for reasons in said["ignored"].values() for why in reasons.values())
 
 
 class StopHere(Exception):  # noqa: N818

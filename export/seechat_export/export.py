@@ -29,6 +29,7 @@ from seechat_export.plan import ExportPlan, Parts, check_room, make_plan
 from seechat_export.quantize import FRACTIONS, rearrange_prefix, stored_arrays
 from seechat_lite.conversation import FORMATS
 from seechat_lite.memory import human
+from seechat_lite.nn.streamed import Streamed
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.bundle import (
     MANIFEST,
@@ -144,7 +145,7 @@ def export_bundle(
             vision=described,
             provenance={
                 **source.fingerprint(),
-                "ignored": source.ignored(with_vision=vision is not None),
+                "ignored": source.ignored(vision[0] if vision else None),
                 "versions": {p: version(p) for p in ("torch", "onnx", "onnxruntime")},
                 **(provenance or {}),
             },
@@ -193,10 +194,12 @@ class Source:
             return precision
         return dataclasses.replace(precision, head_bits=8)
 
-    def ignored(self, *, with_vision: bool) -> dict[str, dict[str, str]]:
+    def ignored(self, vision: nn.Module | None) -> dict[str, dict[str, str]]:
         """Tensors that nothing of the bundle is made of, by source, each with the reason."""
         ignored = {role: dict(reasons) for role, reasons in self.lm.ignored.items()}
-        if not with_vision:
+        if isinstance(vision, Streamed):
+            ignored["vision"] = vision.ignored
+        if vision is None:
             reason = "part of the vision tower, which this bundle is without"
             for role, keys in self.lm.vision_keys.items():
                 ignored[role] |= dict.fromkeys(keys, reason)

@@ -193,6 +193,8 @@ class _Names(Protocol):
     def used(self) -> Mapping[str, Part]: ...
     @property
     def sizes(self) -> Mapping[str, Shape]: ...
+    @property
+    def ignored(self) -> Mapping[str, str]: ...
 
 
 def _streamed(
@@ -217,4 +219,5 @@ def _streamed(
         part, shape, published = sources[name]
         return part.read(shape, published)
 
-    return Streamed(network, read)
+    ignored = {key: why for _, names, _ in parts for key, why in names.ignored.items()}
+    return Streamed(network, read, ignored=ignored)

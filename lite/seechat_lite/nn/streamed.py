@@ -1,7 +1,7 @@
 """Networks whose weights stay in the checkpoint: read for each call, one layer at a time."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -15,10 +15,14 @@ class Streamed(nn.Module):
 
     Each module's own parameters are read when it is called and let go when it is done. `network`
     itself stays without weights: it tells the parameters' names and shapes, and can be traced.
+    `ignored`: tensors of the checkpoint that no parameter comes from, each with the reason.
     """
 
-    def __init__(self, network: nn.Module, read: Read) -> None:
+    def __init__(
+        self, network: nn.Module, read: Read, *, ignored: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__()
+        self.ignored = dict(ignored or {})
         self.network = network.eval().requires_grad_(False)
         self.read = read
         self.training = False
