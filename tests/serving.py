@@ -19,6 +19,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 import seechat_lite as sl
+from seechat_lite.chat import load as load_model
 from seechat_lite.server.app import create_app
 from seechat_lite.server.desk import Desk
 from seechat_lite.server.fetch import Fetcher
@@ -42,11 +43,11 @@ def asking(question: str, *urls: str, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}], **fields}
 
 
-def slow_load(seconds: float, tokens: int = 200) -> Callable[[], sl.Model]:
-    """The built-in model, taking so long for each of `tokens` tokens and never ending by itself."""
+def slow_load(seconds: float) -> Callable[[], sl.Model]:
+    """The built-in model, taking so long for each token and never ending by itself."""
 
     def load() -> sl.Model:
-        model = sl.load()
+        model = load_model()
         engine, step = model.engine, model.engine.step
         eos = model.tokenizer.eos_id
 

@@ -1,0 +1,132 @@
+"""The models of seechat-lite for the program `llm` (https://llm.datasette.io).
+
+    llm -m seechat -a cat.png "这是什么？"
+    llm -c "它能吃吗？"                                # goes on with the last conversation
+    llm -m seechat -o bundle DIR "你好"
+
+Found by `llm` as an entry point once both are installed. Nothing else imports this module.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import llm
+from llm.parts import AttachmentPart, Message, TextPart
+from pydantic import Field
+
+from seechat_lite.errors import SeechatError
+
+if TYPE_CHECKING:
+    from seechat_lite.chat import Chat, Model
+
+
+@llm.hookimpl
+def register_models(register: Callable[[llm.Model], None]) -> None:
+    """Tell `llm` of the model `seechat`: the built-in one, or the option `bundle`."""
+    register(Seechat())
+
+
+class Seechat(llm.Model):
+    """Loads the model with the first question and keeps it."""
+
+    model_id = "seechat"
+    can_stream = True
+    attachment_types = {  # noqa: RUF012 (llm declares it so)
+        "image/bmp",
+        "image/gif",
+        "image/jpeg",
+        "image/png",
+        "image/tiff",
+        "image/webp",
+    }
+
+    class Options(llm.Options):  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What `llm -o NAME VALUE` takes; see Chat.stream."""
+
+        bundle: str | None = Field(None, description="folder of a bundle; default: built in")
+        format: str | None = Field(None, description="conversation format")
+        max_new_tokens: int = Field(512, ge=1, description="length of the answer")
+        temperature: float = Field(0.0, ge=0, description="0 is always the likeliest answer")
+        top_p: float = Field(1.0, gt=0, le=1)
+        top_k: int = Field(0, ge=0)
+        repetition_penalty: float = Field(1.0, gt=0)
+        seed: int = Field(0, ge=0)
+
+    def __init__(self) -> None:
+        self._loaded: tuple[str | None, Model] | None = None
+
+    def execute(
+        self,
+        prompt: llm.Prompt,
+        stream: bool,
+        response: llm.Response,
+        conversation: llm.Conversation | None,
+    ) -> Iterator[str]:
+        """Yield the answer's pieces. Raises llm.ModelError with what is wrong."""
+        options = prompt.options
+        assert isinstance(options, Seechat.Options)
+        try:
+            chat = self._model(options.bundle).chat(options.format)
+            *past, turn = _turns(prompt.messages)
+            for said in past:
+                chat.append(said.question, said.answer, said.pictures)
+            yield from chat.stream(
+                turn.question,
+                turn.pictures,
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                top_k=options.top_k,
+                repetition_penalty=options.repetition_penalty,
+                seed=options.seed,
+            )
+        except SeechatError as e:
+            raise llm.ModelError(str(e)) from e
+        _tell_usage(chat, response)
+
+    def _model(self, bundle: str | None) -> "Model":
+        from seechat_lite.chat import load  # `llm` imports all plugins whatever it is asked
+
+        if self._loaded and self._loaded[0] != bundle:
+            self._loaded[1].close()
+            self._loaded = None
+        if not self._loaded:
+            self._loaded = bundle, load(Path(bundle) if bundle else None)
+        return self._loaded[1]
+
+
+@dataclass
+class _Turn:
+    texts: list[str] = field(default_factory=list)
+    pictures: list[bytes] = field(default_factory=list)
+    answer: str = ""
+
+    @property
+    def question(self) -> str:
+        return "\n".join(self.texts)
+
+
+def _turns(messages: Iterable[Message]) -> list[_Turn]:
+    """Questions and answers in turn, the last to be answered.
+
+    These models know no system prompt: it goes before the question that follows.
+    """
+    turns = [_Turn()]
+    for message in messages:
+        texts = [part.text for part in message.parts if isinstance(part, TextPart)]
+        if message.role == "assistant":
+            turns[-1].answer += "\n".join(texts)
+            turns.append(_Turn())
+            continue
+        turns[-1].texts += texts
+        for part in message.parts:
+            if isinstance(part, AttachmentPart) and part.attachment:
+                turns[-1].pictures.append(part.attachment.content_bytes() or b"")
+    return turns
+
+
+def _tell_usage(chat: "Chat", response: llm.Response) -> None:
+    if chat.stats:
+        response.set_usage(input=chat.stats.prompt_tokens, output=chat.stats.new_tokens)

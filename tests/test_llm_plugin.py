@@ -1,0 +1,82 @@
+"""The program `llm` with our plugin: the real command, as people type it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import llm
+import pytest
+
+import seechat_lite as sl
+from serving import IMAGES, PANDA
+
+PANDA_FILE = str(IMAGES / "panda.png")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Where `llm` keeps its settings and the conversations it logs."""
+    return tmp_path
+
+
+def run(home: Path, *args: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "llm", *args],
+        input=stdin,
+        capture_output=True,
+        timeout=60,
+        env=os.environ | {"LLM_USER_PATH": str(home)},
+    )
+    return subprocess.CompletedProcess(
+        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+    )
+
+
+def test_a_picture_and_a_follow_up(home: Path) -> None:
+    done = run(home, "-m", "seechat", "-a", PANDA_FILE, "这是什么？")
+    assert (done.stdout, done.stderr) == ("这是熊猫。\n", "")
+    with sl.load() as model:
+        chat = model.chat()
+        chat.append("这是什么？", "这是熊猫。", PANDA)
+        expected = chat.ask("它能吃吗？")
+    assert run(home, "-c", "它能吃吗？").stdout == f"{expected}\n"
+    logged = run(home, "logs", "--usage").stdout
+    assert "3 output" in logged.replace(",", "")
+
+
+def test_a_picture_from_stdin_without_streaming(home: Path) -> None:
+    done = run(home, "-m", "seechat", "--no-stream", "-a", "-", "What is it?", stdin=PANDA)
+    assert done.stdout == "This is a panda.\n", done.stderr
+
+
+def test_options_and_system_prompt(home: Path) -> None:
+    done = run(home, "-m", "seechat", "-o", "max_new_tokens", "1", "-a", PANDA_FILE, "这是什么？")
+    assert done.stdout == "这是\n"
+    with sl.load() as model:
+        expected = model.chat().ask("你好\n你是谁？")
+    assert run(home, "-m", "seechat", "-s", "你好", "你是谁？").stdout == f"{expected}\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["-o", "bundle", "/no/such"], "no such folder"),
+        (["-o", "format", "klingon"], "unknown conversation format"),
+        (["-o", "temperature", "-1"], "temperature"),
+        (["-a", str(IMAGES / "README.md")], "not"),
+    ],
+)
+def test_errors_are_one_line(home: Path, args: list[str], message: str) -> None:
+    done = run(home, "-m", "seechat", *args, "x")
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_from_python() -> None:
+    model = llm.get_model("seechat")
+    assert isinstance(model, llm.Model)
+    conversation = model.conversation()
+    first = conversation.prompt("这是什么？", attachments=[llm.Attachment(path=PANDA_FILE)])
+    assert "".join(first) == "这是熊猫。"
+    assert "熊猫" in conversation.prompt("它能吃吗？").text()
+    assert "image/png" in model.attachment_types
