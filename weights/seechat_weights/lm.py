@@ -129,7 +129,7 @@ def open_lm(
     adapter: Path | None = None,
     prefix: Path | None = None,
 ) -> LM:
-    """Open ChatGLM-6B and account for every tensor of every file; only headers are read.
+    """Open ChatGLM-6B and account for every tensor; only headers and a prefix are read.
 
     path: a Hugging Face folder, or SAT's mp_rank_00_model_states.pt or its folder. checkpoint: a
     checkpoint_N.pth of SEEChat. adapter: a PEFT folder. prefix: a file or folder of a P-tuning run.
@@ -137,8 +137,8 @@ def open_lm(
     Raises CheckpointError for whatever is missing, surplus, of another shape or not supported.
     """
     lm, base, names, settings = _open_base(Path(path))
-    # role, checkpoint, the encoder's tensors, where: the last prefix counts
     _check_tokens(base, names.prefix, settings, str(path))
+    # role, checkpoint, the encoder's tensors, where: the last prefix counts
     prefixes = [("lm", base, names.prefix, str(path))]
     if checkpoint is not None:
         laid = open_checkpoint(checkpoint)
@@ -244,7 +244,7 @@ def _sat_settings(path: Path) -> dict[str, Any]:
 
 
 def _rows_by_head(config: LMConfig) -> np.ndarray:
-    """SAT's row of each of our query_key_value rows: its are [q | k | v][head], ours reversed."""
+    """SAT's row for each of our query_key_value rows: [q | k | v][head] there, reversed here."""
     rows = np.arange(3 * config.hidden_size).reshape(3, config.num_heads, config.head_size)
     return rows.transpose(1, 0, 2).ravel()
 
