@@ -284,7 +284,7 @@ class _Writer:
             parts=parts,
             done=done,
             # ONNX Runtime widens float16 when the finished graph is run for the check
-            vision_memory=parts.vision if vision_precision == "int8" else 4 * numbers,
+            vision_memory=parts.vision + (4 * numbers if vision_precision == "fp16" else 0),
         )
         try:
             check_room(plan, lm, self.precision, out=self.out)
