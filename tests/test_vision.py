@@ -16,11 +16,15 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from reference import data, load_json, run_onnx, run_torch, tensors
 from seechat_export import vision_graph as export
+from seechat_export.clip_settings import clip_settings
+from seechat_export.parity import VisionCheck
 from seechat_export.vision import load_vision
 from seechat_export.vision_graph import export_vision
 from seechat_lite.nn.streamed import Streamed
 from seechat_weights.bundle import PixelSpec, VisionConfig
+from seechat_weights.checkpoints import open_checkpoint
 from seechat_weights.errors import CheckpointError
+from seechat_weights.vision_names import map_clip
 
 CASE = tensors("vision/case.safetensors")
 BRIDGES = ["linear", "mlp2x_gelu"]
@@ -184,6 +188,31 @@ def test_lone_file_cannot_tell_its_activation(other: Path, tmp_path: Path) -> No
         load_vision(clip=tmp_path / "hf.safetensors", projector=other / "p.safetensors")
 
 
+def test_openais_own_file(tmp_path: Path) -> None:
+    """A TorchScript archive; that it is OpenAI's tells its activation, heads and preprocessing."""
+    file = tmp_path / "ViT-L-14.pt"
+    root = nn.Module()
+    published = load_file(data("vision/clip_open_clip/open_clip_model.safetensors"))
+    sizes = {"input_resolution": 56, "context_length": 8, "vocab_size": 49}
+    for key, value in [*published.items(), *((k, torch.tensor(v)) for k, v in sizes.items())]:
+        *path, name = key.split(".")
+        module = root
+        for step in path:
+            if not hasattr(module, step):
+                module.add_module(step, nn.Module())
+            module = module.get_submodule(step)
+        module.register_buffer(name, value.clone())
+    root.forward = lambda x: x  # never run
+    torch.jit.trace(root, torch.ones(1)).save(str(file))
+
+    with pytest.raises(CheckpointError, match="48 in 0 attention heads"):  # theirs have 64 numbers
+        load(file)
+    names = map_clip(open_checkpoint(file).shapes, where="file")
+    settings = clip_settings(file, dataclasses.replace(names, width=1024), None)
+    assert (settings.heads, settings.activation) == (16, "quick_gelu")
+    assert settings.pixels == PixelSpec(image_size=56, resize="crop", rgb_first=False)
+
+
 def test_fp16_rounds_the_matrices_alone(other: Path, tmp_path: Path) -> None:
     """The fp16 graph is exactly the fp32 graph of rounded matrices, in half the space."""
     module, config = load_vision(clip=other / "hf", projector=other / "p.safetensors")
@@ -200,6 +229,26 @@ def test_fp16_rounds_the_matrices_alone(other: Path, tmp_path: Path) -> None:
             parameter.copy_(parameter.half().float())
     found = run_onnx(tmp_path / "fp16.onnx", pixels)
     np.testing.assert_allclose(found, run_torch(rounded, pixels), atol=1e-4)
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_int8_keeps_matrices_in_8_bits(
+    other: Path, tmp_path: Path, external: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, config = load_vision(clip=other / "hf", projector=other / "p.safetensors")
+    if external:
+        monkeypatch.setattr(export, "EXTERNAL_DATA_BYTES", 100_000)
+    path = tmp_path / "vision.onnx"
+    export_vision(module, config, path, precision="int8")
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    # two layers of six products, and the projector
+    assert kinds.count("MatMulNBits") == 2 * 6 + 1 and "MatMul" not in kinds
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 96, 96), dtype=np.float32)
+    found, expected = run_onnx(path, pixels), run_torch(module, pixels)
+    cosine = (found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)
+    assert cosine > 0.999
+    report = VisionCheck(module, config, 24).report(path, "int8")
+    assert report["max_difference"] < 0.2 * report["standard_deviation"]
 
 
 def test_export_leaves_one_file_and_is_silent(

@@ -36,8 +36,13 @@ def clip_settings(path: Path, names: ClipNames, activation: str | None) -> Setti
     activation: "quick_gelu" or "gelu", where nothing beside the weights tells.
     """
     folder = path if path.is_dir() else path.parent
-    read = _open_clip_settings if names.form == "open_clip" else _hugging_face_settings
-    settings = read(folder, names)
+    if names.form == "openai":  # published as one file, its settings as code
+        pixels = PixelSpec(image_size=names.image_size, resize="crop", rgb_first=False)
+        settings = Settings(path.name, names.width // 64, "quick_gelu", 1e-5, pixels)
+    elif names.form == "open_clip":
+        settings = _open_clip_settings(folder, names)
+    else:
+        settings = _hugging_face_settings(folder, names)
     activation = activation or settings.activation
     if activation is None:
         raise CheckpointError(

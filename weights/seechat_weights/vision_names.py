@@ -48,7 +48,7 @@ class Part:
 class ClipNames:
     """A CLIP vision tower found in a checkpoint; its sizes are those of the tensors."""
 
-    form: str  # "open_clip" or "huggingface"
+    form: str  # "openai" (their own file), "open_clip" or "huggingface"
     image_size: int
     patch_size: int
     width: int
@@ -151,6 +151,8 @@ def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
     )
     expected = {n: used[k].published_shape(s) for k, s in sizes.items() for n in used[k].names}
     check_shapes(shapes, expected, where)
+    if form == "open_clip" and "input_resolution" in shapes:  # only OpenAI's own file has it
+        form = "openai"
     return ClipNames(form, side * patch, patch, width, inner, layers, used, sizes, ignored)
 
 
