@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ def slow_load(seconds: float) -> Callable[[], sl.Model]:
 
     def load() -> sl.Model:
         model = load_model()
-        engine, step = model.engine, model.engine.step
+        engine, step, extend = model.engine, model.engine.step, model.engine.extend
         eos = model.tokenizer.eos_id
 
         def slow_step(token: int) -> np.ndarray:
@@ -57,7 +57,13 @@ def slow_load(seconds: float) -> Callable[[], sl.Model]:
             logits[eos] = -1e9
             return logits
 
-        engine.step = slow_step
+        def slow_extend(tokens: Sequence[int]) -> np.ndarray:
+            time.sleep(seconds * len(tokens))
+            logits = extend(tokens)
+            logits[:, eos] = -1e9
+            return logits
+
+        engine.step, engine.extend = slow_step, slow_extend
         return model
 
     return load
@@ -117,8 +123,9 @@ def running(
     *,
     load: Callable[[], sl.Model] = sl.load,
     fetcher: Fetcher | None = None,
+    status: str = "ok",
 ) -> Iterator[Running]:
-    """A server of this process, on a port of its own, with its model loaded."""
+    """A server of this process, on a port of its own, once its model has this status."""
     failures: list[Exception] = []
     app = create_app(
         load,
@@ -132,7 +139,9 @@ def running(
         thread = threading.Thread(target=server.run, args=([sock],))
         thread.start()
         try:
-            wait_until(lambda: app.state.desk.status == "ok" or bool(failures))
+            wait_until(
+                lambda: server.started and (app.state.desk.status == status or bool(failures))
+            )
             assert not failures
             yield Running(f"http://127.0.0.1:{sock.getsockname()[1]}", app, server)
         finally:
@@ -152,13 +161,18 @@ SLOW_SERVER = """
 import sys, time
 from seechat_lite.engines.onnx import OnnxEngine
 from seechat_lite.server import run
-step = OnnxEngine.step
-def slow(self, token):
+step, extend = OnnxEngine.step, OnnxEngine.extend
+def slow_step(self, token):
     time.sleep({seconds})
     logits = step(self, token)
-    logits[2] = logits[self._manifest.lm.eos_id] = -1e9
+    logits[self._manifest.lm.eos_id] = -1e9
     return logits
-OnnxEngine.step = slow
+def slow_extend(self, tokens):
+    time.sleep({seconds} * len(tokens))
+    logits = extend(self, tokens)
+    logits[:, self._manifest.lm.eos_id] = -1e9
+    return logits
+OnnxEngine.step, OnnxEngine.extend = slow_step, slow_extend
 from seechat_lite.__main__ import main
 sys.exit(main())
 """

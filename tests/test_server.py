@@ -357,6 +357,26 @@ def test_an_idle_model_is_unloaded_and_comes_back() -> None:
     assert len(loads) == 2
 
 
+def test_while_the_model_loads() -> None:
+    """The server listens already; who asks waits for the model."""
+    loaded = threading.Event()
+
+    def load() -> sl.Model:
+        loaded.wait(20)
+        return sl.load()
+
+    with running(load=load, status="loading") as server:
+        status, _, content = server.request("GET", "/health")
+        assert (status, json.loads(content)["status"]) == (503, "loading")
+        answers: list[Any] = []
+        thread = threading.Thread(target=lambda: answers.append(server.post(asking("你好"))))
+        thread.start()
+        wait_until(lambda: server.desk.waiting == 1)
+        loaded.set()
+        thread.join(20)
+        assert answers[0]["choices"] and server.request("GET", "/health")[0] == 200
+
+
 def test_a_model_that_does_not_come_back_is_a_503() -> None:
     loads = 0
 

@@ -154,7 +154,7 @@ class Desk:
         if self._running:
             self._running.stop()
             await self._finished(0.5)
-        if self._running:  # reading a long prompt, which nothing can interrupt
+        if self._running:  # in a call of the engine that does not heed it
             self._running.pieces.put_nowait(_shutting_down())
 
     def close(self) -> None:
