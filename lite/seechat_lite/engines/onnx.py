@@ -96,6 +96,11 @@ class OnnxEngine:
                     "image_embeds": (None, vision.tokens, self._manifest.lm.hidden_size),
                 },
                 threads=self._threads,
+                # for one picture, preparing the weights takes longer than it saves, and twice the
+                # memory; int8 products need it
+                as_written=not self._keep_vision
+                and vision.precision in ("fp16", "fp32")
+                and self._vision_providers == [DEVICES["cpu"]],
             )
             self._vision = session if self._keep_vision else None
         feeds = {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
@@ -285,13 +290,19 @@ def _session(
     expected: Mapping[str, tuple[int | None, ...]],
     *,
     threads: int,
+    as_written: bool = False,
 ) -> ort.InferenceSession:
-    """Load a graph; `expected` are inputs and outputs that it must have, None for any size."""
+    """Load a graph; `expected` are inputs and outputs that it must have, None for any size.
+
+    as_written: not optimized; float16 weights stay in their mapped file until they are used.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors are raised; warnings about node placement help nobody
     options.intra_op_num_threads = threads
     # a plan of a run's memory is kept for every length of prompt, and saves no time
     options.enable_mem_pattern = False
+    if as_written:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         session = ort.InferenceSession(path, options, providers=providers)
     except Exception as e:  # ONNX Runtime raises its own unrelated exception types
