@@ -138,7 +138,11 @@ def test_the_wheel_is_small_and_whole(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.stat().st_size <= 15e6
     names = zipfile.ZipFile(wheel).namelist()
-    for needed in ("seechat_weights/builtin/bundle/seechat.json", "seechat_lite/py.typed"):
+    for needed in (
+        "seechat_weights/builtin/bundle/seechat.json",
+        "seechat_lite/py.typed",
+        *(f"seechat_lite/server/page/{n}" for n in ("index.html", "page.css", "page.js")),
+    ):
         assert needed in names
     assert any(n.endswith("licenses/NOTICE") for n in names)
     assert not [n for n in names if n.startswith(("tests", "recipes", "docs"))]
