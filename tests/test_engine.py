@@ -1,6 +1,7 @@
 """The contract every engine keeps, against the reference model's recorded tensors."""
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from reference import TorchEngine, data, load_chatglm, load_json, tensors
 from seechat_export.export import export_bundle
 from seechat_export.graphs import padded_head_size
 from seechat_lite.engines import ENGINES, Engine, EngineOptions, create
+from seechat_lite.engines.base import Cancelled
 from seechat_lite.errors import ContextError, EngineError
 from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.prompt import Prompt
@@ -281,3 +283,82 @@ def test_positions_match_the_reference() -> None:
     cos, sin = rotary_rows(ours, np.array([[3, 4], [0, 1]]), 8)
     np.testing.assert_array_equal(cos[1], np.concatenate([ours[0][4], ours[0][1]]))
     np.testing.assert_array_equal(sin[0], np.concatenate([ours[1][3], ours[1][0]]))
+
+
+def test_several_tokens_at_once_are_as_good_as_one_by_one(engine: Engine) -> None:
+    case = tensors("chatglm_tiny/case_p1.safetensors")
+    greedy = load_json("chatglm_tiny/cases.json")["cases"]["p1"]["greedy"]
+    prompt = Prompt(case["input_ids"][0].tolist())
+    engine.prefill(prompt)
+    rows = engine.extend(greedy[:5])
+    np.testing.assert_allclose(rows, case["greedy_step_logits"][1:], rtol=0, atol=TOLERANCE)
+    assert rows.dtype == np.float32
+    # wrong guesses leave no trace once they are taken back
+    engine.prefill(prompt)
+    engine.extend([greedy[0], 77, 78, 79])
+    engine.forget(3)
+    logits = [engine.step(token) for token in greedy[1:5]]
+    np.testing.assert_allclose(logits, case["greedy_step_logits"][2:], rtol=0, atol=TOLERANCE)
+
+
+def test_the_cache_goes_with_the_answer(bundle_of: Callable[..., Path]) -> None:
+    engine = open_engine(bundle_of("chatglm_tiny"))
+    prompt = Prompt(tensors("chatglm_tiny/case_p1.safetensors")["input_ids"][0].tolist())
+    first = engine.prefill(prompt)
+    engine.reset()
+    with pytest.raises(EngineError, match="before prefill"):
+        engine.step(7)
+    np.testing.assert_array_equal(engine.prefill(prompt), first)
+
+
+def test_a_running_call_can_be_cancelled(bundle_of: Callable[..., Path]) -> None:
+    """From another thread, in the middle of a prompt; the next one runs."""
+    engine = open_engine(bundle_of("chatglm_tiny28"), context=2048)
+    prompt = Prompt([*[40] * 2000, 2001, 2004])
+    first = engine.prefill(prompt)
+    cancelled: list[Cancelled] = []
+
+    def run() -> None:
+        try:
+            engine.prefill(prompt)
+        except Cancelled as e:
+            cancelled.append(e)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while thread.is_alive():  # however soon it is asked, it ends
+        engine.cancel()
+    assert cancelled
+    np.testing.assert_array_equal(engine.prefill(prompt), first)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_the_cache_is_half_precision_but_in_full_precision_bundles(
+    bundle_of: Callable[..., Path], precision: str
+) -> None:
+    engine = open_engine(bundle_of("chatglm_tiny", precision))
+    engine.prefill(Prompt([40, 41, 2001, 2004]))
+    assert engine.cached("key", 0).dtype == ("f4" if precision == "fp32" else "f2")
+    assert engine.cached("value", 2).shape[1] == 4
+
+
+@pytest.mark.parametrize("name", ["embed", "proj"])
+def test_a_prefix_is_seen_by_all_tokens(tmp_path: Path, name: str) -> None:
+    """P-tuned reference cases, by the cache that a bundle begins with."""
+    source = data("chatglm_tiny")
+    prefix = source / f"ptuning_{name}_pytorch_model.bin"
+    export_bundle(lm=source, prefix=prefix, out=tmp_path / "b", precision="fp32")
+    engine = open_engine(tmp_path / "b")
+    for case_name, recorded in load_json("chatglm_tiny/cases.json")["cases"].items():
+        if not case_name.startswith(f"prefix_{name}"):
+            continue
+        case = tensors(f"chatglm_tiny/case_{case_name}.safetensors")
+        logits, found = engine.prefill(Prompt(case["input_ids"][0].tolist())), []
+        np.testing.assert_allclose(logits, case["logits_last"][0], rtol=0, atol=TOLERANCE)
+        for _ in recorded["greedy"]:
+            found.append(int(logits.argmax()))
+            logits = engine.step(found[-1])
+        assert found == recorded["greedy"]
+        break
+    else:
+        pytest.fail("no such case")

@@ -37,15 +37,25 @@ CHATGLM = Manifest(
 def test_sums_of_chatglm_6b() -> None:
     needed = plan(CHATGLM, context=2048)
     assert needed.weights == 3_300_100_000
-    assert needed.cache == 2 * 28 * 4096 * 2048 * 4  # keys and values, float32
+    assert needed.cache == 2 * 28 * 4096 * 2048 * 2  # keys and values, float16
     assert needed.vision == 1_200_000_000  # half precision is computed with in float32
     assert needed.workspace > 2048 * 2 * 16384 * 4
-    parts = needed.weights + needed.cache + needed.vision + needed.workspace
-    assert needed.total == parts
+    # the vision network is gone when the prompt is read
+    assert not needed.keep_vision
+    assert needed.total == needed.weights + needed.cache + needed.workspace
     assert str(needed) == (
-        "weights 3.30 GB + cache 1.88 GB + vision 1.20 GB + workspace 554 MB = 6.93 GB "
+        "weights 3.30 GB + (cache 940 MB + workspace 688 MB, or before that vision 1.20 GB) "
+        "= 4.93 GB at a context of 2048 tokens"
+    )
+    kept = plan(CHATGLM, context=2048, keep_vision=True)
+    assert kept.total == needed.total + needed.vision
+    assert str(kept) == (
+        "weights 3.30 GB + cache 940 MB + workspace 688 MB + vision 1.20 GB = 6.13 GB "
         "at a context of 2048 tokens"
     )
+    short = plan(CHATGLM, context=256)
+    assert short.total == short.weights + short.vision + memory.RUNTIME
+    assert plan(CHATGLM, context=2048, keep_vision=False) == needed
 
 
 def test_what_changes_the_sums() -> None:
@@ -57,26 +67,58 @@ def test_what_changes_the_sums() -> None:
 
 
 @pytest.mark.parametrize(
-    ("free", "advice"),
+    ("precision", "keep_vision", "free", "advice"),
     [
-        (6_300_000_000, "load it with context=1024 (--context 1024)"),
-        (4_950_000_000, "load it with context=256 (--context 256)"),
-        (2_000_000_000, "export it at a lower precision, or close other programs"),
+        ("int4", None, 4_800_000_000, "load it with context=1024 (--context 1024)"),
+        ("int4", None, 2_000_000_000, "close other programs"),
+        ("int8", None, 2_000_000_000, "export it with --precision int4, or close other programs"),
+        ("int4", True, 5_000_000_000, "load it with keep_vision=False (--no-keep-vision)"),
+        ("int4", True, 4_860_000_000, "load it with context=256 (--context 256)"),
     ],
 )
 def test_the_error_says_what_would_fit(
-    monkeypatch: pytest.MonkeyPatch, free: int, advice: str
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    keep_vision: bool | None,
+    free: int,
+    advice: str,
 ) -> None:
+    manifest = replace(CHATGLM, decoder=replace(CHATGLM.decoder, precision=precision))
     monkeypatch.setattr(memory, "available_memory", lambda: free)
-    needed = plan(CHATGLM, context=2048)
+    needed = plan(manifest, context=2048, keep_vision=keep_vision)
     with pytest.raises(sl.MemoryPlanError) as error:
-        check_memory(needed, CHATGLM)
+        check_memory(needed, manifest)
     assert str(error.value) == f"chatglm-6b-int4 needs {needed}; {human(free)} are free: {advice}"
+    # the advice is right
     if "context=" in advice:
         smaller = int(advice.split("=")[1].split()[0])
-        check_memory(plan(CHATGLM, context=smaller), CHATGLM)  # the advice is right
+        check_memory(plan(manifest, context=smaller, keep_vision=keep_vision), manifest)
         with pytest.raises(sl.MemoryPlanError):
-            check_memory(plan(CHATGLM, context=2 * smaller), CHATGLM)
+            check_memory(plan(manifest, context=2 * smaller, keep_vision=keep_vision), manifest)
+    elif "keep_vision" in advice:
+        check_memory(plan(manifest, context=2048, keep_vision=False), manifest)
+
+
+def test_a_budget_below_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 10**11)
+    needed = plan(CHATGLM, context=2048)
+    check_memory(needed, CHATGLM, budget=needed.total)
+    with pytest.raises(sl.MemoryPlanError, match=r"the budget is 2\.00 GB: allow more$"):
+        check_memory(needed, CHATGLM, budget=2_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("4.5 gib", 4831838208), ("600MB", 600_000_000), ("123", 123)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert memory.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "five", "-1", "1e9", "5 TB", "0x10", "5GB!"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(sl.SeechatError, match="expected a number of bytes, or such as 5GB"):
+        memory.parse_size(text)
 
 
 def test_load_refuses_before_anything_is_read(

@@ -37,7 +37,7 @@ from seechat_weights.precisions import PRECISIONS, Precision
 SHARD_BYTES = 2_000_000_000  # the published shards were cut so, when the vocabulary was the old one
 BASE_PIECES = 130_000  # pieces of the tokenizer before the special ones
 PUBLISHED = LMConfig()
-POOL = 1 << 24  # random bytes drawn for a bundle
+POOL = 1 << 24  # random bytes drawn at a time
 CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
 CLIP |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 14}
 
@@ -227,13 +227,12 @@ def write_synthetic_bundle(
     graph, items, size = graphs.decoder(config, form, block_size, WEIGHTS)
     ir.save(graph, partial / GRAPH)
     generator = np.random.default_rng(0)
-    pool = generator.integers(0, 256, POOL, dtype=np.uint8)  # cut into weights again and again
     with (partial / WEIGHTS).open("wb") as f:
         for item in items:
             progress("weights", item.stored[0].offset, size)
             for stored in item.stored:
                 f.seek(stored.offset)
-                for block in _random_blocks(stored, item, form, pool):
+                for block in _random_blocks(stored, item, form, generator):
                     f.write(block)
         f.truncate(size)
     progress("weights", size, size)
@@ -258,9 +257,12 @@ def write_synthetic_bundle(
 
 
 def _random_blocks(
-    stored: Stored, item: Item, precision: Precision, pool: np.ndarray
-) -> Iterator[memoryview]:
-    """An array's bytes, piece by piece, with the scale that keeps activations near unit."""
+    stored: Stored, item: Item, precision: Precision, generator: np.random.Generator
+) -> Iterator[bytes | memoryview]:
+    """An array's bytes, piece by piece, with the scale that keeps activations near unit.
+
+    No two weights are the same: ONNX Runtime keeps equal ones once, and would seem frugal and fast.
+    """
     if item.kind == "vector":
         value = 1.0 if item.key.endswith("norm.weight") else 0.0
         yield np.full(stored.shape, value, np.float32).data
@@ -269,10 +271,11 @@ def _random_blocks(
         scale = item.shape[1] ** -0.5 * 12**0.5 / 2**precision.bits
         yield np.full(stored.shape, scale, stored.dtype).data
     elif precision.block:
-        for start in range(0, stored.nbytes, len(pool)):
-            yield pool[: stored.nbytes - start].data
+        for start in range(0, stored.nbytes, POOL):
+            yield generator.bytes(min(POOL, stored.nbytes - start))
     else:
-        spread = (pool.astype(np.float32) - 127.5) / 73.9 * item.shape[1] ** -0.5
-        weights = spread.astype(stored.dtype)
-        for start in range(0, stored.nbytes, weights.nbytes):
-            yield weights.view(np.uint8)[: stored.nbytes - start].data
+        size = np.dtype(stored.dtype).itemsize
+        for start in range(0, stored.nbytes, POOL * size):
+            codes = generator.bytes(min(POOL, (stored.nbytes - start) // size))
+            spread = np.frombuffer(codes, np.uint8).astype(np.float32) - 127.5
+            yield (spread / 73.9 * item.shape[1] ** -0.5).astype(stored.dtype).data

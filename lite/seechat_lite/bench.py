@@ -1,8 +1,9 @@
 """Measure a bundle on this machine: load, picture, first token, prefill, decode, memory.
 
 Speeds are set against what the hardware allows: a decode step must read all of the decoder's
-weights and the whole cache once, so the memory bandwidth, measured in the same run, bounds it from
-below (the roofline). Every figure is the median of `repeat` runs after one that is not counted.
+weights and the whole cache once, so the memory bandwidth bounds it from below (the roofline). The
+bandwidth is measured between the steps, so that a busy moment of the machine slows both. Every
+figure is the median of its runs, of which the first is not counted.
 """
 
 import os
@@ -10,14 +11,16 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import psutil
+from PIL import Image
 
 from seechat_lite.chat import Model, load
 from seechat_lite.memory import cache_bytes, human, plan, widening
@@ -27,8 +30,9 @@ from seechat_weights.precisions import PRECISIONS
 
 PREFILL = (32, 128, 512)  # prompt lengths, tokens
 DECODE = (32, 256, 1024, 1920)  # context lengths at which steps are timed
-STEPS = 8  # steps timed at each
-BANDWIDTH_BYTES = 1 << 28  # far more than any cache holds
+STEPS = 8  # steps timed at each, in every repetition
+TURN_TOKENS = 16  # of each answer in a dialogue
+BANDWIDTH_BYTES = 1 << 27  # far more than any cache holds
 
 
 @dataclass
@@ -49,8 +53,9 @@ class Report:
     decode: dict[int, float] = field(default_factory=dict)  # context tokens: seconds per token
     token_bytes: dict[int, int] = field(default_factory=dict)  # read from memory for one token
     bandwidth: float = 0.0  # bytes per second, reading, all threads
+    turns: list[int] = field(default_factory=list)  # resident memory after each
     peak_memory: int = 0  # resident, mapped files included
-    anonymous_memory: int | None = None  # resident without files, at the end; Linux only
+    anonymous_memory: int | None = None  # resident without files, between answers; Linux only
     planned_memory: int = 0
 
     def roofline(self, context: int) -> float:
@@ -61,35 +66,35 @@ class Report:
 def measure(
     path: Path | None,
     *,
-    engine: str = "auto",
-    device: str = "auto",
-    context: int = 2048,
+    options: Mapping[str, Any],
     repeat: int = 3,
+    turns: int = 0,
     say: Callable[[str], None] = lambda stage: None,
 ) -> Report:
     """Load the bundle at `path` and measure it; `say` hears what is being measured.
 
-    Raises what chat.load raises.
+    options: what chat.load takes. turns: of a dialogue held at the end, to see what it does to the
+    memory. Raises what chat.load raises.
     """
     say("load")
     start = time.perf_counter()
-    with load(path, engine=engine, device=device, context=context) as model:
+    with load(path, **options) as model:
         loaded = time.perf_counter() - start
-        manifest = model.manifest
+        manifest, context = model.manifest, model.engine.context
+        precision = PRECISIONS[manifest.decoder.precision]
+        planned = plan(manifest, context=context, keep_vision=options.get("keep_vision"))
         report = Report(
             name=manifest.name,
-            precision=manifest.decoder.precision,
+            precision=precision.name,
             block_size=manifest.decoder.block_size,
             engine=f"onnxruntime {ort.__version__}",
             machine=_machine(),
-            threads=len(os.sched_getaffinity(0))
-            if sys.platform == "linux"
-            else os.cpu_count() or 1,
+            threads=options.get("threads") or _cores(),
             context=context,
             load=loaded,
             first_token=0.0,
             encode_image=None,
-            planned_memory=plan(manifest, context=context).total,
+            planned_memory=planned.total,
         )
         if manifest.vision:
             say("picture")
@@ -103,30 +108,45 @@ def measure(
             prompt = _prompt(manifest, length)
             seconds = _median(repeat, lambda p=prompt: model.engine.prefill(p))
             report.prefill[length] = length / seconds
-        weights = manifest.files[f"{manifest.decoder.graph}.data"].bytes
-        weights *= widening(PRECISIONS[manifest.decoder.precision])
-        for length in (n for n in DECODE if n + STEPS < context):
-            say(f"decode {length}")
-            report.decode[length] = _decode(model, length, repeat)
-            cached = cache_bytes(manifest.lm, length + STEPS // 2)
-            report.token_bytes[length] = weights + cached
+        # the longest prompt that a chat sends leaves a quarter of the context, at most 512 tokens
+        say("longest prompt")
+        model.engine.prefill(_prompt(manifest, context - min(context // 4, 512)))
+        model.engine.reset()
+        say("dialogue")
+        report.turns = list(_dialogue(model, turns))
         report.peak_memory, report.anonymous_memory = _memory()
-        say("bandwidth")
-        report.bandwidth = read_bandwidth(report.threads)
+        weights = manifest.files[f"{manifest.decoder.graph}.data"].bytes * widening(precision)
+        bandwidth = Bandwidth(report.threads)
+        for length in (n for n in DECODE if n + repeat * STEPS < context):
+            say(f"decode {length}")
+            report.decode[length] = _decode(model, length, repeat, bandwidth)
+            cached = cache_bytes(manifest.lm, precision, length + repeat * STEPS // 2)
+            report.token_bytes[length] = weights + cached
+        report.bandwidth = bandwidth.median()
     return report
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes a second that `threads` threads read from memory, the best of five passes."""
-    data = np.ones(BANDWIDTH_BYTES // 4, np.int32)
-    parts = np.array_split(data, threads)
-    best = float("inf")
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(6):  # the first pass wakes the threads
+class Bandwidth:
+    """How fast all threads together read memory, measured again and again."""
+
+    def __init__(self, threads: int) -> None:
+        self._parts = np.array_split(np.ones(BANDWIDTH_BYTES // 8, np.int64), threads)
+        self._pool = ThreadPoolExecutor(threads)
+        self._seconds: list[float] = []
+
+    def measure(self) -> None:
+        """Read once more than any cache holds; what wakes the threads is not counted."""
+        for counted in (False, True):
             start = time.perf_counter()
-            list(pool.map(np.max, parts))
-            best = min(best, time.perf_counter() - start)
-    return data.nbytes / best
+            list(self._pool.map(np.max, self._parts))
+            if counted:
+                self._seconds.append(time.perf_counter() - start)
+
+    def median(self) -> float:
+        """Bytes a second."""
+        if not self._seconds:
+            self.measure()
+        return BANDWIDTH_BYTES / statistics.median(self._seconds)
 
 
 def rows(report: Report) -> dict[str, str]:
@@ -149,10 +169,16 @@ def rows(report: Report) -> dict[str, str]:
             f"{report.roofline(length):.0%} of the bandwidth)"
         )
     rows["bandwidth"] = f"{report.bandwidth / 1e9:.1f} GB/s"
+    if report.turns:
+        first, last, most = report.turns[0], report.turns[-1], max(report.turns)
+        rows[f"{len(report.turns)} turns"] = (
+            f"{human(first)} resident after the first, {human(last)} after the last, "
+            f"at most {human(most)}"
+        )
     anonymous = report.anonymous_memory
     rows["memory"] = f"peak {human(report.peak_memory)}"
     if anonymous is not None:
-        rows["memory"] += f", {human(anonymous)} of it not files"
+        rows["memory"] += f", {human(anonymous)} that is not files between answers"
     planned = human(report.planned_memory)
     rows["planned"] = f"{planned} at a context of {report.context} tokens"
     return rows
@@ -181,13 +207,24 @@ def _prompt(manifest: Manifest, length: int) -> Prompt:
     return Prompt([*words, lm.gmask_id, lm.bos_id])
 
 
-def _decode(model: Model, length: int, repeat: int) -> float:
-    """Median seconds of one step with `length` to `length` + STEPS tokens in the cache."""
+def _decode(model: Model, length: int, repeat: int, bandwidth: Bandwidth) -> float:
+    """Median seconds of one step with `length` tokens in the cache, or a few more."""
     times = []
+    model.engine.prefill(_prompt(model.manifest, length))
     for _ in range(repeat):
-        model.engine.prefill(_prompt(model.manifest, length))
+        bandwidth.measure()
         times += _times((lambda i=i: model.engine.step(5 + i)) for i in range(STEPS))
     return statistics.median(times)
+
+
+def _dialogue(model: Model, turns: int) -> Iterator[int]:
+    """Talk, about a picture where the model can see; yields the resident memory after each turn."""
+    chat, process = model.chat(), psutil.Process()
+    image = Image.effect_noise((256, 256), 64) if model.manifest.vision else None
+    for i in range(turns):
+        question = f"第{i + 1}个问题：请详细描述这张图片中的内容，并说明它的主要特点。"
+        chat.ask(question, None if i else image, max_new_tokens=TURN_TOKENS)
+        yield process.memory_info().rss
 
 
 def _first_token(model: Model, repeat: int) -> float:
@@ -197,8 +234,6 @@ def _first_token(model: Model, repeat: int) -> float:
         chat = model.chat()
         image = None
         if model.manifest.vision:
-            from PIL import Image
-
             image = Image.effect_noise((256, 256), 64 + i)
         chat.ask("这是什么?", image, max_new_tokens=1)
         assert chat.stats
@@ -215,6 +250,11 @@ def _memory() -> tuple[int, int | None]:
         kilobytes = {k: int(v.split()[0]) * 1024 for k, v in sizes.items() if v.endswith(" kB")}
         return kilobytes["VmHWM"], kilobytes["RssAnon"]
     return getattr(info, "peak_wset", info.rss), None
+
+
+def _cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _machine() -> str:

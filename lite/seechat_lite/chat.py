@@ -30,8 +30,9 @@ from seechat_lite.prompt import Prompt
 from seechat_lite.sampling import Sampling
 from seechat_lite.speculation import PromptLookup
 from seechat_lite.tokenizer import TextStream, Tokenizer
+from seechat_lite.verified import verify_once
 from seechat_weights.builtin import BUILTIN
-from seechat_weights.bundle import Manifest, read_manifest, verify_hashes
+from seechat_weights.bundle import Manifest, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,10 @@ def load(
     engine: str = "auto",
     device: str = "auto",
     context: int = 2048,
+    threads: int = 0,
+    vision_device: str | None = None,
+    keep_vision: bool | None = None,
+    max_memory: int | None = None,
     image_cache: int = IMAGE_CACHE,
     progress: Progress | None = None,
 ) -> "Model":
@@ -53,10 +58,13 @@ def load(
 
     engine: "auto" or a name of engines.ENGINES. device: "auto", "cpu", "cuda", … or the name of an
     ONNX Runtime execution provider. context: tokens that the prompt and the answer may take
-    together; the cache grows with it. image_cache: bytes of embeddings kept for pictures that no
-    chat shows any more. progress: called in this thread with a stage, "checking" (bytes of the
-    bundle) or "loading", and how much of it is done, of how much; loading ends with the exception
-    that it raises, and leaves nothing open.
+    together; the cache grows with it. threads: on the CPU, 0 for one a core. vision_device: where
+    the vision network runs, if not on `device`. keep_vision: hold it in memory, or release it after
+    every picture; None keeps a small one. max_memory: bytes that the model may take at most;
+    loading is refused if it may need more (see memory.plan). image_cache: bytes of embeddings kept
+    for pictures that no chat shows any more. progress: called in this thread with a stage,
+    "checking" (bytes of the bundle) or "loading", and how much of it is done, of how much; loading
+    ends with the exception that it raises, and leaves nothing open.
 
     Raises BundleError (missing, damaged or newer bundle), EngineError (engine or device),
     MemoryPlanError (would not fit), ContextError (context too small to be of use).
@@ -72,19 +80,23 @@ def load(
             f"{folder}: conversation format {manifest.conversation!r} is unknown; expected one of "
             f"{', '.join(FORMATS)}: upgrade seechat-lite or export the model again"
         )
-    needed = plan(manifest, context=context)
+    needed = plan(manifest, context=context, keep_vision=keep_vision)
     log.info("%s: %s", manifest.name, needed)
-    check_memory(needed, manifest)
-    verify_hashes(folder, manifest, partial(progress, "checking") if progress else None)
+    check_memory(needed, manifest, budget=max_memory)
+    verify_once(folder, manifest, partial(progress, "checking") if progress else None)
     tokenizer = Tokenizer(
         folder / manifest.tokenizer.file, num_image_tokens=manifest.tokenizer.num_image_tokens
     )
     tokenizer.check(manifest.lm)
     if progress:
         progress("loading", 0, 1)
-    executor = create(
-        engine, folder, manifest, context=context, options=EngineOptions(device=device)
+    options = EngineOptions(
+        device=device,
+        threads=threads,
+        vision_device=vision_device,
+        keep_vision=needed.keep_vision,
     )
+    executor = create(engine, folder, manifest, context=context, options=options)
     model = Model(manifest, tokenizer, executor, image_cache=image_cache)
     try:
         if progress:

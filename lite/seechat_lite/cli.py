@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import sys
 import textwrap
@@ -19,13 +18,22 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from seechat_lite.folders import cache_folder
 from seechat_lite.interrupts import EXIT_CODE
+from seechat_lite.options import (
+    add_load_options,
+    add_memory_options,
+    add_model_option,
+    check_context,
+    load_options,
+)
 from seechat_lite.terminal import (
     CONTROL,
     complain,
     forget_unwritable_output,
     prepare_streams,
     print_stats,
+    say,
     show,
 )
 from seechat_weights.errors import SeechatError
@@ -33,6 +41,8 @@ from seechat_weights.precisions import PRECISIONS
 
 if TYPE_CHECKING:
     from seechat_lite.chat import Model, Stats
+
+WORTH_A_PLAN = 1_000_000_000  # bytes a model takes before people are told the sums
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,12 +90,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show tracebacks of errors")
 
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--model", type=Path, metavar="DIR", help="a bundle; default: built in")
-    model.add_argument("--engine", default="auto", help="what executes it (default: %(default)s)")
-    model.add_argument("--device", default="auto", help="cpu, cuda, dml, coreml … or a provider")
-    model.add_argument(
-        "--context", type=int, default=2048, metavar="N", help="tokens of prompt and answer (2048)"
-    )
+    add_model_option(model)
+    add_load_options(model)
     model.add_argument(
         "--format", metavar="NAME", help="conversation format; default: the bundle's"
     )
@@ -97,6 +103,12 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     model.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all (0)")
     model.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="(1)")
     model.add_argument("--seed", type=int, default=0, metavar="S", help="(0)")
+    model.add_argument(
+        "--speculate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="guess tokens from what was said before; changes the speed, not the answer",
+    )
     model.add_argument("--stats", action="store_true", help="tokens and times, on stderr")
 
     parser = argparse.ArgumentParser(
@@ -129,9 +141,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     info.add_argument(
         "model", nargs="?", type=Path, metavar="PATH", help="a bundle, or published weights"
     )
-    info.add_argument(
-        "--context", type=int, default=2048, metavar="N", help="count the memory for N (2048)"
-    )
+    add_memory_options(info)
     info.add_argument("--json", action="store_true", help="print the manifest and the sums")
     info.set_defaults(run=lambda args: _info(args, info.error))
 
@@ -139,7 +149,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         "bench", parents=[common], help="how fast a bundle is here, and what memory it takes"
     )
     which = bench.add_mutually_exclusive_group()
-    which.add_argument("--model", type=Path, metavar="DIR", help="a bundle; default: built in")
+    add_model_option(which)
     which.add_argument(
         "--synthetic",
         choices=("chatglm-6b",),
@@ -149,10 +159,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         "--precision", choices=PRECISIONS, default="int4", help="of --synthetic (%(default)s)"
     )
     bench.add_argument("--layers", type=int, default=28, metavar="N", help="of --synthetic (28)")
-    bench.add_argument("--engine", default="auto", help="what executes it (default: %(default)s)")
-    bench.add_argument("--device", default="auto", help="cpu, cuda, dml, coreml … or a provider")
-    bench.add_argument("--context", type=int, default=2048, metavar="N", help="tokens (2048)")
+    add_load_options(bench)
     bench.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each (3)")
+    bench.add_argument(
+        "--turns", type=int, default=0, metavar="N", help="a dialogue of N turns as well (0)"
+    )
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     bench.set_defaults(run=lambda args: _bench(args, bench.error))
 
@@ -170,7 +181,7 @@ def _ask(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     if not question.strip():
         usage_error("the question is empty")
     options = _options(args, usage_error)
-    with _load(args) as model:
+    with _load(args, load_options(args, usage_error)) as model:
         chat = model.chat(args.format)
         pieces = chat.stream(question, images or None, **options)
         if args.json:
@@ -186,7 +197,7 @@ def _ask(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
 
 def _chat(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     options = _options(args, usage_error)
-    with _load(args) as model:
+    with _load(args, load_options(args, usage_error)) as model:
         from seechat_lite.talk import talk
 
         chat = model.chat(args.format)
@@ -199,13 +210,13 @@ def _info(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     from seechat_weights.builtin import BUILTIN
     from seechat_weights.bundle import MANIFEST, read_manifest, verify_hashes
 
-    _check_context(args, usage_error)
+    check_context(args, usage_error)
     folder = args.model or BUILTIN
     if not (folder / MANIFEST).exists():
         return _identify(folder, as_json=args.json)
     manifest = read_manifest(folder)
     verify_hashes(folder, manifest)
-    needed = plan(manifest, context=args.context)
+    needed = plan(manifest, context=args.context, keep_vision=args.keep_vision)
     if args.json:
         report = dataclasses.asdict(manifest)
         report["memory"] = dataclasses.asdict(needed) | {"total": needed.total}
@@ -259,23 +270,12 @@ def _identify(path: Path, *, as_json: bool) -> int:
 def _bench(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     from seechat_lite.bench import measure, rows
 
-    _check_context(args, usage_error)
+    options = load_options(args, usage_error)
     if args.repeat < 1:
         usage_error(f"--repeat is {args.repeat}; expected at least 1")
 
-    def say(stage: str) -> None:
-        if sys.stderr.isatty():  # one line, written over
-            print(f"\r\x1b[K{stage and stage + ' …'}", end="", file=sys.stderr, flush=True)
-
     folder = _synthetic(args, say) if args.synthetic else args.model
-    report = measure(
-        folder,
-        engine=args.engine,
-        device=args.device,
-        context=args.context,
-        repeat=args.repeat,
-        say=say,
-    )
+    report = measure(folder, options=options, repeat=args.repeat, turns=args.turns, say=say)
     say("")
     if args.json:
         print(json.dumps(dataclasses.asdict(report), ensure_ascii=False))
@@ -306,19 +306,6 @@ def _synthetic(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
     return folder
 
 
-def cache_folder() -> Path:
-    """Where files are kept that can be made again: SEECHAT_CACHE, or the system's place."""
-    if folder := os.environ.get("SEECHAT_CACHE"):
-        return Path(folder)
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library/Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "seechat-lite"
-
-
 def _print_table(rows: Mapping[str, str | list[str]]) -> None:
     """Names and values in two columns; a value's lines are wrapped to the terminal's width."""
     width = max(map(len, rows)) + 2
@@ -338,16 +325,32 @@ def _print_table(rows: Mapping[str, str | list[str]]) -> None:
         print(f"{name:<{width}}" + ("\n" + " " * width).join(lines))
 
 
-def _load(args: argparse.Namespace) -> "Model":
+def _load(args: argparse.Namespace, options: dict[str, Any]) -> "Model":
     from seechat_lite.chat import load
+    from seechat_lite.memory import available_memory, plan
+    from seechat_weights.builtin import BUILTIN
+    from seechat_weights.bundle import read_manifest
 
-    return load(args.model, engine=args.engine, device=args.device, context=args.context)
+    manifest = read_manifest(args.model or BUILTIN)
+    needed = plan(manifest, context=options["context"], keep_vision=options["keep_vision"])
+    if needed.total < WORTH_A_PLAN:
+        return load(args.model, **options)
+    budget = options["max_memory"]
+    if needed.total <= min(available_memory(), needed.total if budget is None else budget):
+        print(f"memory: {needed}", file=sys.stderr)  # else the error says it
+    try:
+        return load(
+            args.model,
+            **options,
+            progress=lambda stage, done, total: say(f"{stage} {done / max(total, 1):.0%}"),
+        )
+    finally:
+        say("")
 
 
 def _options(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> dict[str, Any]:
     """Options of Chat.stream; a value that no model would take is wrong usage."""
     from seechat_lite.conversation import FORMATS
-    from seechat_lite.engines import ENGINES
     from seechat_lite.sampling import Sampling
 
     names = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
@@ -358,19 +361,9 @@ def _options(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> dic
         usage_error(str(e))
     if args.max_new_tokens < 1:
         usage_error(f"--max-new-tokens is {args.max_new_tokens}; expected at least 1")
-    if args.engine not in ("auto", *ENGINES):
-        usage_error(f"--engine is {args.engine}; expected one of auto, {', '.join(ENGINES)}")
     if args.format not in (None, *FORMATS):
         usage_error(f"--format is {args.format}; expected one of {', '.join(FORMATS)}")
-    _check_context(args, usage_error)
-    return {**options, "max_new_tokens": args.max_new_tokens}
-
-
-def _check_context(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> None:
-    from seechat_lite.memory import MIN_CONTEXT
-
-    if args.context < MIN_CONTEXT:
-        usage_error(f"--context is {args.context}; expected at least {MIN_CONTEXT}")
+    return {**options, "max_new_tokens": args.max_new_tokens, "speculate": args.speculate}
 
 
 def _stats(stats: "Stats | None") -> dict[str, Any]:

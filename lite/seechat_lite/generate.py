@@ -37,11 +37,12 @@ def generate(
         rows = engine.prefill(prompt)[None]  # [1 + guessed, vocab]
         guess: list[int] = []  # tokens that were run before they were chosen
         while True:
-            # the logits after the last token chosen, then after each guess as long as it is right
-            for right, logits in enumerate(rows):
+            # from the logits after the last token chosen, then after each guess that was right
+            right = 0
+            while True:
                 if stopped():
                     return
-                token = sampler.next(logits)
+                token = sampler.next(rows[right])
                 if token == eos_id:
                     return
                 yield token
@@ -52,6 +53,7 @@ def generate(
                     lookup.append(token)
                 if right == len(guess) or token != guess[right]:
                     break
+                right += 1
             if guess and lookup:
                 lookup.learn(len(guess), right)
                 engine.forget(len(guess) - right)

@@ -1,22 +1,25 @@
 """What a bundle will take in memory, known before anything is loaded.
 
-The sums are what an engine on the CPU holds: weights as its kernels keep them, the key/value cache
-when the context is full, the vision network, and a workspace for the longest prompt.
+The sums are what an engine on the CPU holds at most: the weights as its kernels keep them; then
+either the key/value cache of a full context and a workspace for the longest prompt, or the vision
+network, if that is released after every picture; else all of them.
 """
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from seechat_lite.errors import MemoryPlanError
+from seechat_lite.errors import MemoryPlanError, SeechatError
 from seechat_weights.bundle import LMConfig, Manifest
 from seechat_weights.precisions import PRECISIONS, Precision
 
 MIN_CONTEXT = 16  # tokens; less holds no question and answer
 RUNTIME = 80 << 20  # Python, numpy, Pillow and ONNX Runtime themselves
-CACHE_BYTES = 4  # a number in the cache is float32
+KEPT_VISION = 256_000_000  # bytes; a larger vision network is loaded for each new picture
+SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "MIB": 1 << 20, "GIB": 1 << 30}
 
 # where a container sees its own limits (versions 2 and 1): folder, limit, use, and in memory.stat
 # the files' share of the use
@@ -45,23 +48,35 @@ class MemoryPlan:
     vision: int
     workspace: int
     context: int  # tokens
+    keep_vision: bool = True  # or it is released after every picture, before the prompt is read
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.vision + self.workspace
+        """The most that is held at once."""
+        if self.keep_vision:
+            return self.weights + self.cache + self.vision + self.workspace
+        return self.weights + max(self.vision + RUNTIME, self.cache + self.workspace)
 
     @property
     def parts(self) -> str:
         """The sums, for people."""
-        names = ("weights", "cache", "vision", "workspace")
-        return " + ".join(f"{name} {human(getattr(self, name))}" for name in names)
+        sizes = {n: human(getattr(self, n)) for n in ("weights", "cache", "workspace", "vision")}
+        parts = [f"{name} {sizes[name]}" for name in ("weights", "cache", "workspace")]
+        if self.vision and self.keep_vision:
+            parts.append(f"vision {sizes['vision']}")
+        elif self.vision:
+            parts[1:] = [f"({' + '.join(parts[1:])}, or before that vision {sizes['vision']})"]
+        return " + ".join(parts)
 
     def __str__(self) -> str:
         return f"{self.parts} = {human(self.total)} at a context of {self.context} tokens"
 
 
-def plan(manifest: Manifest, *, context: int) -> MemoryPlan:
-    """The memory plan of a bundle at a context of `context` tokens."""
+def plan(manifest: Manifest, *, context: int, keep_vision: bool | None = None) -> MemoryPlan:
+    """The memory plan of a bundle at a context of `context` tokens.
+
+    keep_vision: None keeps a vision network of up to KEPT_VISION bytes.
+    """
     lm, precision = manifest.lm, PRECISIONS[manifest.decoder.precision]
 
     def stored(graph: str) -> int:  # a graph and the weights beside it
@@ -71,14 +86,15 @@ def plan(manifest: Manifest, *, context: int) -> MemoryPlan:
     if manifest.vision:
         widen_vision = 2 if manifest.vision.precision == "fp16" else 1
         vision = stored(manifest.vision.graph) * widen_vision
-    # of the widest layer's activations in a prompt that fills the context: the MLP's
-    activations = context * (2 * lm.inner_size + 6 * lm.hidden_size) * 4
+    # what a layer of the longest prompt holds at once, as measured: the MLP's and the attention's
+    activations = context * (2 * lm.inner_size + 10 * lm.hidden_size) * 4
     return MemoryPlan(
         weights=stored(manifest.decoder.graph) * widening(precision),
-        cache=cache_bytes(lm, context),
+        cache=cache_bytes(lm, precision, context + manifest.decoder.prefix_tokens),
         vision=vision,
         workspace=RUNTIME + activations,
         context=context,
+        keep_vision=vision <= KEPT_VISION if keep_vision is None else keep_vision,
     )
 
 
@@ -87,9 +103,10 @@ def widening(precision: Precision) -> int:
     return 2 if precision.dtype == "float16" else 1
 
 
-def cache_bytes(lm: LMConfig, tokens: int) -> int:
-    """Bytes of the keys and values of `tokens` tokens."""
-    return 2 * lm.num_layers * lm.hidden_size * tokens * CACHE_BYTES
+def cache_bytes(lm: LMConfig, precision: Precision, tokens: int) -> int:
+    """Bytes of the keys and values of `tokens` tokens: float16 but in a float32 model."""
+    number = 4 if precision.dtype == "float32" and not precision.block else 2
+    return 2 * lm.num_layers * lm.hidden_size * tokens * number
 
 
 def available_memory() -> int:
@@ -104,20 +121,40 @@ def available_memory() -> int:
     return max(free, 0)
 
 
-def check_memory(needed: MemoryPlan, manifest: Manifest) -> None:
-    """Raise MemoryPlanError, with the sums and what would fit, if `needed` exceeds what is free."""
+def check_memory(needed: MemoryPlan, manifest: Manifest, *, budget: int | None = None) -> None:
+    """Raise MemoryPlanError if `needed` exceeds what is free, or `budget` bytes.
+
+    The error has the sums and the next smaller setting that fits.
+    """
     free = available_memory()
-    if needed.total <= free:
+    room = free if budget is None else min(free, budget)
+    if needed.total <= room:
         return
+
+    def fits(context: int, keep_vision: bool) -> bool:
+        return plan(manifest, context=context, keep_vision=keep_vision).total <= room
+
     smaller = needed.context // 2
-    while smaller >= 256 and plan(manifest, context=smaller).total > free:
+    while smaller >= 256 and not fits(smaller, needed.keep_vision):
         smaller //= 2
-    advice = (
-        f"load it with context={smaller} (--context {smaller})"
-        if smaller >= 256
-        else "export it at a lower precision, or close other programs"
-    )
-    raise MemoryPlanError(f"{manifest.name} needs {needed}; {human(free)} are free: {advice}")
+    if needed.keep_vision and needed.vision and fits(needed.context, False):
+        advice = "load it with keep_vision=False (--no-keep-vision)"
+    elif smaller >= 256:
+        advice = f"load it with context={smaller} (--context {smaller})"
+    else:
+        lower = {"fp32": "fp16", "fp16": "int8", "int8": "int4"}.get(manifest.decoder.precision)
+        export = f"export it with --precision {lower}, or " if lower else ""
+        advice = f"{export}close other programs" if room == free else f"{export}allow more"
+    limit = f"{human(free)} are free" if room == free else f"the budget is {human(room)}"
+    raise MemoryPlanError(f"{manifest.name} needs {needed}; {limit}: {advice}")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "600 MB", "4.5GiB" or a plain number. Raises SeechatError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in SIZES:
+        raise SeechatError(f"{text!r} is no size; expected a number of bytes, or such as 5GB")
+    return int(float(match[1]) * SIZES[match[2].upper()])
 
 
 def human(size: int) -> str:

@@ -72,3 +72,9 @@ def print_stats(stats: "Stats | None") -> None:
             f" ({stats.tokens_per_second:.1f}/s) · {stats.finish_reason}",
             file=sys.stderr,
         )
+
+
+def say(stage: str) -> None:
+    """What is being done, on one line of a terminal that the next one overwrites; "" clears it."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{stage and stage + ' …'}", end="", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ class EngineOptions:
     keep_vision: bool = True  # or release the vision network after every picture
 
 
-class Cancelled(EngineError):
+class Cancelled(EngineError):  # noqa: N818 (an event, not a fault)
     """A call of the engine was ended by cancel()."""
 
 

@@ -1,0 +1,73 @@
+"""Options that all commands which load a model share, and what they say to load()."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from seechat_weights.errors import SeechatError
+
+
+def add_load_options(parser: Any) -> None:
+    """Add the options of load() to an argparse parser, but for the bundle's name."""
+    add = parser.add_argument
+    add("--engine", default="auto", help="what executes it (default: %(default)s)")
+    add("--device", default="auto", help="cpu, cuda, dml, coreml … or a provider")
+    add("--threads", type=int, default=0, metavar="N", help="on the CPU; 0: one a core (0)")
+    add(
+        "--max-memory",
+        metavar="SIZE",
+        help="refuse to load what may take more, such as 5GB; default: what is free",
+    )
+    add("--vision-device", metavar="DEVICE", help="where pictures are read; default: --device")
+    add_memory_options(parser)
+
+
+def add_memory_options(parser: Any) -> None:
+    """Add what decides how much memory a bundle takes."""
+    add = parser.add_argument
+    add("--context", type=int, default=2048, metavar="N", help="tokens of prompt and answer (2048)")
+    add(
+        "--keep-vision",
+        action=argparse.BooleanOptionalAction,
+        help="keep the vision network in memory between pictures (only a small one)",
+    )
+
+
+def add_model_option(parser: Any) -> None:
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a bundle; default: built in")
+
+
+def load_options(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> dict[str, Any]:
+    """What load() is to be called with; a value that no model would take is wrong usage."""
+    from seechat_lite.engines import ENGINES
+    from seechat_lite.memory import parse_size
+
+    if args.engine not in ("auto", *ENGINES):
+        usage_error(f"--engine is {args.engine}; expected one of auto, {', '.join(ENGINES)}")
+    check_context(args, usage_error)
+    if args.threads < 0:
+        usage_error(f"--threads is {args.threads}; expected 0 or more")
+    max_memory = None
+    if args.max_memory is not None:
+        try:
+            max_memory = parse_size(args.max_memory)
+        except SeechatError as e:
+            usage_error(f"--max-memory: {e}")
+    return {
+        "engine": args.engine,
+        "device": args.device,
+        "context": args.context,
+        "threads": args.threads,
+        "vision_device": args.vision_device,
+        "keep_vision": args.keep_vision,
+        "max_memory": max_memory,
+    }
+
+
+def check_context(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> None:
+    """A context that holds no question is wrong usage."""
+    from seechat_lite.memory import MIN_CONTEXT
+
+    if args.context < MIN_CONTEXT:
+        usage_error(f"--context is {args.context}; expected at least {MIN_CONTEXT}")
