@@ -56,6 +56,7 @@ OLD_IMAGE_TOKENS = 20000  # ids before the text ids in the vocabulary of 150528
 NEW_JOURNAL = f"{JOURNAL}.new"
 ROWS = 4096  # rows of the embedding table written at a time
 VISION_BITS = {"fp32": 32, "fp16": 16, "int8": 9}  # with the blocks' scales
+VISION_WORK = 450_000_000  # bytes; EVA ViT-g at fp16 was measured to take 400 MB
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
@@ -83,10 +84,10 @@ def export_bundle(
     lm, checkpoint, adapter, prefix: as seechat_weights.lm.open_lm takes them. tokenizer: the
     ice_text.model, if it is not beside the weights.
     vision: a module in eval mode, float32 pixels [n, 3, S, S] to embeddings [n, tokens, hidden],
-    and its description. vision_precision: "fp32" or "fp16"; by default fp32 in an fp32 bundle, else
-    fp16. conversation: the default format; "visualglm" for VisualGLM-6B, else "seechat" with vision
-    and "chatglm" without. announce: is told the plan once all sources are checked, before the work
-    begins.
+    and its description. vision_precision: "fp32", "fp16" or "int8"; by default fp32 in an fp32
+    bundle, else fp16. conversation: the default format; "visualglm" for VisualGLM-6B, else
+    "seechat" with vision and "chatglm" without. announce: is told the plan once all sources are
+    checked, before the work begins.
 
     Raises CheckpointError (sources), BundleError (`out` exists or cannot be written, the disk is
     too small, or the finished bundle does not agree with the torch networks), MemoryPlanError.
@@ -283,8 +284,10 @@ class _Writer:
             block_size=self.block_size,
             parts=parts,
             done=done,
-            # ONNX Runtime widens float16 when the finished graph is run for the check
-            vision_memory=parts.vision + (4 * numbers if vision_precision == "fp16" else 0),
+            # traced, written and run a layer at a time; only int8 is held whole by its kernels
+            vision_memory=VISION_WORK + (parts.vision if vision_precision == "int8" else 0)
+            if vision
+            else 0,
         )
         try:
             check_room(plan, lm, self.precision, out=self.out)

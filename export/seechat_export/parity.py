@@ -72,6 +72,7 @@ class VisionCheck:
             # as written: weights stay in their mapped file, and are widened one matrix at a time.
             # Not int8, of which onnxruntime 1.31 then makes numbers that have nothing to do with it
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         (found,) = session.run(["image_embeds"], {"pixel_values": self.pixels.numpy()})
