@@ -41,14 +41,17 @@ class PromptLookup:
         start = self._next.get(tuple(self._ids[-NGRAM:]))
         if start is None:
             return []
-        return self._ids[start : start + min(self._length, room)]
+        guess, period = [], len(self._ids) - start
+        for i in range(min(self._length, room)):  # beyond the last token, it begins again
+            guess.append(self._ids[start + i % period])
+        return guess
 
     def learn(self, guessed: int, right: int) -> None:
         """How the last guess went: guess more while it pays, and pause when it does not."""
         self.guessed += guessed
         self.right += right
         if right:
-            self._failures = 0
+            self._failures = self._pause = 0
             self._length = min(LONGEST, 2 * guessed) if right == guessed else max(2, right + 1)
         else:
             self._failures += 1
