@@ -55,6 +55,7 @@ def begin_stream(url: str) -> tuple[http.client.HTTPConnection, http.client.HTTP
         (["--api-key", ""], "API key"),
         (["--context", "3"], "--context"),
         (["--engine", "steam"], "--engine"),
+        (["--max-memory", "much"], "--max-memory"),
     ],
 )
 def test_wrong_usage(options: list[str], message: str) -> None:
@@ -68,6 +69,8 @@ def test_what_cannot_be_served(tmp_path: Path) -> None:
     assert done.returncode == 1 and "cannot listen" in done.stderr
     done = serve("--port", "0", "--model", str(tmp_path))
     assert done.returncode == 1 and "seechat.json" in done.stderr and not done.stdout
+    done = serve("--port", "0", "--max-memory", "1MB")
+    assert done.returncode == 1 and "1 MB" in done.stderr.splitlines()[-1]
     done = serve("--port", "0", "--device", "abacus")  # known when the model is loaded
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("seechat: device 'aba")
 

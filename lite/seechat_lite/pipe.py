@@ -15,10 +15,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seechat_lite.errors import SeechatError
+from seechat_lite.options import add_load_options, add_model_option, load_options
 
 if TYPE_CHECKING:
     from seechat_lite.chat import Chat, Model
@@ -42,17 +42,13 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         help="JSON lines on stdin and stdout, for other programs",
         description="Answer JSON lines on stdin with JSON lines on stdout: docs/embedding.md.",
     )
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a bundle; default: built in")
-    parser.add_argument("--engine", default="auto", help="what executes it (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, dml, coreml … or a provider")
-    parser.add_argument(
-        "--context", type=int, default=2048, metavar="N", help="tokens of prompt and answer (2048)"
-    )
+    add_model_option(parser)
+    add_load_options(parser)
     parser.add_argument("--format", metavar="NAME", help="conversation format")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=lambda args: _run(args, load_options(args, parser.error)))
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, options: dict[str, Any]) -> int:
     from seechat_lite.chat import load
 
     out = sys.stdout
@@ -67,13 +63,7 @@ def _run(args: argparse.Namespace) -> int:
     def progress(stage: str, done: int, total: int) -> None:
         write({"progress": stage, "done": done, "total": total})
 
-    with load(
-        args.model,
-        engine=args.engine,
-        device=args.device,
-        context=args.context,
-        progress=progress,
-    ) as model:
+    with load(args.model, progress=progress, **options) as model:
         model.chat(args.format)  # an unknown format is said before anybody asks
         about = {"model": model.manifest.name, "precision": model.manifest.decoder.precision}
         write({"ready": True, "vision": model.manifest.vision is not None} | about)

@@ -4,9 +4,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from seechat_lite.options import add_load_options, add_model_option, load_options
 from seechat_weights.errors import SeechatError
 
 KEY_VARIABLE = "SEECHAT_API_KEY"
@@ -22,10 +24,8 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         "page. Prints its address on stdout once it listens.",
     )
     add = parser.add_argument
-    add("--model", type=Path, metavar="DIR", help="a bundle; default: built in")
-    add("--engine", default="auto", help="what executes it (default: %(default)s)")
-    add("--device", default="auto", help="cpu, cuda, dml, coreml … or a provider")
-    add("--context", type=int, default=2048, metavar="N", help="tokens of prompt and answer (2048)")
+    add_model_option(parser)
+    add_load_options(parser)
     add("--format", metavar="NAME", help="conversation format; default: the bundle's")
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--port", type=int, default=8080, metavar="N", help="0: any free one (%(default)s)")
@@ -72,18 +72,16 @@ def _serve(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None and not (key.strip() and key.isascii() and key.isprintable()):
         usage_error("the API key: expected printable ASCII characters")
+    options = load_options(args, usage_error)
+    from seechat_lite.chat import load
     from seechat_lite.conversation import FORMATS
-    from seechat_lite.engines import ENGINES
-    from seechat_lite.memory import MIN_CONTEXT
+    from seechat_weights.builtin import BUILTIN
+    from seechat_weights.bundle import read_manifest
 
-    if args.context < MIN_CONTEXT:
-        usage_error(f"--context is {args.context}; expected at least {MIN_CONTEXT}")
-    if args.engine not in ("auto", *ENGINES):
-        usage_error(f"--engine is {args.engine}; expected one of auto, {', '.join(ENGINES)}")
     if args.format not in (None, *FORMATS):
         usage_error(f"--format is {args.format}; expected one of {', '.join(FORMATS)}")
     try:
-        from seechat_lite.server.run import Options, serve
+        from seechat_lite.server.run import serve
         from seechat_lite.server.settings import Settings
     except ImportError as e:
         raise SeechatError(
@@ -101,21 +99,20 @@ def _serve(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
         queue=args.queue,
         keep_alive=args.keep_alive,
     )
-    options = Options(
-        model=args.model,
-        engine=args.engine,
-        device=args.device,
-        context=args.context,
-        format=args.format,
-        image_cache=int(args.image_cache * 1e6),
-        host=args.host,
-        port=args.port,
-    )
 
     def listening(address: str) -> None:
         print(address, flush=True)
         print(f"seechat: listening on {address} · Ctrl-C: stop 停止", file=sys.stderr)
 
     return serve(
-        options, settings, listening=listening, log_json=args.log_json, verbose=args.verbose
+        partial(load, args.model, image_cache=int(args.image_cache * 1e6), **options),
+        read_manifest(args.model or BUILTIN),
+        settings=settings,
+        host=args.host,
+        port=args.port,
+        context=args.context,
+        format=args.format,
+        listening=listening,
+        log_json=args.log_json,
+        verbose=args.verbose,
     )

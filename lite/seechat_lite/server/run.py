@@ -8,58 +8,45 @@ import socket
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from seechat_lite.chat import load
+from seechat_lite.chat import Model
 from seechat_lite.errors import SeechatError
 from seechat_lite.interrupts import EXIT_CODE, raise_on_ctrl_c
 from seechat_lite.server import logs
 from seechat_lite.server.app import create_app
 from seechat_lite.server.desk import Desk
 from seechat_lite.server.settings import Settings
-from seechat_weights.builtin import BUILTIN
-from seechat_weights.bundle import read_manifest
+from seechat_weights.bundle import Manifest
 
 MAX_CONNECTIONS = 512
 HEADER_SECONDS = 15.0  # a client must have sent a request's headers by then
 MAX_HEADER_BYTES = 32 << 10
 
 
-@dataclass(frozen=True)
-class Options:
-    """Which model, and where to listen."""
-
-    model: Path | None = None
-    engine: str = "auto"
-    device: str = "auto"
-    context: int = 2048
-    format: str | None = None
-    image_cache: int = 64 << 20
-    host: str = "127.0.0.1"
-    port: int = 8080
-
-
 def serve(
-    options: Options,
-    settings: Settings,
+    load: Callable[[], Model],
+    manifest: Manifest,
     *,
+    settings: Settings,
     listening: Callable[[str], None],
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    context: int = 2048,
+    format: str | None = None,
     log_json: bool = False,
     verbose: bool = False,
 ) -> int:
     """Serve until SIGTERM (returns 0) or Ctrl-C (returns 130).
 
-    listening: told the server's address once it accepts connections; the model may still load.
-    Raises what loading the model raises, and SeechatError when the address cannot be listened on.
+    load, manifest, context, format: see create_app. port: 0 for any free one. listening: told the
+    server's address once it accepts connections; the model may still load. Raises what loading the
+    model raises, and SeechatError when the address cannot be listened on.
     """
     logs.set_up(as_json=log_json, verbose=verbose)
-    manifest = read_manifest(options.model or BUILTIN)
     failures: list[Exception] = []
 
     def failed(error: Exception) -> None:
@@ -67,27 +54,15 @@ def serve(
         server.should_exit = True
 
     app = create_app(
-        partial(
-            load,
-            options.model,
-            engine=options.engine,
-            device=options.device,
-            context=options.context,
-            image_cache=options.image_cache,
-        ),
-        manifest,
-        settings=settings,
-        context=options.context,
-        format=options.format,
-        failed=failed,
+        load, manifest, settings=settings, context=context, format=format, failed=failed
     )
     desk: Desk = app.state.desk
     server = _Server(configure(app), desk, settings.grace)
-    with _listen(options.host, options.port) as sock:
-        listening(_address(options.host, sock))
+    with _listen(host, port) as sock:
+        listening(_address(host, sock))
         raise_on_ctrl_c()  # from here on uvicorn takes care of signals
         server.run([sock])
-    if not desk.idle:  # a thread deep in a prompt cannot be waited for
+    if not desk.idle:  # loading, or in a call that does not end: it cannot be waited for
         logging.shutdown()
         sys.stdout.flush()
         os._exit(server.exit_code)
