@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +276,30 @@ def test_visualglm(form: str, tmp_path: Path) -> None:
         prompt = model.chat().prompt("描述这张图片。", image=data("images/01_rgb.png"))
     published = next(c for c in load_json("prompts/visualglm.json")["hf"] if c["image"])
     assert prompt.ids == published["input_ids"]
+
+
+def seechat(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "seechat_lite", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    source, out = visualglm(tmp_path / "visualglm", "huggingface"), tmp_path / "bundle"
+    done = seechat("export", "--lm", source, "--vision-precision", "int8", "--out", out)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((out / "seechat.json").read_text("utf-8"))
+    assert written["conversation"] == "visualglm"
+    vision = written["vision"]
+    assert (vision["tower"], vision["bridge"], vision["precision"]) == ("eva", "qformer", "int8")
+
+    files = ("--eva", EVA, "--qformer", QFORMER, "--checkpoint", PROJECTOR)
+    done = seechat("export", "--lm", data("chatglm_tiny"), *files, "--out", tmp_path / "other")
+    assert done.returncode == 1
+    assert "missing (visual_encoder.blocks.4." in done.stderr  # the tiny ViT is no published one
+    done = seechat(
+        "export", "--lm", source, "--clip", "x", "--projector", "y", *files, "--out", "z"
+    )
+    assert done.returncode == 2 and "give one of them" in done.stderr
 
 
 def test_a_checkpoint_without_eyes() -> None:
