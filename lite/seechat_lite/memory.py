@@ -17,7 +17,8 @@ from seechat_weights.bundle import LMConfig, Manifest
 from seechat_weights.precisions import PRECISIONS, Precision
 
 MIN_CONTEXT = 16  # tokens; less holds no question and answer
-RUNTIME = 80 << 20  # Python, numpy, Pillow and ONNX Runtime themselves
+RUNTIME = 110 << 20  # Python, numpy, Pillow and ONNX Runtime themselves
+VISION_WORKSPACE = 300 << 20  # what a picture's activations and one layer's weights take
 KEPT_VISION = 256_000_000  # bytes; a larger vision network is loaded for each new picture
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -84,8 +85,12 @@ def plan(manifest: Manifest, *, context: int, keep_vision: bool | None = None) -
 
     vision = 0
     if manifest.vision:
-        widen_vision = 2 if manifest.vision.precision == "fp16" else 1
-        vision = stored(manifest.vision.graph) * widen_vision
+        file, seen = stored(manifest.vision.graph), manifest.vision.precision
+        vision = file * {"fp16": 2, "int8": 2}.get(seen, 1)  # prepared for speed
+        if keep_vision is None:
+            keep_vision = vision <= KEPT_VISION
+        if not keep_vision and seen != "int8":  # mapped, and widened a layer at a time
+            vision = file + VISION_WORKSPACE
     # what a layer of the longest prompt holds at once, as measured: the MLP's and the attention's
     activations = context * (2 * lm.inner_size + 10 * lm.hidden_size) * 4
     return MemoryPlan(
@@ -94,7 +99,7 @@ def plan(manifest: Manifest, *, context: int, keep_vision: bool | None = None) -
         vision=vision,
         workspace=RUNTIME + activations,
         context=context,
-        keep_vision=vision <= KEPT_VISION if keep_vision is None else keep_vision,
+        keep_vision=keep_vision is not False,
     )
 
 
