@@ -15,17 +15,11 @@ Runtime's own operators, which torch does not have, and building it needs no wei
 The cache is the caller's: past and present are the same buffers, and both branches write into them.
 It is float16 unless the weights are float32: half the memory, read faster, and 1e-4 in the logits.
 
-Two rearrangements happen to the query_key_value rows; both leave every product as it was:
-- the published order [head][q | k | v][head_size] becomes [q | k | v][head][head_size];
-- within a head of q and k, the quarters [a1 a2 b1 b2] become [a1 b1 a2 b2], which makes the
-  two-dimensional rotary embedding one ordinary rotation whose angles come from two positions.
-A head whose size is no multiple of 8, which GroupQueryAttention wants, has each quarter padded with
-zeros; the scale stays that of the true size.
+The weights lie in their file as seechat_weights.layout says, whose order of heads makes the
+two-dimensional rotary embedding one ordinary rotation; the scale stays that of a head's true size.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -33,48 +27,11 @@ from onnx_ir.tape import Tape
 
 from seechat_lite.nn.chatglm import ALPHA
 from seechat_weights.bundle import LMConfig
+from seechat_weights.layout import Item, Stored, decoder_layout, padded_head_size
 from seechat_weights.precisions import Precision
 
 OPSET = 24  # TensorScatter
 MICROSOFT = "com.microsoft"
-ALIGN = 4096  # a page: lets the runtime map each tensor straight from the file
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One array in the weights file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
-@dataclass(frozen=True)
-class Item:
-    """One of our tensors and the arrays stored for it.
-
-    kind: "vector", stored as it is, or "linear", stored as the precision says. shape: the
-    tensor's, [outputs, inputs] of a linear, once its heads are rearranged. heads: which axis runs
-    over heads and is rearranged first: "rows" (query_key_value), "columns" (the attention's dense)
-    or "" for neither. bits: of the integers of a linear in blocks, else 0.
-    """
-
-    key: str
-    kind: str
-    shape: tuple[int, ...]
-    heads: str
-    stored: tuple[Stored, ...]
-    bits: int = 0
-
-
-def padded_head_size(config: LMConfig) -> int:
-    """Size of a head in the graph and its cache: the next multiple of 8."""
-    return -(-config.head_size // 8) * 8
 
 
 def cache_dtype(precision: Precision) -> ir.DataType:
@@ -89,96 +46,55 @@ def hidden_name(layer: int) -> str:
 
 
 class Weights:
-    """Hands out graph values for weights and lays their bytes out one after another."""
+    """Graph values for the weights of `items`, which lie in the file `location`."""
 
-    def __init__(self, tape: Tape, location: str, precision: Precision, block_size: int) -> None:
+    def __init__(self, tape: Tape, location: str, items: list[Item], block_size: int) -> None:
         self.tape = tape
         self.location = location
-        self.precision = precision
         self.block_size = block_size
-        self.items: list[Item] = []
-        self.end = 0
+        self.items = {item.key: item for item in items}
 
-    def vector(self, key: str, size: int, *, heads: str = "") -> ir.Value:
-        """A bias or a norm's parameter: float32 [size], never quantized."""
-        (stored,), (value,) = self._place([(key, "float32", (size,))])
-        self.items.append(Item(key, "vector", (size,), heads, (stored,)))
+    def vector(self, key: str) -> ir.Value:
+        """A bias or a norm's parameter: float32 [size]."""
+        (value,) = self._values(self.items[key])
         return value
 
-    def linear(
-        self,
-        x: ir.Value,
-        key: str,
-        outputs: int,
-        inputs: int,
-        *,
-        bias: bool = True,
-        heads: str = "",
-        bits: int = 0,
-    ) -> ir.Value:
-        """x [..., inputs] times the transposed weight [outputs, inputs] (plus bias).
+    def linear(self, x: ir.Value, key: str, *, bias: bool = True) -> ir.Value:
+        """x [..., inputs] times the transposed weight [outputs, inputs] (plus bias)."""
+        item = self.items[f"{key}.weight"]
+        y = self._block_linear(x, item) if item.bits else self._float_linear(x, item)
+        return self.tape.op("Add", [y, self.vector(f"{key}.bias")]) if bias else y
 
-        bits: of a weight in blocks, if not those of the precision.
-        """
-        if self.precision.block:
-            bits = bits or self.precision.bits
-            y = self._block_linear(x, key, outputs, inputs, heads, bits)
-        else:
-            y = self._float_linear(x, key, outputs, inputs, heads)
-        if not bias:
-            return y
-        rows = heads if heads == "rows" else ""
-        return self.tape.op("Add", [y, self.vector(f"{key}.bias", outputs, heads=rows)])
-
-    def _float_linear(
-        self, x: ir.Value, key: str, outputs: int, inputs: int, heads: str
-    ) -> ir.Value:
-        arrays = [(f"{key}.weight_t", self.precision.dtype, (inputs, outputs))]
-        stored, (weight,) = self._place(arrays)
-        self.items.append(Item(f"{key}.weight", "linear", (outputs, inputs), heads, stored))
-        if self.precision.dtype != "float32":  # folded away when the graph is loaded on a CPU
+    def _float_linear(self, x: ir.Value, item: Item) -> ir.Value:
+        (weight,) = self._values(item)
+        if item.stored[0].dtype != "float32":  # folded away when the graph is loaded on a CPU
             weight = self.tape.op("Cast", [weight], {"to": ir.DataType.FLOAT})
         return self.tape.op("MatMul", [x, weight])
 
-    def _block_linear(
-        self, x: ir.Value, key: str, outputs: int, inputs: int, heads: str, bits: int
-    ) -> ir.Value:
-        block = self.block_size
-        blocks = -(-inputs // block)
-        arrays = [
-            (f"{key}.quant", "uint8", (outputs, blocks, block * bits // 8)),
-            (f"{key}.scales", self.precision.dtype, (outputs, blocks)),
-        ]
-        stored, (quant, scales) = self._place(arrays)
-        self.items.append(Item(f"{key}.weight", "linear", (outputs, inputs), heads, stored, bits))
+    def _block_linear(self, x: ir.Value, item: Item) -> ir.Value:
         # accuracy_level 4: the products' inputs are rounded to 8 bits a block, for integer kernels
         attributes = {
-            "K": inputs,
-            "N": outputs,
-            "bits": bits,
-            "block_size": block,
+            "K": item.shape[1],
+            "N": item.shape[0],
+            "bits": item.bits,
+            "block_size": self.block_size,
             "accuracy_level": 4,
         }
-        return self.tape.op("MatMulNBits", [x, quant, scales], attributes, domain=MICROSOFT)
+        inputs = [x, *self._values(item)]
+        return self.tape.op("MatMulNBits", inputs, attributes, domain=MICROSOFT)
 
-    def _place(
-        self, arrays: list[tuple[str, str, tuple[int, ...]]]
-    ) -> tuple[tuple[Stored, ...], list[ir.Value]]:
-        stored, values = [], []
-        for name, dtype, shape in arrays:
-            one = Stored(name, dtype, shape, -(-self.end // ALIGN) * ALIGN)
-            self.end = one.offset + one.nbytes
-            tensor = ir.ExternalTensor(
-                self.location,
-                one.offset,
-                one.nbytes,
-                ir.DataType.from_numpy(np.dtype(dtype)),
-                shape=ir.Shape(shape),
-                name=name,
-            )
-            stored.append(one)
-            values.append(self.tape.initializer(tensor))
-        return tuple(stored), values
+    def _values(self, item: Item) -> list[ir.Value]:
+        return [self.tape.initializer(self._tensor(stored)) for stored in item.stored]
+
+    def _tensor(self, stored: Stored) -> ir.ExternalTensor:
+        return ir.ExternalTensor(
+            self.location,
+            stored.offset,
+            stored.nbytes,
+            ir.DataType.from_numpy(np.dtype(stored.dtype)),
+            shape=ir.Shape(stored.shape),
+            name=stored.name,
+        )
 
 
 def decoder(
@@ -205,7 +121,8 @@ def decoder(
     """
     graph = ir.Graph((), (), nodes=(), opset_imports={"": OPSET, MICROSOFT: 1}, name="decoder")
     tape = Tape(graph)
-    weights = Weights(tape, location, precision, block_size)
+    items = decoder_layout(config, precision, block_size)
+    weights = Weights(tape, location, items, block_size)
     hidden, heads = config.hidden_size, config.num_heads
 
     def declare(name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
@@ -215,7 +132,7 @@ def decoder(
 
     x = embeds = declare(hidden_name(0), ir.DataType.FLOAT, [1, "s", hidden])
     head = padded_head_size(config)
-    half, width = head // 2, heads * head
+    half = head // 2
     cos = declare("rotary_cos", ir.DataType.FLOAT, ["s", half])
     sin = declare("rotary_sin", ir.DataType.FLOAT, ["s", half])
     last_index = declare("last_index", ir.DataType.INT32, [1])
@@ -231,7 +148,7 @@ def decoder(
     presents: list[ir.Value] = []
 
     def norm(x: ir.Value, key: str) -> ir.Value:
-        scale, bias = weights.vector(f"{key}.weight", hidden), weights.vector(f"{key}.bias", hidden)
+        scale, bias = weights.vector(f"{key}.weight"), weights.vector(f"{key}.bias")
         attributes = {"axis": -1, "epsilon": config.layernorm_epsilon}
         return tape.op("LayerNormalization", [x, scale, bias], attributes)
 
@@ -240,7 +157,7 @@ def decoder(
 
     def attention(x: ir.Value, layer: int) -> ir.Value:
         prefix = f"layers.{layer}.attention"
-        fused = weights.linear(x, f"{prefix}.query_key_value", 3 * width, hidden, heads="rows")
+        fused = weights.linear(x, f"{prefix}.query_key_value")
         q, k, v = tape.op_multi_out("Split", [fused], {"axis": -1, "num_outputs": 3}, num_outputs=3)
         rotary = {"num_heads": heads}
         q, k = (
@@ -302,13 +219,13 @@ def decoder(
             value.name = f"present_{part}_{layer}"
             value.type, value.shape = ir.TensorType(kind), ir.Shape(cache_shape)
             presents.append(value)
-        return weights.linear(chosen, f"{prefix}.dense", hidden, width, heads="columns")
+        return weights.linear(chosen, f"{prefix}.dense")
 
     def mlp(x: ir.Value, layer: int) -> ir.Value:
         prefix = f"layers.{layer}.mlp"
-        wide = weights.linear(x, f"{prefix}.dense_h_to_4h", config.inner_size, hidden)
+        wide = weights.linear(x, f"{prefix}.dense_h_to_4h")
         wide = tape.op("Gelu", [wide], {"approximate": "tanh"})
-        return weights.linear(wide, f"{prefix}.dense_4h_to_h", hidden, config.inner_size)
+        return weights.linear(wide, f"{prefix}.dense_4h_to_h")
 
     for i in range(config.num_layers):
         x = residual(norm(x, f"layers.{i}.input_layernorm"), lambda x, i=i: attention(x, i))
@@ -318,13 +235,16 @@ def decoder(
     batch = tape.initializer(ir.tensor(np.array([0]), name="batch"))
     rows = tape.op("Gather", [tape.op("Squeeze", [x, batch]), logit_rows], {"axis": 0})
     x = norm(rows, "final_layernorm")  # [r, hidden]
-    bits = precision.head_bits
-    logits = weights.linear(x, "lm_head", config.vocab_size, hidden, bias=False, bits=bits)
+    logits = weights.linear(x, "lm_head", bias=False)
     logits.name = "logits"
     logits.type = ir.TensorType(ir.DataType.FLOAT)
     logits.shape = ir.Shape(["r", config.vocab_size])
     graph.outputs.extend([logits, *presents])
-    return ir.Model(graph, ir_version=10, producer_name="seechat-lite"), weights.items, weights.end
+    return (
+        ir.Model(graph, ir_version=10, producer_name="seechat-lite"),
+        items,
+        items[-1].stored[-1].end,
+    )
 
 
 def _branch(name: str, build: Callable[[Tape], list[ir.Value]]) -> ir.Graph:

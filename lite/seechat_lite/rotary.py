@@ -3,18 +3,23 @@
 import numpy as np
 
 
-def rotary_tables(head_size: int, length: int) -> np.ndarray:
+def rotary_tables(head_size: int, length: int, *, rounded: bool = False) -> np.ndarray:
     """Cosines and sines of the rotary angles, float32 [2, length, head_size / 4].
 
     Each half of a head (head_size / 2 numbers) is rotated in pairs (i, i + head_size / 4) by
     position * 10000**(-4i / head_size). The inverse frequencies are rounded to half precision, as
-    the published model's buffers are; the angles are not (they are in the published fp16 run).
+    the published model's buffers are. rounded: round the angles and what comes of them as well, as
+    the published code does when it runs in half precision; far from the beginning of a context the
+    cosines are then others altogether, and real weights have been served with these.
     """
     half = head_size // 2
     frequency = 10000.0 ** (-np.arange(0, half, 2, dtype=np.float32) / np.float32(half))
     frequency = frequency.astype(np.float16).astype(np.float32)
     angle = np.arange(length, dtype=np.float32)[:, None] * frequency
-    return np.stack([np.cos(angle), np.sin(angle)])
+    if not rounded:
+        return np.stack([np.cos(angle), np.sin(angle)])
+    angle = angle.astype(np.float16).astype(np.float32)
+    return np.stack([np.cos(angle), np.sin(angle)]).astype(np.float16).astype(np.float32)
 
 
 def rotary_rows(
