@@ -80,7 +80,9 @@ def decoder_layout(config: LMConfig, precision: Precision, block_size: int) -> l
     items: list[Item] = []
     end = 0
     for key, shape, heads, bits in _tensors(config, precision):
-        kind, arrays = "linear", [(f"{key}_t", precision.dtype, shape[::-1])]
+        kind = "linear"
+        arrays: list[tuple[str, str, tuple[int, ...]]]
+        arrays = [(f"{key}_t", precision.dtype, shape[::-1])]
         if len(shape) == 1:
             kind, arrays = "vector", [(key, "float32", shape)]
         elif bits:
@@ -91,8 +93,8 @@ def decoder_layout(config: LMConfig, precision: Precision, block_size: int) -> l
                 (f"{name}.scales", precision.dtype, (outputs, blocks)),
             ]
         stored = []
-        for array in arrays:
-            stored.append(Stored(*array, -(-end // ALIGN) * ALIGN))
+        for name, dtype, size in arrays:
+            stored.append(Stored(name, dtype, size, -(-end // ALIGN) * ALIGN))
             end = stored[-1].end
         items.append(Item(key, kind, shape, heads, tuple(stored), bits))
     return items

@@ -11,7 +11,10 @@ from seechat_lite.engines.base import Engine, EngineOptions
 from seechat_lite.errors import EngineError
 from seechat_weights.bundle import Manifest
 
-ENGINES = {"onnx": ("seechat_lite.engines.onnx", "OnnxEngine")}
+ENGINES = {
+    "onnx": ("seechat_lite.engines.onnx", "OnnxEngine"),
+    "torch": ("seechat_lite.engines.torch", "TorchEngine"),
+}
 DEFAULT = "onnx"
 
 
@@ -31,9 +34,14 @@ def create(
     if name not in ENGINES:
         raise EngineError(f"unknown engine {name!r}; expected one of: auto, {', '.join(ENGINES)}")
     module, cls = ENGINES[name]
-    return getattr(import_module(module), cls)(
-        folder, manifest, context=context, options=options or EngineOptions()
-    )
+    try:
+        engine = getattr(import_module(module), cls)
+    except ImportError as e:
+        raise EngineError(
+            f"{e.name} is not installed; the engine {name!r} needs it: "
+            f"pip install 'seechat-lite[{name}]'"
+        ) from None
+    return engine(folder, manifest, context=context, options=options or EngineOptions())
 
 
 __all__ = ["ENGINES", "Engine", "EngineOptions", "create"]

@@ -1,13 +1,15 @@
 """What every engine can do: pictures to embeddings, a prompt to logits, a token to logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from seechat_lite.errors import EngineError
-from seechat_lite.prompt import Prompt
+from seechat_lite.errors import ContextError, EngineError
+from seechat_lite.prompt import Prompt, context_length, position_ids
+from seechat_weights.bundle import LMConfig, VisionConfig
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,11 @@ class EngineOptions:
     threads: int = 0  # on the CPU; 0 is one a core
     vision_device: str | None = None  # None for `device`
     keep_vision: bool = True  # or release the vision network after every picture
+    # the rest is for the torch engine
+    dtype: str | None = None  # "fp16", "bf16" or "fp32"; None for what suits the device
+    quantize: str | None = None  # a name of nn.linears.QUANTIZATIONS
+    max_memory: int | None = None  # bytes that a GPU lends
+    rounded_rotary: bool = False  # angles as the published code rounds them in half precision
 
 
 class Cancelled(EngineError):  # noqa: N818 (an event, not a fault)
@@ -73,3 +80,58 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release sessions, cache and files; calling it twice is harmless."""
         ...
+
+
+def embedded(
+    prompt: Prompt, lm: LMConfig, *, context: int, rows: Callable[[Sequence[int]], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """A prompt as the decoder takes it: embeddings, positions and the length of its context.
+
+    rows: word embeddings of ids. Returns float32 [tokens, hidden], int64 [2, tokens], and how many
+    tokens come before <sop>. Raises ContextError.
+    """
+    ids = prompt.ids
+    if len(ids) > context:
+        raise ContextError(
+            f"the prompt has {len(ids)} tokens, the context holds {context}: "
+            "shorten the question, start a new chat or load the model with a larger context"
+        )
+    if min(ids) < 0 or max(ids) >= lm.vocab_size:
+        raise ContextError(
+            f"the prompt's ids reach from {min(ids)} to {max(ids)}; expected 0 to "
+            f"{lm.vocab_size - 1}: it was made with another tokenizer"
+        )
+    positions = position_ids(ids, gmask_id=lm.gmask_id, mask_id=lm.mask_id, bos_id=lm.bos_id)
+    embeds = rows(ids).astype(np.float32)
+    for start, image in prompt.images:
+        if image.shape[1] != lm.hidden_size:
+            raise ContextError(
+                f"picture embeddings of width {image.shape[1]}; expected {lm.hidden_size}: "
+                "they were made by another model"
+            )
+        embeds[start : start + len(image)] = image
+    return embeds, positions, context_length(ids, bos_id=lm.bos_id)
+
+
+def check_room(tokens: int, free: int, context: int) -> None:
+    """Raise ContextError if `tokens` more do not fit the places that are `free`."""
+    if tokens > free:
+        raise ContextError(
+            f"the context of {context} tokens is full ({free} left, {tokens} needed): "
+            "start a new chat or load the model with a larger context"
+        )
+
+
+def check_pixels(pixels: np.ndarray, vision: VisionConfig | None, folder: Path) -> None:
+    """Raise EngineError if a bundle has no eyes, or not for pixels of this shape."""
+    if vision is None:
+        raise EngineError(
+            f"{folder}: a text-only bundle, it cannot see pictures: "
+            "export it with a vision tower, or ask without a picture"
+        )
+    size = vision.pixels.image_size
+    if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
+        raise EngineError(
+            f"pixels of shape {list(pixels.shape)}; expected [n, 3, {size}, {size}]: "
+            "prepare them with seechat_lite.images.pixels"
+        )

@@ -14,9 +14,15 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from seechat_lite.engines.base import Cancelled, EngineOptions
-from seechat_lite.errors import BundleError, ContextError, EngineError
-from seechat_lite.prompt import Prompt, context_length, position_ids
+from seechat_lite.engines.base import (
+    Cancelled,
+    EngineOptions,
+    check_pixels,
+    check_room,
+    embedded,
+)
+from seechat_lite.errors import BundleError, EngineError
+from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_weights.bundle import LMConfig, Manifest
 
@@ -41,10 +47,7 @@ class OnnxEngine:
         self._manifest = manifest
         self._threads = options.threads
         self._providers = _providers(options.device)
-        self._vision_providers = _providers(options.vision_device or options.device)
-        self._keep_vision = options.keep_vision
-        self._vision: ort.InferenceSession | None = None
-        self._vision_lock = threading.Lock()
+        self._vision = OnnxVision(folder, manifest, options)
         lm = manifest.lm
         self._decoder: ort.InferenceSession | None = _session(
             folder / manifest.decoder.graph,
@@ -75,62 +78,13 @@ class OnnxEngine:
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         self._opened()
-        vision = self._manifest.vision
-        if vision is None:
-            raise EngineError(
-                f"{self._folder}: a text-only bundle, it cannot see pictures: "
-                "export it with a vision tower, or ask without a picture"
-            )
-        size = vision.pixels.image_size
-        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
-            raise EngineError(
-                f"pixels of shape {list(pixels.shape)}; expected [n, 3, {size}, {size}]: "
-                "prepare them with seechat_lite.images.pixels"
-            )
-        with self._vision_lock:  # loaded with the first picture: text alone needs none of it
-            session = self._vision or _session(
-                self._folder / vision.graph,
-                self._vision_providers,
-                {
-                    "pixel_values": (None, 3, size, size),
-                    "image_embeds": (None, vision.tokens, self._manifest.lm.hidden_size),
-                },
-                threads=self._threads,
-                # for one picture, preparing the weights takes longer than it saves, and twice the
-                # memory; int8 products need it
-                as_written=not self._keep_vision
-                and vision.precision in ("fp16", "fp32")
-                and self._vision_providers == [DEVICES["cpu"]],
-            )
-            self._vision = session if self._keep_vision else None
-        feeds = {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
-        (embeddings,) = session.run(["image_embeds"], feeds, _returning_memory())
-        return np.asarray(embeddings)
+        check_pixels(pixels, self._manifest.vision, self._folder)
+        return self._vision.encode(pixels)
 
     def prefill(self, prompt: Prompt) -> np.ndarray:
-        lm, ids = self._manifest.lm, prompt.ids
-        if len(ids) > self.context:
-            raise ContextError(
-                f"the prompt has {len(ids)} tokens, the context holds {self.context}: "
-                "shorten the question, start a new chat or load the model with a larger context"
-            )
-        if min(ids) < 0 or max(ids) >= lm.vocab_size:
-            raise ContextError(
-                f"the prompt's ids reach from {min(ids)} to {max(ids)}; expected 0 to "
-                f"{lm.vocab_size - 1}: it was made with another tokenizer"
-            )
-        positions = position_ids(
-            ids, gmask_id=lm.gmask_id, mask_id=lm.mask_id, bos_id=lm.bos_id
-        )  # int64 [2, tokens]
-        embeds = self._rows(ids)
-        for start, image in prompt.images:
-            if image.shape[1] != lm.hidden_size:
-                raise ContextError(
-                    f"picture embeddings of width {image.shape[1]}; expected {lm.hidden_size}: "
-                    "they were made by another model"
-                )
-            embeds[start : start + len(image)] = image
-        split = context_length(ids, bos_id=lm.bos_id)
+        embeds, positions, split = embedded(
+            prompt, self._manifest.lm, context=self.context, rows=self._rows
+        )
         self._begin()
         if split:
             self._run(embeds[:split], positions[:, :split], bidirectional=True)
@@ -147,11 +101,7 @@ class OnnxEngine:
         if not self._cache:
             raise EngineError("step() before prefill(): there is no prompt to continue")
         free = self.context + len(self._prefix) - self._length
-        if len(token_ids) > free:
-            raise ContextError(
-                f"the context of {self.context} tokens is full ({free} left, {len(token_ids)} "
-                "needed): start a new chat or load the model with a larger context"
-            )
+        check_room(len(token_ids), free, self.context)
         positions = self._next_position.repeat(len(token_ids), axis=1)
         positions[1] += np.arange(len(token_ids))
         logits = self._run(self._rows(token_ids), positions, rows=len(token_ids))
@@ -177,7 +127,8 @@ class OnnxEngine:
 
     def close(self) -> None:
         self.reset()
-        self._decoder = self._vision = None
+        self._decoder = None
+        self._vision.close()
 
     def _opened(self) -> ort.InferenceSession:
         if self._decoder is None:
@@ -245,6 +196,46 @@ class OnnxEngine:
             ) from e
         self._length = total
         return logits
+
+
+class OnnxVision:
+    """A bundle's vision graph, loaded with the first picture: text alone needs none of it."""
+
+    def __init__(self, folder: Path, manifest: Manifest, options: EngineOptions) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        self._options = options
+        self._providers = _providers(options.vision_device or options.device)
+        self._session: ort.InferenceSession | None = None
+        self._lock = threading.Lock()
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Embeddings of pictures: float32 [n, 3, S, S] to float32 [n, tokens, hidden]."""
+        vision = self._manifest.vision
+        assert vision is not None
+        size = vision.pixels.image_size
+        with self._lock:
+            session = self._session or _session(
+                self._folder / vision.graph,
+                self._providers,
+                {
+                    "pixel_values": (None, 3, size, size),
+                    "image_embeds": (None, vision.tokens, self._manifest.lm.hidden_size),
+                },
+                threads=self._options.threads,
+                # for one picture, preparing the weights takes longer than it saves, and twice the
+                # memory; int8 products need it
+                as_written=not self._options.keep_vision
+                and vision.precision in ("fp16", "fp32")
+                and self._providers == [DEVICES["cpu"]],
+            )
+            self._session = session if self._options.keep_vision else None
+        feeds = {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
+        (embeddings,) = session.run(["image_embeds"], feeds, _returning_memory())
+        return np.asarray(embeddings)
+
+    def close(self) -> None:
+        self._session = None
 
 
 def _cache_names(prefix: str, lm: LMConfig) -> list[str]:

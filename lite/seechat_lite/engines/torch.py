@@ -1,0 +1,343 @@
+"""The engine for GPUs: torch executes a bundle of any precision, or published weights as they are.
+
+The key/value cache is one buffer per layer and part, of the context's length. A prompt is one
+forward of known size: its context sees itself both ways without a mask, what follows is causal. A
+step on a GPU is a recorded CUDA graph of Triton kernels (nn.kernels), which reads how many tokens
+there are on the device; elsewhere it is plain torch. The embedding table is never loaded: the few
+rows a prompt needs are read from the mapped file.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seechat_lite.engines.base import (
+    Cancelled,
+    EngineOptions,
+    check_pixels,
+    check_room,
+    embedded,
+)
+from seechat_lite.engines.torch_memory import advice, device_plan
+from seechat_lite.engines.torch_weights import BundleSource, CheckpointSource, build
+from seechat_lite.errors import EngineError, MemoryPlanError
+from seechat_lite.memory import human
+from seechat_lite.nn.decoder import Cache, Decoder, KernelPlace, TorchPlace
+from seechat_lite.nn.linears import fused
+from seechat_lite.prompt import Prompt
+from seechat_weights.bundle import MANIFEST, Manifest
+from seechat_weights.lm import open_lm
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+LONGEST_RECORDED = 16  # tokens of a step; steps of more run without a CUDA graph
+
+
+class TorchEngine:
+    """See engines.base.Engine; devices are torch's: "cpu", "cuda", "cuda:1". `path` is a bundle,
+    or whatever seechat_weights.lm.open_lm reads.
+
+    Raises EngineError (device, dtype, quantization), CheckpointError and MemoryPlanError.
+    """
+
+    def __init__(
+        self, path: Path, manifest: Manifest, *, context: int, options: EngineOptions
+    ) -> None:
+        self.context = context
+        self._path = path
+        self._manifest = manifest
+        self._options = options
+        self._device = _device(options.device)
+        self._dtype = _dtype(options.dtype, self._device)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        bundle = (path / MANIFEST).is_file()
+        if bundle and options.quantize and manifest.decoder.block_size:
+            raise EngineError(
+                f"{path}: its weights are {manifest.decoder.precision} already; expected fp16 or "
+                f"fp32 to make {options.quantize} of: load it without quantize"
+            )
+        self._source = BundleSource(path, manifest) if bundle else CheckpointSource(open_lm(path))
+        prefix = self._source.prefix
+        self._prefix = None if prefix is None else torch.from_numpy(prefix)
+        self._before = 0 if prefix is None else prefix.shape[3]  # tokens of the prefix
+        self._plan = device_plan(
+            manifest,
+            context=context + self._before,
+            dtype_bytes=self._dtype.itemsize,
+            quantize=options.quantize,
+        )
+        self._vision_lock = threading.Lock()
+        self._vision = None
+        self._cancelled = False
+        self._cache: Cache | None = None
+        self._recorded: dict[int, _Recorded] = {}  # by how many tokens they append
+        self._length = 0  # tokens in the cache, those of a prefix included; 0 before a prompt
+        self._next = np.zeros((2, 1), np.int64)  # positions of the token that comes next
+        self._lend_memory()
+        with self._memory_planned():
+            self._decoder: Decoder | None = build(
+                manifest.lm,
+                self._source,
+                positions=context + 1,
+                dtype=self._dtype,
+                device=self._device,
+                quantize=options.quantize,
+                rounded_rotary=options.rounded_rotary,
+            )
+        # bitsandbytes' modules decide on the CPU what to do: they cannot be recorded
+        self._fused = fused(self._device)
+        self._records = self._fused and not options.quantize
+
+    def encode_image(self, pixels: np.ndarray) -> np.ndarray:
+        self._opened()
+        check_pixels(pixels, self._manifest.vision, self._path)
+        with self._vision_lock:
+            if self._vision is None:
+                # imported here: a text-only checkpoint needs no ONNX Runtime
+                from seechat_lite.engines.onnx import OnnxVision
+
+                self._vision = OnnxVision(self._path, self._manifest, self._vision_options())
+        return self._vision.encode(pixels)
+
+    @torch.inference_mode()
+    def prefill(self, prompt: Prompt) -> np.ndarray:
+        self._opened()
+        embeds, positions, split = embedded(
+            prompt, self._manifest.lm, context=self.context, rows=self._source.rows
+        )
+        self._cancelled = False
+        with self._memory_planned():
+            self._begin()
+            place = TorchPlace(
+                torch.from_numpy(positions).to(self._device), self._length, context=split
+            )
+            logits = self._opened()(
+                self._on_device(embeds),
+                place,
+                self._cache,
+                between_layers=self._raise_if_cancelled,
+            )
+            self._length += len(embeds)
+            self._next = positions[:, -1:] + [[0], [1]]
+            return logits[0].cpu().numpy()
+
+    def step(self, token_id: int) -> np.ndarray:
+        return self.extend([token_id])[0]
+
+    @torch.inference_mode()
+    def extend(self, token_ids: Sequence[int]) -> np.ndarray:
+        if self._cache is None or not self._length:
+            raise EngineError("step() before prefill(): there is no prompt to continue")
+        check_room(len(token_ids), self.context + self._before - self._length, self.context)
+        rows = len(token_ids)
+        positions = self._next.repeat(rows, axis=1)
+        positions[1] += np.arange(rows)
+        embeds = torch.from_numpy(self._source.rows(token_ids).astype(np.float32))
+        self._raise_if_cancelled()
+        with self._memory_planned():
+            if self._records and rows <= LONGEST_RECORDED:
+                if rows not in self._recorded:
+                    self._recorded[rows] = _Recorded(self._opened(), self._cache, rows)
+                logits = self._recorded[rows].run(embeds, positions, self._length)
+            else:
+                logits = self._run(embeds, positions).cpu().numpy()
+        self._length += rows
+        self._next[1] += rows
+        return logits
+
+    def forget(self, tokens: int) -> None:
+        self._length -= tokens  # what lies behind the length is never read, only overwritten
+        self._next[1] -= tokens
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    def reset(self) -> None:
+        self._length = 0
+        if not self._recorded:  # recorded steps go on to use the memory of this one cache
+            self._cache = None
+
+    def close(self) -> None:
+        self._recorded.clear()
+        self.reset()
+        self._decoder = None
+        if self._device.type == "cuda" and self._options.max_memory is not None:
+            torch.cuda.set_per_process_memory_fraction(1.0, self._device)
+        if self._vision is not None:
+            self._vision.close()
+        self._return_memory()
+
+    def _vision_options(self) -> EngineOptions:
+        """On the GPU if ONNX Runtime can use it."""
+        import onnxruntime as ort
+
+        there = "CUDAExecutionProvider" in ort.get_available_providers()
+        default = "cuda" if self._device.type == "cuda" and there else "cpu"
+        return replace(self._options, vision_device=self._options.vision_device or default)
+
+    def _opened(self) -> Decoder:
+        if self._decoder is None:
+            raise EngineError("the model is closed: load it again")
+        return self._decoder
+
+    def _raise_if_cancelled(self) -> None:
+        if self._cancelled:
+            self._cancelled = False
+            raise Cancelled
+
+    def _on_device(self, embeds: np.ndarray) -> Tensor:
+        return torch.from_numpy(embeds).to(self._dtype).to(self._device)
+
+    def _begin(self) -> None:
+        """An empty cache, but for the prefix."""
+        if self._cache is None:
+            self._cache = Cache.empty(
+                self._manifest.lm,
+                self._source.head,
+                self._before + self.context,
+                dtype=self._dtype,
+                device=self._device,
+            )
+        if self._prefix is not None:
+            for layer, (keys, values) in enumerate(self._prefix):
+                self._cache.keys[layer][:, : self._before] = keys.to(self._device)
+                self._cache.values[layer][:, : self._before] = values.to(self._device)
+        self._length = self._before
+
+    def _run(self, embeds: Tensor, positions: np.ndarray) -> Tensor:
+        """A step that is not recorded: logits [rows, vocab]."""
+        assert self._cache is not None
+        at = torch.from_numpy(positions).to(self._device)
+        place = TorchPlace(at, self._length)
+        if self._fused:
+            length = torch.tensor([self._length], dtype=torch.int32, device=self._device)
+            place = KernelPlace(at, length)
+        return self._opened()(
+            embeds.to(self._dtype).to(self._device),
+            place,
+            self._cache,
+            logit_rows=len(embeds),
+            between_layers=self._raise_if_cancelled,
+        )
+
+    def _lend_memory(self) -> None:
+        """Keep to the budget of a GPU's memory; refuse what cannot fit."""
+        if self._device.type != "cuda":
+            return
+        free, total = torch.cuda.mem_get_info(self._device)
+        budget = self._options.max_memory
+        if budget is not None:
+            torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0), self._device)
+        room = min(free, budget if budget is not None else free)
+        if self._plan.total > room:
+            raise MemoryPlanError(
+                f"{self._manifest.name} needs {self._plan} on {self._device}; {human(room)} are "
+                f"there: {advice(self._plan, self._manifest, room, self._options.quantize)}"
+            )
+
+    @contextmanager
+    def _memory_planned(self) -> Iterator[None]:
+        """Turn an out-of-memory into an error that says what to do, and give the memory back."""
+        try:
+            yield
+        except torch.OutOfMemoryError as e:
+            first = str(e).splitlines()[0]
+        else:
+            return
+        # outside of the handler: the exception holds on to the frames that hold the memory
+        self._recorded.clear()
+        self.reset()
+        self._return_memory()
+        how = advice(self._plan, self._manifest, self._plan.total - 1, self._options.quantize)
+        raise MemoryPlanError(
+            f"{self._device} is out of memory ({first}); {self._manifest.name} needs "
+            f"{self._plan}: {how}"
+        )
+
+    def _return_memory(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class _Recorded:
+    """A step of `rows` tokens as a CUDA graph, with the memory it reads and writes."""
+
+    def __init__(self, decoder: Decoder, cache: Cache, rows: int) -> None:
+        like = cache.keys[0]
+        self._decoder, self._cache = decoder, cache
+        hidden = decoder.final_layernorm.normalized_shape[0]
+        self._embeds = like.new_zeros((rows, hidden))
+        self._positions = torch.zeros((2, rows), dtype=torch.int64, device=like.device)
+        self._length = torch.zeros(1, dtype=torch.int32, device=like.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits = like
+        self._answer = torch.empty(0)
+
+    def run(self, embeds: Tensor, positions: np.ndarray, length: int) -> np.ndarray:
+        """Logits, float32 [rows, vocab], of tokens behind `length` others."""
+        self._embeds.copy_(embeds.to(self._embeds.dtype))
+        self._positions.copy_(torch.from_numpy(positions))
+        self._length.fill_(length)
+        if self._graph is None:
+            self._graph = self._record()
+        self._graph.replay()
+        self._answer.copy_(self._logits)
+        return self._answer.numpy().copy()
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        # once without recording: it compiles kernels and allocates what libraries keep, and what
+        # it writes into the cache is written again by the step itself
+        device = self._embeds.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            self._step()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._logits = self._step()
+        self._answer = torch.empty(self._logits.shape, pin_memory=True)
+        return graph
+
+    def _step(self) -> Tensor:
+        place = KernelPlace(self._positions, self._length)
+        return self._decoder(self._embeds, place, self._cache, logit_rows=len(self._embeds))
+
+
+def _device(name: str) -> torch.device:
+    """A device of torch that is there: "auto" takes the GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("another kind")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        found = "auto, cpu" + (", cuda" if torch.cuda.is_available() else "")
+        raise EngineError(
+            f"device {name!r} is not there for torch {torch.__version__}; it offers: {found}"
+        ) from None
+    return device
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    if name is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise EngineError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}: choose one")
+    if name == "bf16":
+        log.warning(
+            "bf16: ChatGLM-6B was trained in fp16, whose numbers are eight times finer; expect "
+            "other answers than its authors'"
+        )
+    return DTYPES[name]

@@ -1,0 +1,168 @@
+"""Weights for nn.decoder, tensor by tensor onto the device: from a bundle or a checkpoint."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seechat_lite.errors import EngineError
+from seechat_lite.nn.decoder import Decoder
+from seechat_lite.nn.linears import BlockLinear, bitsandbytes_linear
+from seechat_lite.rotary import rotary_tables
+from seechat_weights.bundle import LMConfig, Manifest
+from seechat_weights.layout import decoder_layout, head_order, padded_head_size
+from seechat_weights.lm import LM
+from seechat_weights.precisions import PRECISIONS
+
+
+@dataclass(frozen=True)
+class Given:
+    """One tensor of ours: an array [outputs, inputs] or [size], or codes and scales of `bits`."""
+
+    key: str
+    arrays: list[np.ndarray]
+    bits: int = 0
+
+
+class Source(Protocol):
+    """Where the weights of a decoder come from, heads in a bundle's order."""
+
+    @property
+    def head(self) -> int:
+        """Size of a head, padded or not."""
+        ...
+
+    @property
+    def prefix(self) -> np.ndarray | None:
+        """A P-tuning prefix, [layers, 2 (key, value), heads, tokens, head]."""
+        ...
+
+    def rows(self, ids: Sequence[int]) -> np.ndarray:
+        """Word embeddings [tokens, hidden]."""
+        ...
+
+    def tensors(self) -> Iterator["Given"]:
+        """Every tensor but the word embeddings, weights before their biases."""
+        ...
+
+
+@dataclass(frozen=True)
+class BundleSource:
+    """The weights file, embeddings and prefix of a bundle, all mapped."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def head(self) -> int:
+        return padded_head_size(self.manifest.lm)
+
+    @property
+    def prefix(self) -> np.ndarray | None:
+        lm, decoder = self.manifest.lm, self.manifest.decoder
+        if not decoder.prefix:
+            return None
+        shape = (lm.num_layers, 2, lm.num_heads, decoder.prefix_tokens, self.head)
+        stored = np.fromfile(self.folder / decoder.prefix, decoder.embeddings_dtype)
+        return stored.reshape(shape)
+
+    def rows(self, ids: Sequence[int]) -> np.ndarray:
+        lm, decoder = self.manifest.lm, self.manifest.decoder
+        shape = (lm.vocab_size, lm.hidden_size)
+        file = self.folder / decoder.embeddings
+        return np.memmap(file, decoder.embeddings_dtype, "r", shape=shape)[ids]
+
+    def tensors(self) -> Iterator[Given]:
+        decoder = self.manifest.decoder
+        path = self.folder / f"{decoder.graph}.data"
+        data = np.memmap(path, np.uint8, "c")  # torch wants arrays that could be written
+        precision = replace(PRECISIONS[decoder.precision], head_bits=decoder.head_bits)
+        items = decoder_layout(self.manifest.lm, precision, decoder.block_size)
+        if data.size < items[-1].stored[-1].end:
+            raise EngineError(
+                f"{path}: {data.size} bytes; expected {items[-1].stored[-1].end} for the sizes in "
+                "the manifest: export the bundle again"
+            )
+        for item in items:
+            arrays = [data[s.offset : s.end].view(s.dtype).reshape(s.shape) for s in item.stored]
+            if item.kind == "linear" and not item.bits:  # stored transposed
+                arrays = [arrays[0].T]
+            yield Given(item.key, arrays, item.bits)
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """Published weights, put into a bundle's order as they are read."""
+
+    lm: LM
+
+    @property
+    def head(self) -> int:
+        return self.lm.config.head_size
+
+    @property
+    def prefix(self) -> np.ndarray | None:
+        if self.lm.prefix is None:
+            return None
+        prefix = self.lm.prefix.copy()
+        quarters = prefix[:, 0].reshape(*prefix.shape[:1], *prefix.shape[2:4], 2, 2, -1)
+        prefix[:, 0] = quarters.swapaxes(-3, -2).reshape(prefix[:, 0].shape)
+        return prefix
+
+    def rows(self, ids: Sequence[int]) -> np.ndarray:
+        return self.lm.read("word_embeddings.weight", np.asarray(ids))
+
+    def tensors(self) -> Iterator[Given]:
+        order = head_order(self.lm.config)
+        for key in self.lm.shapes:
+            if "query_key_value" in key:
+                yield Given(key, [self.lm.read(key, order)])
+            elif key != "word_embeddings.weight":
+                yield Given(key, [self.lm.read(key)])
+
+
+def build(
+    config: LMConfig,
+    source: Source,
+    *,
+    positions: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None = None,
+    rounded_rotary: bool = False,
+) -> Decoder:
+    """The decoder with its weights on `device`, where one tensor at a time is brought.
+
+    quantize: a name of nn.linears.QUANTIZATIONS, of float weights. Raises EngineError.
+    """
+    tables = torch.from_numpy(rotary_tables(config.head_size, positions, rounded=rounded_rotary))
+    padding = source.head // 4 - tables.shape[-1]  # rotates zeros
+    with torch.device("meta"):
+        decoder = Decoder(config, source.head, torch.empty(0))
+    decoder.rotary = F.pad(tables, (0, padding)).to(device)
+    few_bits = bitsandbytes_linear(quantize, dtype) if quantize else None
+
+    def place(array: np.ndarray, to: torch.dtype = dtype) -> Tensor:
+        # to the device as it is stored, and only there to the type it is needed in
+        own = array if array.flags.writeable else array.copy()
+        return torch.from_numpy(own).to(device).to(to).contiguous()
+
+    for given in source.tensors():
+        name, _, kind = given.key.rpartition(".")
+        module = decoder.get_submodule(name)
+        if given.bits:
+            codes, scales = given.arrays
+            inputs = cast(nn.Linear, module).in_features
+            stored = place(codes, torch.uint8), place(scales, torch.float32)
+            decoder.set_submodule(name, BlockLinear(*stored, inputs=inputs, bits=given.bits))
+        elif few_bits and len(given.arrays[0].shape) == 2:
+            decoder.set_submodule(name, few_bits(place(given.arrays[0])))
+        else:
+            parameter = nn.Parameter(place(given.arrays[0]), requires_grad=False)
+            setattr(module, kind, parameter)
+    return decoder.eval().requires_grad_(False)

@@ -1,0 +1,109 @@
+"""Linears over weights of few bits: the blocks of a bundle, and bitsandbytes' modules."""
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seechat_lite.errors import EngineError
+
+CHUNK = 1 << 26  # weights that are numbers at the same time when many rows are multiplied
+
+
+class BlockLinear(nn.Module):
+    """A linear whose weight stays in blocks of 8 or 4 bits, as a bundle stores it.
+
+    codes: uint8 [outputs, blocks, block_size * bits / 8]; scales [outputs, blocks]; a weight is
+    scale * (code - 2**(bits-1)), of two codes in a byte the low half comes first. A few rows are
+    multiplied with the codes as they are (on a GPU), for more the weight is made of them first.
+    """
+
+    def __init__(self, codes: Tensor, scales: Tensor, *, inputs: int, bits: int) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.bits = bits
+        self.codes: Tensor
+        self.scales: Tensor
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if fused(x.device):
+            from seechat_lite.nn import kernels
+
+            if len(x) <= kernels.FEW:
+                return kernels.block_linear(
+                    x.contiguous(), self.codes, self.scales, self.bias, bits=self.bits
+                )
+        parts = []
+        rows = max(1, CHUNK // self.inputs)
+        for i in range(0, len(self.codes), rows):
+            bias = None if self.bias is None else self.bias[i : i + rows]
+            parts.append(F.linear(x, self.weight(slice(i, i + rows), x.dtype), bias))
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
+    def weight(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight, [rows, inputs]."""
+        codes, scales = self.codes[rows], self.scales[rows]
+        if fused(codes.device):
+            from seechat_lite.nn import kernels
+
+            return kernels.dequantized(
+                codes, scales, bits=self.bits, inputs=self.inputs, dtype=dtype
+            )
+        if self.bits == 4:
+            codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+        values = codes.float().sub_(2 ** (self.bits - 1)).mul_(scales[..., None])
+        return values.flatten(1)[:, : self.inputs].to(dtype)
+
+
+def fused(device: torch.device) -> bool:
+    """Whether the kernels of nn.kernels run there."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+# names of --quantize, and bits of a weight with its share of the scales
+QUANTIZATIONS = {"nf4": 4.13, "fp4": 4.13, "int8": 8.01}
+
+
+def bitsandbytes_linear(kind: str, dtype: torch.dtype) -> Callable[[Tensor], nn.Module]:
+    """A function of a weight [outputs, inputs] that makes a linear of it, quantized to `kind`.
+
+    It is quantized on the device it is on. Raises EngineError without bitsandbytes.
+    """
+    if kind not in QUANTIZATIONS:
+        raise EngineError(
+            f"quantize is {kind!r}; expected one of {', '.join(QUANTIZATIONS)}: choose one"
+        )
+    try:
+        bnb: Any = import_module("bitsandbytes").nn  # its types do not say what its modules take
+    except ImportError as e:
+        raise EngineError(
+            f"{e.name} is not installed; quantize={kind!r} needs it: pip install bitsandbytes"
+        ) from None
+
+    def make(weight: Tensor) -> nn.Module:
+        outputs, inputs = weight.shape
+        if kind == "int8":
+            with torch.device("meta"):
+                linear = bnb.Linear8bitLt(
+                    inputs, outputs, bias=False, has_fp16_weights=False, threshold=6.0
+                )
+            # only a weight that comes from the CPU is quantized on its way to the device
+            params = bnb.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+        else:
+            with torch.device("meta"):
+                linear = bnb.Linear4bit(
+                    inputs, outputs, bias=False, compute_dtype=dtype, quant_type=kind
+                )
+            params = bnb.Params4bit(weight, requires_grad=False, quant_type=kind)
+        linear.weight = params.to(weight.device)
+        return linear
+
+    return make

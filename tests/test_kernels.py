@@ -1,0 +1,81 @@
+"""The GPU kernels, run by Triton's interpreter on the CPU, against plain torch."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from seechat_export.quantize import dequantize_blocks, quantize_blocks
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
+
+
+def test_all_with_the_interpreter() -> None:
+    """Triton decides when it is imported whether it interprets: a process of its own."""
+    if INTERPRETED:
+        pytest.skip("this is that process")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+needs_interpreter = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1"
+)
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+@needs_interpreter
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "block"), [(1, 256, 24, 32), (3, 200, 13, 64), (1, 4200, 9, 128)]
+)
+def test_blocks(rows: int, inputs: int, outputs: int, block: int, bits: int) -> None:
+    from seechat_lite.nn import kernels
+
+    torch.manual_seed(inputs)
+    codes, scales = quantize_blocks(torch.randn(outputs, inputs), bits=bits, block_size=block)
+    weight = dequantize_blocks(codes, scales, bits=bits, inputs=inputs)
+    x, bias = torch.randn(rows, inputs), torch.randn(outputs)
+    on = {name: t.to(DEVICE) for name, t in locals().items() if isinstance(t, torch.Tensor)}
+    for b in ("bias", "none"):
+        found = kernels.block_linear(on["x"], on["codes"], on["scales"], on.get(b), bits=bits)
+        expected = x @ weight.t() + (bias if b == "bias" else 0)
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=2e-4)
+    found = kernels.dequantized(
+        on["codes"], on["scales"], bits=bits, inputs=inputs, dtype=torch.float32
+    )
+    torch.testing.assert_close(found.cpu(), weight, rtol=0, atol=0)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("rows", "heads", "head", "length"), [(1, 3, 16, 0), (3, 2, 24, 45)])
+def test_a_step_of_attention(rows: int, heads: int, head: int, length: int) -> None:
+    from seechat_lite.nn import decoder, kernels
+
+    torch.manual_seed(length)
+    capacity, scale = 60, head**-0.5
+    qkv = torch.randn(rows, 3, heads, head)
+    rotary = torch.randn(2, 80, head // 4)
+    positions = torch.tensor([[5] * rows, list(range(7, 7 + rows))])
+    keys, values = torch.randn(2, heads, capacity, head)
+    expected_keys, expected_values = keys.clone(), values.clone()
+    expected = decoder.append(qkv, rotary, positions, length, expected_keys, expected_values)
+    tensors = (t.to(DEVICE) for t in (qkv, rotary, positions))
+    at = torch.tensor([length], dtype=torch.int32, device=DEVICE)
+    keys, values = keys.to(DEVICE), values.to(DEVICE)
+    queries = kernels.append(*tensors, at, keys, values)
+    torch.testing.assert_close(queries.cpu(), expected)
+    torch.testing.assert_close(keys.cpu(), expected_keys)
+    torch.testing.assert_close(values.cpu(), expected_values)
+    found = kernels.attend(queries, keys, values, at, scale=scale)
+    expected = decoder.attend(expected, expected_keys, expected_values, length, scale=scale)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
