@@ -7,6 +7,9 @@ bidirectional call, everything from <sop> on is causal (see seechat_export.graph
 table is never loaded: the few rows a prompt needs are read from the memory-mapped file.
 """
 
+import contextlib
+import math
+import mmap
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -141,9 +144,9 @@ class OnnxEngine:
         self.reset()
         shape = (1, lm.num_heads, len(self._prefix) + self.context, self._head)
         names = zip(_cache_names("past", lm), _cache_names("present", lm), strict=True)
+        buffers = _untouched((2 * lm.num_layers, *shape), self._cache_dtype)
         for i, (past, present) in enumerate(names):
-            # zeros from the allocator: pages that no token has reached take no memory
-            buffer = self._cache[past] = np.zeros(shape, self._cache_dtype)
+            buffer = self._cache[past] = buffers[i]
             value = ort.OrtValue.ortvalue_from_numpy(buffer)
             self._binding.bind_ortvalue_input(past, value)
             self._binding.bind_ortvalue_output(present, value)
@@ -241,6 +244,18 @@ class OnnxVision:
 def _cache_names(prefix: str, lm: LMConfig) -> list[str]:
     """The graph's names of the cache's buffers: key and value of every layer in turn."""
     return [f"{prefix}_{part}_{i}" for i in range(lm.num_layers) for part in ("key", "value")]
+
+
+def _untouched(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros straight from the system, to which they go back: pages take memory when written to.
+
+    numpy's own would ask for huge pages, of which the first token of every head touches all.
+    """
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def _prefix(folder: Path, manifest: Manifest, head: int) -> np.ndarray:
