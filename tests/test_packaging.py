@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ["seechat_weights", "seechat_lite", "seechat_export"]  # each imports only from its left
 FOLDERS = {"seechat_weights": "weights", "seechat_lite": "lite", "seechat_export": "export"}
 # modules that may import torch when they are imported: nothing of the runtime imports these
-TORCH_ROOMS = ("lite/seechat_lite/nn", "export/")
+TORCH_ROOMS = ("lite/seechat_lite/nn", "lite/seechat_lite/engines/torch", "export/")
 
 RUNTIME_ONLY = """
 import sys

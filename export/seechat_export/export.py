@@ -43,7 +43,7 @@ from seechat_weights.bundle import (
 )
 from seechat_weights.errors import BundleError, SeechatError
 from seechat_weights.lm import ALL, LM, Rows, open_lm
-from seechat_weights.names import OLD_VOCABULARY
+from seechat_weights.names import OLD_IMAGE_TOKENS, OLD_VOCABULARY
 from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS, Precision
 from seechat_weights.quantized import Quantized
 
@@ -52,7 +52,6 @@ log = logging.getLogger(__name__)
 GRAPH, WEIGHTS, EMBEDDINGS = "decoder.onnx", "decoder.onnx.data", "embeddings.bin"
 PREFIX = "prefix.bin"
 TOKENIZER, PARITY, JOURNAL = "ice_text.model", "parity.json", "journal.json"
-OLD_IMAGE_TOKENS = 20000  # ids before the text ids in the vocabulary of 150528
 NEW_JOURNAL = f"{JOURNAL}.new"
 ROWS = 4096  # rows of the embedding table written at a time
 VISION_BITS = {"fp32": 32, "fp16": 16, "int8": 9}  # with the blocks' scales

@@ -27,12 +27,13 @@ from seechat_lite.generate import generate
 from seechat_lite.images import load_image, pixels
 from seechat_lite.memory import MIN_CONTEXT, check_memory, plan
 from seechat_lite.prompt import Prompt
+from seechat_lite.published import published_manifest
 from seechat_lite.sampling import Sampling
 from seechat_lite.speculation import PromptLookup
 from seechat_lite.tokenizer import TextStream, Tokenizer
 from seechat_lite.verified import verify_once
 from seechat_weights.builtin import BUILTIN
-from seechat_weights.bundle import Manifest, read_manifest
+from seechat_weights.bundle import MANIFEST, Manifest, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -51,20 +52,27 @@ def load(
     vision_device: str | None = None,
     keep_vision: bool | None = None,
     max_memory: int | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    rounded_rotary: bool = False,
     image_cache: int = IMAGE_CACHE,
     progress: Progress | None = None,
 ) -> "Model":
     """Load a bundle: a folder written by `seechat export`, or with None the built-in model.
+
+    The engine "torch" also loads published weights: a folder of ChatGLM-6B, text only.
 
     engine: "auto" or a name of engines.ENGINES. device: "auto", "cpu", "cuda", … or the name of an
     ONNX Runtime execution provider. context: tokens that the prompt and the answer may take
     together; the cache grows with it. threads: on the CPU, 0 for one a core. vision_device: where
     the vision network runs, if not on `device`. keep_vision: hold it in memory, or release it after
     every picture; None keeps a small one. max_memory: bytes that the model may take at most;
-    loading is refused if it may need more (see memory.plan). image_cache: bytes of embeddings kept
-    for pictures that no chat shows any more. progress: called in this thread with a stage,
-    "checking" (bytes of the bundle) or "loading", and how much of it is done, of how much; loading
-    ends with the exception that it raises, and leaves nothing open.
+    loading is refused if it may need more (see memory.plan). For the engine "torch", dtype: "fp16",
+    "bf16" or "fp32", None for what suits the device; quantize: "nf4", "fp4" or "int8", to make so
+    of float weights with bitsandbytes; rounded_rotary: see rotary.rotary_tables. image_cache: bytes
+    of embeddings kept for pictures that no chat shows any more. progress: called in this thread
+    with a stage, "checking" (bytes of the bundle) or "loading", and how much of it is done, of how
+    much; loading ends with the exception that it raises, and leaves nothing open.
 
     Raises BundleError (missing, damaged or newer bundle), EngineError (engine or device),
     MemoryPlanError (would not fit), ContextError (context too small to be of use).
@@ -74,16 +82,20 @@ def load(
         raise ContextError(
             f"context is {context} tokens; expected at least {MIN_CONTEXT}: choose more"
         )
-    manifest = read_manifest(folder)
+    unexported = engine == "torch" and not (folder / MANIFEST).exists()
+    manifest = published_manifest(folder) if unexported else read_manifest(folder)
     if manifest.conversation not in FORMATS:
         raise BundleError(
             f"{folder}: conversation format {manifest.conversation!r} is unknown; expected one of "
             f"{', '.join(FORMATS)}: upgrade seechat-lite or export the model again"
         )
-    needed = plan(manifest, context=context, keep_vision=keep_vision)
-    log.info("%s: %s", manifest.name, needed)
-    check_memory(needed, manifest, budget=max_memory)
-    verify_once(folder, manifest, partial(progress, "checking") if progress else None)
+    if engine != "torch":  # whose memory may be another one: it makes a plan of its own
+        needed = plan(manifest, context=context, keep_vision=keep_vision)
+        log.info("%s: %s", manifest.name, needed)
+        check_memory(needed, manifest, budget=max_memory)
+        keep_vision = needed.keep_vision
+    if not unexported:
+        verify_once(folder, manifest, partial(progress, "checking") if progress else None)
     tokenizer = Tokenizer(
         folder / manifest.tokenizer.file, num_image_tokens=manifest.tokenizer.num_image_tokens
     )
@@ -94,7 +106,11 @@ def load(
         device=device,
         threads=threads,
         vision_device=vision_device,
-        keep_vision=needed.keep_vision,
+        keep_vision=keep_vision is not False,
+        dtype=dtype,
+        quantize=quantize,
+        max_memory=max_memory,
+        rounded_rotary=rounded_rotary,
     )
     executor = create(engine, folder, manifest, context=context, options=options)
     model = Model(manifest, tokenizer, executor, image_cache=image_cache)

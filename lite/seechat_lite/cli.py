@@ -331,6 +331,8 @@ def _load(args: argparse.Namespace, options: dict[str, Any]) -> "Model":
     from seechat_weights.builtin import BUILTIN
     from seechat_weights.bundle import read_manifest
 
+    if options["engine"] == "torch":  # it may load what has no manifest, and plans for itself
+        return load(args.model, **options)
     manifest = read_manifest(args.model or BUILTIN)
     needed = plan(manifest, context=options["context"], keep_vision=options["keep_vision"])
     if needed.total < WORTH_A_PLAN:

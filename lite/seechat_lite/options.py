@@ -7,6 +7,9 @@ from typing import Any
 
 from seechat_weights.errors import SeechatError
 
+DTYPES = ("fp16", "bf16", "fp32")  # the torch engine's, which is imported when it is asked for
+QUANTIZATIONS = ("nf4", "fp4", "int8")
+
 
 def add_load_options(parser: Any) -> None:
     """Add the options of load() to an argparse parser, but for the bundle's name."""
@@ -20,6 +23,17 @@ def add_load_options(parser: Any) -> None:
         help="refuse to load what may take more, such as 5GB; default: what is free",
     )
     add("--vision-device", metavar="DEVICE", help="where pictures are read; default: --device")
+    add("--dtype", choices=DTYPES, help="numbers of the torch engine; default: fp16 on a GPU")
+    add(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        help="float weights to fewer bits as they are loaded (torch engine, bitsandbytes)",
+    )
+    add(
+        "--rounded-rotary",
+        action="store_true",
+        help="round positions as the authors' own fp16 code does (torch engine)",
+    )
     add_memory_options(parser)
 
 
@@ -46,6 +60,8 @@ def load_options(args: argparse.Namespace, usage_error: Callable[[str], Any]) ->
     if args.engine not in ("auto", *ENGINES):
         usage_error(f"--engine is {args.engine}; expected one of auto, {', '.join(ENGINES)}")
     check_context(args, usage_error)
+    if args.engine != "torch" and (args.dtype or args.quantize or args.rounded_rotary):
+        usage_error("--dtype, --quantize and --rounded-rotary go with --engine torch")
     if args.threads < 0:
         usage_error(f"--threads is {args.threads}; expected 0 or more")
     max_memory = None
@@ -62,6 +78,9 @@ def load_options(args: argparse.Namespace, usage_error: Callable[[str], Any]) ->
         "vision_device": args.vision_device,
         "keep_vision": args.keep_vision,
         "max_memory": max_memory,
+        "dtype": args.dtype,
+        "quantize": args.quantize,
+        "rounded_rotary": args.rounded_rotary,
     }
 
 

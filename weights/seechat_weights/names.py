@@ -9,7 +9,8 @@ from seechat_weights.accounting import Shape, Shapes, account, check_shapes
 from seechat_weights.bundle import LMConfig
 from seechat_weights.errors import CheckpointError
 
-OLD_VOCABULARY = 150528  # releases before April 2023: 20000 image tokens come first
+OLD_VOCABULARY = 150528  # releases before April 2023: image tokens come before the text's
+OLD_IMAGE_TOKENS = 20000
 _OLD_IDS = {"pad_id": 0, "mask_id": 150000, "gmask_id": 150001, "bos_id": 150004, "eos_id": 150005}
 # no ChatGLM-6B has more; what is beyond would only fill the memory before it is refused
 _MOST, _MOST_LAYERS = 1 << 24, 1024

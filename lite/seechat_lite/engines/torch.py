@@ -28,9 +28,9 @@ from seechat_lite.engines.base import (
 from seechat_lite.engines.torch_memory import advice, device_plan
 from seechat_lite.engines.torch_weights import BundleSource, CheckpointSource, build
 from seechat_lite.errors import EngineError, MemoryPlanError
-from seechat_lite.memory import human
+from seechat_lite.memory import available_memory, human
 from seechat_lite.nn.decoder import Cache, Decoder, KernelPlace, TorchPlace
-from seechat_lite.nn.linears import fused
+from seechat_lite.nn.linears import QUANTIZATIONS, fused
 from seechat_lite.prompt import Prompt
 from seechat_weights.bundle import MANIFEST, Manifest
 from seechat_weights.lm import open_lm
@@ -59,6 +59,11 @@ class TorchEngine:
         self._dtype = _dtype(options.dtype, self._device)
         if options.threads:
             torch.set_num_threads(options.threads)
+        if options.quantize not in (None, *QUANTIZATIONS):
+            raise EngineError(
+                f"quantize is {options.quantize!r}; expected one of {', '.join(QUANTIZATIONS)}: "
+                "choose one"
+            )
         bundle = (path / MANIFEST).is_file()
         if bundle and options.quantize and manifest.decoder.block_size:
             raise EngineError(
@@ -230,12 +235,13 @@ class TorchEngine:
         )
 
     def _lend_memory(self) -> None:
-        """Keep to the budget of a GPU's memory; refuse what cannot fit."""
-        if self._device.type != "cuda":
-            return
-        free, total = torch.cuda.mem_get_info(self._device)
+        """Keep to the budget; refuse what cannot fit."""
         budget = self._options.max_memory
-        if budget is not None:
+        free = total = available_memory()
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._device)
+        log.info("%s: %s", self._manifest.name, self._plan)
+        if budget is not None and self._device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0), self._device)
         room = min(free, budget if budget is not None else free)
         if self._plan.total > room:

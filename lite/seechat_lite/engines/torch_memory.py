@@ -9,7 +9,7 @@ from seechat_weights.bundle import Manifest
 from seechat_weights.layout import decoder_layout, padded_head_size
 from seechat_weights.precisions import PRECISIONS
 
-RUNTIME = 200 << 20  # cuBLAS' workspaces, recorded steps, what an allocator cannot use
+RUNTIME = 150 << 20  # cuBLAS' workspaces, recorded steps, what an allocator cannot use
 
 
 def device_plan(
@@ -30,7 +30,8 @@ def device_plan(
         else:
             weights += math.prod(item.shape) * dtype_bytes
     width = lm.num_heads * padded_head_size(lm)
-    rows = context * (2 * lm.inner_size + 6 * lm.hidden_size + 8 * width)
+    # what a layer of the longest prompt holds at once: the MLP's, or the attention's
+    rows = context * (4 * lm.hidden_size + max(2 * lm.inner_size, 8 * width))
     made = CHUNK if decoder.block_size or quantize else 0  # a weight that is made of blocks
     return MemoryPlan(
         weights=round(weights),

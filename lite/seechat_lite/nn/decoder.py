@@ -159,13 +159,17 @@ def append(
     int64 [2, rows]; keys, values: [heads, capacity, head], changed in place. Returns the rotated
     queries, [rows, heads, head].
     """
-    # [2, 2, rows, head / 4] to [rows, 1, 1, head / 2]: the first half turns by the first position
-    cos, sin = rotary[:, positions].transpose(1, 2).flatten(2)[:, :, None, None]
-    a, b = qkv[:, :2].float().chunk(2, dim=-1)
-    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(qkv.dtype)
+    # [2, 2, rows, head / 4] to [rows, 1, head / 2]: the first half turns by the first position
+    cos, sin = rotary[:, positions].transpose(1, 2).flatten(2)[:, :, None]
+
+    def rotated(x: Tensor) -> Tensor:
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+    queries, new_keys, new_values = qkv.unbind(1)
     new = slice(length, length + len(qkv))
-    keys[:, new], values[:, new] = turned[:, 1].transpose(0, 1), qkv[:, 2].transpose(0, 1)
-    return turned[:, 0]
+    keys[:, new], values[:, new] = rotated(new_keys).transpose(0, 1), new_values.transpose(0, 1)
+    return rotated(queries)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, length: int, *, scale: float) -> Tensor:
