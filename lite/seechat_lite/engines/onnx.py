@@ -8,8 +8,10 @@ table is never loaded: the few rows a prompt needs are read from the memory-mapp
 """
 
 import contextlib
+import ctypes
 import math
 import mmap
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,6 +64,7 @@ class OnnxEngine:
             },
             threads=self._threads,
         )
+        _release_pages(folder / f"{manifest.decoder.graph}.data")
         self._embeddings = np.memmap(
             folder / manifest.decoder.embeddings,
             dtype=manifest.decoder.embeddings_dtype,
@@ -256,6 +259,22 @@ def _untouched(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def _release_pages(file: Path) -> None:
+    """Give back the pages of a mapped file that were read to prepare its weights (Linux).
+
+    Some stay mapped after they were copied. They are the file's own: one that is needed after all
+    is read again.
+    """
+    if sys.platform != "linux":
+        return
+    name, libc = str(file.resolve()), ctypes.CDLL(None)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5] == name:
+            start, end = (int(address, 16) for address in fields[0].split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _prefix(folder: Path, manifest: Manifest, head: int) -> np.ndarray:
