@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seechat_export.graphs import Item, padded_head_size
 from seechat_weights.bundle import LMConfig
+from seechat_weights.layout import Item, padded_head_size
 from seechat_weights.precisions import Precision
 from seechat_weights.quantized import Quantized
 

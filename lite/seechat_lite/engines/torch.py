@@ -26,7 +26,7 @@ from seechat_lite.engines.base import (
     embedded,
 )
 from seechat_lite.engines.torch_memory import advice, device_plan
-from seechat_lite.engines.torch_weights import BundleSource, CheckpointSource, build
+from seechat_lite.engines.torch_weights import BundleSource, CheckpointSource, Source, build
 from seechat_lite.errors import EngineError, MemoryPlanError
 from seechat_lite.memory import available_memory, human
 from seechat_lite.nn.decoder import Cache, Decoder, KernelPlace, TorchPlace
@@ -49,8 +49,15 @@ class TorchEngine:
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, *, context: int, options: EngineOptions
+        self,
+        path: Path,
+        manifest: Manifest,
+        *,
+        context: int,
+        options: EngineOptions,
+        source: Source | None = None,
     ) -> None:
+        """source: of the weights, if not those in `path`."""
         self.context = context
         self._path = path
         self._manifest = manifest
@@ -70,7 +77,9 @@ class TorchEngine:
                 f"{path}: its weights are {manifest.decoder.precision} already; expected fp16 or "
                 f"fp32 to make {options.quantize} of: load it without quantize"
             )
-        self._source = BundleSource(path, manifest) if bundle else CheckpointSource(open_lm(path))
+        if source is None:
+            source = BundleSource(path, manifest) if bundle else CheckpointSource(open_lm(path))
+        self._source = source
         prefix = self._source.prefix
         self._prefix = None if prefix is None else torch.from_numpy(prefix)
         self._before = 0 if prefix is None else prefix.shape[3]  # tokens of the prefix
@@ -237,11 +246,10 @@ class TorchEngine:
     def _lend_memory(self) -> None:
         """Keep to the budget; refuse what cannot fit."""
         budget = self._options.max_memory
-        free = total = available_memory()
-        if self._device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self._device)
+        on_gpu = self._device.type == "cuda"
+        free, total = torch.cuda.mem_get_info(self._device) if on_gpu else 2 * (available_memory(),)
         log.info("%s: %s", self._manifest.name, self._plan)
-        if budget is not None and self._device.type == "cuda":
+        if budget is not None and on_gpu:
             torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0), self._device)
         room = min(free, budget if budget is not None else free)
         if self._plan.total > room:
@@ -322,12 +330,12 @@ class _Recorded:
 def _device(name: str) -> torch.device:
     """A device of torch that is there: "auto" takes the GPU if there is one."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("another kind")
-        torch.empty(1, device=device)
+        device = torch.empty(1, device=device).device  # with its number
     except (RuntimeError, AssertionError):
         found = "auto, cpu" + (", cuda" if torch.cuda.is_available() else "")
         raise EngineError(

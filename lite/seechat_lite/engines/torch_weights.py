@@ -25,7 +25,7 @@ class Given:
     """One tensor of ours: an array [outputs, inputs] or [size], or codes and scales of `bits`."""
 
     key: str
-    arrays: list[np.ndarray]
+    arrays: Sequence[np.ndarray | Tensor]
     bits: int = 0
 
 
@@ -147,10 +147,11 @@ def build(
     decoder.rotary = F.pad(tables, (0, padding)).to(device)
     few_bits = bitsandbytes_linear(quantize, dtype) if quantize else None
 
-    def place(array: np.ndarray, to: torch.dtype = dtype) -> Tensor:
+    def place(array: np.ndarray | Tensor, to: torch.dtype = dtype) -> Tensor:
+        if isinstance(array, np.ndarray):
+            array = torch.from_numpy(array if array.flags.writeable else array.copy())
         # to the device as it is stored, and only there to the type it is needed in
-        own = array if array.flags.writeable else array.copy()
-        return torch.from_numpy(own).to(device).to(to).contiguous()
+        return array.to(device).to(to).contiguous()
 
     for given in source.tensors():
         name, _, kind = given.key.rpartition(".")

@@ -274,8 +274,9 @@ def _attend(
     inside = i < HEAD
     query = tl.load(queries + (row * heads + head) * HEAD + i, mask=inside, other=0.0)
     query = query.to(tl.float32) * scale
-    most = -1e30  # finite, so that a part without tokens weighs nothing and is no NaN
-    weight = 0.0
+    # finite, so that a part without tokens weighs nothing and is no NaN
+    most = tl.full((), -1e30, tl.float32)
+    weight = tl.full((), 0.0, tl.float32)
     total = tl.zeros((SIZE,), tl.float32)
     for first in range(start, stop, TOKENS):
         t = first + tl.arange(0, TOKENS)

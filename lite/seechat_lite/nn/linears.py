@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from seechat_lite.errors import EngineError
 
-CHUNK = 1 << 25  # weights that are numbers at the same time when many rows are multiplied
+CHUNK = 1 << 26  # weights that are numbers at the same time when many rows are multiplied
 
 
 class BlockLinear(nn.Module):

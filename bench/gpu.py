@@ -1,0 +1,665 @@
+"""The torch engine on a GPU, measured: one command writes a table and JSON to docs/benchmarks/.
+
+    python bench/gpu.py              # everything, in some minutes, on a card of 24 GB or more
+    python bench/gpu.py --tiny       # the same code at a tiny size, also without a GPU
+
+Needs torch and numpy; with triton (comes with torch on Linux) the engine's kernels run, with
+transformers the vision network, with bitsandbytes its precisions, with onnxruntime the built-in
+bundle through both engines. What is missing is said and left out. Weights are random, made on the
+device; no network, no downloads. First, every precision is held to the CPU on the small models in
+tests/data; then ChatGLM-6B's full shape is timed. Times are medians and include what a caller waits
+for: embeddings going in, logits coming back. Shares are of rates measured on the same card: of the
+copy bandwidth (a step reads all weights and the cache once), of the fp16 matrix product.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / room) for room in ("weights", "lite", "export")]
+for name in ("sentencepiece", "psutil"):  # imported by what is imported here, and not used
+    if find_spec(name) is None:
+        print(f"{name} is not installed: not needed here", file=sys.stderr)
+        sys.modules[name] = ModuleType(name)
+
+from seechat_export.quantize import quantize_blocks  # noqa: E402
+from seechat_lite.engines.base import EngineOptions  # noqa: E402
+from seechat_lite.engines.torch import TorchEngine  # noqa: E402
+from seechat_lite.engines.torch_weights import CheckpointSource, Given, Source  # noqa: E402
+from seechat_lite.errors import MemoryPlanError  # noqa: E402
+from seechat_lite.nn.chatglm import ALPHA  # noqa: E402
+from seechat_lite.prompt import Prompt  # noqa: E402
+from seechat_weights.builtin import BUILTIN  # noqa: E402
+from seechat_weights.bundle import (  # noqa: E402
+    Decoder,
+    LMConfig,
+    Manifest,
+    TokenizerConfig,
+    read_manifest,
+)
+from seechat_weights.checkpoints import open_checkpoint  # noqa: E402
+from seechat_weights.layout import decoder_layout, padded_head_size  # noqa: E402
+from seechat_weights.lm import open_lm  # noqa: E402
+from seechat_weights.precisions import PRECISIONS  # noqa: E402
+
+DATA = ROOT / "tests/data"
+FULL = LMConfig()
+TINY = LMConfig(
+    vocab_size=512,
+    hidden_size=128,
+    num_layers=2,
+    num_heads=4,
+    inner_size=256,
+    pad_id=3,
+    mask_id=496,
+    gmask_id=497,
+    bos_id=498,
+    eos_id=499,
+)
+# stored precision, bitsandbytes' on top of it, and the most GB at a context of 2048 with eyes
+FORMS = {
+    "fp16": ("fp16", None, 14.5),
+    "int8": ("int8", None, 8.5),
+    "int4": ("int4", None, 5.5),
+    "bitsandbytes int8": ("fp16", "int8", 8.5),
+    "bitsandbytes nf4": ("fp16", "nf4", 5.5),
+}
+BLOCK = 128
+TURNS = 50
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is measured, at full size or tiny."""
+
+    config: LMConfig
+    context: int
+    prefills: tuple[int, ...]
+    decodes: tuple[int, ...]
+    question: int  # tokens of a question with a picture
+    picture: int  # of them the picture's
+
+
+SHAPES = {
+    False: Shape(FULL, 2048, (128, 512, 1024), (32, 512, 1920), 300, 256),
+    True: Shape(TINY, 64, (16, 32), (8, 40), 30, 16),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that all works")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not args.tiny:
+        parser.error("no GPU is here: use --tiny to try the program")
+    shape = SHAPES[args.tiny]
+    report: dict[str, Any] = {"machine": machine(device), "tiny": args.tiny, "skipped": {}}
+    bench = Bench(device, shape, report["skipped"])
+    start = time.perf_counter()
+    report["correctness"] = list(bench.correctness())
+    both = bench.tried("both engines", lambda: {"rows": list(bench.both_engines())})
+    report["correctness"] += both["rows"] if both else []
+    report["card"] = card = bench.card()
+    report["vision"] = bench.tried("vision", bench.vision) or {}
+    report["models"] = {}
+    for form in FORMS:
+        if bench.installed(form):
+            say(f"{form}: {time.perf_counter() - start:.0f} s")
+            found = bench.tried(form, lambda form=form: bench.model(form, card))
+            if found:
+                report["models"][form] = found
+    report["load"] = bench.tried("load", bench.load) or {}
+    report["budgets"] = list(bench.budgets())
+    report["seconds"] = round(time.perf_counter() - start)
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = "".join(c if c.isalnum() else "-" for c in report["machine"]["device"].lower())
+    path = args.out / f"gpu-{name}{'-tiny' if args.tiny else ''}"
+    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(report, shape))
+    print(table(report, shape))
+    say(f"written to {path}.md and .json")
+
+
+class Bench:
+    def __init__(self, device: torch.device, shape: Shape, skipped: dict[str, str]) -> None:
+        self.device = device
+        self.shape = shape
+        self.skipped = skipped  # what, and why
+        self.on_gpu = device.type == "cuda"
+        self.dtype = torch.float16 if self.on_gpu else torch.float32
+        self.eye: nn.Module | None = None
+
+    def installed(self, form: str) -> bool:
+        if form.startswith("bitsandbytes") and not find_spec("bitsandbytes"):
+            self.skipped[form] = "bitsandbytes is not installed"
+        return form not in self.skipped
+
+    def tried(self, what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """What is measured, or None: a fault in one part must not cost the others their figures."""
+        try:
+            return measure()
+        except Exception as e:
+            traceback.print_exc()
+            self.skipped[what] = f"{type(e).__name__}: {(str(e) or '?').splitlines()[0]}"
+            return None
+
+    def correctness(self) -> Iterator[dict[str, Any]]:
+        """Each precision on the device against plain float32 on the CPU, the same weights."""
+        lm = open_lm(DATA / "chatglm_tiny")
+        files = [DATA / f"chatglm_tiny/case_{name}.safetensors" for name in ("p1", "p8_long")]
+        cases = [open_checkpoint(file).read("input_ids")[0].tolist() for file in files]
+        rows: list[tuple[str, Source, dict[str, Any], float]] = [
+            ("fp32", CheckpointSource(lm), {"dtype": "fp32"}, 5e-4),
+            ("fp16", CheckpointSource(lm), {"dtype": "fp16"}, 0.1),
+            ("bf16", CheckpointSource(lm), {"dtype": "bf16"}, 0.6),
+        ]
+        for bits in (8, 4):
+            blocks = Blocks(CheckpointSource(lm), bits)
+            rows.append((f"int{bits} fp32", blocks, {"dtype": "fp32"}, 5e-4))
+            rows.append((f"int{bits} fp16", blocks, {"dtype": "fp16"}, 0.1))
+        # 4 bits are few for a model of width 64, whose logits deviate by 2.5
+        for kind, bar in (("int8", 1.0), ("nf4", 6.0), ("fp4", 8.0)):
+            if self.installed(f"bitsandbytes {kind}"):
+                rows.append((f"bitsandbytes {kind}", CheckpointSource(lm), {"quantize": kind}, bar))
+        manifest = manifest_of(lm.config, "fp16")
+        for name, source, chosen, bar in rows:
+            row = self.tried(name, lambda s=source, c=chosen: self.compared(manifest, s, c, cases))
+            if row:
+                yield {"what": name, **row, "bar": bar, "ok": row["error"] <= bar}
+
+    def compared(
+        self, manifest: Manifest, source: Source, chosen: dict[str, Any], cases: list[list[int]]
+    ) -> dict[str, float]:
+        """How far an engine on the device is from float32 on the CPU, on the same weights."""
+        errors, same = [], []
+        for ids in cases:
+            expected, found = (
+                answers(TorchEngine(ROOT, manifest, context=300, options=o, source=source), ids)
+                for o in (
+                    EngineOptions(device="cpu", dtype="fp32"),
+                    EngineOptions(device=self.device.type, **chosen),
+                )
+            )
+            errors.append(float(np.abs(expected - found).max()))
+            same += list(expected.argmax(-1) == found.argmax(-1))
+        return {"error": max(errors), "same token": sum(same) / len(same)}
+
+    def both_engines(self) -> Iterator[dict[str, Any]]:
+        """The built-in bundle through ONNX Runtime and through torch."""
+        if not find_spec("onnxruntime"):
+            self.skipped["onnxruntime"] = "it is not installed"
+            return
+        import onnxruntime as ort
+
+        from seechat_lite.engines import create
+
+        manifest = read_manifest(BUILTIN)
+        lm = manifest.lm
+        ids = [*range(20, 60), lm.gmask_id, lm.bos_id]
+
+        def run(engine: str, device: str) -> np.ndarray:
+            options = EngineOptions(device=device, dtype="fp32" if engine == "torch" else None)
+            opened = create(engine, BUILTIN, manifest, context=100, options=options)
+            return answers(opened, ids)
+
+        expected = run("torch", "cpu")
+        runs = [("torch", self.device.type), ("onnx", "cpu")]
+        if "CUDAExecutionProvider" in ort.get_available_providers():
+            runs.append(("onnx", "cuda"))
+        else:
+            self.skipped["onnxruntime on CUDA"] = "this ONNX Runtime has no CUDA provider"
+        for engine, device in runs:
+            found = run(engine, device)
+            error = float(np.abs(found - expected).max())
+            yield {
+                "what": f"built-in bundle, {engine} on {device}",
+                "error": error,
+                "bar": 0.5,  # ONNX Runtime's integer products round what they multiply
+                "same token": float((found.argmax(-1) == expected.argmax(-1)).mean()),
+                "ok": error <= 0.5,
+            }
+
+    def card(self) -> dict[str, float]:
+        """Copy bandwidth, bytes read and written in GB/s, and the matrix product in TFLOP/s."""
+        count, side = (1 << 30, 8192) if self.on_gpu else (1 << 22, 256)
+        a = torch.empty(count, dtype=torch.uint8, device=self.device)
+        b = torch.empty_like(a)
+        copy = self.median(lambda: b.copy_(a))
+        x = torch.randn((side, side), device=self.device).to(self.dtype)
+        product = self.median(lambda: x @ x)
+        return {"GB/s": 2 * count / copy / 1e9, "TFLOP/s": 2 * side**3 / product / 1e12}
+
+    def vision(self) -> dict[str, Any]:
+        """CLIP ViT-L/14 with a linear projector: seconds a picture, bytes."""
+        if not find_spec("transformers"):
+            self.skipped["vision"] = "transformers is not installed"
+            return {}
+        from seechat_lite.nn.vision import ClipTower, Vision
+        from seechat_weights.vision_names import ClipNames
+
+        hidden = self.shape.config.hidden_size
+        sizes = (224, 14, 1024, 4096, 24) if self.on_gpu else (56, 14, 64, 128, 3)
+        names = ClipNames("openai", *sizes, {}, {}, {})
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            tower = ClipTower(
+                names, heads=sizes[2] // 64, activation="quick_gelu", layernorm_epsilon=1e-5
+            )
+            eye = Vision(tower, nn.Linear(sizes[2], hidden))
+        self.eye = eye.to(self.device, self.dtype).eval().requires_grad_(False)
+        size = sum(p.numel() * p.element_size() for p in self.eye.parameters())
+        first = time.perf_counter()
+        self.look()
+        first = time.perf_counter() - first
+        return {"seconds": self.median(self.look), "first": first, "bytes": size}
+
+    @torch.inference_mode()
+    def look(self) -> np.ndarray:
+        """A picture's embeddings, float32 [tokens, hidden], as the prompt takes them."""
+        assert self.eye is not None
+        side = self.eye.tower.clip.embeddings.image_size  # type: ignore[union-attr]
+        pixels = np.zeros((1, 3, side, side), np.float32)
+        seen = self.eye(torch.from_numpy(pixels).to(self.device, self.dtype))
+        return seen[0].float().cpu().numpy()
+
+    def open(self, form: str, *, context: int = 0, budget: int | None = None) -> TorchEngine:
+        precision, quantize, _ = FORMS[form]
+        config = self.shape.config
+        return TorchEngine(
+            ROOT,
+            manifest_of(config, precision),
+            context=context or self.shape.context,
+            options=EngineOptions(device=self.device.type, quantize=quantize, max_memory=budget),
+            source=RandomSource(config, precision, self.device),
+        )
+
+    def model(self, form: str, card: dict[str, float]) -> dict[str, Any]:
+        """All figures of one precision."""
+        self.clean()
+        shape, config = self.shape, self.shape.config
+        start = time.perf_counter()
+        engine = self.open(form)
+        made = time.perf_counter() - start
+        numbers = sum(
+            np.prod(i.shape)
+            for i in decoder_layout(config, PRECISIONS["fp16"], 0)
+            if len(i.shape) > 1
+        )
+        stored = parameter_bytes(engine._opened())
+        found: dict[str, Any] = {"made seconds": made, "weights bytes": stored}
+        found["prefill"], found["decode"] = {}, {}
+        for tokens in shape.prefills:
+            seconds = self.median(lambda n=tokens: engine.prefill(self.prompt(n)))
+            work = 2 * (numbers - config.vocab_size * config.hidden_size) * tokens
+            found["prefill"][tokens] = {
+                "seconds": seconds,
+                "tokens/s": tokens / seconds,
+                "share": work / seconds / 1e12 / card["TFLOP/s"],
+            }
+        for tokens in shape.decodes:
+            engine.prefill(self.prompt(tokens))
+            seconds = self.median(lambda: engine.step(5), runs=16)
+            read = stored + tokens * cache_bytes(config) * self.dtype.itemsize / 2
+            found["decode"][tokens] = {
+                "seconds": seconds,
+                "tokens/s": 1 / seconds,
+                "share": read / seconds / 1e9 / card["GB/s"],
+            }
+        if self.eye is not None:
+            prompt = self.prompt(shape.question)
+
+            def first_token() -> None:
+                seen = self.look()[: shape.picture]
+                engine.prefill(Prompt(prompt.ids, [(1, seen)]))
+
+            found["first token seconds"] = self.median(first_token)
+        if self.on_gpu:
+            engine.prefill(self.prompt(shape.context - 8))
+            engine.step(5)
+            found["peak bytes"] = torch.cuda.max_memory_allocated()
+            found["peak reserved bytes"] = torch.cuda.max_memory_reserved()
+            found["flat"] = self.turns(engine)
+        if form == "fp16" or form.startswith("bitsandbytes"):
+            found["eager loop"] = self.eager(engine)
+        engine.close()
+        return found
+
+    def turns(self, engine: TorchEngine) -> dict[str, int]:
+        """Bytes that torch holds after the fifth and after the last of many turns."""
+        held = []
+        for turn in range(TURNS):
+            if self.eye is not None:
+                self.look()
+            engine.prefill(self.prompt(64 + 17 * turn % 900))
+            for _ in range(4):
+                engine.step(5)
+            engine.reset()
+            held.append(torch.cuda.memory_allocated())
+        return {"after 5": held[4], f"after {TURNS}": held[-1]}
+
+    @torch.inference_mode()
+    def eager(self, engine: TorchEngine) -> dict[str, Any]:
+        """The same weights in the loop that people write: a cache that is concatenated, a mask,
+        logits of every position, sums of small operations."""
+        tokens = self.shape.decodes[1]
+        hidden = self.shape.config.hidden_size
+        x = torch.randn((tokens, hidden), device=self.device).to(self.dtype)
+        past: list[tuple[Tensor, Tensor]] = []
+
+        def prefill() -> Tensor:
+            past.clear()
+            return eager_forward(engine, x, past)[-1].float().cpu()
+
+        def step() -> Tensor:
+            return eager_forward(engine, x[:1], past)[-1].float().cpu()
+
+        found = {"prefill seconds": self.median(prefill), "tokens": tokens}
+        return {**found, "decode seconds": self.median(step, runs=16)}
+
+    def load(self) -> dict[str, Any]:
+        """Seconds from an int4 bundle's files, which the system has in memory, to the device."""
+        self.clean()
+        config, precision = self.shape.config, PRECISIONS["int4"]
+        rng = np.random.default_rng(0)
+        with tempfile.TemporaryDirectory() as folder:
+            items = decoder_layout(config, precision, BLOCK)
+            manifest = manifest_of(config, "int4")
+            with (Path(folder) / "decoder.onnx.data").open("wb") as f:
+                for stored in (s for item in items for s in item.stored):
+                    f.seek(stored.offset)
+                    scale = np.full(stored.shape, 1e-3, np.float32)
+                    f.write(rng.bytes(stored.nbytes) if stored.dtype == "uint8" else scale.data)
+            (Path(folder) / "seechat.json").write_text(manifest.to_json())
+            start = time.perf_counter()
+            options = EngineOptions(device=self.device.type)
+            engine = TorchEngine(
+                Path(folder), manifest, context=self.shape.context, options=options
+            )
+            if self.on_gpu:
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            engine.close()
+        return {"int4 seconds": seconds, "bytes": items[-1].stored[-1].end}
+
+    def budgets(self) -> Iterator[dict[str, Any]]:
+        """Does it run with so much of the card's memory?"""
+        if not self.on_gpu:
+            self.skipped["budgets"] = "they are of a GPU's memory"
+            return
+        rows = [(24, form, self.shape.context) for form in FORMS if self.installed(form)]
+        rows += [(8, "int4", self.shape.context), (6, "int4", self.shape.context // 2)]
+        for budget, form, context in rows:
+            self.clean()
+            row = {"GB": budget, "form": form, "context": context}
+            engine = None
+            try:
+                engine = self.open(form, context=context, budget=budget * 10**9)
+                if self.eye is not None:
+                    self.look()
+                engine.prefill(self.prompt(context - 8))
+                engine.step(5)
+                yield {**row, "runs": True, "peak bytes": torch.cuda.max_memory_allocated()}
+            except (MemoryPlanError, torch.OutOfMemoryError) as e:
+                yield {**row, "runs": False, "error": str(e).splitlines()[0]}
+            finally:
+                if engine:
+                    engine.close()
+
+    def prompt(self, tokens: int) -> Prompt:
+        lm = self.shape.config
+        return Prompt([*(5 + i % 400 for i in range(tokens - 2)), lm.gmask_id, lm.bos_id])
+
+    def median(self, call: Callable[[], object], runs: int = 5) -> float:
+        """Seconds of a call that has been made twice before."""
+        times = []
+        for _ in range(2 + runs):
+            self.wait()
+            start = time.perf_counter()
+            call()
+            self.wait()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[2:])
+
+    def wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def clean(self) -> None:
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+@dataclass(frozen=True)
+class RandomSource:
+    """Weights that keep the scale of what they take, made on the device as they are asked for."""
+
+    config: LMConfig
+    precision: str
+    device: torch.device
+    prefix: np.ndarray | None = None
+
+    @property
+    def head(self) -> int:
+        return padded_head_size(self.config)
+
+    @cached_property
+    def words(self) -> np.ndarray:
+        draw = np.random.default_rng(0).standard_normal((512, self.config.hidden_size))
+        return draw.astype(np.float32)
+
+    def rows(self, ids: Sequence[int]) -> np.ndarray:
+        return self.words[np.asarray(ids) % 512]
+
+    def tensors(self) -> Iterator[Given]:
+        on = {"device": self.device}
+        for item in decoder_layout(
+            self.config, PRECISIONS[self.precision], block_of(self.precision)
+        ):
+            if item.kind == "vector":
+                one = "norm" in item.key and item.key.endswith("weight")
+                yield Given(item.key, [torch.full(item.shape, float(one), **on)])
+            elif item.bits:
+                shape, scales = (s.shape for s in item.stored)
+                codes = torch.randint(0, 256, shape, dtype=torch.uint8, **on)
+                spread = 2**item.bits / 12**0.5 * item.shape[1] ** 0.5
+                yield Given(item.key, [codes, torch.full(scales, 1 / spread, **on)], item.bits)
+            else:
+                kind = torch.float16 if self.device.type == "cuda" else torch.float32
+                weight = torch.randn(item.shape, dtype=kind, **on)
+                yield Given(item.key, [weight.mul_(item.shape[1] ** -0.5)])
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Another source's linears in blocks of 32, as an export would store them."""
+
+    source: Source
+    bits: int
+
+    @property
+    def head(self) -> int:
+        return self.source.head
+
+    @property
+    def prefix(self) -> np.ndarray | None:
+        return self.source.prefix
+
+    def rows(self, ids: Sequence[int]) -> np.ndarray:
+        return self.source.rows(ids)
+
+    def tensors(self) -> Iterator[Given]:
+        for given in self.source.tensors():
+            array = np.array(given.arrays[0], np.float32)
+            if array.ndim < 2:
+                yield given
+                continue
+            stored = quantize_blocks(torch.from_numpy(array), bits=self.bits, block_size=32)
+            yield replace(given, arrays=stored, bits=self.bits)
+
+
+def eager_forward(engine: TorchEngine, x: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Logits of all rows of x [rows, hidden]; `past` grows by their keys and values."""
+    decoder = engine._opened()
+    before = past[0][0].shape[1] if past else 0
+    at = torch.arange(before, before + len(x), device=x.device)
+    cos, sin = (t[at].repeat(1, 2)[None].to(x.dtype) for t in decoder.rotary)
+    mask = torch.ones((len(x), before + len(x)), dtype=torch.bool, device=x.device).tril(before)
+    for i, layer in enumerate(decoder.layers):
+        x = layer.input_layernorm(x)
+        qkv = layer.attention["query_key_value"](x).unflatten(-1, layer.split)
+        q, k, v = (t.transpose(0, 1) for t in qkv.unbind(1))
+
+        def turned(t: Tensor) -> Tensor:
+            a, b = t.chunk(2, -1)
+            return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+        q, k = turned(q), turned(k)
+        if i < len(past):
+            k, v = torch.cat([past[i][0], k], 1), torch.cat([past[i][1], v], 1)
+            past[i] = k, v
+        else:
+            past.append((k, v))
+        scores = (q @ k.transpose(1, 2)) * layer.scale
+        scores = scores.masked_fill(~mask, -10000.0).float()
+        seen = (F.softmax(scores, -1).to(x.dtype) @ v).transpose(0, 1).flatten(1)
+        x = x * ALPHA + layer.attention["dense"](seen)
+        x = layer.post_attention_layernorm(x)
+        wide = layer.mlp["dense_h_to_4h"](x)
+        wide = 0.5 * wide * (1 + torch.tanh(0.7978845608 * wide * (1 + 0.044715 * wide * wide)))
+        x = x * ALPHA + layer.mlp["dense_4h_to_h"](wide)
+    return decoder.lm_head(decoder.final_layernorm(x))
+
+
+def answers(engine: Any, ids: list[int]) -> np.ndarray:
+    """Logits of a prompt, a step and three tokens at once, [5, vocab]."""
+    found = [engine.prefill(Prompt(ids)), engine.step(7), *engine.extend([9, 50, 11])]
+    engine.close()
+    return np.stack(found)
+
+
+def manifest_of(config: LMConfig, precision: str) -> Manifest:
+    decoder = Decoder("decoder.onnx", "e", precision=precision, block_size=block_of(precision))
+    return Manifest("random", config, decoder, TokenizerConfig(), "chatglm")
+
+
+def block_of(precision: str) -> int:
+    return BLOCK if PRECISIONS[precision].block else 0
+
+
+def parameter_bytes(module: nn.Module) -> int:
+    """What a step reads of the weights, the scales of bitsandbytes aside."""
+    tensors = [*module.parameters(), *(b for n, b in module.named_buffers() if n != "rotary")]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def cache_bytes(config: LMConfig) -> int:
+    """Of a token, in half precision."""
+    return 2 * 2 * config.num_layers * config.hidden_size
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    packages = ("torch", "triton", "transformers", "bitsandbytes", "onnxruntime")
+    name = "cpu"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "device": name,
+        "cuda": str(torch.version.cuda),
+        "python": platform.python_version(),
+        **{p: installed(p) for p in packages},
+    }
+
+
+def table(report: dict[str, Any], shape: Shape) -> str:
+    """The report as Markdown."""
+    card, size = report["card"], shape.config
+    lines = [
+        f"# The torch engine on {report['machine']['device']}",
+        "",
+        f"`python bench/gpu.py{' --tiny' if report['tiny'] else ''}` · "
+        + " · ".join(f"{k} {v}" for k, v in report["machine"].items() if k != "device"),
+        "",
+        f"Random weights, {size.num_layers} layers of {size.hidden_size}, int8 and int4 in blocks "
+        f"of {BLOCK}, context {shape.context}. Measured here: {card['GB/s']:.0f} GB/s copied, "
+        f"{card['TFLOP/s']:.1f} TFLOP/s of matrix product.",
+        "",
+        "| | "
+        + " | ".join(f"prefill {n}, tokens/s (share)" for n in shape.prefills)
+        + " | "
+        + " | ".join(f"decode at {n}, tokens/s (share)" for n in shape.decodes)
+        + " | first token, ms | peak GB (at most) | eager loop, tokens/s |",
+        "|---" * (len(shape.prefills) + len(shape.decodes) + 4) + "|",
+    ]
+    for form, found in report["models"].items():
+        cells = [
+            f"{row['tokens/s']:.0f} ({row['share']:.0%})"
+            for part in ("prefill", "decode")
+            for row in found[part].values()
+        ]
+        first = found.get("first token seconds")
+        peak = found.get("peak bytes")
+        eager = found.get("eager loop")
+        cells.append(f"{first * 1e3:.1f}" if first else "–")
+        cells.append(f"{peak / 1e9:.2f} ({FORMS[form][2]})" if peak else "–")
+        cells.append(f"{1 / eager['decode seconds']:.1f}" if eager else "–")
+        lines.append(f"| {form} | " + " | ".join(cells) + " |")
+    if vision := report["vision"]:
+        lines += [
+            "",
+            f"A picture: {vision['seconds'] * 1e3:.1f} ms, first {vision['first']:.2f} s.",
+        ]
+    if load := report["load"]:
+        lines += ["", f"int4 from files in memory: {load['int4 seconds']:.1f} s."]
+    for row in report["budgets"]:
+        how = f"{row['peak bytes'] / 1e9:.2f} GB" if row["runs"] else row["error"]
+        lines.append(f"Budget {row['GB']} GB, {row['form']}, context {row['context']}: {how}.")
+    lines += [
+        "",
+        "| against float32 on the CPU | largest error | bar | same token |",
+        "|---|---|---|---|",
+    ]
+    for row in report["correctness"]:
+        mark = "" if row["ok"] else " **wrong**"
+        lines.append(
+            f"| {row['what']} | {row['error']:.2g}{mark} | {row['bar']} | {row['same token']:.0%} |"
+        )
+    lines += ["", *(f"Left out: {what} ({why})." for what, why in report["skipped"].items())]
+    return "\n".join(lines) + "\n"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
