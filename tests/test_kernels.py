@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,53 @@ def test_all_with_the_interpreter() -> None:
         text=True,
     )
     assert run.returncode == 0, run.stdout[-3000:]
+
+
+POINTERS = {
+    **dict.fromkeys(("x", "bias", "result", "weight", "qkv", "keys", "values", "queries"), "*fp16"),
+    **dict.fromkeys(("scales", "rotary", "parts", "sums"), "*fp32"),
+    "codes": "*u8",
+    "words": "*i32",
+    "length": "*i32",
+    "positions": "*i64",
+    "scale": "fp32",
+}
+KERNELS = {
+    "_block_linear": [
+        {"HAS_BIAS": True, "BITS": 4, "WORDS": 16, "GROUP": 32, "OUTPUTS": 8},
+        {"HAS_BIAS": False, "BITS": 8, "WORDS": 8, "GROUP": 64, "OUTPUTS": 8},
+    ],
+    "_dequantize": [{"BITS": 4, "WIDTH": 64, "GROUP": 16}, {"BITS": 8, "WIDTH": 32, "GROUP": 32}],
+    "_append": [{"QUARTER": 32, "HALF": 64}],
+    "_attend": [{"HEAD": 128, "SIZE": 128, "TOKENS": 32}],
+    "_weigh": [{"HEAD": 128, "SIZE": 128, "SPLITS": 16}],
+}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="what is interpreted is not compiled")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles_without_a_gpu(
+    name: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The interpreter runs what the compiler refuses."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from seechat_lite.nn import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(kernels, name)
+    for constants in KERNELS[name]:
+        types = {
+            argument: "constexpr" if argument in constants else POINTERS.get(argument, "i32")
+            for argument in kernel.arg_names
+        }
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert name in compiled.asm["ptx"]
 
 
 needs_interpreter = pytest.mark.skipif(

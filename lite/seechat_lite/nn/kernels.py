@@ -84,12 +84,12 @@ def _block_linear(
         )
         part = tl.zeros((OUTPUTS, GROUP, WORDS), tl.float32)
         for j in tl.static_range(EACH):
-            shift: tl.constexpr = (j % FIT) * BITS
+            shift = (j % FIT) * BITS
             k = place * EACH + j
             value = tl.load(x + row * inputs + k, mask=k < inputs, other=0.0).to(tl.float32)
             moved = packed >> (j // FIT * FIT * BITS)
             mantissa = (moved & (MASK << shift)) | 0x4B000000
-            middle: tl.constexpr = 8388608.0 + (1 << (BITS - 1 + shift))
+            middle = 8388608.0 + (1 << (BITS - 1 + shift))
             weight = mantissa.to(tl.float32, bitcast=True) - middle
             part += weight * (value * (1.0 / (1 << shift)))[None]
         scale = tl.load(
