@@ -6,6 +6,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,3 +128,33 @@ def test_a_step_of_attention(rows: int, heads: int, head: int, length: int) -> N
     found = kernels.attend(queries, keys, values, at, scale=scale)
     expected = decoder.attend(expected, expected_keys, expected_values, length, scale=scale)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_steps_of_the_engine(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps through the kernels give the logits that plain torch gives."""
+    from reference import data
+    from seechat_export.export import export_bundle
+    from seechat_lite.engines import EngineOptions, torch
+    from seechat_lite.nn import kernels, linears
+    from seechat_lite.prompt import Prompt
+
+    lm = data("chatglm_tiny")
+    manifest = export_bundle(lm=lm, out=tmp_path / "b", precision=precision, block_size=32)
+    lm = manifest.lm
+    options = EngineOptions(device="cpu")
+    monkeypatch.setattr(kernels, "OUTPUTS", 128)  # interpreted, few large programs are faster
+    runs = []
+    for fused in (False, True):
+        monkeypatch.setattr(torch, "fused", lambda _, fused=fused: fused)
+        engine = torch.TorchEngine(tmp_path / "b", manifest, context=60, options=options)
+        engine._records = False  # which takes a GPU
+        with monkeypatch.context() as steps:
+            logits = [engine.prefill(Prompt([*range(40, 70), lm.gmask_id, lm.bos_id]))]
+            steps.setattr(linears, "fused", lambda _, fused=fused: fused)
+            logits += [engine.step(7), *engine.extend([9, 50, 8])]
+        runs.append(logits)
+    np.testing.assert_allclose(runs[1], runs[0], rtol=0, atol=1e-4)
