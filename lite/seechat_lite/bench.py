@@ -6,6 +6,7 @@ bandwidth is measured between the steps, so that a busy moment of the machine sl
 figure is the median of its runs, of which the first is not counted.
 """
 
+import logging
 import os
 import platform
 import statistics
@@ -222,10 +223,14 @@ def _dialogue(model: Model, turns: int) -> Iterator[int]:
     """Talk, about a picture where the model can see; yields the resident memory after each turn."""
     chat, process = model.chat(), psutil.Process()
     image = Image.effect_noise((256, 256), 64) if model.manifest.vision else None
+    log = logging.getLogger("seechat_lite.chat")
+    level = log.level
+    log.setLevel(logging.ERROR)  # a dialogue that is meant to fill the context need not say so
     for i in range(turns):
         question = f"第{i + 1}个问题：请详细描述这张图片中的内容，并说明它的主要特点。"
         chat.ask(question, None if i else image, max_new_tokens=TURN_TOKENS)
         yield process.memory_info().rss
+    log.setLevel(level)
 
 
 def _first_token(model: Model, repeat: int) -> float:

@@ -17,7 +17,7 @@ from seechat_weights.bundle import LMConfig, Manifest
 from seechat_weights.precisions import PRECISIONS, Precision
 
 MIN_CONTEXT = 16  # tokens; less holds no question and answer
-RUNTIME = 110 << 20  # Python, numpy, Pillow and ONNX Runtime themselves
+RUNTIME = 130 << 20  # Python, numpy, Pillow and ONNX Runtime themselves
 VISION_WORKSPACE = 300 << 20  # what a picture's activations and one layer's weights take
 KEPT_VISION = 256_000_000  # bytes; a larger vision network is loaded for each new picture
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -93,8 +93,11 @@ def plan(manifest: Manifest, *, context: int, keep_vision: bool | None = None) -
             vision = file + VISION_WORKSPACE
     # what a layer of the longest prompt holds at once, as measured: the MLP's and the attention's
     activations = context * (2 * lm.inner_size + 10 * lm.hidden_size) * 4
+    weights = stored(manifest.decoder.graph) * widening(precision)
+    if precision.block:  # the kernels add the sum of every block to its scale
+        weights += weights * 4 // (manifest.decoder.block_size * precision.bits // 8 + 4)
     return MemoryPlan(
-        weights=stored(manifest.decoder.graph) * widening(precision),
+        weights=weights,
         cache=cache_bytes(lm, precision, context + manifest.decoder.prefix_tokens),
         vision=vision,
         workspace=RUNTIME + activations,
