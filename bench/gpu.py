@@ -58,7 +58,7 @@ from seechat_weights.bundle import (  # noqa: E402
     read_manifest,
 )
 from seechat_weights.checkpoints import open_checkpoint  # noqa: E402
-from seechat_weights.layout import decoder_layout, padded_head_size  # noqa: E402
+from seechat_weights.layout import decoder_layout  # noqa: E402
 from seechat_weights.lm import open_lm  # noqa: E402
 from seechat_weights.precisions import PRECISIONS  # noqa: E402
 
@@ -464,7 +464,7 @@ class RandomSource:
 
     @property
     def head(self) -> int:
-        return padded_head_size(self.config)
+        return self.config.padded_head_size
 
     @cached_property
     def words(self) -> np.ndarray:

@@ -235,8 +235,7 @@ class _Writer:
             WEIGHTS,
             prefix_tokens=0 if prefix is None else prefix.shape[3],
         )
-        exact = precision.dtype == "float32" and not precision.block
-        wide = exact and source.lm.shapes["word_embeddings.weight"].dtype != "float16"
+        wide = precision.exact and source.lm.shapes["word_embeddings.weight"].dtype != "float16"
         self.embeddings_dtype = "float32" if wide else "float16"
 
     @contextmanager

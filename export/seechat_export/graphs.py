@@ -27,7 +27,7 @@ from onnx_ir.tape import Tape
 
 from seechat_lite.nn.chatglm import ALPHA
 from seechat_weights.bundle import LMConfig
-from seechat_weights.layout import Item, Stored, decoder_layout, padded_head_size
+from seechat_weights.layout import Item, Stored, decoder_layout
 from seechat_weights.precisions import Precision
 
 OPSET = 24  # TensorScatter
@@ -36,8 +36,7 @@ MICROSOFT = "com.microsoft"
 
 def cache_dtype(precision: Precision) -> ir.DataType:
     """What the key/value cache holds."""
-    exact = precision.dtype == "float32" and not precision.block
-    return ir.DataType.FLOAT if exact else ir.DataType.FLOAT16
+    return ir.DataType.FLOAT if precision.exact else ir.DataType.FLOAT16
 
 
 def hidden_name(layer: int) -> str:
@@ -131,7 +130,7 @@ def decoder(
         return value
 
     x = embeds = declare(hidden_name(0), ir.DataType.FLOAT, [1, "s", hidden])
-    head = padded_head_size(config)
+    head = config.padded_head_size
     half = head // 2
     cos = declare("rotary_cos", ir.DataType.FLOAT, ["s", half])
     sin = declare("rotary_sin", ir.DataType.FLOAT, ["s", half])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seechat_export.graphs import Item, cache_dtype, hidden_name, padded_head_size
+from seechat_export.graphs import Item, cache_dtype, hidden_name
 from seechat_export.quantize import rearrange_prefix, restored_tensor
 from seechat_lite.nn.chatglm import Block, prefix_mask
 from seechat_lite.prompt import position_ids
@@ -165,7 +165,7 @@ class _Stages:
         self.context = ids.index(lm.bos_id)
         positions = position_ids(ids, gmask_id=lm.gmask_id, mask_id=lm.mask_id, bos_id=lm.bos_id)
         tables = rotary_tables(lm.head_size, len(ids))
-        self.rows = rotary_rows(tables, positions, padded_head_size(lm) // 2)
+        self.rows = rotary_rows(tables, positions, lm.padded_head_size // 2)
         angles = torch.from_numpy(tables)[:, torch.from_numpy(positions)]
         # each [1, tokens, 2, head_size / 4], as Block takes them
         self.cos, self.sin = angles.transpose(1, 2)[:, None]
@@ -182,7 +182,7 @@ class _Stages:
         session = self._cut([hidden_name(i), *shared, *past], [hidden_name(i + 1), *present])
         tokens, before = x.shape[1], self.before
         buffers = np.zeros(
-            (2, 1, self.lm.num_heads, before + tokens, padded_head_size(self.lm)), self.cache
+            (2, 1, self.lm.num_heads, before + tokens, self.lm.padded_head_size), self.cache
         )
         if self.prefix is not None:
             kept = rearrange_prefix(self.prefix[i : i + 1], self.lm)[0]

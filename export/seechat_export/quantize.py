@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seechat_weights.bundle import LMConfig
-from seechat_weights.layout import Item, padded_head_size
+from seechat_weights.layout import Item
 from seechat_weights.precisions import Precision
 from seechat_weights.quantized import Quantized
 
@@ -38,7 +38,7 @@ def rearrange_heads(tensor: Tensor, config: LMConfig, axis: str) -> Tensor:
     head of q and k to a1 b1 a2 b2, every quarter padded to the graph's head size.
     axis "columns": the attention's dense [hidden, hidden], its inputs padded to match v.
     """
-    quarter, padding = config.head_size // 4, (padded_head_size(config) - config.head_size) // 4
+    quarter, padding = config.head_size // 4, (config.padded_head_size - config.head_size) // 4
 
     def pad(halves: Tensor) -> Tensor:  # [..., 2, 2, quarter, columns]
         return F.pad(halves, (0, 0, 0, padding))
@@ -57,7 +57,7 @@ def rearrange_prefix(prefix: Tensor, config: LMConfig) -> Tensor:
 
     Keys have the quarters of a head in the graph's order, and all quarters are padded.
     """
-    padding = (padded_head_size(config) - config.head_size) // 4
+    padding = (config.padded_head_size - config.head_size) // 4
     halves = F.pad(prefix.unflatten(-1, (2, 2, -1)), (0, padding))
     keys, values = halves.unbind(1)
     return torch.stack([keys.transpose(-3, -2), values], 1).flatten(-3)

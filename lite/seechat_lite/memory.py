@@ -7,6 +7,7 @@ network, if that is released after every picture; else all of them.
 
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from seechat_weights.bundle import LMConfig, Manifest
 from seechat_weights.precisions import PRECISIONS, Precision
 
 MIN_CONTEXT = 16  # tokens; less holds no question and answer
+ADVISED_CONTEXT = 256  # tokens; less is nothing to recommend
 RUNTIME = 130 << 20  # Python, numpy, Pillow and ONNX Runtime themselves
 VISION_WORKSPACE = 300 << 20  # what a picture's activations and one layer's weights take
 KEPT_VISION = 256_000_000  # bytes; a larger vision network is loaded for each new picture
@@ -113,7 +115,7 @@ def widening(precision: Precision) -> int:
 
 def cache_bytes(lm: LMConfig, precision: Precision, tokens: int) -> int:
     """Bytes of the keys and values of `tokens` tokens: float16 but in a float32 model."""
-    number = 4 if precision.dtype == "float32" and not precision.block else 2
+    number = 4 if precision.exact else 2
     return 2 * lm.num_layers * lm.hidden_size * tokens * number
 
 
@@ -142,12 +144,10 @@ def check_memory(needed: MemoryPlan, manifest: Manifest, *, budget: int | None =
     def fits(context: int, keep_vision: bool) -> bool:
         return plan(manifest, context=context, keep_vision=keep_vision).total <= room
 
-    smaller = needed.context // 2
-    while smaller >= 256 and not fits(smaller, needed.keep_vision):
-        smaller //= 2
+    smaller = smaller_context(needed.context, lambda n: fits(n, needed.keep_vision))
     if needed.keep_vision and needed.vision and fits(needed.context, False):
         advice = "load it with keep_vision=False (--no-keep-vision)"
-    elif smaller >= 256:
+    elif smaller:
         advice = f"load it with context={smaller} (--context {smaller})"
     else:
         lower = {"fp32": "fp16", "fp16": "int8", "int8": "int4"}.get(manifest.decoder.precision)
@@ -155,6 +155,14 @@ def check_memory(needed: MemoryPlan, manifest: Manifest, *, budget: int | None =
         advice = f"{export}close other programs" if room == free else f"{export}allow more"
     limit = f"{human(free)} are free" if room == free else f"the budget is {human(room)}"
     raise MemoryPlanError(f"{manifest.name} needs {needed}; {limit}: {advice}")
+
+
+def smaller_context(context: int, fits: Callable[[int], bool]) -> int | None:
+    """`context` halved until it fits; None if that leaves too little for a conversation."""
+    while (context := context // 2) >= ADVISED_CONTEXT:
+        if fits(context):
+            return context
+    return None
 
 
 def parse_size(text: str) -> int:

@@ -4,6 +4,7 @@ One that is missing, surplus or of another shape than the configuration says is 
 loaded with a tensor silently skipped would answer, and answer wrongly.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -84,6 +85,27 @@ def check_shapes(
             f"{where}: {len(wrong)} of {len(expected)} tensors do not fit ({few(wrong)}); "
             "expected the sizes of its configuration: take both from the same model"
         )
+
+
+def sizes_of(shapes: Shapes, key: str, rank: int, *, where: str, advice: str) -> Shape:
+    """A tensor's shape, from which other sizes follow; CheckpointError if it is of another rank."""
+    found = shapes[key][0]
+    if len(found) != rank or 0 in found:
+        raise CheckpointError(
+            f"{where}: {key} has shape {list(found)}, expected {rank} sizes above 0: {advice}"
+        )
+    return found
+
+
+def patches_a_side(positions: int, *, where: str, advice: str) -> int:
+    """Of a ViT with `positions` position embeddings, the class token's among them."""
+    side = math.isqrt(positions - 1)
+    if side * side != positions - 1:
+        raise CheckpointError(
+            f"{where}: {positions} position embeddings, expected a square of patches and one more: "
+            f"{advice}"
+        )
+    return side
 
 
 def few(items: list[str]) -> str:

@@ -5,7 +5,6 @@ its own), and VisualGLM-6B inside its own checkpoint, under the names of SwissAr
 Our names are those of the transformers library, as seechat_lite.nn.blip builds the networks.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seechat_weights.accounting import Shape, Shapes, account, check_shapes, few, part
+from seechat_weights.accounting import (
+    Shape,
+    Shapes,
+    account,
+    check_shapes,
+    few,
+    part,
+    patches_a_side,
+    sizes_of,
+)
 from seechat_weights.checkpoints import Checkpoint
 from seechat_weights.errors import CheckpointError
 from seechat_weights.vision_names import Part
@@ -186,15 +194,11 @@ def _map(
     used = {ours: find(ours) for ours in _sizes(blocks, layers, *[1] * 8)}
     ignored = source.account([name for p in used.values() for name in p.names], reasons)
 
+    advice = "give the files of BLIP-2, SEEChat or VisualGLM-6B"
+
     def size(ours: str, rank: int) -> Shape:
         key = used[ours].names[0]
-        shape = source.shapes[key][0]
-        if len(shape) != rank or 0 in shape:
-            raise CheckpointError(
-                f"{source.where}: {key} has shape {list(shape)}, expected {rank} sizes above 0: "
-                "give the files of BLIP-2, SEEChat or VisualGLM-6B"
-            )
-        return shape
+        return sizes_of(source.shapes, key, rank, where=source.where, advice=advice)
 
     width, _, patch, _ = size("tower.vit.embeddings.patch_embedding.weight", 4)
     inner, _ = size("tower.vit.encoder.layers.0.mlp.fc1.weight", 2)
@@ -205,12 +209,7 @@ def _map(
         "bridge.qformer.encoder.layer.0.intermediate_query.dense.weight", 2
     )
     outputs, _ = size("bridge.projection.weight", 2)
-    side = math.isqrt(count - 1)
-    if side * side != count - 1:
-        raise CheckpointError(
-            f"{source.where}: {count} position embeddings, expected a square of patches and one "
-            "more: give the files of BLIP-2, SEEChat or VisualGLM-6B"
-        )
+    side = patches_a_side(count, where=source.where, advice=advice)
     sizes = _sizes(
         blocks, layers, width, inner, patch, count, queries, query_width, query_inner, outputs
     )

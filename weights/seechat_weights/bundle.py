@@ -51,6 +51,11 @@ class LMConfig:
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
 
+    @property
+    def padded_head_size(self) -> int:
+        """Size of a head in a bundle and its cache: the next multiple of 8, as runtimes want it."""
+        return -(-self.head_size // 8) * 8
+
 
 @dataclass(frozen=True)
 class PixelSpec:
@@ -216,8 +221,8 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
     yield "decoder.prefix_tokens", tokens, sound, "0, or the tokens of decoder.prefix"
     if decoder.prefix:
         found = manifest.files[decoder.prefix].bytes
-        head = -(-lm.head_size // 8) * 8  # the graph's heads are multiples of 8
-        size = 2 * lm.num_layers * lm.num_heads * tokens * head * EMBEDDINGS_DTYPES[dtype]
+        heads = lm.num_heads * lm.padded_head_size
+        size = 2 * lm.num_layers * heads * tokens * EMBEDDINGS_DTYPES[dtype]
         yield f"files.{decoder.prefix}.bytes", found, found == size, f"{size} for its tokens"
     if manifest.vision:
         vision, pixels = manifest.vision, manifest.vision.pixels

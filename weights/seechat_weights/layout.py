@@ -57,11 +57,6 @@ class Item:
     bits: int = 0
 
 
-def padded_head_size(config: LMConfig) -> int:
-    """Size of a head in the bundle and its cache: the next multiple of 8."""
-    return -(-config.head_size // 8) * 8
-
-
 def head_order(config: LMConfig) -> np.ndarray:
     """For each row of a bundle's query_key_value, unpadded, the published row; int64."""
     quarter = config.head_size // 4
@@ -105,7 +100,7 @@ def _tensors(
 ) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
     """Key, shape, heads and bits of every tensor."""
     hidden, inner = config.hidden_size, config.inner_size
-    width = config.num_heads * padded_head_size(config)
+    width = config.num_heads * config.padded_head_size
     bits = precision.bits if precision.block else 0
     for i in range(config.num_layers):
         layer = f"layers.{i}"

@@ -21,6 +21,11 @@ class Precision:
     dtype: str  # numpy name of the stored float weights, or of the scales
     head_bits: int = 0  # of lm_head, where an export gives it more than the other weights
 
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is rounded: float32 weights, and a float32 cache."""
+        return self.dtype == "float32" and not self.block
+
 
 PRECISIONS: dict[str, Precision] = {
     p.name: p

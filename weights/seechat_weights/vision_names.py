@@ -1,13 +1,20 @@
 """Published names and ours, of vision towers and bridges: which tensor becomes which parameter."""
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from seechat_weights.accounting import Shape, Shapes, account, check_shapes, few
+from seechat_weights.accounting import (
+    Shape,
+    Shapes,
+    account,
+    check_shapes,
+    few,
+    patches_a_side,
+    sizes_of,
+)
 from seechat_weights.errors import CheckpointError
 
 
@@ -129,23 +136,13 @@ def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
 
     def shape(ours: str, rank: int) -> Shape:
         (key,) = used[ours].names
-        found = shapes[key][0]
-        if len(found) != rank or 0 in found:
-            raise CheckpointError(
-                f"{where}: {key} has shape {list(found)}, expected {rank} sizes above 0: "
-                "give --clip a CLIP ViT checkpoint"
-            )
-        return found
+        advice = "give --clip a CLIP ViT checkpoint"
+        return sizes_of(shapes, key, rank, where=where, advice=advice)
 
     width, _, patch, _ = shape("embeddings.patch_embedding.weight", 4)
     positions, _ = shape("embeddings.position_embedding.weight", 2)
     inner, _ = shape("encoder.layers.0.mlp.fc1.weight", 2)
-    side = math.isqrt(positions - 1)
-    if side * side != positions - 1:
-        raise CheckpointError(
-            f"{where}: {positions} position embeddings, expected a square of patches and one more: "
-            "other vision towers are not supported"
-        )
+    side = patches_a_side(positions, where=where, advice="other vision towers are not supported")
     sizes = _clip_shapes(
         width=width, inner=inner, patch=patch, positions=positions, layers=layers - 1
     )

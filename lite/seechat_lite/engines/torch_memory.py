@@ -3,10 +3,10 @@
 import math
 from dataclasses import replace
 
-from seechat_lite.memory import MemoryPlan
+from seechat_lite.memory import MemoryPlan, smaller_context
 from seechat_lite.nn.linears import CHUNK, QUANTIZATIONS
 from seechat_weights.bundle import Manifest
-from seechat_weights.layout import decoder_layout, padded_head_size
+from seechat_weights.layout import decoder_layout
 from seechat_weights.precisions import PRECISIONS
 
 RUNTIME = 150 << 20  # cuBLAS' workspaces, recorded steps, what an allocator cannot use
@@ -29,7 +29,7 @@ def device_plan(
             weights += math.prod(item.shape) * QUANTIZATIONS[quantize] / 8
         else:
             weights += math.prod(item.shape) * dtype_bytes
-    width = lm.num_heads * padded_head_size(lm)
+    width = lm.num_heads * lm.padded_head_size
     # what a layer of the longest prompt holds at once: the MLP's, or the attention's
     rows = context * (4 * lm.hidden_size + max(2 * lm.inner_size, 8 * width))
     made = CHUNK if decoder.block_size or quantize else 0  # a weight that is made of blocks
@@ -46,10 +46,7 @@ def advice(plan: MemoryPlan, manifest: Manifest, room: int, quantize: str | None
     """The next smaller setting that fits `room` bytes, in words."""
     per_token = (plan.cache + plan.workspace - RUNTIME) / plan.context
     fixed = plan.total - per_token * plan.context
-    smaller = plan.context // 2
-    while smaller >= 256 and fixed + per_token * smaller > room:
-        smaller //= 2
-    if smaller >= 256:
+    if smaller := smaller_context(plan.context, lambda n: fixed + per_token * n <= room):
         return f"load it with context={smaller} (--context {smaller})"
     if manifest.decoder.block_size == 0 and quantize is None:
         return 'load it with quantize="nf4" (--quantize nf4), or export it with --precision int4'

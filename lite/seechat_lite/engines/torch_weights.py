@@ -15,7 +15,7 @@ from seechat_lite.nn.decoder import Decoder
 from seechat_lite.nn.linears import BlockLinear, bitsandbytes_linear
 from seechat_lite.rotary import rotary_tables
 from seechat_weights.bundle import LMConfig, Manifest
-from seechat_weights.layout import decoder_layout, head_order, padded_head_size
+from seechat_weights.layout import decoder_layout, head_order
 from seechat_weights.lm import LM
 from seechat_weights.precisions import PRECISIONS
 
@@ -60,7 +60,7 @@ class BundleSource:
 
     @property
     def head(self) -> int:
-        return padded_head_size(self.manifest.lm)
+        return self.manifest.lm.padded_head_size
 
     @property
     def prefix(self) -> np.ndarray | None:
