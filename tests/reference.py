@@ -68,6 +68,16 @@ def greedy(engine: Engine, ids: list[int], count: int) -> list[int]:
     return found
 
 
+def check_recorded(
+    engine: Engine, case: dict[str, np.ndarray], recorded: dict[str, Any], *, atol: float
+) -> None:
+    """The logits after the case's prompt and the greedy answer are the recorded ones."""
+    ids = case["input_ids"][0].tolist()
+    logits = engine.prefill(Prompt(ids))
+    np.testing.assert_allclose(logits, case["logits_last"][0], rtol=0, atol=atol)
+    assert greedy(engine, ids, len(recorded["greedy"])) == recorded["greedy"]
+
+
 def random_array(*shape: int, seed: int = 0) -> np.ndarray:
     """The same standard normal float32 numbers whenever the same shape and seed are asked for."""
     return np.random.default_rng([*shape, seed]).standard_normal(shape).astype(np.float32)

@@ -10,7 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reference import TorchEngine, data, load_chatglm, load_json, tensors
+from reference import (
+    TorchEngine,
+    check_recorded,
+    data,
+    greedy,
+    load_chatglm,
+    load_json,
+    tensors,
+)
 from seechat_export.export import export_bundle
 from seechat_lite.engines import ENGINES, Engine, EngineOptions, create
 from seechat_lite.engines.base import Cancelled
@@ -66,11 +74,11 @@ def engine(
 @pytest.mark.parametrize("name", CASES)
 def test_reference_case(engine: Engine, name: str) -> None:
     case = tensors(f"chatglm_tiny/case_{name}.safetensors")
-    greedy = load_json("chatglm_tiny/cases.json")["cases"][name]["greedy"]
+    answer = load_json("chatglm_tiny/cases.json")["cases"][name]["greedy"]
     logits = [engine.prefill(Prompt(case["input_ids"][0].tolist()))]
     last = case["logits"][0, -1] if "logits" in case else case["logits_last"][0]
     np.testing.assert_allclose(logits[0], last, rtol=0, atol=TOLERANCE)
-    logits += [engine.step(token) for token in greedy[:5]]
+    logits += [engine.step(token) for token in answer[:5]]
     np.testing.assert_allclose(logits, case["greedy_step_logits"], rtol=0, atol=TOLERANCE)
 
 
@@ -78,19 +86,15 @@ def test_reference_case(engine: Engine, name: str) -> None:
 def test_greedy_answers(engine: Engine, name: str) -> None:
     case = tensors(f"chatglm_tiny/case_{name}.safetensors")
     expected = load_json("chatglm_tiny/cases.json")["cases"][name]["greedy"]
-    logits, found = engine.prefill(Prompt(case["input_ids"][0].tolist())), []
-    for _ in expected:
-        found.append(int(logits.argmax()))
-        logits = engine.step(found[-1])
-    assert found == expected
+    assert greedy(engine, case["input_ids"][0].tolist(), len(expected)) == expected
 
 
 def test_pictures_as_embeddings(engine: Engine) -> None:
     case = tensors("chatglm_tiny/case_seechat_embeds.safetensors")
     ids, image = case["input_ids"][0].tolist(), case["image_embeds"][0]
     logits = [engine.prefill(Prompt(ids, [(ids.index(0), image)]))]
-    greedy = load_json("chatglm_tiny/cases.json")["cases"]["seechat_embeds"]["greedy"]
-    logits += [engine.step(token) for token in greedy[:5]]
+    answer = load_json("chatglm_tiny/cases.json")["cases"]["seechat_embeds"]["greedy"]
+    logits += [engine.step(token) for token in answer[:5]]
     np.testing.assert_allclose(logits, case["greedy_step_logits"], rtol=0, atol=TOLERANCE)
 
 
@@ -111,12 +115,7 @@ def test_28_layers(bundle_of: Callable[..., Path]) -> None:
     engine = open_engine(bundle_of("chatglm_tiny28"))
     for name, recorded in load_json("chatglm_tiny28/cases.json")["cases"].items():
         case = tensors(f"chatglm_tiny28/case_{name}.safetensors")
-        logits, greedy = engine.prefill(Prompt(case["input_ids"][0].tolist())), []
-        np.testing.assert_allclose(logits, case["logits_last"][0], rtol=0, atol=TOLERANCE)
-        for _ in recorded["greedy"]:
-            greedy.append(int(logits.argmax()))
-            logits = engine.step(greedy[-1])
-        assert greedy == recorded["greedy"]
+        check_recorded(engine, case, recorded, atol=TOLERANCE)
     engine.close()
 
 
@@ -286,17 +285,17 @@ def test_positions_match_the_reference() -> None:
 
 def test_several_tokens_at_once_are_as_good_as_one_by_one(engine: Engine) -> None:
     case = tensors("chatglm_tiny/case_p1.safetensors")
-    greedy = load_json("chatglm_tiny/cases.json")["cases"]["p1"]["greedy"]
+    answer = load_json("chatglm_tiny/cases.json")["cases"]["p1"]["greedy"]
     prompt = Prompt(case["input_ids"][0].tolist())
     engine.prefill(prompt)
-    rows = engine.extend(greedy[:5])
+    rows = engine.extend(answer[:5])
     np.testing.assert_allclose(rows, case["greedy_step_logits"][1:], rtol=0, atol=TOLERANCE)
     assert rows.dtype == np.float32
     # wrong guesses leave no trace once they are taken back
     engine.prefill(prompt)
-    engine.extend([greedy[0], 77, 78, 79])
+    engine.extend([answer[0], 77, 78, 79])
     engine.forget(3)
-    logits = [engine.step(token) for token in greedy[1:5]]
+    logits = [engine.step(token) for token in answer[1:5]]
     np.testing.assert_allclose(logits, case["greedy_step_logits"][2:], rtol=0, atol=TOLERANCE)
 
 
@@ -347,17 +346,6 @@ def test_a_prefix_is_seen_by_all_tokens(tmp_path: Path, name: str) -> None:
     source = data("chatglm_tiny")
     prefix = source / f"ptuning_{name}_pytorch_model.bin"
     export_bundle(lm=source, prefix=prefix, out=tmp_path / "b", precision="fp32")
-    engine = open_engine(tmp_path / "b")
-    for case_name, recorded in load_json("chatglm_tiny/cases.json")["cases"].items():
-        if not case_name.startswith(f"prefix_{name}"):
-            continue
-        case = tensors(f"chatglm_tiny/case_{case_name}.safetensors")
-        logits, found = engine.prefill(Prompt(case["input_ids"][0].tolist())), []
-        np.testing.assert_allclose(logits, case["logits_last"][0], rtol=0, atol=TOLERANCE)
-        for _ in recorded["greedy"]:
-            found.append(int(logits.argmax()))
-            logits = engine.step(found[-1])
-        assert found == recorded["greedy"]
-        break
-    else:
-        pytest.fail("no such case")
+    case = tensors(f"chatglm_tiny/case_prefix_{name}.safetensors")
+    recorded = load_json("chatglm_tiny/cases.json")["cases"][f"prefix_{name}"]
+    check_recorded(open_engine(tmp_path / "b"), case, recorded, atol=TOLERANCE)

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from reference import (
     TorchEngine,
     chatglm_of,
+    check_recorded,
     data,
     greedy,
     load_json,
@@ -57,12 +58,7 @@ def test_quantized_reference(tmp_path: Path, form: str) -> None:
     engine = create("onnx", tmp_path / "b", manifest, context=200)
     for name, recorded in load_json(f"quantized/{form}/cases.json")["cases"].items():
         case = tensors(f"quantized/{form}/case_{name}.safetensors")
-        logits, found = engine.prefill(Prompt(case["input_ids"][0].tolist())), []
-        np.testing.assert_allclose(logits, case["logits_last"][0], rtol=0, atol=TOLERANCE)
-        for _ in recorded["greedy"]:
-            found.append(int(logits.argmax()))
-            logits = engine.step(found[-1])
-        assert found == recorded["greedy"]
+        check_recorded(engine, case, recorded, atol=TOLERANCE)
     engine.close()
 
 

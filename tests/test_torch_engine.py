@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import seechat_lite as sl
-from reference import data, greedy, load_chatglm, load_json, positions, tensors
+from reference import check_recorded, data, greedy, load_chatglm, load_json, positions, tensors
 from seechat_export.export import export_bundle
 from seechat_lite import options
 from seechat_lite.cli import main
@@ -95,10 +95,7 @@ def test_published_quantized_weights(form: str, tmp_path: Path) -> None:
     engine = direct(tmp_path / form)
     for name, recorded in load_json(f"quantized/{form}/cases.json")["cases"].items():
         case = tensors(f"quantized/{form}/case_{name}.safetensors")
-        ids = case["input_ids"][0].tolist()
-        logits = engine.prefill(Prompt(ids))
-        np.testing.assert_allclose(logits, case["logits_last"][0], rtol=0, atol=TOLERANCE)
-        assert greedy(engine, ids, len(recorded["greedy"])) == recorded["greedy"]
+        check_recorded(engine, case, recorded, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("published", [True, False])
