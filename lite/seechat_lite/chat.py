@@ -25,7 +25,7 @@ from seechat_lite.engines import Engine, EngineOptions, create
 from seechat_lite.errors import BundleError, ContextError, EngineError, SeechatError
 from seechat_lite.generate import generate
 from seechat_lite.images import load_image, pixels
-from seechat_lite.memory import MIN_CONTEXT, check_memory, plan
+from seechat_lite.memory import MIN_CONTEXT, MemoryPlan, check_memory, plan
 from seechat_lite.prompt import Prompt
 from seechat_lite.published import published_manifest
 from seechat_lite.sampling import Sampling
@@ -56,6 +56,7 @@ def load(
     quantize: str | None = None,
     rounded_rotary: bool = False,
     image_cache: int = IMAGE_CACHE,
+    announce: Callable[[MemoryPlan], None] = lambda plan: None,
     progress: Progress | None = None,
 ) -> "Model":
     """Load a bundle: a folder written by `seechat export`, or with None the built-in model.
@@ -70,7 +71,8 @@ def load(
     loading is refused if it may need more (see memory.plan). For the engine "torch", dtype: "fp16",
     "bf16" or "fp32", None for what suits the device; quantize: "nf4", "fp4" or "int8", to make so
     of float weights with bitsandbytes; rounded_rotary: see rotary.rotary_tables. image_cache: bytes
-    of embeddings kept for pictures that no chat shows any more. progress: called in this thread
+    of embeddings kept for pictures that no chat shows any more. announce: is told the memory plan
+    once it fits, before the work begins; not by the engine "torch". progress: called in this thread
     with a stage, "checking" (bytes of the bundle) or "loading", and how much of it is done, of how
     much; loading ends with the exception that it raises, and leaves nothing open.
 
@@ -93,6 +95,7 @@ def load(
         needed = plan(manifest, context=context, keep_vision=keep_vision)
         log.info("%s: %s", manifest.name, needed)
         check_memory(needed, manifest, budget=max_memory)
+        announce(needed)
         keep_vision = needed.keep_vision
     if not unexported:
         verify_once(folder, manifest, partial(progress, "checking") if progress else None)

@@ -41,6 +41,7 @@ from seechat_weights.precisions import PRECISIONS
 
 if TYPE_CHECKING:
     from seechat_lite.chat import Model, Stats
+    from seechat_lite.memory import MemoryPlan
 
 WORTH_A_PLAN = 1_000_000_000  # bytes a model takes before people are told the sums
 
@@ -326,28 +327,25 @@ def _print_table(rows: Mapping[str, str | list[str]]) -> None:
 
 
 def _load(args: argparse.Namespace, options: dict[str, Any]) -> "Model":
+    """Load the model; of a large one, say what it takes, and then how far it is."""
     from seechat_lite.chat import load
-    from seechat_lite.memory import available_memory, plan
-    from seechat_weights.builtin import BUILTIN
-    from seechat_weights.bundle import read_manifest
 
-    if options["engine"] == "torch":  # it may load what has no manifest, and plans for itself
-        return load(args.model, **options)
-    manifest = read_manifest(args.model or BUILTIN)
-    needed = plan(manifest, context=options["context"], keep_vision=options["keep_vision"])
-    if needed.total < WORTH_A_PLAN:
-        return load(args.model, **options)
-    budget = options["max_memory"]
-    if needed.total <= min(available_memory(), needed.total if budget is None else budget):
-        print(f"memory: {needed}", file=sys.stderr)  # else the error says it
+    large = False
+
+    def announce(plan: "MemoryPlan") -> None:
+        nonlocal large
+        if large := plan.total >= WORTH_A_PLAN:
+            print(f"memory: {plan}", file=sys.stderr)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if large:
+            say(f"{stage} {done / max(total, 1):.0%}")
+
     try:
-        return load(
-            args.model,
-            **options,
-            progress=lambda stage, done, total: say(f"{stage} {done / max(total, 1):.0%}"),
-        )
+        return load(args.model, **options, announce=announce, progress=progress)
     finally:
-        say("")
+        if large:
+            say("")
 
 
 def _options(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> dict[str, Any]:
