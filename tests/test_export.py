@@ -344,6 +344,10 @@ def start(folder):  # in a process of its own, of which nothing but the files is
         os._exit(0)
     return pid
 
+def contents(folder):
+    other = ("journal.json", "seechat.json")  # the manifest names its folder
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in other}
+
 begun = time.perf_counter()
 assert os.waitpid(start(whole), 0)[1] == 0
 duration = time.perf_counter() - begun
@@ -360,9 +364,11 @@ while kills < 10:
                 read_manifest(folder)
             except BundleError:
                 continue
-            raise AssertionError(f"{folder} loads")
-    else:  # it was done already: begin anew
+            # only when killed in the last moments, which a slow disk may stretch
+            assert contents(folder) == contents(whole), f"{folder} loads and is not whole"
+    else:
         assert status == 0
+    if out.exists():  # it was done already: begin anew
         shutil.rmtree(out)
 assert os.waitpid(start(out), 0)[1] == 0
 """
@@ -370,7 +376,7 @@ assert os.waitpid(start(out), 0)[1] == 0
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")
 def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
-    """SIGKILL; what is left never loads and is always continued, to the same bytes."""
+    """SIGKILL; what is left loads only if whole, and is continued, to the same bytes."""
     whole, out = tmp_path / "whole", tmp_path / "b"
     run = subprocess.run([sys.executable, "-c", KILLED, LM, whole, out], timeout=250)
     assert run.returncode == 0
