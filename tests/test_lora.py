@@ -129,10 +129,14 @@ def test_biases_and_modules_to_save_are_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peft_type": "PREFIX_TUNING"}, "peft_type is 'PREFIX_TUNING'; expected plain LoRA"),
-        ({"use_dora": True}, "use_dora is on"),
+        ({"peft_type": "PREFIX_TUNING"}, "peft_type is PREFIX_TUNING; expected plain LoRA"),
+        ({"use_dora": True}, "use_dora is True; expected plain LoRA: merge the adapter with PEFT"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens is \[5, 6\]"),
         ({"enable_lora": [True, False, True]}, "enable_lora is"),
-        ({"init_lora_weights": "pissa_niter_16"}, "which changed the base weights as well"),
+        ({"init_lora_weights": "pissa_niter_16"}, "which may change the base weights as well"),
+        ({"alpha_pattern": {".*dense": 5}}, "alpha_pattern is .* not names of modules"),
+        ({"alpha_pattern": [5]}, "alpha_pattern is .* not names of modules"),
         ({"lora_alpha": None}, "lora_alpha of .* is None"),
         ({"alpha_pattern": {"dense": "5"}}, "lora_alpha of .*dense is '5'"),
         ({"r": 8}, "have rank 4, expected r = 8 of adapter_config.json"),
@@ -156,6 +160,10 @@ def test_refused_adapter_tensors(tmp_path: Path) -> None:
         TINY, adapter=write_adapter(tmp_path / "a", state | {key: random_array(63, 4)})
     )
     assert f"{key} is [63, 4] instead of [64, 4]" in message
+    embedding = "base_model.model.transformer.word_embeddings.lora_embedding_A"
+    surplus = state | {embedding: random_array(4, 2432)}
+    message = lm_error(TINY, adapter=write_adapter(tmp_path / "a", surplus))
+    assert f"1 not known ({embedding})" in message and "merge the adapter with PEFT" in message
     assert "no PEFT adapter" in lm_error(TINY, adapter=TINY)
 
 
@@ -165,8 +173,11 @@ def test_patterns_of_ranks_and_alphas(tmp_path: Path) -> None:
         random_array(2, 64),
         random_array(64, 2),
     )
-    patterns = {"rank_pattern": {"dense": 2}, "alpha_pattern": {"layers.0.attention.dense": 6}}
-    lm = open_lm(TINY, adapter=write_adapter(tmp_path / "a", state, **patterns))
-    key = "layers.0.attention.dense.weight"
-    expected = open_lm(TINY).read(key) + 6 / 2 * random_array(64, 2) @ random_array(2, 64)
-    np.testing.assert_allclose(lm.read(key), expected, rtol=0, atol=1e-5)
+    # a name, its end, or its whole: the first that fits counts
+    for pattern in ("dense", "layers.0.attention.dense", "^transformer.layers.0.attention.dense"):
+        patterns = {"^layers.0.attention.dense": 9, "attention": 8, pattern: 6, "dense": 6}
+        settings = {"rank_pattern": {pattern: 2}, "alpha_pattern": patterns}
+        lm = open_lm(TINY, adapter=write_adapter(tmp_path / "a", state, **settings))
+        key = "layers.0.attention.dense.weight"
+        expected = open_lm(TINY).read(key) + 6 / 2 * random_array(64, 2) @ random_array(2, 64)
+        np.testing.assert_allclose(lm.read(key), expected, rtol=0, atol=1e-5)

@@ -38,9 +38,17 @@ def part(shapes: Shapes, name: str, *, where: str) -> dict[str, tuple[Shape, str
 
 
 def account(
-    shapes: Shapes, needed: Iterable[str], reasons: Iterable[tuple[str, str]], where: str
+    shapes: Shapes,
+    needed: Iterable[str],
+    reasons: Iterable[tuple[str, str]],
+    where: str,
+    *,
+    advice: str = "download the checkpoint again, or name the right one",
 ) -> dict[str, str]:
-    """See that every tensor is needed or has a reason (pattern, why); returns the ignored ones."""
+    """See that every tensor is needed or has a reason (pattern, why); returns the ignored ones.
+
+    Raises CheckpointError naming those that are missing or have no reason.
+    """
     needed = dict.fromkeys(needed)
     missing = [k for k in needed if k not in shapes]
     ignored, surplus = {}, []
@@ -60,7 +68,7 @@ def account(
     if found:
         raise CheckpointError(
             f"{where}: tensors are {' and '.join(found)}; expected exactly the {len(needed)} that "
-            "its configuration calls for: download the checkpoint again, or name the right one"
+            f"its configuration calls for: {advice}"
         )
     return ignored
 

@@ -16,6 +16,7 @@ from seechat_weights.accounting import Shape, account, check_shapes
 from seechat_weights.bundle import LMConfig
 from seechat_weights.checkpoints import Checkpoint, open_checkpoint, read_json
 from seechat_weights.errors import CheckpointError
+from seechat_weights.files import shown
 from seechat_weights.names import FORMS, lm_shapes
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -24,8 +25,20 @@ _PEFT = "base_model.model."
 # what PEFT puts between a module's name and its tensor's
 _WRAPPING = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
 _MATRIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-# ways of starting that change the base weights too, so that the published ones are no base
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
+# ways of starting that leave the base weights alone; PiSSA, OLoRA, CorDA, LoftQ change them too
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+# settings of PEFT that make an adapter another thing than a product beside each of some linears
+_UNLIKE_LORA = (
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "kasa_config", "monteclora_config"),
+    *("arrow_config", "layer_replication"),
+    "alora_invocation_tokens",  # acts on the end of a prompt only
+    "enable_lora",  # before PEFT 0.3: one matrix for two thirds of the rows
+)
+_MODULE = re.compile(r"\^?[\w.]+")  # a key of alpha_pattern; "^" stands for the name's beginning
+_MERGE = (
+    "merge the adapter with PEFT (merge_and_unload, save_pretrained) and give --lm the merged "
+    "checkpoint"
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +125,8 @@ def open_adapter(folder: Path, config: LMConfig) -> Adapter:
         for pair in matrices.values()
         for part in "AB"
     ]
-    account(checkpoint.shapes, [*needed, *replaced.values()], (), where)
+    advice = f"download it again, or {_MERGE}"
+    account(checkpoint.shapes, [*needed, *replaced.values()], (), where, advice=advice)
     check_shapes(checkpoint.shapes, {key: expected[k] for k, key in replaced.items()}, where)
     loras = {}
     for ours, pair in matrices.items():
@@ -125,20 +139,20 @@ def open_adapter(folder: Path, config: LMConfig) -> Adapter:
 
 def _refuse_other_methods(settings: Mapping[str, Any], where: str) -> None:
     method, start = settings.get("peft_type"), settings.get("init_lora_weights")
-    found = ""
+    other = next((name for name in _UNLIKE_LORA if settings.get(name)), None)
+    patterns = settings.get("alpha_pattern") or {}
     if method != "LORA":
-        found = f"peft_type is {method!r}"
-    elif settings.get("use_dora"):
-        found = "use_dora is on"
-    elif settings.get("enable_lora"):  # before PEFT 0.3: one matrix for two thirds of the rows
-        found = f"enable_lora is {settings['enable_lora']}"
-    elif isinstance(start, str) and start.startswith(_CHANGED_BASE):
-        found = f"init_lora_weights is {start!r}, which changed the base weights as well"
-    if found:
-        raise CheckpointError(
-            f"{where}: {found}; expected plain LoRA: merge the adapter with PEFT "
-            "(merge_and_unload, save_pretrained) and give --lm the merged checkpoint"
-        )
+        found = f"peft_type is {shown(method)}"
+    elif other:
+        found = f"{other} is {shown(settings[other])}"
+    elif start not in _STARTS:
+        found = f"init_lora_weights is {shown(start)}, which may change the base weights as well"
+    elif not isinstance(patterns, dict) or not all(map(_MODULE.fullmatch, patterns)):
+        # PEFT takes them for regular expressions, which could be made to run for ever
+        found = f"alpha_pattern is {shown(patterns)}, not names of modules"
+    else:
+        return
+    raise CheckpointError(f"{where}: {found}; expected plain LoRA: {_MERGE}")
 
 
 def _scaling(settings: Mapping[str, Any], module: str, rank: int, where: str) -> float:
@@ -147,10 +161,12 @@ def _scaling(settings: Mapping[str, Any], module: str, rank: int, where: str) ->
     fan_in_fan_out needs no care: it says how the base model stores its weights, and ChatGLM-6B's
     are [outputs, inputs], as is B @ A.
     """
-    patterns, alpha = settings.get("alpha_pattern") or {}, settings.get("lora_alpha")
-    if isinstance(patterns, dict):
-        named = (v for k, v in patterns.items() if module == k or module.endswith(f".{k}"))
-        alpha = next(named, alpha)
+    named = (
+        alpha
+        for name, alpha in (settings.get("alpha_pattern") or {}).items()
+        if f".{module}".endswith(f".{name}") or name == f"^{module}"
+    )
+    alpha = next(named, settings.get("lora_alpha"))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e6:
         raise CheckpointError(
             f"{where}: lora_alpha of {module} is {alpha!r} in {ADAPTER_CONFIG}; expected a number: "
