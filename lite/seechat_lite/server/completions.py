@@ -16,6 +16,7 @@ from seechat_lite.chat import Stats
 from seechat_lite.server import schemas
 from seechat_lite.server.desk import MAX_NEW_TOKENS, Ask, Desk, Turn
 from seechat_lite.server.errors import ApiError, as_api_error, unsupported
+from seechat_lite.server.guard import client_of
 from seechat_lite.server.images import Images
 from seechat_lite.server.logs import note
 
@@ -52,7 +53,7 @@ class Completions:
             Turn("\n".join(d.texts), tuple(next(files) for _ in d.urls), d.answer or "")
             for d in drafts
         )
-        ask = _ask(body, turn, tuple(past))
+        ask = _ask(client_of(request), body, turn, tuple(past))
         head = _Head(self._names[0])
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -159,7 +160,7 @@ def json_response(body: BaseModel) -> Response:
     return Response(body.model_dump_json(), media_type="application/json")
 
 
-def _ask(body: schemas.ChatRequest, turn: Turn, past: tuple[Turn, ...]) -> Ask:
+def _ask(client: str, body: schemas.ChatRequest, turn: Turn, past: tuple[Turn, ...]) -> Ask:
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(stop) > MAX_STOPS or not all(0 < len(s) <= MAX_STOP_LENGTH for s in stop):
         raise ApiError(
@@ -176,6 +177,7 @@ def _ask(body: schemas.ChatRequest, turn: Turn, past: tuple[Turn, ...]) -> Ask:
     seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
     limit = body.max_completion_tokens or body.max_tokens or MAX_NEW_TOKENS
     return Ask(
+        client,
         turn,
         past,
         stop=tuple(stop),

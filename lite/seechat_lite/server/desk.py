@@ -1,4 +1,4 @@
-"""The desk where answers are given: one model, one at a time, first come first served.
+"""The desk where answers are given: one model, one at a time, clients in turn.
 
 Everything that touches the model runs in one thread. The pieces of an answer go to the client's
 task through a queue, so a slow client keeps nobody waiting; when that task is cancelled, its place
@@ -9,7 +9,6 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -19,6 +18,7 @@ from typing import Literal
 
 from seechat_lite.chat import Chat, Model, Stats
 from seechat_lite.server.errors import ApiError
+from seechat_lite.server.fair_queue import FairQueue
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,12 @@ class Turn:
 
 @dataclass(frozen=True)
 class Ask:
-    """All that one answer needs; the options are Chat.stream's."""
+    """All that one answer needs; the options are Chat.stream's.
 
+    client: names who asks; clients take turns.
+    """
+
+    client: str
     turn: Turn
     past: tuple[Turn, ...] = ()
     stop: tuple[str, ...] = ()
@@ -69,15 +73,15 @@ class Desk:
     ) -> None:
         self._load = load
         self._format = format
-        self._queue = queue
         self._keep_alive = keep_alive
         self._observe = observe
         self._thread = ThreadPoolExecutor(1, "seechat-model")
         self._model: Model | None = None
         self._opened = self._stopping = False
         self._busy = False  # something runs in the thread
+        self._client = ""  # for whom it runs, or ran last
         self._running: _Running | None = None  # the answer among such things
-        self._line: deque[asyncio.Future[None]] = deque()
+        self._line: FairQueue[asyncio.Future[None]] = FairQueue(queue)
         self._unloading: asyncio.TimerHandle | None = None
 
     @property
@@ -103,7 +107,7 @@ class Desk:
 
     async def open(self) -> None:
         """Load the model; meanwhile requests wait. Raises what loading it raises."""
-        await self._enter()
+        await self._enter("")
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._loaded)
             self._opened = True
@@ -115,21 +119,26 @@ class Desk:
 
         Raises ApiError when the line is full or the server stops, and what Chat.stream raises.
         """
-        await self._enter()
+        await self._enter(ask.client)
         running = self._running = _Running()
         loop = asyncio.get_running_loop()
         put = partial(loop.call_soon_threadsafe, running.pieces.put_nowait)
         done = loop.run_in_executor(self._thread, self._run, ask, running, put)
         done.add_done_callback(lambda _: self._leave())
         try:
+            said = False
             while piece := await running.pieces.get():
                 if isinstance(piece, ApiError):
                     raise piece
+                said = True
                 yield piece
             stats = await done
             self._observe(stats)
-            # of those who hear this, only a shutdown cuts the answer short
-            yield replace(stats, finish_reason="length") if running.stopped else stats
+            if running.stopped:  # of those who hear this, only a shutdown cuts the answer short
+                if not said:
+                    raise _shutting_down()
+                stats = replace(stats, finish_reason="length")
+            yield stats
         finally:
             running.stop()
 
@@ -146,10 +155,9 @@ class Desk:
     async def stop(self, grace: float) -> None:
         """Refuse who waits and who comes; end a running answer when `grace` seconds are over."""
         self._stopping = True
-        for place in self._line:
+        for place in self._line.clear():
             if not place.done():
                 place.set_exception(_shutting_down())
-        self._line.clear()
         await self._finished(grace)
         if self._running:
             self._running.stop()
@@ -170,37 +178,32 @@ class Desk:
         while self._running and time.monotonic() < end:
             await asyncio.sleep(0.02)
 
-    async def _enter(self) -> None:
-        """Come back when it is this task's turn."""
+    async def _enter(self, client: str) -> None:
+        """Come back when it is this client's turn."""
         if self._stopping:
             raise _shutting_down()
         if not self._busy:
             self._stay()
             self._busy = True
+            self._client = client
             return
-        if len(self._line) >= self._queue:
-            raise ApiError(
-                503,
-                f"{len(self._line)} requests are waiting already: try again later",
-                code="queue_full",
-                headers={"Retry-After": "1"},
-            )
         place = asyncio.get_running_loop().create_future()
-        self._line.append(place)
+        refused = self._line.put(client, place)
+        if refused and not refused.done():
+            refused.set_exception(_queue_full(len(self._line)))
         try:
             await place
         except asyncio.CancelledError:
-            if place in self._line:
-                self._line.remove(place)
-            elif not place.cancelled() and not place.exception():  # its turn had just come
+            waiting = self._line.remove(client, place)
+            if not (waiting or place.cancelled() or place.exception()):  # its turn had just come
                 self._leave()
             raise
+        self._client = client
 
     def _leave(self) -> None:
         """Let the next one in."""
         self._running = None
-        while self._line:
-            place = self._line.popleft()
+        while place := self._line.get(after=self._client):
             if not place.done():
                 place.set_result(None)
                 return
@@ -287,6 +290,15 @@ class _Running:
         self._stop.set()
         if self._chat:
             self._chat.stop()
+
+
+def _queue_full(waiting: int) -> ApiError:
+    return ApiError(
+        503,
+        f"{waiting} requests are waiting already: try again later",
+        code="queue_full",
+        headers={"Retry-After": "1"},
+    )
 
 
 def _shutting_down() -> ApiError:

@@ -6,6 +6,7 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from seechat_lite.server.errors import ApiError
@@ -70,6 +71,15 @@ class Guard:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
+
+
+def client_of(request: Request) -> str:
+    """Who asks, for a fair share of the answers: an address, and the key sent.
+
+    Also a key that is not required: programs of one machine differ in nothing else.
+    """
+    address = request.client.host if request.client else ""
+    return f"{address} {request.headers.get('authorization', '')}"
 
 
 def _digest(key: bytes) -> bytes:

@@ -15,6 +15,7 @@ from seechat_lite.server import schemas
 from seechat_lite.server.completions import json_response
 from seechat_lite.server.desk import Ask, Desk, Turn
 from seechat_lite.server.errors import ApiError
+from seechat_lite.server.guard import client_of
 from seechat_lite.server.images import Images
 from seechat_lite.server.logs import note
 
@@ -51,6 +52,7 @@ class Legacy:
         if body.temperature is not None:
             temperature = body.temperature if body.temperature >= 0.001 else 0.0
         ask = Ask(
+            client_of(request),
             turns[-1],
             tuple(turns[:-1]),
             max_length=body.max_length or _MAX_LENGTH,
