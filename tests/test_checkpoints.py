@@ -2,10 +2,12 @@
 
 import argparse
 import gc
+import gzip
 import json
 import os
 import shutil
 import warnings
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -264,6 +266,34 @@ def test_other_files(tmp_path: Path) -> None:
     assert "looked for model.safetensors" in refused(tmp_path)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "found", "do"),
+    [
+        (b"GGUF\3\0\0\0" + bytes(40), "a GGUF file", "get the weights it was made from"),
+        (b"ggml\1\0\0\0" + bytes(40), "a GGML file", "get the weights it was made from"),
+        (b"\x08\x09\x12\x07pytorch" + bytes(40), "an ONNX graph", "get the weights"),
+        (gzip.compress(bytes(99)), "an archive", "unpack it"),
+        (b"<!DOCTYPE html>\n<html><title>Sign in</title>", "a web page", "log in"),
+        (b'{"error": "Repository not found"}', "a text in JSON", "name the file"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_what_is_taken_for_weights(
+    tmp_path: Path, content: bytes, found: str, do: str, suffix: str
+) -> None:
+    file = tmp_path / f"pytorch_model{suffix}"
+    file.write_bytes(content)
+    message = refused(file)
+    assert f"{file}: {found}" in message and do in message
+
+
+def test_an_archive_of_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "chatglm-6b.zip"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(data("chatglm_tiny/config.json"), "chatglm-6b/config.json")
+    assert "an archive of chatglm-6b/config.json; expected" in refused(file)
 
 
 def test_files_are_mapped_not_loaded(tmp_path: Path) -> None:

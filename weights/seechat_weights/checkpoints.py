@@ -27,6 +27,18 @@ STEMS = (
     ("pytorch_model", ".bin"),
     ("open_clip_pytorch_model", ".bin"),
 )
+# what people take for such weights, by its first bytes: what it is, and what to do
+_CONVERTED = "get the weights it was made from, in safetensors or .bin"
+_ARCHIVE = "unpack it and name the folder"
+_OTHERS = (
+    (rb"GGUF", "a GGUF file, converted for llama.cpp", _CONVERTED),
+    (rb"ggml", "a GGML file, converted for chatglm.cpp", _CONVERTED),
+    (rb"\x08[\x01-\x20][\x12\x1a\x22\x3a\x42]", "an ONNX graph", _CONVERTED),
+    (rb"\x1f\x8b|7z\xbc\xaf|Rar!|\xfd7zXZ|BZh|PK", "an archive", _ARCHIVE),
+    (rb"\s*<(!|\?xml|html)", "a web page", "look at it: the site may ask you to log in first"),
+    (rb"\s*[\[{]", "a text in JSON", "name the file that holds the weights"),
+)
+_UNKNOWN = (b"", "not a checkpoint", "name the right file or download it again")
 _MAX_NAME = 512  # characters of a tensor's name; published ones have up to 90
 
 
@@ -167,16 +179,18 @@ def _all_shards(folder: Path, stem: str, suffix: str, shards: list[Path]) -> lis
 
 def _open_file(path: Path) -> dict[str, Stored]:
     head = first_bytes(path)
+    other = next((row for row in _OTHERS if re.match(row[0], head, re.IGNORECASE)), None)
     try:
         # torch.save writes a zip archive or, before 1.6, a sequence of pickles (protocol 2 on)
         if head[8:9] != b"{" and head.startswith((b"PK\x03\x04", b"\x80")):
             tensors = open_torch(path, zipped=head.startswith(b"PK"))
-        elif path.suffix == ".safetensors" or head[8:9] == b"{":
+        elif head[8:9] == b"{" or (path.suffix == ".safetensors" and not other):
             tensors = open_safetensors(path)
         else:
+            _, found, do = other or _UNKNOWN
             raise CheckpointError(
-                f"{path}: not a checkpoint; expected a .safetensors file, or one by torch.save "
-                "(.bin, .pth, .pt): name the right file or download it again"
+                f"{path}: {found}; expected a .safetensors file, or one by torch.save "
+                f"(.bin, .pth, .pt): {do}"
             )
     except OSError as e:
         raise unreadable(path, e) from None

@@ -51,8 +51,14 @@ def open_torch(path: Path, *, zipped: bool) -> dict[str, Stored]:
 
 
 def _read_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, Block]]:
-    blocks = {}
-    for entry in _entries(path, data):
+    blocks, entries = {}, _entries(path, data)
+    if not any(entry.filename.endswith("data.pkl") for entry in entries):
+        names = ", ".join(shown(entry.filename) for entry in entries[:3])
+        raise CheckpointError(
+            f"{path}: an archive of {names or 'nothing'}; expected a file written by torch.save: "
+            "unpack it and name the folder or the file in it"
+        )
+    for entry in entries:
         # a compressed entry is left out: torch compresses nothing that is needed here
         if entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1:
             blocks[entry.filename] = Block(entry.header_offset, entry.file_size, entry.CRC)
