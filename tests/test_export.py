@@ -20,8 +20,9 @@ from reference import data
 from seechat_export import export, plan, quantize
 from seechat_export.export import export_bundle
 from seechat_export.plan import ExportPlan
-from seechat_export.quantize import dequantize_blocks, quantize_blocks, rearrange_heads
+from seechat_export.quantize import rearrange_heads
 from seechat_lite.errors import BundleError, CheckpointError, MemoryPlanError, SeechatError
+from seechat_lite.nn.blocks import dequantize_blocks, quantize_blocks
 from seechat_weights.bundle import LMConfig, read_manifest, verify_hashes
 
 LM = data("chatglm_tiny")
@@ -85,6 +86,15 @@ def test_quantization_is_at_least_as_good_as_rounding(
     rounded = (padded / step).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * step
     plain_error = (rounded.nan_to_num() - padded).square().sum()
     assert (restored - weight).square().sum() <= plain_error * (1 + 1e-5) + 1e-12
+
+
+def test_blocks_are_made_on_the_device() -> None:
+    """A weight never gets there whole; what is on another device is refused by torch."""
+    weight = torch.randn(70, 200, dtype=torch.float16)
+    device = torch.device("meta")
+    codes, scales = quantize_blocks(weight, bits=4, block_size=128, device=device)
+    assert (codes.shape, codes.device, codes.dtype) == ((70, 2, 64), device, torch.uint8)
+    assert (scales.shape, scales.device, scales.dtype) == ((70, 2), device, torch.float32)
 
 
 def test_zero_and_extreme_blocks() -> None:

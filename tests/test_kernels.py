@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from seechat_export.quantize import dequantize_blocks, quantize_blocks
+from seechat_lite.nn.blocks import dequantize_blocks, quantize_blocks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")

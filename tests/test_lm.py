@@ -22,7 +22,7 @@ from reference import (
 )
 from seechat_lite.prompt import Prompt
 from seechat_weights.lm import open_lm
-from seechat_weights.quantized import Quantized, unpack
+from seechat_weights.quantized import Quantized, pack
 
 TOLERANCE = 5e-4
 QUANTIZED = ["int8", "int4", "int4-qe"]
@@ -39,11 +39,12 @@ def test_integers_are_unpacked_as_the_reference_does() -> None:
     names = [k.removesuffix(".unpacked") for k in matrices if k.endswith(".unpacked")]
     assert len(names) >= 16
     for name in names:
-        codes = unpack(matrices[f"{name}.weight"], bits=int(name[-1]))
-        np.testing.assert_array_equal(codes, matrices[f"{name}.unpacked"])
+        stored, bits = matrices[f"{name}.weight"], int(name[-1])
         scales = matrices[f"{name}.weight_scale"].astype(np.float32)
-        weight = Quantized(codes, scales, int(name[-1])).dequantized()
-        np.testing.assert_array_equal(weight, matrices[f"{name}.dequant_f32"])
+        weight = Quantized(stored, scales, bits)
+        np.testing.assert_array_equal(weight.codes, matrices[f"{name}.unpacked"])
+        np.testing.assert_array_equal(weight.dequantized(), matrices[f"{name}.dequant_f32"])
+        np.testing.assert_array_equal(pack(weight.codes, bits=bits), stored)
 
 
 @pytest.mark.parametrize("form", QUANTIZED)

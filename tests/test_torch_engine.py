@@ -20,7 +20,7 @@ from seechat_lite.engines.torch import DTYPES, TorchEngine
 from seechat_lite.engines.torch_memory import device_plan
 from seechat_lite.errors import EngineError, MemoryPlanError
 from seechat_lite.nn.chatglm import KVCache
-from seechat_lite.nn.linears import QUANTIZATIONS
+from seechat_lite.nn.linears import QUANTIZATIONS, BlockLinear
 from seechat_lite.prompt import Prompt
 from seechat_lite.published import published_manifest
 from seechat_lite.rotary import rotary_tables
@@ -88,14 +88,76 @@ def test_published_weights_answer_as_their_export(tmp_path: Path) -> None:
     np.testing.assert_allclose(answers(direct()), expected, rtol=0, atol=1e-5)
 
 
+def quantized_folder(form: str, into: Path) -> Path:
+    shutil.copytree(data(f"quantized/{form}"), into / form)
+    shutil.copy(TINY / "ice_text.model", into / form)
+    return into / form
+
+
+def in_blocks(engine: TorchEngine) -> dict[str, int]:
+    """Bits of the linears that are in blocks, by name."""
+    modules = engine._opened().named_modules()
+    return {name: m.bits for name, m in modules if isinstance(m, BlockLinear)}
+
+
 @pytest.mark.parametrize("form", ["int8", "int4", "int4-qe"])
-def test_published_quantized_weights(form: str, tmp_path: Path) -> None:
-    shutil.copytree(data(f"quantized/{form}"), tmp_path / form)
-    shutil.copy(TINY / "ice_text.model", tmp_path / form)
-    engine = direct(tmp_path / form)
+def test_published_integers_stay_what_they_are(form: str, tmp_path: Path) -> None:
+    """At fp32 nothing is lost: the recorded logits, from the integers themselves."""
+    engine = direct(quantized_folder(form, tmp_path))
+    bits = in_blocks(engine)
+    assert set(bits.values()) == {int(form[3])}
+    assert len(bits) == 4 * 3 + ("lm_head" in bits)  # of the published three, int4-qe's head alone
+    assert ("lm_head" in bits) == (form == "int4-qe")
     for name, recorded in load_json(f"quantized/{form}/cases.json")["cases"].items():
         case = tensors(f"quantized/{form}/case_{name}.safetensors")
         check_recorded(engine, case, recorded, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_published_integers_answer_as_their_export(form: str, tmp_path: Path) -> None:
+    """In half precision the head gets 8 bits, as in a bundle, and no more memory is taken."""
+    folder = quantized_folder(form, tmp_path)
+    engine = direct(folder, dtype="bf16")
+    export_bundle(lm=folder, out=tmp_path / "b", precision=form[:4])
+    manifest = read_manifest(tmp_path / "b")
+    chosen = EngineOptions(dtype="bf16")
+    exported = create("torch", tmp_path / "b", manifest, context=300, options=chosen)
+    assert isinstance(exported, TorchEngine)
+    assert in_blocks(engine) == in_blocks(exported)
+    np.testing.assert_array_equal(answers(engine), answers(exported))
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for name, t in engine._opened().state_dict().items()
+    }
+    assert sum(held.values()) == pytest.approx(engine._plan.weights, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("form", "quantize", "message"),
+    [("int4", "nf4", "are int4 already"), ("int4-qe", "int4", "int4"), ("int8", "int8", "int8")],
+)
+def test_as_few_bits_are_not_made_of_published_integers(
+    form: str, quantize: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(EngineError, match=message):
+        direct(quantized_folder(form, tmp_path), quantize=quantize)
+
+
+def test_fewer_bits_are_made_of_published_integers(tmp_path: Path) -> None:
+    engine = direct(quantized_folder("int8", tmp_path), quantize="int4")
+    bits = in_blocks(engine)
+    assert (len(bits), set(bits.values())) == (13, {4})
+
+
+def test_int4_is_what_an_export_makes(tmp_path: Path) -> None:
+    """Of a checkpoint, and of a bundle at fp32."""
+    made = export_bundle(lm=TINY, out=tmp_path / "b", precision="int4")
+    expected = answers(create("torch", tmp_path / "b", made, context=300))
+    np.testing.assert_array_equal(answers(direct(quantize="int4")), expected)
+    wide = export_bundle(lm=TINY, out=tmp_path / "wide", precision="fp32")
+    chosen = EngineOptions(quantize="int4")
+    found = create("torch", tmp_path / "wide", wide, context=300, options=chosen)
+    np.testing.assert_array_equal(answers(found), expected)
 
 
 @pytest.mark.parametrize("published", [True, False])
@@ -213,7 +275,13 @@ def test_a_budget_that_is_too_small_is_refused_before_loading() -> None:
 # GB at a context of 2048 without vision, which takes 0.6: the published figures are 13, 8 and 6
 @pytest.mark.parametrize(
     ("precision", "quantize", "most"),
-    [("fp16", None, 13.9), ("int8", None, 8.4), ("int4", None, 4.9), ("fp16", "nf4", 4.9)],
+    [
+        ("fp16", None, 13.9),
+        ("int8", None, 8.4),
+        ("int4", None, 4.9),
+        ("fp16", "int4", 4.9),
+        ("fp16", "nf4", 4.9),
+    ],
 )
 def test_the_plan_of_the_published_model(precision: str, quantize: str | None, most: float) -> None:
     decoder = Decoder("d", "e", precision=precision, block_size=128 * (precision < "fp"))
@@ -229,7 +297,7 @@ def test_the_plan_of_the_published_model(precision: str, quantize: str | None, m
     ("chosen", "message"),
     [
         ({"dtype": "fp8"}, "dtype is 'fp8'; expected one of fp16"),
-        ({"quantize": "int3"}, "quantize is 'int3'; expected one of nf4"),
+        ({"quantize": "int3"}, "quantize is 'int3'; expected one of int4"),
     ],
 )
 def test_unknown_settings(chosen: dict[str, str], message: str) -> None:

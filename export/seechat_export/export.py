@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from seechat_export import graphs, parity
 from seechat_export.plan import ExportPlan, Parts, check_room, make_plan
-from seechat_export.quantize import FRACTIONS, rearrange_prefix, stored_arrays
+from seechat_export.quantize import rearrange_prefix, stored_arrays
 from seechat_lite.conversation import FORMATS
 from seechat_lite.memory import human
+from seechat_lite.nn.blocks import FRACTIONS
 from seechat_lite.nn.streamed import Streamed
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.bundle import (

@@ -69,12 +69,13 @@ def load(
     the vision network runs, if not on `device`. keep_vision: hold it in memory, or release it after
     every picture; None keeps a small one. max_memory: bytes that the model may take at most;
     loading is refused if it may need more (see memory.plan). For the engine "torch", dtype: "fp16",
-    "bf16" or "fp32", None for what suits the device; quantize: "nf4", "fp4" or "int8", to make so
-    of float weights with bitsandbytes; rounded_rotary: see rotary.rotary_tables. image_cache: bytes
-    of embeddings kept for pictures that no chat shows any more. announce: is told the memory plan
-    once it fits, before the work begins; not by the engine "torch". progress: called in this thread
-    with a stage, "checking" (bytes of the bundle) or "loading", and how much of it is done, of how
-    much; loading ends with the exception that it raises, and leaves nothing open.
+    "bf16" or "fp32", None for what suits the device; quantize: "int4", to make blocks of float
+    weights as an export does, or with bitsandbytes "nf4", "fp4" or "int8"; rounded_rotary: see
+    rotary.rotary_tables. image_cache: bytes of embeddings kept for pictures that no chat shows any
+    more. announce: is told the memory plan once it fits, before the work begins; not by the engine
+    "torch". progress: called in this thread with a stage, "checking" (bytes of the bundle) or
+    "loading", and how much of it is done, of how much; loading ends with the exception that it
+    raises, and leaves nothing open.
 
     Raises BundleError (missing, damaged or newer bundle), EngineError (engine or device),
     MemoryPlanError (would not fit), ContextError (context too small to be of use).

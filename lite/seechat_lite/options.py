@@ -8,7 +8,7 @@ from typing import Any
 from seechat_weights.errors import SeechatError
 
 DTYPES = ("fp16", "bf16", "fp32")  # the torch engine's, which is imported when it is asked for
-QUANTIZATIONS = ("nf4", "fp4", "int8")
+QUANTIZATIONS = ("int4", "nf4", "fp4", "int8")
 
 
 def add_load_options(parser: Any) -> None:
@@ -27,7 +27,7 @@ def add_load_options(parser: Any) -> None:
     add(
         "--quantize",
         choices=QUANTIZATIONS,
-        help="float weights to fewer bits as they are loaded (torch engine, bitsandbytes)",
+        help="float weights to fewer bits as they are loaded (torch engine)",
     )
     add(
         "--rounded-rotary",

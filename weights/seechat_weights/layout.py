@@ -18,6 +18,7 @@ import numpy as np
 from seechat_weights.bundle import LMConfig
 from seechat_weights.precisions import Precision
 
+HEAD = "lm_head.weight"
 ALIGN = 4096  # a page: lets a runtime map each tensor straight from the file
 
 
@@ -119,4 +120,4 @@ def _tensors(
     yield "final_layernorm.weight", (hidden,), "", 0
     yield "final_layernorm.bias", (hidden,), "", 0
     head_bits = (precision.head_bits or bits) if precision.block else 0
-    yield "lm_head.weight", (config.vocab_size, hidden), "", head_bits
+    yield HEAD, (config.vocab_size, hidden), "", head_bits

@@ -24,7 +24,7 @@ from seechat_weights.files import first_bytes
 from seechat_weights.lora import LoRA, check_pairs, open_adapter
 from seechat_weights.names import FORMS, LMNames, Published, lm_config, lm_shapes, map_lm
 from seechat_weights.prefixes import read_prefix
-from seechat_weights.quantized import Quantized, unpack
+from seechat_weights.quantized import Quantized
 
 ALL = slice(None)
 Rows = slice | np.ndarray  # rows of a tensor: a slice, or their numbers
@@ -93,9 +93,9 @@ class LM:
         tensor = self._tensors[key]
         return 0 if tensor.order is not None or tensor.loras else tensor.published.bits
 
-    def quantized(self, key: str) -> Quantized:
-        """A tensor that has `bits`, as its authors quantized it."""
-        return _quantized(self._tensors[key], ALL)
+    def quantized(self, key: str, rows: Rows = ALL) -> Quantized:
+        """A tensor that has `bits`, as its authors quantized it, or some of its rows."""
+        return _quantized(self._tensors[key], rows)
 
     def _lay(self, role: str, checkpoint: Checkpoint, used: Mapping[str, Published]) -> None:
         """Take these parameters from `checkpoint`, whoever brought them before."""
@@ -297,5 +297,5 @@ def _published(tensor: _Tensor, rows: Rows) -> np.ndarray:
 
 def _quantized(tensor: _Tensor, rows: Rows) -> Quantized:
     read, published = tensor.checkpoint.read, tensor.published
-    codes = unpack(read(published.key)[rows], bits=published.bits)
-    return Quantized(codes, read(published.scale)[rows].astype(np.float32), published.bits)
+    scales = read(published.scale)[rows].astype(np.float32)
+    return Quantized(read(published.key)[rows], scales, published.bits)

@@ -15,20 +15,47 @@ import numpy as np
 class Quantized:
     """A linear as its authors quantized it: weight = codes * scales[:, None]."""
 
-    codes: np.ndarray  # int8 [outputs, inputs]
+    stored: np.ndarray  # int8 [outputs, inputs * bits / 8]; may be a view of the mapped file
     scales: np.ndarray  # float32 [outputs]
     bits: int  # 8 or 4
+
+    @property
+    def codes(self) -> np.ndarray:
+        """The signed integers, int8 [outputs, inputs]."""
+        return unpack(self.stored, bits=self.bits)
 
     def dequantized(self) -> np.ndarray:
         """float32 [outputs, inputs], exact: a product of at most 8 and 11 significant bits."""
         return self.codes.astype(np.float32) * self.scales[:, None]
 
+    def blocks(self, block_size: int) -> np.ndarray:
+        """The integers as a bundle holds them: uint8 [outputs, blocks, block_size * bits / 8].
 
-def unpack(weight: np.ndarray, *, bits: int) -> np.ndarray:
+        There an integer has half its range added to it, which turns its sign bit over, the earlier
+        one of a byte is in the low nibble, and zeros fill the last block.
+        """
+        stored, size = self.stored.view(np.uint8), block_size * self.bits // 8
+        outputs, width = stored.shape
+        packed = np.zeros((outputs, -(-width // size) * size), np.uint8)
+        packed[:, :width] = stored
+        if self.bits == 4:
+            halves = packed >> 4
+            packed <<= 4
+            packed |= halves
+        packed ^= 0x80 if self.bits == 8 else 0x88
+        return packed.reshape(outputs, -1, size)
+
+
+def unpack(stored: np.ndarray, *, bits: int) -> np.ndarray:
     """Signed integers, int8 [outputs, inputs], of a stored int8 [outputs, inputs * bits / 8]."""
     if bits == 8:
-        return weight
-    codes = np.empty((*weight.shape[:-1], 2 * weight.shape[-1]), np.int8)
-    codes[..., 0::2] = weight >> 4
-    codes[..., 1::2] = weight << 4 >> 4  # int8: the shift back copies the sign
+        return stored
+    codes = np.empty((*stored.shape[:-1], 2 * stored.shape[-1]), np.int8)
+    codes[..., 0::2] = stored >> 4
+    codes[..., 1::2] = stored << 4 >> 4  # int8: the shift back copies the sign
     return codes
+
+
+def pack(codes: np.ndarray, *, bits: int) -> np.ndarray:
+    """What `unpack` reads, of signed integers int8 [outputs, inputs]."""
+    return codes if bits == 8 else codes[..., 0::2] << 4 | codes[..., 1::2] & 15

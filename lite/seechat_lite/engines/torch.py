@@ -26,14 +26,13 @@ from seechat_lite.engines.base import (
     embedded,
 )
 from seechat_lite.engines.torch_memory import advice, device_plan
-from seechat_lite.engines.torch_weights import BundleSource, CheckpointSource, Source, build
+from seechat_lite.engines.torch_weights import CheckpointSource, Source, build, open_source
 from seechat_lite.errors import EngineError, MemoryPlanError
 from seechat_lite.memory import available_memory, human
 from seechat_lite.nn.decoder import Cache, Decoder, KernelPlace, TorchPlace
 from seechat_lite.nn.linears import QUANTIZATIONS, fused
 from seechat_lite.prompt import Prompt
-from seechat_weights.bundle import MANIFEST, Manifest
-from seechat_weights.lm import open_lm
+from seechat_weights.bundle import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -71,15 +70,12 @@ class TorchEngine:
                 f"quantize is {options.quantize!r}; expected one of {', '.join(QUANTIZATIONS)}: "
                 "choose one"
             )
-        bundle = (path / MANIFEST).is_file()
-        if bundle and options.quantize and manifest.decoder.block_size:
-            raise EngineError(
-                f"{path}: its weights are {manifest.decoder.precision} already; expected fp16 or "
-                f"fp32 to make {options.quantize} of: load it without quantize"
-            )
-        if source is None:
-            source = BundleSource(path, manifest) if bundle else CheckpointSource(open_lm(path))
-        self._source = source
+        self._source = source or open_source(
+            path, manifest, quantize=options.quantize, exact=self._dtype == torch.float32
+        )
+        blocks = self._source.blocks if isinstance(self._source, CheckpointSource) else {}
+        in_bits = manifest.decoder.block_size or options.quantize or 4 in blocks.values()
+        self._quantizable = not in_bits
         prefix = self._source.prefix
         self._prefix = None if prefix is None else torch.from_numpy(prefix)
         self._before = 0 if prefix is None else prefix.shape[3]  # tokens of the prefix
@@ -88,6 +84,7 @@ class TorchEngine:
             context=context + self._before,
             dtype_bytes=self._dtype.itemsize,
             quantize=options.quantize,
+            blocks=blocks,
         )
         self._vision_lock = threading.Lock()
         self._vision = None
@@ -109,7 +106,7 @@ class TorchEngine:
             )
         # bitsandbytes' modules decide on the CPU what to do: they cannot be recorded
         self._fused = fused(self._device)
-        self._records = self._fused and not options.quantize
+        self._records = self._fused and options.quantize in (None, "int4")
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         self._opened()
@@ -255,7 +252,7 @@ class TorchEngine:
         if self._plan.total > room:
             raise MemoryPlanError(
                 f"{self._manifest.name} needs {self._plan} on {self._device}; {human(room)} are "
-                f"there: {advice(self._plan, self._manifest, room, self._options.quantize)}"
+                f"there: {advice(self._plan, room, quantizable=self._quantizable)}"
             )
 
     @contextmanager
@@ -271,7 +268,7 @@ class TorchEngine:
         self._recorded.clear()
         self.reset()
         self._return_memory()
-        how = advice(self._plan, self._manifest, self._plan.total - 1, self._options.quantize)
+        how = advice(self._plan, self._plan.total - 1, quantizable=self._quantizable)
         raise MemoryPlanError(
             f"{self._device} is out of memory ({first}); {self._manifest.name} needs "
             f"{self._plan}: {how}"

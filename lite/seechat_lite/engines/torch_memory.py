@@ -1,30 +1,44 @@
 """What a model takes of a GPU's memory, known before anything is loaded."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 from seechat_lite.memory import MemoryPlan, smaller_context
-from seechat_lite.nn.linears import CHUNK, QUANTIZATIONS
+from seechat_lite.nn.linears import BLOCK, CHUNK, QUANTIZATIONS
 from seechat_weights.bundle import Manifest
-from seechat_weights.layout import decoder_layout
+from seechat_weights.layout import HEAD, decoder_layout
 from seechat_weights.precisions import PRECISIONS
 
 RUNTIME = 150 << 20  # cuBLAS' workspaces, recorded steps, what an allocator cannot use
 
 
 def device_plan(
-    manifest: Manifest, *, context: int, dtype_bytes: int, quantize: str | None = None
+    manifest: Manifest,
+    *,
+    context: int,
+    dtype_bytes: int,
+    quantize: str | None = None,
+    blocks: Mapping[str, int] | None = None,
 ) -> MemoryPlan:
     """Bytes of the decoder at a context of `context` tokens, those of a prefix included.
 
     dtype_bytes: of a number that is computed with. quantize: a name of nn.linears.QUANTIZATIONS.
+    blocks: bits of published weights that are in blocks (see torch_weights.CheckpointSource).
     """
+    blocks = blocks or {}
     lm, decoder = manifest.lm, manifest.decoder
     precision = replace(PRECISIONS[decoder.precision], head_bits=decoder.head_bits)
     weights = 0.0
     for item in decoder_layout(lm, precision, decoder.block_size):
         if item.bits:
             weights += sum(s.nbytes for s in item.stored)
+        elif bits := blocks.get(item.key):
+            (outputs, inputs), scales = item.shape, 1
+            count = -(-inputs // BLOCK)
+            if item.key == HEAD:  # which may be quantized here: others have one scale a row
+                scales = count
+            weights += outputs * (count * BLOCK * bits / 8 + 4 * scales)
         elif quantize and item.kind == "linear":
             weights += math.prod(item.shape) * QUANTIZATIONS[quantize] / 8
         else:
@@ -32,7 +46,8 @@ def device_plan(
     width = lm.num_heads * lm.padded_head_size
     # what a layer of the longest prompt holds at once: the MLP's, or the attention's
     rows = context * (4 * lm.hidden_size + max(2 * lm.inner_size, 8 * width))
-    made = CHUNK if decoder.block_size or quantize else 0  # a weight that is made of blocks
+    in_blocks = decoder.block_size or quantize or blocks
+    made = CHUNK if in_blocks else 0  # a weight that is made of blocks
     return MemoryPlan(
         weights=round(weights),
         cache=2 * lm.num_layers * width * context * dtype_bytes,
@@ -42,12 +57,12 @@ def device_plan(
     )
 
 
-def advice(plan: MemoryPlan, manifest: Manifest, room: int, quantize: str | None) -> str:
+def advice(plan: MemoryPlan, room: int, *, quantizable: bool) -> str:
     """The next smaller setting that fits `room` bytes, in words."""
     per_token = (plan.cache + plan.workspace - RUNTIME) / plan.context
     fixed = plan.total - per_token * plan.context
     if smaller := smaller_context(plan.context, lambda n: fixed + per_token * n <= room):
         return f"load it with context={smaller} (--context {smaller})"
-    if manifest.decoder.block_size == 0 and quantize is None:
-        return 'load it with quantize="nf4" (--quantize nf4), or export it with --precision int4'
+    if quantizable:
+        return 'load it with quantize="int4" (--quantize int4), or export it with --precision int4'
     return "close other programs, or take a card with more memory"

@@ -1,7 +1,7 @@
 """Weights for nn.decoder, tensor by tensor onto the device: from a bundle or a checkpoint."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -11,18 +11,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seechat_lite.errors import EngineError
+from seechat_lite.nn.blocks import quantize_blocks
 from seechat_lite.nn.decoder import Decoder
-from seechat_lite.nn.linears import BlockLinear, bitsandbytes_linear
+from seechat_lite.nn.linears import BLOCK, QUANTIZATIONS, BlockLinear, bitsandbytes_linear
 from seechat_lite.rotary import rotary_tables
-from seechat_weights.bundle import LMConfig, Manifest
-from seechat_weights.layout import decoder_layout, head_order
-from seechat_weights.lm import LM
+from seechat_weights.bundle import MANIFEST, LMConfig, Manifest
+from seechat_weights.layout import HEAD, decoder_layout, head_order
+from seechat_weights.lm import ALL, LM, open_lm
 from seechat_weights.precisions import PRECISIONS
 
 
 @dataclass(frozen=True)
 class Given:
-    """One tensor of ours: an array [outputs, inputs] or [size], or codes and scales of `bits`."""
+    """One tensor of ours: an array [outputs, inputs] or [size], or codes and scales.
+
+    bits: of the blocks that a weight is in or, where it is one array, is to be put into.
+    """
 
     key: str
     arrays: Sequence[np.ndarray | Tensor]
@@ -97,9 +101,14 @@ class BundleSource:
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """Published weights, put into a bundle's order as they are read."""
+    """Published weights, put into a bundle's order as they are read.
+
+    blocks: bits of the tensors that are to be in blocks: the integers of their authors, where these
+    have as many, else made of floats.
+    """
 
     lm: LM
+    blocks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def head(self) -> int:
@@ -120,10 +129,39 @@ class CheckpointSource:
     def tensors(self) -> Iterator[Given]:
         order = head_order(self.lm.config)
         for key in self.lm.shapes:
-            if "query_key_value" in key:
-                yield Given(key, [self.lm.read(key, order)])
+            rows, bits = order if "query_key_value" in key else ALL, self.blocks.get(key, 0)
+            if bits and bits == self.lm.bits(key):
+                published = self.lm.quantized(key, rows)
+                yield Given(key, [published.blocks(BLOCK), published.scales[:, None]], bits)
             elif key != "word_embeddings.weight":
-                yield Given(key, [self.lm.read(key)])
+                yield Given(key, [self.lm.read(key, rows)], bits)
+
+
+def open_source(path: Path, manifest: Manifest, *, quantize: str | None, exact: bool) -> Source:
+    """The weights of a bundle, or of whatever open_lm reads.
+
+    Integers that a checkpoint's authors made stay what they are. With them goes a head that was
+    left as floats, which gets 8 bits, as in an export, unless all is to be `exact`. Only more bits
+    than `quantize` makes can be quantized. Raises CheckpointError and EngineError.
+    """
+    stored = manifest.decoder.precision if manifest.decoder.block_size else ""
+    source: Source = BundleSource(path, manifest)
+    if not (path / MANIFEST).is_file():
+        lm = open_lm(path)
+        bits = {key: lm.bits(key) for key in lm.shapes if key != "word_embeddings.weight"}
+        blocks = {key: n for key, n in bits.items() if n}
+        if quantize and blocks:
+            most = max(blocks.values())
+            stored = f"int{most}" if most < QUANTIZATIONS[quantize] else ""
+        elif blocks and not exact:
+            blocks = {HEAD: 8, **blocks}
+        source = CheckpointSource(lm, {} if quantize else blocks)
+    if quantize and stored:
+        raise EngineError(
+            f"{path}: its weights are {stored} already; expected more bits to make {quantize} of: "
+            "load it without quantize"
+        )
+    return source
 
 
 def build(
@@ -145,23 +183,33 @@ def build(
     with torch.device("meta"):
         decoder = Decoder(config, source.head, torch.empty(0))
     decoder.rotary = F.pad(tables, (0, padding)).to(device)
-    few_bits = bitsandbytes_linear(quantize, dtype) if quantize else None
+    few_bits = bitsandbytes_linear(quantize, dtype) if quantize not in (None, "int4") else None
+
+    def tensor(array: np.ndarray | Tensor) -> Tensor:
+        if isinstance(array, Tensor):
+            return array
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
 
     def place(array: np.ndarray | Tensor, to: torch.dtype = dtype) -> Tensor:
-        if isinstance(array, np.ndarray):
-            array = torch.from_numpy(array if array.flags.writeable else array.copy())
         # to the device as it is stored, and only there to the type it is needed in
-        return array.to(device).to(to).contiguous()
+        return tensor(array).to(device).to(to).contiguous()
 
     for given in source.tensors():
         name, _, kind = given.key.rpartition(".")
         module = decoder.get_submodule(name)
-        if given.bits:
-            codes, scales = given.arrays
+        linear, bits = len(given.arrays[0].shape) > 1, given.bits
+        if quantize == "int4" and linear:
+            bits = 4
+        if bits:
+            if len(given.arrays) == 1:
+                (weight,) = given.arrays
+                stored = quantize_blocks(tensor(weight), bits=bits, block_size=BLOCK, device=device)
+            else:
+                codes, scales = given.arrays
+                stored = place(codes, torch.uint8), place(scales, torch.float32)
             inputs = cast(nn.Linear, module).in_features
-            stored = place(codes, torch.uint8), place(scales, torch.float32)
-            decoder.set_submodule(name, BlockLinear(*stored, inputs=inputs, bits=given.bits))
-        elif few_bits and len(given.arrays[0].shape) == 2:
+            decoder.set_submodule(name, BlockLinear(*stored, inputs=inputs, bits=bits))
+        elif few_bits and linear:
             decoder.set_submodule(name, few_bits(place(given.arrays[0])))
         else:
             parameter = nn.Parameter(place(given.arrays[0]), requires_grad=False)

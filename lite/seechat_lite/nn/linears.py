@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seechat_lite.errors import EngineError
+from seechat_lite.nn.blocks import dequantize_blocks
 
 CHUNK = 1 << 26  # weights that are numbers at the same time when many rows are multiplied
 
@@ -17,9 +18,9 @@ CHUNK = 1 << 26  # weights that are numbers at the same time when many rows are 
 class BlockLinear(nn.Module):
     """A linear whose weight stays in blocks of 8 or 4 bits, as a bundle stores it.
 
-    codes: uint8 [outputs, blocks, block_size * bits / 8]; scales [outputs, blocks]; a weight is
-    scale * (code - 2**(bits-1)), of two codes in a byte the low half comes first. A few rows are
-    multiplied with the codes as they are (on a GPU), for more the weight is made of them first.
+    codes: uint8 [outputs, blocks, block_size * bits / 8]; scales [outputs, blocks], or [outputs, 1]
+    if all blocks of a row share one: see nn.blocks. A few rows are multiplied with the codes as
+    they are (on a GPU), for more the weight is made of them first.
     """
 
     def __init__(self, codes: Tensor, scales: Tensor, *, inputs: int, bits: int) -> None:
@@ -29,7 +30,7 @@ class BlockLinear(nn.Module):
         self.codes: Tensor
         self.scales: Tensor
         self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
+        self.register_buffer("scales", scales.expand(codes.shape[:2]))
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None)
 
@@ -57,10 +58,7 @@ class BlockLinear(nn.Module):
             return kernels.dequantized(
                 codes, scales, bits=self.bits, inputs=self.inputs, dtype=dtype
             )
-        if self.bits == 4:
-            codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-        values = codes.float().sub_(2 ** (self.bits - 1)).mul_(scales[..., None])
-        return values.flatten(1)[:, : self.inputs].to(dtype)
+        return dequantize_blocks(codes, scales, bits=self.bits, inputs=self.inputs).to(dtype)
 
 
 def fused(device: torch.device) -> bool:
@@ -68,8 +66,10 @@ def fused(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("triton") is not None
 
 
-# names of --quantize, and bits of a weight with its share of the scales
-QUANTIZATIONS = {"nf4": 4.13, "fp4": 4.13, "int8": 8.01}
+BLOCK = 128  # inputs that share a scale in weights that are put into blocks as they are loaded
+# names of --quantize, and bits of a weight with its share of the scales; the first makes blocks,
+# the others are bitsandbytes'
+QUANTIZATIONS = {"int4": 4 + 32 / BLOCK, "nf4": 4.13, "fp4": 4.13, "int8": 8.01}
 
 
 def bitsandbytes_linear(kind: str, dtype: torch.dtype) -> Callable[[Tensor], nn.Module]:
