@@ -327,7 +327,19 @@ def test_a_running_call_can_be_cancelled(bundle_of: Callable[..., Path]) -> None
     while thread.is_alive():  # however soon it is asked, it ends
         engine.cancel()
     assert cancelled
+    engine.reset()
     np.testing.assert_array_equal(engine.prefill(prompt), first)
+
+
+def test_a_call_that_is_about_to_begin_can_be_cancelled(bundle_of: Callable[..., Path]) -> None:
+    """Whoever stops an answer just before its prompt is read must not wait for its end."""
+    engine = open_engine(bundle_of("chatglm_tiny"))
+    prompt = Prompt(tensors("chatglm_tiny/case_p1.safetensors")["input_ids"][0].tolist())
+    engine.cancel()
+    with pytest.raises(Cancelled):
+        engine.prefill(prompt)
+    engine.reset()
+    engine.prefill(prompt)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])

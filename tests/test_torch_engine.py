@@ -240,6 +240,7 @@ def test_cancel_ends_a_call_between_layers() -> None:
     with pytest.raises(Cancelled):
         engine.prefill(Prompt(ids))
     hook.remove(), beyond.remove()
+    engine.reset()
     np.testing.assert_array_equal(answers(engine), expected)
 
 

@@ -242,6 +242,7 @@ class Chat:
         self._embeds: dict[str, np.ndarray] = {}  # pictures of the turns, by key
         self._stop = threading.Event()
         self._answering = False  # whether the engine works for this chat
+        self._cancelling = threading.Lock()  # so that it does not begin to work for another one
 
     def stream(
         self,
@@ -337,8 +338,9 @@ class Chat:
     def stop(self) -> None:
         """End the running answer within one token; may be called from any thread."""
         self._stop.set()
-        if self._answering:
-            self.model.engine.cancel()
+        with self._cancelling:
+            if self._answering:
+                self.model.engine.cancel()
 
     def clear(self) -> None:
         """Forget all turns and pictures."""
@@ -392,7 +394,8 @@ class Chat:
                 failed = True
                 raise
             finally:
-                self._answering = False
+                with self._cancelling:
+                    self._answering = False
                 model.engine.reset()  # a later turn is read anew: its memory is free until then
                 # closed early, interrupted or stopped: what was said so far stays said
                 seconds = time.perf_counter() - start

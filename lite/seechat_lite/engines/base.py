@@ -70,11 +70,14 @@ class Engine(Protocol):
         ...
 
     def cancel(self) -> None:
-        """End the running call, if there is one, soon; it raises Cancelled. From any thread."""
+        """End the running call, or the next one before reset(), soon; it raises Cancelled.
+
+        May be called from any thread. Does not concern encode_image().
+        """
         ...
 
     def reset(self) -> None:
-        """Free the cache: the answer is complete."""
+        """Free the cache, and forget a cancel(): the answer is complete."""
         ...
 
     def close(self) -> None:

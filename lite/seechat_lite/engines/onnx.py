@@ -80,6 +80,7 @@ class OnnxEngine:
         self._on_gpu: dict[str, ort.OrtValue] = {}  # the same, which there outlives an answer
         self._binding = self._opened().io_binding()
         self._options = ort.RunOptions()
+        self._cancelled = False
         self._length = 0  # tokens in the cache, those of a prefix included
         self._next_position = np.zeros((2, 1), np.int64)  # of the token that the next step appends
 
@@ -120,9 +121,15 @@ class OnnxEngine:
         self._next_position[1] -= tokens
 
     def cancel(self) -> None:
+        self._cancelled = True  # first: a prompt may just be changing the options
         self._options.terminate = True
 
     def reset(self) -> None:
+        self._empty()
+        self._cancelled = False
+
+    def _empty(self) -> None:
+        """Free the cache."""
         self._binding.clear_binding_inputs()  # the cache goes with its bindings
         self._binding.clear_binding_outputs()
         self._cache.clear()
@@ -147,7 +154,7 @@ class OnnxEngine:
     def _begin(self) -> None:
         """An empty cache, but for the prefix."""
         lm = self._manifest.lm
-        self.reset()
+        self._empty()
         shape = (1, lm.num_heads, len(self._prefix) + self.context, self._head)
         names = zip(_cache_names("past", lm), _cache_names("present", lm), strict=True)
         buffers = _untouched((2 * lm.num_layers, *shape), self._cache_dtype)
@@ -182,6 +189,8 @@ class OnnxEngine:
         Returns the logits [rows, vocab] of the last ones. Raises Cancelled.
         """
         decoder = self._opened()
+        if self._cancelled:
+            raise Cancelled
         total = self._length + len(embeds)
         cos, sin = rotary_rows(self._rotary, positions, self._head // 2)
         feeds = {
@@ -200,7 +209,7 @@ class OnnxEngine:
         try:
             decoder.run_with_iobinding(self._binding, self._options)
         except Exception as e:  # ONNX Runtime raises its own unrelated exception types
-            if self._options.terminate:
+            if self._cancelled:
                 raise Cancelled from None
             raise EngineError(
                 f"ONNX Runtime failed after {self._length} tokens ({str(e).splitlines()[0]}): "

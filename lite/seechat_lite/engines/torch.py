@@ -125,7 +125,6 @@ class TorchEngine:
         embeds, positions, split = embedded(
             prompt, self._manifest.lm, context=self.context, rows=self._source.rows
         )
-        self._cancelled = False
         with self._memory_planned():
             self._begin()
             place = TorchPlace(
@@ -173,6 +172,7 @@ class TorchEngine:
         self._cancelled = True
 
     def reset(self) -> None:
+        self._cancelled = False
         self._length = 0
         if not self._recorded:  # recorded steps go on to use the memory of this one cache
             self._cache = None
@@ -202,7 +202,6 @@ class TorchEngine:
 
     def _raise_if_cancelled(self) -> None:
         if self._cancelled:
-            self._cancelled = False
             raise Cancelled
 
     def _on_device(self, embeds: np.ndarray) -> Tensor:
