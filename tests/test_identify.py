@@ -1,6 +1,7 @@
 """One look says what a folder or file is, by its content alone."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from reference import data, manifest
 from seechat_lite.cli import main
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files import LFS_POINTER
-from seechat_weights.identify import Identity, identify
+from seechat_weights.identify import Identity, check_given, identify
 
 POINTER = LFS_POINTER + b"/spec/v1\noid sha256:5e974d9a\nsize 2706249\n"
 CLIP_NEEDS = ("a ChatGLM-6B folder", "a projector")
@@ -177,9 +178,64 @@ def test_other_things(tmp_path: Path, text_bundle: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"holds no seechat\.json, weights or tokenizer"):
         identify(tmp_path)
+    (tmp_path / "a/b").mkdir(parents=True)
+    shutil.copy(data("chatglm_tiny/config.json"), tmp_path / "a/b")
+    with pytest.raises(CheckpointError, match=re.escape(f": name {tmp_path / 'a/b'}")):
+        identify(tmp_path)
     for name in ("mm_projector_linear.bin", "checkpoint_100.pth"):
         shutil.copy(data(f"vision/{name}"), tmp_path)
     assert identify(tmp_path).kind == "several"
+
+
+def test_shards_are_missing_and_nothing_tells_whose(tmp_path: Path) -> None:
+    shutil.copytree(data("chatglm_bin"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "pytorch_model-00002-of-00003.bin").unlink()
+    found = identify(tmp_path)
+    assert found.title == "weights of which some are missing" and not found.usable
+    assert list(found.missing) == ["pytorch_model-00002-of-00003.bin", "config.json"]
+
+
+@pytest.mark.parametrize(
+    ("option", "source", "message"),
+    [
+        ("lm", "chatglm_tiny", ""),
+        ("lm", "chatglm_bin", ""),
+        ("lm", "prefix.bin", "a P-tuning prefix for ChatGLM-6B; expected ChatGLM-6B or VisualGLM-6B"
+         " for --lm: give it to --prefix"),
+        ("lm", "vision/checkpoint_100.pth", "give it to --checkpoint"),
+        ("lm", "bundle", "a bundle: tiny-text; .*--model of ask, chat or serve"),
+        ("lm", "nowhere", "no such file or folder; .*or name it on the Hub as owner/name"),
+        ("prefix", "prefix.bin", ""),
+        ("prefix", "chatglm_tiny", "give it to --lm"),
+        ("adapter", "prefix.bin", "expected a LoRA adapter for --adapter: give it to --prefix"),
+        ("tokenizer", "chatglm_tiny/ice_text.model", ""),
+        ("tokenizer", "chatglm_tiny", "expected the file ice_text.model"),
+        ("eva", "vision/eva_vit_tiny.pth", ""),
+        ("eva", "vision/blip2_tiny_flant5.pth", "is BLIP-2's Q-Former; expected EVA ViT-g for --eva"
+         ": give it to --qformer"),
+        ("qformer", "vision/eva_vit_tiny.pth", "give it to --eva"),
+        ("qformer", "vision/blip2_tiny_flant5.pth", ""),
+        ("checkpoint", "vision/checkpoint_100_legacy_format.pth", ""),
+        ("checkpoint", "vision/blip2_tiny_flant5.pth", ""),
+        ("checkpoint", "chatglm_tiny", "give it to --lm"),
+        ("clip", "vision/clip_hf", ""),
+        ("clip", "vision/mm_projector_linear.bin", "give it to --projector"),
+        ("projector", "vision/mm_projector_linear.bin", ""),
+        ("projector", "vision/checkpoint_100.pth", ""),
+        ("projector", "vision/clip_open_clip", "give it to --clip"),
+    ],
+)  # fmt: skip
+def test_what_is_given_to_another_option(
+    option: str, source: str, message: str, text_bundle: Path
+) -> None:
+    names = {"prefix.bin": "chatglm_tiny/ptuning_embed_pytorch_model.bin"}
+    path = text_bundle if source == "bundle" else data(names.get(source, source))
+    if not message:
+        check_given(option, path)
+        return
+    with pytest.raises(CheckpointError, match=message) as e:
+        check_given(option, path)
+    assert str(e.value).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("name", ["chatglm-6b", "chatglm-6b-150528"])

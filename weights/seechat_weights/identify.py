@@ -7,6 +7,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,20 @@ from seechat_weights.families import (
 from seechat_weights.files import LFS_POINTER, first_bytes, read_json, shown, unreadable
 from seechat_weights.stored import ITEM_BYTES
 
-__all__ = ["Identity", "identify"]
+__all__ = ["Identity", "check_given", "identify"]
 
+# options of `seechat export`: what each takes; the first one that takes a kind is the one for it
+_OPTIONS = {
+    "lm": ("ChatGLM-6B or VisualGLM-6B", ("chatglm", "visualglm")),
+    "adapter": ("a LoRA adapter", ("lora",)),
+    "prefix": ("a P-tuning prefix", ("ptuning",)),
+    "tokenizer": (f"the file {TOKENIZER}", ("tokenizer",)),
+    "eva": ("EVA ViT-g", ("eva",)),
+    "qformer": ("BLIP-2's Q-Former", ("qformer",)),
+    "checkpoint": ("a checkpoint of SEEChat", ("seechat", "qformer")),
+    "clip": ("a CLIP vision tower", ("clip",)),
+    "projector": ("a projector", ("projector", "seechat")),
+}
 _SAT_FILE = "mp_rank_00_model_states.pt"
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 
@@ -53,6 +66,28 @@ def identify(path: Path) -> Identity:
     return _by_tensors(path, {})
 
 
+def check_given(option: str, path: Path) -> None:
+    """See that what `seechat export` is given for --`option` is not a thing for another option.
+
+    What is not known passes: the option's own reader tells more. Raises CheckpointError.
+    """
+    expected, kinds = _OPTIONS[option]
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: no such file or folder; expected {expected} for --{option}: check the path, "
+            "or name it on the Hub as owner/name"
+        )
+    found = identify(path)
+    owner = next((name for name, (_, own) in _OPTIONS.items() if found.kind in own), None)
+    if found.kind == "bundle":
+        do = "a bundle is exported already, give it to --model of ask, chat or serve"
+    elif owner and found.kind not in kinds:
+        do = f"give it to --{owner}"
+    else:
+        return
+    raise CheckpointError(f"{path}: is {found.title}; expected {expected} for --{option}: {do}")
+
+
 def _identify_folder(folder: Path) -> Identity:
     if (folder / MANIFEST).is_file():
         return _bundle(folder)
@@ -61,6 +96,10 @@ def _identify_folder(folder: Path) -> Identity:
     if lost:
         found = _by_config(folder, config, {})
         hub = _hub(config) if found.usable else "its publisher"
+        if not config:
+            found = _with(
+                found, title="weights of which some are missing", missing={"config.json": hub}
+            )
         return _with(found, missing=dict.fromkeys(lost, hub) | found.missing)
     try:
         return _by_tensors(folder, config)
@@ -83,10 +122,19 @@ def _identify_folder(folder: Path) -> Identity:
         return _by_config(folder, config, {"weights": _hub(config)})
     if (folder / TOKENIZER).is_file():
         return identify(folder / TOKENIZER)
+    inside = [shown(str(inner)) for inner in _inner_folders(folder)]
+    do = f"name {' or '.join(inside[:4])}" if inside else "name another folder, or the file itself"
     raise CheckpointError(
         f"{folder}: holds no {MANIFEST}, weights or tokenizer; expected a bundle or a checkpoint: "
-        "name another folder, or the file itself"
+        f"{do}"
     )
+
+
+def _inner_folders(folder: Path) -> list[Path]:
+    """Folders one or two levels down that hold something to look at."""
+    looked_at = islice(chain(folder.glob("*/"), folder.glob("*/*/")), 1000)
+    names = (MANIFEST, "config.json", TOKENIZER)
+    return [inner for inner in looked_at if any((inner / name).is_file() for name in names)]
 
 
 def _bundle(folder: Path) -> Identity:
