@@ -3,7 +3,9 @@
 Here the model waits for the test, and the test for the server: nothing depends on time.
 """
 
+import asyncio
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
@@ -16,10 +18,12 @@ from hypothesis import strategies as st
 
 import seechat_lite as sl
 from seechat_lite.chat import Stats
-from seechat_lite.server.desk import Ask
+from seechat_lite.engines.base import Cancelled
+from seechat_lite.server.desk import Ask, Desk, Turn
+from seechat_lite.server.errors import ApiError
 from seechat_lite.server.fair_queue import FairQueue
 from seechat_lite.server.settings import Settings
-from serving import PATIENCE, Running, asking, running, wait_until
+from serving import IMAGES, PATIENCE, Running, asking, data_url, running, wait_until
 
 # --- by itself
 
@@ -94,22 +98,37 @@ def test_whatever_comes_and_goes(limit: int, events: list[tuple[str, str]]) -> N
 
 
 class Held:
-    """The built-in model; it reads no prompt before `go` is set."""
+    """The built-in model; it looks at nothing and reads nothing before `go` is set."""
 
     def __init__(self) -> None:
         self.go = threading.Event()
         self.read: list[str] = []  # the prompts, as they came
+        self.seen = 0  # pictures
 
     def __call__(self) -> sl.Model:
         model = sl.load()
-        prefill = model.engine.prefill
+        engine = model.engine
+        prefill, encode, cancel = engine.prefill, engine.encode_image, engine.cancel
+        cancelled = threading.Event()
 
-        def held(prompt: sl.Prompt) -> Any:
+        def held_prefill(prompt: sl.Prompt) -> Any:
             self.read.append(model.tokenizer.decode(prompt.ids))
-            assert self.go.wait(PATIENCE)
+            cancelled.clear()
+            while not self.go.wait(0.01):
+                if cancelled.is_set():
+                    raise Cancelled
             return prefill(prompt)
 
-        model.engine.prefill = held
+        def held_encode(pixels: Any) -> Any:
+            self.seen += 1
+            assert self.go.wait(PATIENCE)
+            return encode(pixels)
+
+        def note_cancel() -> None:
+            cancelled.set()
+            cancel()
+
+        engine.prefill, engine.encode_image, engine.cancel = held_prefill, held_encode, note_cancel
         return model
 
 
@@ -185,3 +204,70 @@ def test_a_full_queue_refuses(held: tuple[Running, Held], monkeypatch: pytest.Mo
     load.go.set()
     assert all(a.result(PATIENCE)["choices"] for a in answers)
     assert order(load) == "01234"
+
+
+# --- those who leave
+
+
+def gone(server: Running) -> float:
+    """How many clients the server has seen go before their answers."""
+    numbers = server.request("GET", "/metrics")[2].decode()
+    found = re.search(r'seechat_requests_total{method="POST",status="499"} (\S+)', numbers)
+    return float(found[1]) if found else 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_while_its_prompt_is_read(
+    held: tuple[Running, Held], stream: bool
+) -> None:
+    server, load = held
+    connection = server.connect()
+    connection.request("POST", "/v1/chat/completions", json.dumps(asking("Q1", stream=stream)))
+    wait_until(lambda: len(load.read) == 1)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.post, asking("Q2", max_tokens=1))
+        wait_until(lambda: server.desk.waiting == 1)
+        connection.close()
+        wait_until(lambda: len(load.read) == 2)  # though nothing lets the first go on
+        load.go.set()
+        assert answer.result(PATIENCE)["choices"]
+
+
+@pytest.mark.parametrize("past", [False, True])
+def test_a_client_that_goes_while_its_pictures_are_read(
+    held: tuple[Running, Held], past: bool
+) -> None:
+    """The picture at hand is the last, be it of the question or of an earlier one."""
+    server, load = held
+    pictures = [data_url((IMAGES / f"{name}.png").read_bytes()) for name in ("owl", "frog")]
+    body = asking("Q1", *pictures)
+    if past:
+        body["messages"] += [{"role": "assistant", "content": "A"}, *asking("Q2")["messages"]]
+    connection = server.connect()
+    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    wait_until(lambda: load.seen == 1)
+    connection.close()
+    wait_until(lambda: gone(server) == 1)
+    load.go.set()
+    assert server.post(asking("Q3", max_tokens=1))["choices"]
+    assert load.seen == 1 and order(load) == "3"
+
+
+def test_shutting_down_while_a_prompt_is_read() -> None:
+    """It ends, and who waits for the first word is told to come again."""
+    load = Held()
+
+    async def shut_down() -> None:
+        desk = Desk(load, format=None, queue=1, keep_alive=None, observe=lambda _: None)
+        await desk.open()
+        answer = asyncio.create_task(desk.whole_answer(Ask("me", Turn("Q1"))))
+        while not load.read:
+            await asyncio.sleep(0.01)
+        await desk.stop(0)
+        with pytest.raises(ApiError, match="shutting down"):
+            await answer
+        while not desk.idle:
+            await asyncio.sleep(0.01)
+        desk.close()
+
+    asyncio.run(asyncio.wait_for(shut_down(), PATIENCE))

@@ -9,7 +9,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -247,7 +247,7 @@ class Chat:
     def stream(
         self,
         question: str,
-        image: ImageSource | Sequence[ImageSource] | None = None,
+        image: ImageSource | Iterable[ImageSource] | None = None,
         *,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
@@ -285,7 +285,7 @@ class Chat:
     def ask(
         self,
         question: str,
-        image: ImageSource | Sequence[ImageSource] | None = None,
+        image: ImageSource | Iterable[ImageSource] | None = None,
         *,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
@@ -314,7 +314,7 @@ class Chat:
         self,
         question: str,
         answer: str,
-        image: ImageSource | Sequence[ImageSource] | None = None,
+        image: ImageSource | Iterable[ImageSource] | None = None,
     ) -> None:
         """Put a past turn into the history without running it."""
         turn, embeds = self._turn(question, image)
@@ -324,7 +324,7 @@ class Chat:
     def prompt(
         self,
         question: str,
-        image: ImageSource | Sequence[ImageSource] | None = None,
+        image: ImageSource | Iterable[ImageSource] | None = None,
         *,
         max_new_tokens: int = 512,
     ) -> Prompt:
@@ -350,7 +350,7 @@ class Chat:
     def _stream(
         self,
         question: str,
-        image: ImageSource | Sequence[ImageSource] | None,
+        image: ImageSource | Iterable[ImageSource] | None,
         sampling: Sampling,
         max_new_tokens: int,
         speculate: bool,
@@ -415,7 +415,7 @@ class Chat:
                     self._embeds = {k: e for k, e in (self._embeds | embeds).items() if k in shown}
 
     def _turn(
-        self, question: str, image: ImageSource | Sequence[ImageSource] | None
+        self, question: str, image: ImageSource | Iterable[ImageSource] | None
     ) -> tuple[Turn, dict[str, np.ndarray]]:
         """The turn to be asked and the embeddings of its pictures."""
         sources = [] if image is None else [image] if isinstance(image, ImageSource) else image

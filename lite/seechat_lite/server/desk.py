@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ from functools import partial
 from typing import Literal
 
 from seechat_lite.chat import Chat, Model, Stats
+from seechat_lite.engines.base import Cancelled
 from seechat_lite.server.errors import ApiError
 from seechat_lite.server.fair_queue import FairQueue
 
@@ -124,7 +125,7 @@ class Desk:
         loop = asyncio.get_running_loop()
         put = partial(loop.call_soon_threadsafe, running.pieces.put_nowait)
         done = loop.run_in_executor(self._thread, self._run, ask, running, put)
-        done.add_done_callback(lambda _: self._leave())
+        done.add_done_callback(self._answered)
         try:
             said = False
             while piece := await running.pieces.get():
@@ -132,7 +133,10 @@ class Desk:
                     raise piece
                 said = True
                 yield piece
-            stats = await done
+            try:
+                stats = await done
+            except Cancelled:
+                raise _shutting_down() from None
             self._observe(stats)
             if running.stopped:  # of those who hear this, only a shutdown cuts the answer short
                 if not said:
@@ -212,6 +216,11 @@ class Desk:
             loop = asyncio.get_running_loop()
             self._unloading = loop.call_later(self._keep_alive, self._unload)
 
+    def _answered(self, done: asyncio.Future[Stats]) -> None:
+        if not done.cancelled():
+            done.exception()  # which is no news where the client has gone
+        self._leave()
+
     def _stay(self) -> None:
         if self._unloading:
             self._unloading.cancel()
@@ -240,16 +249,14 @@ class Desk:
             chat = self._loaded().chat(self._format)
             chat.format = replace(chat.format, stop=(*chat.format.stop, *ask.stop))
             for turn in ask.past:
-                if running.stopped:
-                    break
-                chat.append(turn.question, turn.answer, turn.images)
+                chat.append(turn.question, turn.answer, running.wanted(turn.images))
             question, images = ask.turn.question, ask.turn.images
             new = ask.max_new_tokens
             if ask.max_length is not None:
-                new = ask.max_length - len(chat.prompt(question, images).ids)
+                new = ask.max_length - len(chat.prompt(question, running.wanted(images)).ids)
             stream = chat.stream(
                 question,
-                images,
+                running.wanted(images),
                 max_new_tokens=max(new, 1),
                 temperature=ask.temperature,
                 top_p=ask.top_p,
@@ -279,6 +286,13 @@ class _Running:
     @property
     def stopped(self) -> bool:
         return self._stop.is_set()
+
+    def wanted(self, images: Iterable[bytes]) -> Iterator[bytes]:
+        """The pictures, as long as somebody waits for the answer: each takes its time to encode."""
+        for image in images:
+            if self.stopped:
+                raise Cancelled
+            yield image
 
     def follow(self, chat: Chat) -> None:
         """From now on stop() stops this chat, also if it came before."""
