@@ -3,11 +3,12 @@
     python bench/vision.py eva --precision fp16       # SEEChat: EVA ViT-g, Q-Former, projector
     python bench/vision.py clip --precision int8      # CLIP ViT-L/14 and a linear projector
 
-The networks have their published sizes and random weights. Each is exported to a temporary folder
-and run by ONNX Runtime in two ways: prepared (graph optimized and matrices laid out at load, which
-is its default) and as written (weights stay in their mapped file; a float16 matrix is widened
-whenever it is used). The matrix product is torch's, float32, 4096 x 4096 x 4096, measured before
-and after each way; the better one counts.
+The networks have their published sizes and random weights. Each is exported, to a temporary folder
+or to one where they stay and are used again (--folder), and run by ONNX Runtime in two ways:
+prepared (graph optimized and matrices laid out at load, which is its default) and as written
+(weights stay in their mapped file; a float16 matrix is widened whenever it is used). The matrix
+product is torch's, float32, 4096 x 4096 x 4096, measured before and after each way; the better one
+counts.
 """
 
 import argparse
@@ -27,26 +28,32 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from seechat_export.vision_graph import PRECISIONS, export_vision
-from seechat_lite.nn.blip import EvaTower, QFormerBridge
-from seechat_lite.nn.bridges import BRIDGES
 from seechat_lite.nn.streamed import Streamed
-from seechat_lite.nn.vision import ClipTower, Vision
-from seechat_weights.blip_names import BlipNames
-from seechat_weights.bundle import VisionConfig
-from seechat_weights.vision_names import ClipNames
+from seechat_lite.nn.vision import vision_network
+from seechat_weights.bundle import VisionConfig, VisionNetwork
 
 HIDDEN, SIZE, SIDE = 4096, 224, 4096  # the LM's width, pixels a side, rows of the matrix product
 
 
 def network(tower: str) -> nn.Module:
     """A vision network of published size, without weights."""
-    with torch.device("meta"):
-        if tower == "eva":
-            names = BlipNames(SIZE, 14, 1408, 6144, 39, 32, 768, 3072, 12, HIDDEN, {}, {}, {})
-            return Vision(EvaTower(names, heads=16), QFormerBridge(names, heads=12))
-        clip = ClipNames("openai", SIZE, 14, 1024, 4096, 24, {}, {}, {})
-        eye = ClipTower(clip, heads=16, activation="quick_gelu", layernorm_epsilon=1e-5)
-        return Vision(eye, BRIDGES["linear"](1024, HIDDEN))
+    if tower == "eva":
+        sizes = VisionNetwork(
+            patch_size=14,
+            width=1408,
+            inner_size=6144,
+            layers=39,
+            heads=16,
+            query_width=768,
+            query_inner_size=3072,
+            query_layers=12,
+            query_heads=12,
+        )
+        config = VisionConfig("", 32, "eva", "qformer", network=sizes)
+    else:
+        sizes = VisionNetwork(14, 1024, 4096, 23, 16, "quick_gelu", 1e-5)
+        config = VisionConfig("", 256, "clip", "linear", network=sizes)
+    return vision_network(config, HIDDEN)
 
 
 def random_weights(net: nn.Module) -> Streamed:
@@ -126,8 +133,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=PRECISIONS, nargs="+", default=["fp16"])
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="(%(default)s)")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="(%(default)s)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where exported networks stay")
     args = parser.parse_args()
-    weights = random_weights(network(args.tower))
     count = operations(network(args.tower))
     print(
         f"{args.tower}: {count / 1e9:.0f} GFLOP a picture, {args.threads} threads, "
@@ -135,12 +142,15 @@ def main() -> None:
         "| precision | run | file | load | a picture | as a matrix product | times | memory |\n"
         "|---|---|---|---|---|---|---|---|"
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
         for precision in args.precision:
-            path = Path(folder) / f"{precision}.onnx"
-            config = VisionConfig(path.name, 1, args.tower, "")
-            export_vision(weights, config, path, precision=precision)
-            size = sum(f.stat().st_size for f in Path(folder).glob(f"{path.name}*"))
+            path = (args.folder or Path(temporary)) / f"{args.tower}-{precision}.onnx"
+            if not path.exists():
+                weights = random_weights(network(args.tower))
+                config = VisionConfig(path.name, 1, args.tower, "")
+                export_vision(weights, config, path, precision=precision)
+            files = list(path.parent.glob(f"{path.name}*"))
+            size = sum(f.stat().st_size for f in files)
             # with int8 as written, onnxruntime 1.31 computes something else
             for prepared in (True,) if precision == "int8" else (True, False):
                 before = product_speed(args.threads)
@@ -154,7 +164,7 @@ def main() -> None:
                     f"| {seconds / ideal:.2f} | {peak / 1e9:.2f} GB |"
                 )
                 sys.stdout.flush()
-            for file in Path(folder).glob(f"{path.name}*"):
+            for file in files if not args.folder else ():
                 file.unlink()
 
 

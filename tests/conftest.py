@@ -8,7 +8,7 @@ from hypothesis import settings
 
 from reference import data, load_chatglm
 from seechat_export.export import export_bundle
-from seechat_export.vision import load_vision
+from seechat_lite.eyes import load_clip
 from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.tokenizer import Tokenizer
 
@@ -39,7 +39,7 @@ def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vision_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny ChatGLM at fp32 behind a tiny CLIP (56 x 56 pixels to 16 tokens)."""
     out = tmp_path_factory.mktemp("bundles") / "tiny-vision"
-    vision = load_vision(
+    vision = load_clip(
         clip=data("vision/clip_open_clip"), projector=data("vision/mm_projector_linear.bin")
     )
     export_bundle(

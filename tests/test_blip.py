@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 import seechat_lite as sl
 from reference import data, load_json, manifest, run_onnx, run_torch, tensors
 from seechat_export.export import export_bundle
-from seechat_export.vision import load_seechat, load_visualglm
 from seechat_export.vision_graph import export_vision
+from seechat_lite.eyes import PUBLISHED, Eyes, _blip, load_seechat, load_visualglm
 from seechat_lite.images import load_image, pixels
-from seechat_lite.nn.blip import EvaTower, QFormerBridge, resized_positions
+from seechat_lite.nn.blip import resized_positions
 from seechat_lite.nn.streamed import Streamed
-from seechat_lite.nn.vision import Vision
+from seechat_lite.nn.vision import streamed
 from seechat_weights.blip_names import BlipSettings, Overlay, map_seechat, seechat_overlay
 from seechat_weights.bundle import VisionConfig
 from seechat_weights.checkpoints import Checkpoint, TensorInfo
@@ -34,8 +34,12 @@ PROJECTOR = data("vision/checkpoint_100.pth")
 JPEG_ATOL = {".png": 1e-6, ".jpg": 0.06}  # JPEG decoders differ by up to 3 levels
 
 
-def load(**files: Path) -> tuple[Streamed, VisionConfig]:
+def load(**files: Any) -> Eyes:
     return load_seechat(settings=TINY, **({"eva": EVA, "qformer": QFORMER} | files))
+
+
+def opened(eyes: Eyes) -> tuple[Streamed, VisionConfig]:
+    return streamed(eyes), eyes.config
 
 
 def state(path: Path) -> dict[str, torch.Tensor]:
@@ -52,7 +56,7 @@ def written(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     "checkpoint", ["checkpoint_100", "checkpoint_100_legacy_format", "checkpoint_trainable_qformer"]
 )
 def test_published_embeddings(checkpoint: str, tmp_path: Path) -> None:
-    network, config = load(checkpoint=data(f"vision/{checkpoint}.pth"))
+    network, config = opened(load(checkpoint=data(f"vision/{checkpoint}.pth")))
     assert (config.tower, config.bridge, config.tokens) == ("eva", "qformer", 32)
     assert (config.pixels.image_size, config.pixels.resize) == (56, "squash")
     tower = network.loaded().get_submodule("tower")
@@ -67,7 +71,8 @@ def test_published_embeddings(checkpoint: str, tmp_path: Path) -> None:
 def test_as_many_queries_as_the_file_has(tmp_path: Path) -> None:
     case = tensors("vision/seechat_case_q4.safetensors")
     overrides = load_file(data("vision/seechat_vision_q4_overrides.safetensors"))
-    network, config = load(checkpoint=written(tmp_path / "c.pth", state(PROJECTOR) | overrides))
+    eyes = load(checkpoint=written(tmp_path / "c.pth", state(PROJECTOR) | overrides))
+    network, config = opened(eyes)
     assert config.tokens == 4
     np.testing.assert_allclose(run_torch(network, case["image"]), case["encode_img"], atol=1e-4)
     export_vision(network, config, tmp_path / "vision.onnx", precision="fp16")
@@ -83,22 +88,23 @@ def test_the_checkpoint_counts_most(tmp_path: Path) -> None:
         name: whole[name] + 0.5
         for name in ("visual_encoder.blocks.1.attn.q_bias", "ln_vision.bias", "query_tokens")
     }
-    network, _ = load(checkpoint=written(tmp_path / "c.pth", state(PROJECTOR) | changed))
+    eyes = load(checkpoint=written(tmp_path / "c.pth", state(PROJECTOR) | changed))
     width = whole["ln_vision.bias"].numel()
-    bias = network.read("tower.vit.encoder.layers.1.self_attn.qkv.bias")
+    bias = eyes.read("tower.vit.encoder.layers.1.self_attn.qkv.bias")
     np.testing.assert_array_equal(bias[:width], changed["visual_encoder.blocks.1.attn.q_bias"])
     assert not bias[width : 2 * width].any()
     np.testing.assert_array_equal(
-        network.read("tower.vit.post_layernorm.bias"), changed["ln_vision.bias"]
+        eyes.read("tower.vit.post_layernorm.bias"), changed["ln_vision.bias"]
     )
-    np.testing.assert_array_equal(network.read("bridge.query_tokens"), changed["query_tokens"])
+    np.testing.assert_array_equal(eyes.read("bridge.query_tokens"), changed["query_tokens"])
 
     # a checkpoint that holds everything needs no other file
     unused = ("visual_encoder.blocks.3.", "visual_encoder.norm.", "visual_encoder.head.", "t5_")
     kept = {k: v for k, v in whole.items() if not k.startswith(unused)}
-    alone, _ = load_seechat(checkpoint=written(tmp_path / "all.pth", kept), settings=TINY)
+    alone = load_seechat(checkpoint=written(tmp_path / "all.pth", kept), settings=TINY)
     np.testing.assert_array_equal(
-        run_torch(alone, CASE["image"]), run_torch(load(checkpoint=PROJECTOR)[0], CASE["image"])
+        run_torch(streamed(alone), CASE["image"]),
+        run_torch(streamed(load(checkpoint=PROJECTOR)), CASE["image"]),
     )
 
 
@@ -163,9 +169,7 @@ def test_positions_are_resized_as_published(side: int) -> None:
 
 
 def test_another_image_size(tmp_path: Path) -> None:
-    network, config = load_seechat(
-        eva=EVA, qformer=QFORMER, checkpoint=PROJECTOR, settings=TINY, image_size=84
-    )
+    network, config = opened(load(checkpoint=PROJECTOR, image_size=84))
     assert (config.pixels.image_size, config.tokens) == (84, 32)
     image = np.random.default_rng(0).standard_normal((1, 3, 84, 84), np.float32)
     export_vision(network, config, tmp_path / "vision.onnx", precision="fp32")
@@ -266,7 +270,8 @@ def test_visualglm(form: str, tmp_path: Path) -> None:
     source = visualglm(tmp_path / "visualglm", form)
     vision = load_visualglm(source)
     assert vision
-    np.testing.assert_allclose(run_torch(vision[0], CASE["image"]), CASE["encode_img"], atol=1e-4)
+    found = run_torch(streamed(vision), CASE["image"])
+    np.testing.assert_allclose(found, CASE["encode_img"], atol=1e-4)
     out = tmp_path / "bundle"
     export_bundle(lm=source, out=out, vision=vision, precision="fp32")
     with sl.load(out) as model:
@@ -397,10 +402,7 @@ def test_published_files_are_accounted_for() -> None:
         "t5_proj.bias",
         "Qformer.bert.embeddings.position_ids",
     }
-    with torch.device("meta"):
-        tower = EvaTower(names, heads=16)
-        network = Vision(tower, QFormerBridge(names, heads=12))
-    assert {k: tuple(p.shape) for k, p in network.named_parameters()} == names.sizes
+    streamed(_blip(published(), names, PUBLISHED, None))  # the network has these parameters
 
 
 def test_every_name_of_the_published_files_counts() -> None:

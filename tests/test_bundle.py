@@ -20,7 +20,10 @@ from seechat_export.export import export_bundle
 from seechat_lite.memory import plan
 from seechat_weights.bundle import MANIFEST, Manifest, read_manifest, verify_hashes
 
-FILES = ["decoder.onnx", "decoder.onnx.data", "embeddings.bin", "ice_text.model", "vision.onnx"]
+FILES = [
+    *("decoder.onnx", "decoder.onnx.data", "embeddings.bin", "ice_text.model"),
+    *("vision.onnx", "vision.onnx.data"),
+]
 PICTURE = Image.linear_gradient("L")
 
 

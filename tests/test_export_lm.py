@@ -26,8 +26,8 @@ from reference import (
 from seechat_export.export import export_bundle
 from seechat_export.graphs import Item, Stored, decoder
 from seechat_export.quantize import restored_tensor, stored_arrays
-from seechat_export.vision import load_vision
 from seechat_lite.engines import create
+from seechat_lite.eyes import load_clip
 from seechat_lite.nn.blocks import dequantize_blocks
 from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.prompt import Prompt
@@ -190,7 +190,7 @@ def test_provenance_names_every_source(tmp_path: Path, base: Path) -> None:
 
 
 def test_provenance_names_what_eyes_leave_out(tmp_path: Path) -> None:
-    vision = load_vision(
+    vision = load_clip(
         clip=data("vision/clip_open_clip"), projector=data("vision/mm_projector_linear.bin")
     )
     said = export_bundle(lm=TINY, vision=vision, out=tmp_path / "b", precision="fp32").provenance

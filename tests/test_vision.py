@@ -15,12 +15,12 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from reference import data, load_json, run_onnx, run_torch, tensors
-from seechat_export import vision_graph as export
-from seechat_export.clip_settings import clip_settings
 from seechat_export.parity import VisionCheck
-from seechat_export.vision import load_vision
 from seechat_export.vision_graph import export_vision
+from seechat_lite.clip_settings import clip_settings
+from seechat_lite.eyes import load_clip
 from seechat_lite.nn.streamed import Streamed
+from seechat_lite.nn.vision import streamed
 from seechat_weights.bundle import PixelSpec, VisionConfig
 from seechat_weights.checkpoints import open_checkpoint
 from seechat_weights.errors import CheckpointError
@@ -35,8 +35,13 @@ def projector(bridge: str) -> Path:
     return data(f"vision/mm_projector_{bridge}.bin")
 
 
+def opened(**files: Any) -> tuple[Streamed, VisionConfig]:
+    eyes = load_clip(**files)
+    return streamed(eyes), eyes.config
+
+
 def load(clip: Path, bridge: str = "linear", **settings: Any) -> tuple[Streamed, VisionConfig]:
-    return load_vision(clip=clip, projector=projector(bridge), **settings)
+    return opened(clip=clip, projector=projector(bridge), **settings)
 
 
 def tower(module: Streamed) -> nn.Module:
@@ -158,8 +163,8 @@ def test_another_size_in_every_form(other: Path, tmp_path: Path) -> None:
 
     save_file(as_open_clip(other / "hf"), tmp_path / "lone.safetensors")
     loaded = [
-        load_vision(clip=other / "hf", projector=other / "p.safetensors"),
-        load_vision(
+        opened(clip=other / "hf", projector=other / "p.safetensors"),
+        opened(
             clip=tmp_path / "lone.safetensors",
             projector=other / "p.safetensors",
             activation="gelu",
@@ -182,10 +187,10 @@ def test_another_size_in_every_form(other: Path, tmp_path: Path) -> None:
 def test_lone_file_cannot_tell_its_activation(other: Path, tmp_path: Path) -> None:
     save_file(as_open_clip(other / "hf"), tmp_path / "lone.safetensors")
     with pytest.raises(CheckpointError, match=r"open_clip_config\.json beside it.*clip-activation"):
-        load_vision(clip=tmp_path / "lone.safetensors", projector=other / "p.safetensors")
+        opened(clip=tmp_path / "lone.safetensors", projector=other / "p.safetensors")
     shutil.copy(other / "hf/model.safetensors", tmp_path / "hf.safetensors")
     with pytest.raises(CheckpointError, match=r"no config\.json beside it"):
-        load_vision(clip=tmp_path / "hf.safetensors", projector=other / "p.safetensors")
+        opened(clip=tmp_path / "hf.safetensors", projector=other / "p.safetensors")
 
 
 def test_openais_own_file(tmp_path: Path) -> None:
@@ -215,13 +220,13 @@ def test_openais_own_file(tmp_path: Path) -> None:
 
 def test_fp16_rounds_the_matrices_alone(other: Path, tmp_path: Path) -> None:
     """The fp16 graph is exactly the fp32 graph of rounded matrices, in half the space."""
-    module, config = load_vision(clip=other / "hf", projector=other / "p.safetensors")
+    module, config = opened(clip=other / "hf", projector=other / "p.safetensors")
     pixels = np.random.default_rng(1).standard_normal((1, 3, 96, 96), dtype=np.float32)
     sizes = {}
     for precision in ("fp32", "fp16"):
         path = tmp_path / f"{precision}.onnx"
         export_vision(module, config, path, precision=precision)
-        sizes[precision] = path.stat().st_size
+        sizes[precision] = (tmp_path / "vision.onnx.data").stat().st_size
     assert sizes["fp16"] < 0.55 * sizes["fp32"]
     rounded = module.loaded()
     for parameter in rounded.parameters():
@@ -231,13 +236,8 @@ def test_fp16_rounds_the_matrices_alone(other: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, run_torch(rounded, pixels), atol=1e-4)
 
 
-@pytest.mark.parametrize("external", [False, True])
-def test_int8_keeps_matrices_in_8_bits(
-    other: Path, tmp_path: Path, external: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, config = load_vision(clip=other / "hf", projector=other / "p.safetensors")
-    if external:
-        monkeypatch.setattr(export, "EXTERNAL_DATA_BYTES", 100_000)
+def test_int8_keeps_matrices_in_8_bits(other: Path, tmp_path: Path) -> None:
+    module, config = opened(clip=other / "hf", projector=other / "p.safetensors")
     path = tmp_path / "vision.onnx"
     export_vision(module, config, path, precision="int8")
     kinds = [node.op_type for node in onnx.load(path).graph.node]
@@ -251,28 +251,19 @@ def test_int8_keeps_matrices_in_8_bits(
     assert report["max_difference"] < 0.2 * report["standard_deviation"]
 
 
-def test_export_leaves_one_file_and_is_silent(
+def test_export_leaves_two_files_and_is_silent(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, config = load(data("vision/clip_hf"))
     monkeypatch.chdir(tmp_path)
     export_vision(module, config, tmp_path / "vision.onnx", precision="fp16")
-    assert [p.name for p in tmp_path.iterdir()] == ["vision.onnx"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["vision.onnx", "vision.onnx.data"]
     assert capfd.readouterr() == ("", "")
     model = onnx.load(tmp_path / "vision.onnx")
-    onnx.checker.check_model(model, full_check=True)
+    onnx.checker.check_model(tmp_path / "vision.onnx", full_check=True)
     assert [i.name for i in model.graph.input] == ["pixel_values"]
     assert [o.name for o in model.graph.output] == ["image_embeds"]
     assert str(Path(__file__).parent.parent).encode() not in model.SerializeToString()
-
-
-def test_large_weights_go_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, config = load(data("vision/clip_hf"))
-    monkeypatch.setattr(export, "EXTERNAL_DATA_BYTES", 100_000)
-    export_vision(module, config, tmp_path / "vision.onnx", precision="fp32")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["vision.onnx", "vision.onnx.data"]
-    found = run_onnx(tmp_path / "vision.onnx", CASE["image"])
-    np.testing.assert_allclose(found, CASE["projected_linear"], atol=1e-3)
 
 
 def test_any_module_exports(tmp_path: Path) -> None:
@@ -375,7 +366,7 @@ def test_configuration_that_does_not_fit(
 
 def test_projector_of_another_tower(other: Path) -> None:
     with pytest.raises(CheckpointError, match="takes 128 numbers a token; expected 48"):
-        load_vision(clip=data("vision/clip_hf"), projector=other / "p.safetensors")
+        opened(clip=data("vision/clip_hf"), projector=other / "p.safetensors")
 
 
 def test_unknown_precision(tmp_path: Path) -> None:

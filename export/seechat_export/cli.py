@@ -9,7 +9,9 @@ from typing import Any
 
 from seechat_lite.conversation import FORMATS
 from seechat_lite.memory import human
+from seechat_lite.options import add_eye_options, eye_files
 from seechat_weights.errors import SeechatError
+from seechat_weights.identify import check_given
 from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS
 
 # options that name published weights: a path, or a Hub id
@@ -37,12 +39,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         help="ChatGLM-6B (fp16, int8, int4, int4-qe) or VisualGLM-6B: a Hugging Face folder with "
         "config.json, weights and ice_text.model, or SAT's mp_rank_00_model_states.pt",
     )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="SEEChat's checkpoint_N.pth, whose tensors take the place of the others'",
-    )
+    add_eye_options(parser)
     parser.add_argument(
         "--adapter", type=Path, metavar="DIR", help="a PEFT LoRA for the LM, to be merged"
     )
@@ -51,33 +48,6 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="ice_text.model; default: the one in --lm"
-    )
-    parser.add_argument(
-        "--eva", type=Path, metavar="FILE", help="SEEChat's vision tower: eva_vit_g.pth"
-    )
-    parser.add_argument(
-        "--qformer",
-        type=Path,
-        metavar="FILE",
-        help="SEEChat's Q-Former: blip2_pretrained_flant5xxl.pth",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="N",
-        help="pixels a side that --eva sees, if not the 224 of its weights",
-    )
-    parser.add_argument(
-        "--clip",
-        type=Path,
-        metavar="PATH",
-        help="CLIP ViT: an open_clip or Hugging Face folder, or OpenAI's ViT-L-14.pt",
-    )
-    parser.add_argument("--projector", type=Path, metavar="FILE", help="linear or MLP projector")
-    parser.add_argument(
-        "--clip-activation",
-        choices=("quick_gelu", "gelu"),
-        help="for a --clip file without a configuration beside it",
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="int4", help="(%(default)s)")
     parser.add_argument(
@@ -126,7 +96,7 @@ def _synthetic(args: argparse.Namespace) -> int:
 
 
 def _fetch(args: argparse.Namespace) -> dict[str, dict[str, str]]:
-    """Put downloads in the place of Hub ids; tells where each came from."""
+    """Put downloads in the place of Hub ids, each seen to be for its option; tells their origin."""
     from seechat_export.download import fetch
 
     if not sys.stderr.isatty():  # read when huggingface_hub is imported
@@ -136,40 +106,22 @@ def _fetch(args: argparse.Namespace) -> dict[str, dict[str, str]]:
         given = getattr(args, option)
         if given:
             path, source = fetch(given, offline=args.offline)
+            check_given(option, path)
             setattr(args, option, path)
             sources |= {option: source} if source else {}
     return sources
 
 
 def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    if bool(args.clip) != bool(args.projector):
-        parser.error("--clip and --projector go together")
-    if args.clip and (args.eva or args.qformer):
-        parser.error("--clip is one vision tower and --eva another; give one of them")
-    if args.image_size and not (args.eva or args.qformer):
-        parser.error("--image-size goes with --eva")
+    eye_files(args, parser.error)  # before anything is fetched
     downloads = _fetch(args)
     try:
         from seechat_export.bars import Bars
         from seechat_export.export import export_bundle
-        from seechat_export.vision import load_seechat, load_vision, load_visualglm
     except ImportError as e:
         raise SeechatError(
             f"{e.name} is not installed; export needs it: pip install 'seechat-lite[export]'"
         ) from None
-    if args.clip:
-        vision = load_vision(
-            clip=args.clip, projector=args.projector, activation=args.clip_activation
-        )
-    elif args.eva or args.qformer:
-        vision = load_seechat(
-            eva=args.eva,
-            qformer=args.qformer,
-            checkpoint=args.checkpoint,
-            image_size=args.image_size,
-        )
-    else:
-        vision = load_visualglm(args.lm)
     with Bars() as bars:
         manifest = export_bundle(
             lm=args.lm,
@@ -178,7 +130,7 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             prefix=args.prefix,
             tokenizer=args.tokenizer,
             out=args.out,
-            vision=vision,
+            vision=eye_files(args, parser.error).open(args.lm),
             precision=args.precision,
             block_size=args.block_size,
             vision_precision=args.vision_precision,

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -28,9 +28,10 @@ from seechat_export import graphs, parity
 from seechat_export.plan import ExportPlan, Parts, check_room, make_plan
 from seechat_export.quantize import rearrange_prefix, stored_arrays
 from seechat_lite.conversation import FORMATS
+from seechat_lite.eyes import Eyes
 from seechat_lite.memory import human
 from seechat_lite.nn.blocks import FRACTIONS
-from seechat_lite.nn.streamed import Streamed
+from seechat_lite.published import spoken_format
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.bundle import (
     MANIFEST,
@@ -69,7 +70,7 @@ def export_bundle(
     adapter: Path | None = None,
     prefix: Path | None = None,
     tokenizer: Path | None = None,
-    vision: tuple[nn.Module, VisionConfig] | None = None,
+    vision: Eyes | tuple[nn.Module, VisionConfig] | None = None,
     precision: str = "int4",
     block_size: int = 128,
     vision_precision: str | None = None,
@@ -83,9 +84,9 @@ def export_bundle(
 
     lm, checkpoint, adapter, prefix: as seechat_weights.lm.open_lm takes them. tokenizer: the
     ice_text.model, if it is not beside the weights.
-    vision: a module in eval mode, float32 pixels [n, 3, S, S] to embeddings [n, tokens, hidden],
-    and its description. vision_precision: "fp32", "fp16" or "int8"; by default fp32 in an fp32
-    bundle, else fp16. conversation: the default format; "visualglm" for VisualGLM-6B, else
+    vision: eyes, or a module in eval mode, float32 pixels [n, 3, S, S] to embeddings [n, tokens,
+    hidden], and its description. vision_precision: "fp32", "fp16" or "int8"; by default fp32 in an
+    fp32 bundle, else fp16. conversation: the default format; "visualglm" for VisualGLM-6B, else
     "seechat" with vision and "chatglm" without. announce: is told the plan once all sources are
     checked, before the work begins.
 
@@ -106,27 +107,34 @@ def export_bundle(
     model = open_lm(Path(lm), checkpoint=checkpoint, adapter=adapter, prefix=prefix)
     source = Source(model, tokenizer)
     if conversation is None:
-        with_eyes = "seechat" if model.conversation == "chatglm" else model.conversation
-        conversation = with_eyes if vision else model.conversation
-    eye = parity.VisionCheck(*vision, source.config.hidden_size) if vision else None
+        conversation = spoken_format(model, seeing=vision is not None)
+    described, network, ignored = None, None, {}
+    if isinstance(vision, Eyes):
+        # transformers, which this needs, takes seconds to import
+        from seechat_lite.nn.vision import streamed
+
+        network, described, ignored = streamed(vision), vision.config, vision.ignored
+    elif vision:
+        network, described = vision
+    eye = None
+    if network and described:
+        described = dataclasses.replace(described, precision=vision_precision)
+        eye = parity.VisionCheck(network, described, source.config.hidden_size)
     form = source.form(PRECISIONS[precision])
     writer = _Writer(source, out, form, block_size if form.block else 0, progress)
     with writer.opened():
-        announce(writer.plan(vision[0] if vision else None, vision_precision))
+        announce(writer.plan(network, vision_precision))
         writer.weights()
         writer.embeddings()
         if model.prefix is not None:
             writer.prefix(torch.from_numpy(model.prefix))
         shutil.copyfile(source.tokenizer, writer.folder / TOKENIZER)
-        described = None
-        if vision:
-            described = dataclasses.replace(vision[1], precision=vision_precision)
-            # transformers, which this needs, takes seconds to import
-            from seechat_export.vision_graph import export_vision
+        if network and described:
+            from seechat_export.vision_graph import export_vision  # slow to import, too
 
             progress("vision", 0, 1)
             path = writer.folder / described.graph
-            export_vision(vision[0], described, path, precision=vision_precision)
+            export_vision(network, described, path, precision=vision_precision)
             progress("vision", 1, 1)
         manifest = Manifest(
             name=name or out.name,
@@ -146,7 +154,7 @@ def export_bundle(
             vision=described,
             provenance={
                 **source.fingerprint(),
-                "ignored": source.ignored(vision[0] if vision else None),
+                "ignored": source.ignored(ignored, seeing=vision is not None),
                 "versions": {p: version(p) for p in ("torch", "onnx", "onnxruntime")},
                 **(provenance or {}),
             },
@@ -195,12 +203,14 @@ class Source:
             return precision
         return dataclasses.replace(precision, head_bits=8)
 
-    def ignored(self, vision: nn.Module | None) -> dict[str, dict[str, str]]:
-        """Tensors that nothing of the bundle is made of, by source, each with the reason."""
+    def ignored(self, vision: Mapping[str, str], *, seeing: bool) -> dict[str, dict[str, str]]:
+        """Tensors that nothing of the bundle is made of, by source, each with the reason.
+
+        vision: those of its eyes' checkpoints. seeing: whether it has eyes.
+        """
         ignored = {role: dict(reasons) for role, reasons in self.lm.ignored.items()}
-        if isinstance(vision, Streamed):
-            ignored["vision"] = vision.ignored
-        if vision is None:
+        ignored["vision"] = dict(vision)
+        if not seeing:
             reason = "part of the vision tower, which this bundle is without"
             for role, keys in self.lm.vision_keys.items():
                 ignored[role] |= dict.fromkeys(keys, reason)

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import io
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,15 +20,14 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 
-from seechat_export.quantize import quantize_blocks
+from seechat_lite.eyes import BLOCK_SIZE, CODES, HALF, SCALES, TRANSPOSED
+from seechat_lite.nn.blocks import quantize_blocks
 from seechat_lite.nn.streamed import Streamed
 from seechat_weights.bundle import VisionConfig
 from seechat_weights.errors import CheckpointError
 
 OPSET = 21  # as the decoder's; opset 23's Attention measured no faster and runs on fewer devices
 PRECISIONS = ("fp32", "fp16", "int8")
-EXTERNAL_DATA_BYTES = 100_000_000  # beyond it weights are mapped from a file of their own
-BLOCK_SIZE = 32  # weights that share a scale in int8
 ACCURACY_LEVEL = 4
 
 Values = Callable[[], np.ndarray]  # float32 or float16
@@ -38,8 +38,8 @@ def export_vision(module: nn.Module, config: VisionConfig, path: Path, *, precis
 
     module: Streamed, or any network with its weights. precision: "fp32"; "fp16", where matrices
     are stored as float16; or "int8", where those of products are, in blocks of BLOCK_SIZE. The
-    arithmetic is float32 in any case. Weights beyond EXTERNAL_DATA_BYTES go to a file beside it,
-    named like `path` with ".data".
+    arithmetic is float32 in any case. What a Streamed network reads goes to a file beside it,
+    VisionConfig.weights; the weights of another network are kept in the graph.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"vision precision is {precision!r}; expected {', '.join(PRECISIONS)}")
@@ -53,9 +53,44 @@ def export_vision(module: nn.Module, config: VisionConfig, path: Path, *, precis
             _store_as_int8(model.graph)
         if precision != "fp32":
             _store_as_fp16(model.graph)
-        values = [v.const_value for v in model.graph.initializers.values()]
-        external = sum(v.nbytes for v in values if v is not None) > EXTERNAL_DATA_BYTES
-        ir.save(model, path, external_data=f"{path.name}.data" if external else None)
+        if isinstance(module, Streamed):
+            _write_weights(model.graph, path.with_name(config.weights))
+        ir.save(model, path)
+
+
+def _write_weights(graph: ir.Graph, path: Path) -> None:
+    """Write lazy tensors to a safetensors file, one at a time, and leave where they are in it.
+
+    ONNX Runtime finds them by their place, everybody else (seechat_lite.eyes) by their names.
+    """
+    kinds = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.UINT8: "U8"}
+    values = [v for v in graph.initializers.values() if isinstance(v.const_value, ir.LazyTensor)]
+    values.sort(key=lambda v: v.dtype == ir.DataType.FLOAT16)  # last, for the others' alignment
+    header, at = {}, 0
+    for value in values:
+        tensor = value.const_value
+        header[value.name] = {
+            "dtype": kinds[tensor.dtype],
+            "shape": list(tensor.shape.numpy()),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    with path.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for value in values:
+            tensor, offset = value.const_value, f.tell()
+            f.write(tensor.numpy().data)
+            value.const_value = ir.ExternalTensor(
+                path.name,
+                offset,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=value.name,
+                base_dir=path.parent,
+            )
 
 
 def _trace(module: nn.Module, config: VisionConfig, *, optimize: bool) -> ir.Model:
@@ -105,7 +140,7 @@ def _trace_streamed(module: Streamed, config: VisionConfig) -> ir.Model:
         if value.uses():
             value.const_value = _lazy(name, shapes[name], read)
             graph.register_initializer(value)
-        elif f"{name}.T" not in graph.initializers:
+        elif name + TRANSPOSED not in graph.initializers:
             raise RuntimeError(f"torch {torch.__version__} left {name} out of the vision graph")
     return model
 
@@ -114,7 +149,7 @@ def _store_transposed(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...], re
     """Store a matrix as its product takes it: [inputs, outputs]."""
     (matrix,), (old,) = node.inputs, node.outputs
     assert matrix is not None
-    new = _initializer(f"{matrix.name}.T", shape[::-1], lambda: read().T)
+    new = _initializer(f"{matrix.name}{TRANSPOSED}", shape[::-1], lambda: read().T)
     ir.convenience.replace_all_uses_with(old, new)
     graph.remove(node, safe=True)
     graph.register_initializer(new)
@@ -135,7 +170,7 @@ def _lazy(
             array = np.ascontiguousarray(read(), dtype.numpy())
         if dtype == ir.DataType.FLOAT16 and not np.isfinite(array).all():
             raise CheckpointError(
-                f"the vision network's {name.removesuffix('.fp16')} has numbers beyond 65504, the "
+                f"the vision network's {name.removesuffix(HALF)} has numbers beyond 65504, the "
                 "end of float16; expected smaller ones: export with --vision-precision fp32"
             )
         return ir.tensor(array, name=name)
@@ -156,7 +191,7 @@ def _store_as_fp16(graph: ir.Graph) -> None:
         if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) < 2:
             continue
         shape = tuple(tensor.shape.numpy())
-        stored = _initializer(f"{name}.fp16", shape, tensor.numpy, ir.DataType.FLOAT16)
+        stored = _initializer(name + HALF, shape, tensor.numpy, ir.DataType.FLOAT16)
         cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value})
         (back,) = cast.outputs
         back.name, back.dtype, back.shape = f"{name}.fp32", ir.DataType.FLOAT, value.shape
@@ -188,13 +223,13 @@ def _store_as_int8(graph: ir.Graph) -> None:
         blocks = -(-inputs // BLOCK_SIZE)
         matrices[name] = tensor.numpy
         codes = _initializer(
-            f"{name}.codes",
+            name + CODES,
             (outputs, blocks, BLOCK_SIZE),
             lambda name=name: quantized(name)[0].numpy(),
             ir.DataType.UINT8,
         )
         scales = _initializer(
-            f"{name}.scales", (outputs, blocks), lambda name=name: quantized(name)[1].numpy()
+            name + SCALES, (outputs, blocks), lambda name=name: quantized(name)[1].numpy()
         )
         attributes = {"K": inputs, "N": outputs, "bits": 8, "block_size": BLOCK_SIZE}
         attributes["accuracy_level"] = ACCURACY_LEVEL

@@ -2,9 +2,11 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from seechat_lite.eyes import EyeFiles
 from seechat_weights.errors import SeechatError
 
 DTYPES = ("fp16", "bf16", "fp32")  # the torch engine's, which is imported when it is asked for
@@ -50,6 +52,50 @@ def add_memory_options(parser: Any) -> None:
 
 def add_model_option(parser: Any) -> None:
     parser.add_argument("--model", type=Path, metavar="DIR", help="a bundle; default: built in")
+
+
+def add_eye_options(parser: Any) -> None:
+    """Add the published files that a language model is to see with: fields of eyes.EyeFiles."""
+    add = parser.add_argument
+    add(
+        "--clip",
+        type=Path,
+        metavar="PATH",
+        help="CLIP ViT: an open_clip or Hugging Face folder, or OpenAI's ViT-L-14.pt",
+    )
+    add("--projector", type=Path, metavar="FILE", help="linear or MLP projector")
+    add(
+        "--clip-activation",
+        choices=("quick_gelu", "gelu"),
+        help="for a --clip file without a configuration beside it",
+    )
+    add("--eva", type=Path, metavar="FILE", help="SEEChat's vision tower: eva_vit_g.pth")
+    add(
+        "--qformer",
+        type=Path,
+        metavar="FILE",
+        help="SEEChat's Q-Former: blip2_pretrained_flant5xxl.pth",
+    )
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="SEEChat's checkpoint_N.pth, whose tensors take the place of the others'",
+    )
+    add(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="pixels a side that --eva sees, if not the 224 of its weights",
+    )
+
+
+def eye_files(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> EyeFiles:
+    """What add_eye_options' options name; what does not go together is wrong usage."""
+    try:
+        return EyeFiles(**{f.name: getattr(args, f.name) for f in fields(EyeFiles)})
+    except SeechatError as e:
+        return usage_error(str(e))
 
 
 def load_options(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> dict[str, Any]:

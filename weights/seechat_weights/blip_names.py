@@ -191,7 +191,7 @@ def _map(
     blocks: int,
     layers: int,
 ) -> BlipNames:
-    used = {ours: find(ours) for ours in _sizes(blocks, layers, *[1] * 8)}
+    used = {ours: find(ours) for ours in blip_sizes(blocks, layers, *[1] * 8)}
     ignored = source.account([name for p in used.values() for name in p.names], reasons)
 
     advice = "give the files of BLIP-2, SEEChat or VisualGLM-6B"
@@ -210,7 +210,7 @@ def _map(
     )
     outputs, _ = size("bridge.projection.weight", 2)
     side = patches_a_side(count, where=source.where, advice=advice)
-    sizes = _sizes(
+    sizes = blip_sizes(
         blocks, layers, width, inner, patch, count, queries, query_width, query_inner, outputs
     )
     source.check_shapes(
@@ -222,7 +222,7 @@ def _map(
     )  # fmt: skip
 
 
-def _sizes(
+def blip_sizes(
     blocks: int,
     layers: int,
     width: int,

@@ -79,8 +79,29 @@ class PixelSpec:
 
 
 @dataclass(frozen=True)
+class VisionNetwork:
+    """What tower and bridge are built with, beside VisionConfig's own, as seechat_lite.nn has it."""
+
+    patch_size: int
+    width: int
+    inner_size: int
+    layers: int  # that run, which for CLIP is one less than published
+    heads: int
+    activation: str = "gelu"  # the exact one; or "quick_gelu"
+    layernorm_epsilon: float = 1e-6
+    query_width: int = 0  # a Q-Former's, as the rest
+    query_inner_size: int = 0
+    query_layers: int = 0
+    query_heads: int = 0
+
+
+@dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower, bridge and projector, together one graph: pixels to embeddings."""
+    """The vision tower, bridge and projector, together one graph: pixels to embeddings.
+
+    With a `network`, the graph's weights lie beside it in a safetensors file, under the names of
+    the network's parameters (see seechat_lite.eyes).
+    """
 
     graph: str  # ONNX file: pixel_values f32 [n, 3, S, S] -> image_embeds f32 [n, tokens, hidden]
     tokens: int  # embeddings of one picture
@@ -88,6 +109,12 @@ class VisionConfig:
     bridge: str  # "linear", "mlp2x_gelu", ...
     pixels: PixelSpec = PixelSpec()
     precision: str = "fp32"
+    network: VisionNetwork | None = None  # None: the graph alone knows
+
+    @property
+    def weights(self) -> str:
+        """The file of the graph's weights, where they are not in the graph itself."""
+        return f"{self.graph}.data"
 
 
 @dataclass(frozen=True)
@@ -238,6 +265,16 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
         yield "pixels.std", pixels.std, sound, "positive numbers"
         colour = pixels.background
         yield "pixels.background", colour, all(0 <= c < 256 for c in colour), "0 to 255"
+        if network := vision.network:
+            for name in ("patch_size", "width", "inner_size", "layers", "heads"):
+                value = getattr(network, name)
+                yield f"vision.network.{name}", value, value > 0, "a positive number"
+            patch, fits = network.patch_size, side % network.patch_size == 0
+            yield "vision.network.patch_size", patch, fits, f"{side} pixels to split into patches"
+            for what, width in (("heads", network.width), ("query_heads", network.query_width)):
+                value = getattr(network, what)
+                fits = width % value == 0 if value else width == 0
+                yield f"vision.network.{what}", value, fits, f"{width} to split into them"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -286,6 +323,8 @@ def required_files(manifest: Manifest) -> list[str]:
         names.append(manifest.decoder.prefix)
     if manifest.vision:
         names.append(manifest.vision.graph)
+        if manifest.vision.network:
+            names.append(manifest.vision.weights)
     return names
 
 

@@ -125,7 +125,7 @@ def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
             "two or more: other vision towers (ResNet, timm) are not supported"
         )
     last = re.escape(f"{prefix}{stack}{layers - 1}.")
-    names = _clip_shapes(width=0, inner=0, patch=0, positions=0, layers=layers - 1)
+    names = clip_sizes(width=0, inner=0, patch=0, positions=0, layers=layers - 1)
     used = {k: _clip_part(k, form, prefix) for k in names}
     ignored = account(
         shapes,
@@ -143,7 +143,7 @@ def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
     positions, _ = shape("embeddings.position_embedding.weight", 2)
     inner, _ = shape("encoder.layers.0.mlp.fc1.weight", 2)
     side = patches_a_side(positions, where=where, advice="other vision towers are not supported")
-    sizes = _clip_shapes(
+    sizes = clip_sizes(
         width=width, inner=inner, patch=patch, positions=positions, layers=layers - 1
     )
     expected = {n: used[k].published_shape(s) for k, s in sizes.items() for n in used[k].names}
@@ -153,9 +153,10 @@ def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
     return ClipNames(form, side * patch, patch, width, inner, layers, used, sizes, ignored)
 
 
-def _clip_shapes(
+def clip_sizes(
     *, width: int, inner: int, patch: int, positions: int, layers: int
 ) -> dict[str, Shape]:
+    """Our parameters of a CLIP tower and their shapes. layers: those that run."""
     layer: dict[str, Shape] = {
         "layer_norm1.weight": (width,),
         "layer_norm1.bias": (width,),
@@ -241,8 +242,13 @@ def map_bridge(shapes: Shapes, *, where: str) -> BridgeNames:
             "[outputs, inputs]: give --projector the file that holds a projector"
         )
     outputs, inputs = first
-    lengths = {"o": outputs, "i": inputs}
-    sizes = {k: tuple(lengths[axis] for axis in axes) for k, axes in tensors.items()}
+    sizes = bridge_sizes(name, inputs, outputs)
     check_shapes(shapes, {keys[k]: shape for k, shape in sizes.items()}, where)
     used = {k: Part((key,)) for k, key in keys.items()}
     return BridgeNames(name, inputs, outputs, used, sizes, ignored)
+
+
+def bridge_sizes(name: str, inputs: int, outputs: int) -> dict[str, Shape]:
+    """Our parameters of a bridge of BRIDGE_TENSORS and their shapes."""
+    lengths = {"o": outputs, "i": inputs}
+    return {k: tuple(lengths[axis] for axis in axes) for k, axes in BRIDGE_TENSORS[name].items()}

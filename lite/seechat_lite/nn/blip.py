@@ -9,30 +9,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seechat_lite.nn.attention import register_attention
-from seechat_weights.blip_names import BlipNames
+from seechat_weights.bundle import VisionNetwork
 
 
 class EvaTower(nn.Module):
     """EVA ViT and ln_vision: pixels [n, 3, S, S] to [n, 1 + (S / patch)**2, width]."""
 
-    def __init__(self, names: BlipNames, *, heads: int) -> None:
+    def __init__(self, sizes: VisionNetwork, image_size: int) -> None:
         super().__init__()
         from transformers import Blip2VisionConfig, Blip2VisionModel
 
         self.vit = Blip2VisionModel(
             Blip2VisionConfig(
-                hidden_size=names.width,
-                intermediate_size=names.inner_size,
-                num_hidden_layers=names.blocks,
-                num_attention_heads=heads,
-                image_size=names.image_size,
-                patch_size=names.patch_size,
-                hidden_act="gelu",
-                layer_norm_eps=1e-6,
+                hidden_size=sizes.width,
+                intermediate_size=sizes.inner_size,
+                num_hidden_layers=sizes.layers,
+                num_attention_heads=sizes.heads,
+                image_size=image_size,
+                patch_size=sizes.patch_size,
+                hidden_act=sizes.activation,
+                layer_norm_eps=sizes.layernorm_epsilon,
             )
         )
         self.vit.set_attn_implementation(register_attention())
-        self.vit.post_layernorm = nn.LayerNorm(names.width, eps=1e-5)  # ln_vision
+        self.vit.post_layernorm = nn.LayerNorm(sizes.width, eps=1e-5)  # ln_vision
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.vit(pixel_values=pixel_values).last_hidden_state
@@ -41,26 +41,26 @@ class EvaTower(nn.Module):
 class QFormerBridge(nn.Module):
     """Q-Former and projector: what the tower sees [n, tokens, width] to [n, queries, hidden]."""
 
-    def __init__(self, names: BlipNames, *, heads: int) -> None:
+    def __init__(self, sizes: VisionNetwork, queries: int, outputs: int) -> None:
         super().__init__()
         from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-        self.query_tokens = nn.Parameter(torch.empty(1, names.queries, names.query_width))
+        self.query_tokens = nn.Parameter(torch.empty(1, queries, sizes.query_width))
         self.qformer = Blip2QFormerModel(
             Blip2QFormerConfig(
-                hidden_size=names.query_width,
-                num_hidden_layers=names.query_layers,
-                num_attention_heads=heads,
-                intermediate_size=names.query_inner_size,
+                hidden_size=sizes.query_width,
+                num_hidden_layers=sizes.query_layers,
+                num_attention_heads=sizes.query_heads,
+                intermediate_size=sizes.query_inner_size,
                 hidden_act="gelu",
                 layer_norm_eps=1e-12,
                 cross_attention_frequency=2,
-                encoder_hidden_size=names.width,
+                encoder_hidden_size=sizes.width,
                 use_qformer_text_input=False,
             )
         )
         self.qformer.set_attn_implementation(register_attention())
-        self.projection = nn.Linear(names.query_width, names.outputs)
+        self.projection = nn.Linear(sizes.query_width, outputs)
 
     def forward(self, seen: Tensor) -> Tensor:
         queries = self.query_tokens.expand(seen.shape[0], -1, -1)

@@ -1,7 +1,7 @@
 """Networks whose weights stay in the checkpoint: read for each call, one layer at a time."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,18 +13,28 @@ Read = Callable[[str], np.ndarray]  # a parameter's name -> its value, in any fl
 class Streamed(nn.Module):
     """Runs a network that was built on the meta device, in the memory of its largest layer.
 
-    Each module's own parameters are read when it is called and let go when it is done. `network`
-    itself stays without weights: it tells the parameters' names and shapes, and can be traced.
-    `ignored`: tensors of the checkpoint that no parameter comes from, each with the reason.
+    Each module's own parameters are brought to `device` as `dtype` when it is called and let go
+    when it is done. `network` itself stays without weights: it tells the parameters' names and
+    shapes, and can be traced.
     """
 
     def __init__(
-        self, network: nn.Module, read: Read, *, ignored: Mapping[str, str] | None = None
+        self,
+        network: nn.Module,
+        read: Read,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        """device: None for the CPU."""
         super().__init__()
-        self.ignored = dict(ignored or {})
         self.network = network.eval().requires_grad_(False)
         self.read = read
+        self.device = device or torch.device("cpu")
+        self.dtype = dtype
+        for module in network.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
         self.training = False
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -42,16 +52,19 @@ class Streamed(nn.Module):
                 hook.remove()
 
     def loaded(self) -> nn.Module:
-        """A copy of the network that holds all of its weights, float32."""
+        """A copy of the network that holds all of its weights."""
         network = copy.deepcopy(self.network)
         state = {name: self.parameter(name) for name, _ in network.named_parameters()}
         network.load_state_dict(state, assign=True, strict=False)  # buffers are there already
         return network.requires_grad_(False)
 
     def parameter(self, name: str) -> nn.Parameter:
-        # copied: a checkpoint's arrays may be read-only views of its mapped file
-        value = torch.from_numpy(np.array(self.read(name), np.float32))
-        return nn.Parameter(value, requires_grad=False)
+        value = self.read(name)
+        # writeable arrays are private views of a mapped file; to the device as they are stored,
+        # and only there to the type and order that are needed
+        tensor = torch.from_numpy(value if value.flags.writeable else value.copy())
+        tensor = tensor.to(self.device).to(self.dtype).contiguous()
+        return nn.Parameter(tensor, requires_grad=False)
 
 
 class _Loads:

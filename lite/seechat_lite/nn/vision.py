@@ -7,30 +7,32 @@ trained on what enters the last layer (LLaVA's hidden_states[-2]), without the f
 import torch
 from torch import Tensor, nn
 
+from seechat_lite.errors import CheckpointError, EngineError
+from seechat_lite.eyes import Eyes
 from seechat_lite.nn.attention import register_attention
-from seechat_weights.vision_names import ClipNames
+from seechat_lite.nn.blip import EvaTower, QFormerBridge
+from seechat_lite.nn.bridges import BRIDGES
+from seechat_lite.nn.streamed import Streamed
+from seechat_weights.bundle import VisionConfig, VisionNetwork
 
 
 class ClipTower(nn.Module):
     """CLIP ViT: pixels [n, 3, S, S] to patch tokens [n, (S / patch)**2, width], no class token."""
 
-    def __init__(
-        self, names: ClipNames, *, heads: int, activation: str, layernorm_epsilon: float
-    ) -> None:
-        """activation: "quick_gelu" (OpenAI's weights) or "gelu", the exact one (LAION's)."""
+    def __init__(self, sizes: VisionNetwork, image_size: int) -> None:
         super().__init__()
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
         model = CLIPVisionModel(
             CLIPVisionConfig(
-                hidden_size=names.width,
-                intermediate_size=names.inner_size,
-                num_hidden_layers=names.layers - 1,
-                num_attention_heads=heads,
-                image_size=names.image_size,
-                patch_size=names.patch_size,
-                hidden_act=activation,
-                layer_norm_eps=layernorm_epsilon,
+                hidden_size=sizes.width,
+                intermediate_size=sizes.inner_size,
+                num_hidden_layers=sizes.layers,
+                num_attention_heads=sizes.heads,
+                image_size=image_size,
+                patch_size=sizes.patch_size,
+                hidden_act=sizes.activation,
+                layer_norm_eps=sizes.layernorm_epsilon,
             )
         )
         model.set_attn_implementation(register_attention())
@@ -39,7 +41,7 @@ class ClipTower(nn.Module):
         # only the pooled class token goes through the final layer norm, and it is not used
         clip.register_module("post_layernorm", nn.Identity())
         # the one buffer whose content counts: real even where the network is built without weights
-        positions = torch.arange((names.image_size // names.patch_size) ** 2 + 1, device="cpu")
+        positions = torch.arange((image_size // sizes.patch_size) ** 2 + 1, device="cpu")
         clip.embeddings.register_buffer("position_ids", positions[None], persistent=False)
         self.clip = clip
 
@@ -57,3 +59,32 @@ class Vision(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.bridge(self.tower(pixel_values))
+
+
+def vision_network(config: VisionConfig, outputs: int) -> Vision:
+    """The network that `config` describes, without weights. Raises EngineError."""
+    sizes, side = config.network, config.pixels.image_size
+    with torch.device("meta"):
+        if sizes and (config.tower, config.bridge) == ("eva", "qformer"):
+            return Vision(EvaTower(sizes, side), QFormerBridge(sizes, config.tokens, outputs))
+        if sizes and config.tower == "clip" and config.bridge in BRIDGES:
+            return Vision(ClipTower(sizes, side), BRIDGES[config.bridge](sizes.width, outputs))
+    raise EngineError(
+        f"vision of {config.tower} and {config.bridge}; expected clip with "
+        f"{' or '.join(BRIDGES)}, or eva with qformer: upgrade seechat-lite"
+    )
+
+
+def streamed(
+    eyes: Eyes, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Streamed:
+    """The network of `eyes`, which reads their weights. Raises EngineError, CheckpointError."""
+    network = vision_network(eyes.config, eyes.outputs)
+    found = {name: tuple(p.shape) for name, p in network.named_parameters()}
+    if found != eyes.sizes:
+        differing = (k for k in found | eyes.sizes if found.get(k) != eyes.sizes.get(k))
+        raise CheckpointError(
+            f"the vision network has other parameters than expected ({sorted(differing)[:4]}): "
+            "install a transformers version that seechat-lite was tested with"
+        )
+    return Streamed(network, eyes.read, device=device, dtype=dtype)

@@ -25,7 +25,7 @@ class Settings:
 
     file: str  # where, for errors
     heads: int
-    activation: str | None
+    activation: str  # empty where it does not tell
     layernorm_epsilon: float
     pixels: PixelSpec
 
@@ -44,7 +44,7 @@ def clip_settings(path: Path, names: ClipNames, activation: str | None) -> Setti
     else:
         settings = _hugging_face_settings(folder, names)
     activation = activation or settings.activation
-    if activation is None:
+    if not activation:
         raise CheckpointError(
             f"{path}: no {settings.file} beside it, and the weights do not tell their activation; "
             "expected to know it: put the file there, or pass --clip-activation quick_gelu "
@@ -71,7 +71,7 @@ def _open_clip_settings(folder: Path, names: ClipNames) -> Settings:
     sizes = ("width", "layers", "patch_size", "image_size")
     _must_agree(file, names, *(vision.get(k) for k in sizes))
     if not config:
-        activation = None
+        activation = ""
     elif vision.get("act_kwargs"):  # a GELU of another kind
         activation = f"gelu {vision['act_kwargs']}"
     else:
@@ -105,7 +105,7 @@ def _hugging_face_settings(folder: Path, names: ClipNames) -> Settings:
     file = folder / "config.json"
     pixels = _hugging_face_pixels(folder / "preprocessor_config.json", names)
     if not file.exists():
-        return Settings(file.name, names.width // 64, None, 1e-5, pixels)
+        return Settings(file.name, names.width // 64, "", 1e-5, pixels)
     given = read_json(file)
     try:
         # what a Hugging Face configuration leaves out is this class's default
