@@ -237,9 +237,11 @@ def test_info(vision_bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) 
     rows = [line for line in out.splitlines() if str(vision_bundle) not in line]
     assert all(len(row) <= 80 for row in rows)
     assert len({re.match(r"(\S+ )*\s+", row).end() for row in rows}) == 1  # type: ignore[union-attr]
-    assert "vision          clip + linear, fp32: 56×56 pixels to 16 tokens" in rows
+    assert "vision          clip + linear, fp32" in rows
+    assert "a picture       56×56 pixels (crop), 16 tokens" in rows
     report = json.loads(main(capfd, "info", vision_bundle, "--json")[1])
     assert report["name"] == "tiny-vision" and report["memory"]["total"] > 0
+    assert all(value in " ".join(out.split()) for value in report["facts"].values())
 
 
 def test_help_and_version_need_no_model(capfd: pytest.CaptureFixture[str]) -> None:

@@ -187,6 +187,27 @@ def test_other_things(tmp_path: Path, text_bundle: Path) -> None:
     assert identify(tmp_path).kind == "several"
 
 
+def test_a_bundle_says_what_it_is_made_of(tmp_path: Path, text_bundle: Path) -> None:
+    folder = shutil.copytree(text_bundle, tmp_path / "b")
+    written = json.loads((folder / "seechat.json").read_text("utf-8"))
+    written["decoder"] |= {"precision": "int4", "block_size": 64, "head_bits": 8}
+    shards = {f"pytorch_model-{i}.bin": {} for i in range(1, 9)}
+    written["provenance"] = {
+        "lm": shards,
+        "adapter": {"adapter_model.bin": {"bytes": 3}},
+        "prefix": ["of another form"],
+        "downloads": {"lm": {"repository": "THUDM/chatglm-6b", "revision": "8b7d335"}},
+        "license": "ChatGLM-6B\x1b[2J",
+    }
+    (folder / "seechat.json").write_text(json.dumps(written))
+    facts = identify(folder).facts
+    assert facts["precision"] == "int4, blocks of 64; the head int8; embeddings float32"
+    expected = "lm pytorch_model-1.bin … (8 files), adapter adapter_model.bin"
+    assert facts["made from"] == expected
+    assert facts["--lm"] == "THUDM/chatglm-6b at 8b7d335"
+    assert facts["licence"] == r"'ChatGLM-6B\x1b[2J'"
+
+
 def test_shards_are_missing_and_nothing_tells_whose(tmp_path: Path) -> None:
     shutil.copytree(data("chatglm_bin"), tmp_path, dirs_exist_ok=True)
     (tmp_path / "pytorch_model-00002-of-00003.bin").unlink()

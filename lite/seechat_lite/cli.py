@@ -210,6 +210,7 @@ def _info(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     from seechat_lite.memory import available_memory, human, plan
     from seechat_weights.builtin import BUILTIN
     from seechat_weights.bundle import MANIFEST, read_manifest, verify_hashes
+    from seechat_weights.identify import identify
 
     check_context(args, usage_error)
     folder = args.model or BUILTIN
@@ -218,35 +219,25 @@ def _info(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     manifest = read_manifest(folder)
     verify_hashes(folder, manifest)
     needed = plan(manifest, context=args.context, keep_vision=args.keep_vision)
+    found, free = identify(folder), available_memory()
     if args.json:
-        report = dataclasses.asdict(manifest)
-        report["memory"] = dataclasses.asdict(needed) | {"total": needed.total}
+        report = vars(found) | {"path": str(folder)} | dataclasses.asdict(manifest)
+        report["memory"] = dataclasses.asdict(needed) | {"total": needed.total, "free": free}
         print(json.dumps(report, ensure_ascii=False))
         return 0
-    lm, decoder, vision = manifest.lm, manifest.decoder, manifest.vision
-    blocks = f", blocks of {decoder.block_size}" if decoder.block_size else ""
     size = sum(f.bytes for f in manifest.files.values())
-    seeing = "none"
-    if vision:
-        side = vision.pixels.image_size
-        seeing = (
-            f"{vision.tower} + {vision.bridge}, {vision.precision}: "
-            f"{side}×{side} pixels to {vision.tokens} tokens"
-        )
-    rows = {
-        "name": manifest.name,
-        "folder": str(folder),
+    rows: dict[str, str | list[str]] = {
+        "what": found.title,
+        "path": str(folder),
+        **found.facts,
         "files": f"{len(manifest.files)}, {human(size)}, all hashes right",
-        "language model": f"{lm.num_layers} layers, hidden {lm.hidden_size}, {lm.vocab_size} ids",
-        "precision": f"{decoder.precision}{blocks}",
-        "vision": seeing,
-        "conversation": manifest.conversation,
-        "memory": f"{human(needed.total)} at a context of {needed.context} tokens",
-        "": needed.parts,
-        "free now": human(available_memory()),
+        "memory": [
+            f"{human(needed.total)} at a context of {needed.context} tokens",
+            needed.parts,
+            f"{human(free)} free now",
+        ],
+        "start with": str(found.command) if args.model else "seechat chat",
     }
-    if "license" in manifest.provenance:
-        rows["license"] = str(manifest.provenance["license"])
     _print_table(rows)
     return 0
 

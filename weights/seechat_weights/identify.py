@@ -41,6 +41,7 @@ _OPTIONS = {
     "clip": ("a CLIP vision tower", ("clip",)),
     "projector": ("a projector", ("projector", "seechat")),
 }
+_ROLES = ("lm", "checkpoint", "adapter", "prefix", "vision", "tokenizer")  # of a bundle's sources
 _SAT_FILE = "mp_rank_00_model_states.pt"
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 
@@ -139,18 +140,41 @@ def _inner_folders(folder: Path) -> list[Path]:
 
 def _bundle(folder: Path) -> Identity:
     manifest = read_manifest(folder)
-    lm, vision = manifest.lm, manifest.vision
-    return Identity(
-        folder,
-        "bundle",
-        f"a bundle: {manifest.name}",
-        {
-            "language model": f"{lm.num_layers} layers, hidden {lm.hidden_size}",
-            "precision": manifest.decoder.precision,
-            "vision": f"{vision.tower} + {vision.bridge}" if vision else "none",
-        },
-        command=f"seechat chat --model {shlex.quote(str(folder))}",
-    )
+    lm, decoder, vision, said = manifest.lm, manifest.decoder, manifest.vision, manifest.provenance
+    facts = {
+        "language model": f"{lm.num_layers} layers, hidden {lm.hidden_size}, {lm.vocab_size} ids",
+        "precision": decoder.precision
+        + (f", blocks of {decoder.block_size}" if decoder.block_size else "")
+        + (f"; the head int{decoder.head_bits}" if decoder.head_bits else "")
+        + f"; embeddings {decoder.embeddings_dtype}",
+        "prefix": f"P-tuning, {decoder.prefix_tokens} tokens" if decoder.prefix else "none",
+        "vision": f"{vision.tower} + {vision.bridge}, {vision.precision}" if vision else "none",
+    }
+    if vision:
+        side = vision.pixels.image_size
+        facts["a picture"] = (
+            f"{side}×{side} pixels ({vision.pixels.resize}), {vision.tokens} tokens"
+        )
+    facts["conversation"] = manifest.conversation
+    files = [f"{role} {name}" for role in _ROLES for name in _names(said.get(role))]
+    if files:
+        facts["made from"] = ", ".join(files)
+    for option, origin in _items(said.get("downloads")):
+        facts[f"--{option}"] = " at ".join(shown(value) for _, value in _items(origin))
+    facts["licence"] = shown(said.get("license", "as that of the weights it was made from"))
+    command = f"seechat chat --model {shlex.quote(str(folder))}"
+    return Identity(folder, "bundle", f"a bundle: {manifest.name}", facts, command=command)
+
+
+def _items(value: Any) -> list[tuple[str, Any]]:
+    """Of what a manifest's provenance, which anybody may write, has as an object."""
+    return [(shown(k), v) for k, v in value.items()] if isinstance(value, dict) else []
+
+
+def _names(files: Any) -> list[str]:
+    """Files of one role; of many shards, the first."""
+    names = [name for name, _ in _items(files)]
+    return names if len(names) < 4 else [f"{names[0]} … ({len(names)} files)"]
 
 
 def _by_tensors(path: Path, config: Mapping[str, Any]) -> Identity:
