@@ -278,7 +278,7 @@ def test_what_another_run_left_is_not_shipped(tmp_path: Path) -> None:
 
     def interrupt(stage: str, done: int, total: int) -> None:
         if stage == "embeddings":
-            (tmp_path / "b.partial/vision.onnx").write_text("half a graph")
+            (tmp_path / "b.partial/bundle/vision.onnx").write_text("half a graph")
             raise StopHere
 
     with pytest.raises(StopHere):
@@ -303,7 +303,7 @@ def test_the_plan_comes_first_and_its_sizes_are_right(tmp_path: Path) -> None:
     sizes = {f.name: f.stat().st_size for f in (tmp_path / "b").iterdir()}
     assert first.parts.weights == sizes["decoder.onnx.data"]
     assert first.parts.embeddings == sizes["embeddings.bin"]
-    assert first.parts.total - 1000 < first.disk <= first.parts.total  # less the journal
+    assert first.parts.total - 1000 < first.disk <= first.parts.total
     assert first.seconds > 0
     assert first.parts.embeddings < second.disk < first.disk
     assert str(first).startswith("about ")
@@ -355,8 +355,8 @@ def start(folder):  # in a process of its own, of which nothing but the files is
     return pid
 
 def contents(folder):
-    other = ("journal.json", "seechat.json")  # the manifest names its folder
-    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in other}
+    # but the manifest, which names its folder
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != "seechat.json"}
 
 begun = time.perf_counter()
 assert os.waitpid(start(whole), 0)[1] == 0
@@ -369,7 +369,7 @@ while kills < 10:
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status):
         kills += 1
-        for folder in (out, out.with_name(out.name + ".partial")):
+        for folder in (out, out.with_name(out.name + ".partial") / "bundle"):
             try:
                 read_manifest(folder)
             except BundleError:
@@ -382,6 +382,30 @@ while kills < 10:
         shutil.rmtree(out)
 assert os.waitpid(start(out), 0)[1] == 0
 """
+
+
+@pytest.mark.parametrize("step", ["rename", "rmtree"])
+def test_stopped_before_one_of_the_last_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """What has the final name is whole and holds nothing else; what has not is continued."""
+
+    def stop(*args: object) -> None:
+        raise StopHere
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path if step == "rename" else shutil, step, stop)
+        with pytest.raises(StopHere):
+            export_bundle(lm=LM, out=tmp_path / "b")
+    export_bundle(lm=LM, out=tmp_path / "whole")
+    if step == "rename":
+        assert not (tmp_path / "b").exists()
+    else:
+        assert contents(tmp_path / "b") == contents(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "b")
+    export_bundle(lm=LM, out=tmp_path / "b")
+    assert contents(tmp_path / "b") == contents(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "whole"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")

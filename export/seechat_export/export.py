@@ -1,7 +1,7 @@
 """Checkpoint → bundle: one folder that holds all the runtime reads.
 
-The weights file is written one tensor at a time into `OUT.partial`, with a journal of what is
-finished. A run that was interrupted is continued by the next one; only a complete, checked bundle
+The weights file is written one tensor at a time into `OUT.partial/bundle`, beside a journal of what
+is finished. A run that was interrupted is continued by the next one; only a complete, checked bundle
 is renamed to OUT.
 """
 
@@ -227,14 +227,16 @@ class Source:
 
 
 class _Writer:
-    """Writes `out.partial`, continues where an earlier run stopped, renames it when complete."""
+    """Writes a bundle in `out.partial`, continues where an earlier run stopped, then renames it."""
 
     def __init__(
         self, source: Source, out: Path, precision: Precision, block_size: int, progress: Progress
     ) -> None:
         self.source = source
         self.out = out
-        self.folder = out.with_name(out.name + ".partial")
+        # holds the journal, which a kill at any moment must not leave in a finished bundle
+        self.place = out.with_name(out.name + ".partial")
+        self.folder = self.place / "bundle"
         self.precision = precision
         self.block_size = block_size
         self.progress = progress
@@ -251,10 +253,10 @@ class _Writer:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """The partial folder, held by this process alone, cleared if another export's."""
-        lock = FileLock(f"{self.folder}.lock", timeout=0)
+        """The place to write in, held by this process alone, cleared if another export's."""
+        lock = FileLock(f"{self.place}.lock", timeout=0)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.place.mkdir(parents=True, exist_ok=True)
             with lock:
                 try:
                     self._begin()
@@ -268,11 +270,11 @@ class _Writer:
         except OSError as e:
             if e.errno != errno.ENOSPC:
                 raise BundleError(
-                    f"{self.folder}: cannot be written ({e.strerror or e}): "
+                    f"{self.place}: cannot be written ({e.strerror or e}): "
                     "check the folder's permissions or choose another --out"
                 ) from e
             raise BundleError(
-                f"{self.folder}: the disk is full; the weights take {human(self.size)}: "
+                f"{self.place}: the disk is full; the weights take {human(self.size)}: "
                 "free some space and run the same command again, it continues where it stopped"
             ) from e
 
@@ -352,7 +354,7 @@ class _Writer:
 
     def finish(self, manifest: Manifest) -> Manifest:
         """Hash all files, write the manifest, and give the folder its final name."""
-        files = sorted(f for f in self.folder.iterdir() if f.name not in (MANIFEST, JOURNAL))
+        files = sorted(self.folder.iterdir())
         sizes = {f: f.stat().st_size for f in files}
         done, hashes = 0, {}
         for file, size in sizes.items():
@@ -366,26 +368,28 @@ class _Writer:
             f.flush()
             os.fsync(f.fileno())
         self.folder.rename(self.out)
-        (self.out / JOURNAL).unlink()  # last: without it the partial folder would not be ours
+        shutil.rmtree(self.place)
         return manifest
 
     def discard(self) -> None:
         """Remove what was written: it is complete and wrong, continuing it would help nobody."""
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.place)
 
     def _begin(self) -> None:
         """Keep what an earlier run of the same export wrote; anything else of ours is cleared."""
         journal = self._journal()
-        if not journal and any(f.name != NEW_JOURNAL for f in self.folder.iterdir()):
+        if not journal and any(f.name != NEW_JOURNAL for f in self.place.iterdir()):
             raise BundleError(
-                f"{self.folder}: not made by an export, yet the export would write there: "
+                f"{self.place}: not made by an export, yet the export would write there: "
                 "move it away or choose another --out"
             )
-        if journal.get("fingerprint") != self._fingerprint():
+        weights = self.folder / WEIGHTS
+        if journal.get("fingerprint") != self._fingerprint() or not weights.exists():
             self._record(0)  # first: whatever is left when this is cut short counts as nothing
-            (self.folder / WEIGHTS).unlink(missing_ok=True)
+            weights.unlink(missing_ok=True)
+        self.folder.mkdir(exist_ok=True)
         for file in self.folder.iterdir():  # all but the weights is quick to write again
-            if file.name not in (WEIGHTS, JOURNAL):
+            if file != weights:
                 file.unlink()
 
     def _fingerprint(self) -> str:
@@ -402,15 +406,15 @@ class _Writer:
 
     def _journal(self) -> dict[str, Any]:
         try:
-            return json.loads((self.folder / JOURNAL).read_text("utf-8"))
+            return json.loads((self.place / JOURNAL).read_text("utf-8"))
         except (OSError, ValueError):
             return {}
 
     def _record(self, done: int) -> None:
         """Note that the first `done` tensors are on the disk; atomic, so never half a note."""
-        new = self.folder / NEW_JOURNAL
+        new = self.place / NEW_JOURNAL
         new.write_text(json.dumps({"fingerprint": self._fingerprint(), "done": done}), "utf-8")
-        new.replace(self.folder / JOURNAL)
+        new.replace(self.place / JOURNAL)
 
 
 def _end(item: graphs.Item) -> int:
