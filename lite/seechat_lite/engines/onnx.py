@@ -345,8 +345,10 @@ def _session(
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors are raised; warnings about node placement help nobody
     options.intra_op_num_threads = threads
-    # a plan of a run's memory is kept for every length of prompt, and saves no time
+    # neither saves time: a plan of memory is kept for every length of prompt, and buffers that the
+    # next layer can use again are held for the whole run, though the arena would lend them as well
     options.enable_mem_pattern = False
+    options.enable_mem_reuse = False
     if as_written:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
