@@ -21,7 +21,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="an OpenAI-compatible server, and a page to drop pictures on",
         description="Serve a model to programs that speak the OpenAI API, and to people on a web "
-        "page. Prints its address on stdout once it listens.",
+        "page. Tells its address once it listens: to programs on stdout.",
     )
     add = parser.add_argument
     add_model_option(parser)
@@ -101,8 +101,12 @@ def _serve(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     )
 
     def listening(address: str) -> None:
-        print(address, flush=True)
-        print(f"seechat: listening on {address} · Ctrl-C: stop 停止", file=sys.stderr)
+        if not sys.stdout.isatty():  # for programs
+            print(address, flush=True)
+        print(
+            f"seechat: page {address} · OpenAI API {address}/v1 · Ctrl-C: stop 停止",
+            file=sys.stderr,
+        )
 
     return serve(
         partial(load, args.model, image_cache=int(args.image_cache * 1e6), **options),

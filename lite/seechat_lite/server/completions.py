@@ -224,7 +224,9 @@ def _turns(messages: Sequence[schemas.Message]) -> list[_Draft]:
 def _content(message: schemas.Message, where: str) -> tuple[list[str], list[str]]:
     """The texts and the picture URLs of a message."""
     if message.content is None:
-        raise _bad("a message without content", where)
+        if message.role != "assistant":
+            raise _bad("a message without content", where)
+        return [], []  # an answer of which nothing was said
     if isinstance(message.content, str):
         return [message.content], []
     texts: list[str] = []
@@ -244,13 +246,16 @@ def _refuse_unsupported(body: schemas.ChatRequest) -> None:
     """What would change the answer and cannot be done."""
     if body.n not in (None, 1):
         raise unsupported("n", "one answer a request; ask again with another seed", param="n")
-    for name in ("frequency_penalty", "presence_penalty"):
+    for name, advice in (
+        ("frequency_penalty", "use repetition_penalty"),
+        ("presence_penalty", "use repetition_penalty"),
+        ("logit_bias", "leave it out"),
+        ("logprobs", "leave it out"),
+        ("tools", "these models call none; leave it out"),
+        ("functions", "these models call none; leave it out"),
+    ):
         if getattr(body, name):
-            raise unsupported(name, "use repetition_penalty", param=name)
-    if body.logprobs:
-        raise unsupported("logprobs", "leave it out", param="logprobs")
-    if body.tools:
-        raise unsupported("tools", "these models call none; leave it out", param="tools")
+            raise unsupported(name, advice, param=name)
     if body.response_format and body.response_format.get("type") != "text":
         raise unsupported("response_format", "answers are text", param="response_format")
 

@@ -112,6 +112,7 @@ class Desk:
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._loaded)
             self._opened = True
+            log.info("ready")
         finally:
             self._leave()
 
@@ -309,7 +310,7 @@ class _Running:
 def _queue_full(waiting: int) -> ApiError:
     return ApiError(
         503,
-        f"{waiting} requests are waiting already: try again later",
+        f"the queue is full, {waiting} are waiting: try again later",
         code="queue_full",
         headers={"Retry-After": "1"},
     )

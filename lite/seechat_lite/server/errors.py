@@ -15,6 +15,7 @@ from seechat_lite.errors import (
     MemoryPlanError,
     SeechatError,
 )
+from seechat_lite.server.logs import note_error
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,9 @@ def as_api_error(error: Exception) -> ApiError:
 
 async def handle(request: Request, error: Exception) -> Response:
     """Starlette's exception handler for all of them."""
-    return as_api_error(error).response()
+    answer = as_api_error(error)
+    note_error(request, answer.code)
+    return answer.response()
 
 
 def _invalid(error: ValidationError) -> ApiError:

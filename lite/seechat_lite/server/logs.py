@@ -45,6 +45,11 @@ def note(request: Request, stats: Stats) -> None:
     )
 
 
+def note_error(request: Request, code: str) -> None:
+    """Have the request's line tell why it was refused."""
+    request.scope[_STATE]["error"] = code
+
+
 class RequestLog:
     """ASGI middleware, the outermost. What users ask and what is answered is never logged."""
 

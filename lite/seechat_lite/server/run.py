@@ -22,6 +22,8 @@ from seechat_lite.server.desk import Desk
 from seechat_lite.server.settings import Settings
 from seechat_weights.bundle import Manifest
 
+log = logging.getLogger(__name__)
+
 MAX_CONNECTIONS = 512
 HEADER_SECONDS = 15.0  # a client must have sent a request's headers by then
 MAX_HEADER_BYTES = 32 << 10
@@ -100,6 +102,7 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for listener in self.servers:
             listener.close()
+        log.info("stopping")
         await self._desk.stop(self._grace)
         await asyncio.sleep(0)  # the last pieces are on their way
         await super().shutdown(sockets)
@@ -110,6 +113,8 @@ class _Server(uvicorn.Server):
 
         def handle(number: int, frame: object) -> None:
             self.exit_code = EXIT_CODE if number == signal.SIGINT else 0
+            if number == signal.SIGINT and sys.stderr.isatty():
+                os.write(2, b"\n")  # after the terminal's ^C
             self.handle_exit(number, None)
 
         handled = (signal.SIGINT, signal.SIGTERM)
@@ -159,8 +164,9 @@ def _listen(host: str, port: int) -> Generator[socket.socket, None, None]:
         )[0]
         sock = socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
     except OSError as e:
+        reason = (e.strerror or str(e)).partition(" (while")[0]  # the address is said already
         raise SeechatError(
-            f"{host}:{port}: cannot listen there ({e.strerror or e}); expected a free port of this "
+            f"{host}:{port}: cannot listen there ({reason}); expected a free port of this "
             "machine: choose another --port or --host"
         ) from None
     with sock:

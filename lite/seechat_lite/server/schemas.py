@@ -25,7 +25,6 @@ class ImageURL(_Request):
     url: str = Field(
         description="data:, https: or file: URL, the latter two if the server reads them"
     )
-    detail: Literal["auto", "low", "high"] | None = None
 
 
 class ImagePart(_Request):
@@ -65,8 +64,10 @@ class ChatRequest(_Request):
     n: int | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     logprobs: bool | None = None
     tools: list[Any] | None = None
+    functions: list[Any] | None = None
     response_format: dict[str, Any] | None = None
 
 

@@ -26,8 +26,17 @@ const TEXTS = {
     noServer: "连不上服务器",
     loading: "模型正在加载…",
     keyTitle: "这个服务器需要密钥",
+    keyWrong: "密钥不对",
     key: "API 密钥",
     ok: "确定",
+    errors: {
+      queue_full: "排队的人太多，请稍后再试",
+      context_length_exceeded: "问题太长，模型读不下：请缩短，或开始新对话",
+      body_too_large: "图片太大，请换小一些的",
+      invalid_image: "模型读不了这张图片",
+      out_of_memory: "服务器内存不足，请稍后再试",
+      shutting_down: "服务器正在关闭",
+    },
   },
   en: {
     language: "Language",
@@ -37,7 +46,7 @@ const TEXTS = {
     how: "Drop, paste or choose pictures, or just talk.",
     pictures: "Pictures for the next question",
     add: "Choose pictures",
-    ask: "Ask something; Enter sends",
+    ask: "Ask; Enter sends",
     send: "Send",
     stop: "Stop",
     remove: "Remove picture",
@@ -54,8 +63,17 @@ const TEXTS = {
     noServer: "The server does not answer",
     loading: "The model is loading…",
     keyTitle: "This server asks for a key",
+    keyWrong: "That key is wrong",
     key: "API key",
     ok: "OK",
+    errors: {
+      queue_full: "Too many people are waiting; try again in a moment",
+      context_length_exceeded: "Too long for this model: shorten it, or start a new chat",
+      body_too_large: "The pictures are too large; choose smaller ones",
+      invalid_image: "The model cannot read this picture",
+      out_of_memory: "The server is short of memory; try again in a moment",
+      shutting_down: "The server is shutting down",
+    },
   },
 };
 const LARGEST_SIDE = 1600; // pixels; larger pictures are scaled down before they are sent
@@ -102,13 +120,13 @@ async function answer(turn, bubble) {
     turn.note = text("speed")(last.tokens, last.speed);
     if (last.reason === "length") turn.note += ` · ${text("cut")}`;
   } catch (error) {
-    if (error.name === "AbortError") {
-      turn.note = text("stopped");
+    const words = wordsFor(error);
+    if (turn.answer || error.name === "AbortError") {
+      turn.note = words; // what was said stays
     } else {
-      // not a turn the model could go on from: the question may be asked again
-      turns.pop();
+      turns.pop(); // the question may be asked again
       bubble.text.classList.add("wrong");
-      bubble.text.textContent = error instanceof TypeError ? text("noServer") : error.message;
+      bubble.text.textContent = words;
       question.value ||= turn.question;
       if (!pictures.length) pictures = turn.pictures;
       showPictures();
@@ -125,6 +143,13 @@ async function answer(turn, bubble) {
   toBottom();
   question.focus();
   await showServer();
+}
+
+// What people are told of an error: their language's words, where there are any, or the server's.
+function wordsFor(error) {
+  if (error.name === "AbortError") return text("stopped");
+  if (error instanceof TypeError) return text("noServer"); // of fetch
+  return text("errors")[error.cause] ?? error.message;
 }
 
 function messages() {
@@ -156,7 +181,7 @@ async function stream(signal, say) {
       const data = event.slice("data: ".length);
       if (data === "[DONE]") continue;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new Error(chunk.error.message);
+      if (chunk.error) throw serverError(chunk);
       const choice = chunk.choices[0];
       if (choice?.delta.content) say(choice.delta.content);
       if (choice?.finish_reason) end.reason = choice.finish_reason;
@@ -173,21 +198,23 @@ async function call(path, options = {}) {
     const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
     const response = await fetch(path, { ...options, headers });
     if (response.ok) return response;
-    if (response.status !== 401) {
-      const { error } = await response.json();
-      throw new Error(error.message);
-    }
-    sessionStorage.setItem(KEPT.key, await askKey());
+    if (response.status !== 401) throw serverError(await response.json());
+    sessionStorage.setItem(KEPT.key, await askKey(text(key ? "keyWrong" : "keyTitle")));
   }
 }
 
-function askKey() {
+function serverError({ error }) {
+  return new Error(error.message, { cause: error.code });
+}
+
+function askKey(title) {
   const dialog = $("key-dialog");
+  $("key-title").textContent = title;
   dialog.returnValue = "";
   if (!dialog.open) dialog.showModal();
   return new Promise((resolve, reject) => {
     const closed = () =>
-      dialog.returnValue === "ok" ? resolve($("key").value) : reject(new Error(text("keyTitle")));
+      dialog.returnValue === "ok" ? resolve($("key").value) : reject(new Error(title));
     dialog.addEventListener("close", closed, { once: true });
   });
 }
@@ -311,7 +338,7 @@ async function showServer() {
       $("status").textContent = `${text("memory")} ${(health.memory_bytes / 1e6).toFixed(0)} MB`;
     }
   } catch (error) {
-    $("status").textContent = error instanceof TypeError ? text("noServer") : error.message;
+    $("status").textContent = wordsFor(error);
   }
 }
 
