@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from reference import data, load_chatglm
 from seechat_export.export import export_bundle
@@ -12,8 +12,15 @@ from seechat_lite.eyes import load_clip
 from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.tokenizer import Tokenizer
 
-# the same examples in every run and on every machine
-settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=300)
+# the same examples in every run and on every machine, however slow it is
+settings.register_profile(
+    "fixed",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=300,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("fixed")
 
 

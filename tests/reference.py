@@ -1,8 +1,10 @@
 """Reading the golden data under tests/data, and a tiny engine over the torch network."""
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -174,3 +176,21 @@ def run_onnx(path: Path, pixels: np.ndarray) -> np.ndarray:
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return np.asarray(session.run(["image_embeds"], {"pixel_values": pixels})[0])
+
+
+def lines_run(call: Callable[[], object]) -> int:
+    """How many lines of Python a call takes: its work, on a machine however slow."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return lines

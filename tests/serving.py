@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from seechat_weights.bundle import read_manifest
 
 IMAGES = Path(__file__).parent.parent / "docs/images"
 PANDA = (IMAGES / "panda.png").read_bytes()
+PATIENCE = 200  # seconds; ends what hangs, and is never what a test is about
 
 
 def data_url(data: bytes = PANDA) -> str:
@@ -43,27 +45,39 @@ def asking(question: str, *urls: str, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}], **fields}
 
 
-def slow_load(seconds: float) -> Callable[[], sl.Model]:
-    """The built-in model, taking so long for each token and never ending by itself."""
+def slow_load(seconds: float) -> Callable[..., sl.Model]:
+    """The built-in model, taking so long for each token and never ending by itself.
 
-    def load() -> sl.Model:
-        model = load_model()
-        engine, step, extend = model.engine, model.engine.step, model.engine.extend
-        eos = model.tokenizer.eos_id
+    After twenty tokens it waits until it is stopped, however long the test takes over that.
+    """
 
-        def slow_step(token: int) -> np.ndarray:
-            time.sleep(seconds)
-            logits = step(token)
-            logits[eos] = -1e9
-            return logits
+    def load(*args: Any, **options: Any) -> sl.Model:
+        model = load_model(*args, **options)
+        engine, eos = model.engine, model.tokenizer.eos_id
+        prefill, extend, cancel = engine.prefill, engine.extend, engine.cancel
+        cancelled, said = threading.Event(), 0
+
+        def begin(prompt: sl.Prompt) -> np.ndarray:
+            nonlocal said
+            cancelled.clear()
+            said = 0
+            return prefill(prompt)
 
         def slow_extend(tokens: Sequence[int]) -> np.ndarray:
+            nonlocal said
             time.sleep(seconds * len(tokens))
+            said += len(tokens)
+            if said > 20:
+                cancelled.wait(PATIENCE)
             logits = extend(tokens)
             logits[:, eos] = -1e9
             return logits
 
-        engine.step, engine.extend = slow_step, slow_extend
+        def cancel_slow() -> None:
+            cancelled.set()
+            cancel()
+
+        engine.prefill, engine.extend, engine.cancel = begin, slow_extend, cancel_slow
         return model
 
     return load
@@ -84,7 +98,7 @@ class Running:
         return self.app.state.desk
 
     def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
 
     def request(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
@@ -107,9 +121,9 @@ class Running:
             answer["status"] = status
         return answer
 
-    def raw(self, sent: bytes, *, seconds: float = 10) -> bytes:
+    def raw(self, sent: bytes) -> bytes:
         """What comes back for these bytes until the server closes the connection."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as s:
+        with socket.create_connection(("127.0.0.1", self.port), PATIENCE) as s:
             s.sendall(sent)
             received = b""
             while part := s.recv(65536):
@@ -123,9 +137,9 @@ def running(
     *,
     load: Callable[[], sl.Model] = sl.load,
     fetcher: Fetcher | None = None,
-    status: str = "ok",
+    loading: bool = False,
 ) -> Iterator[Running]:
-    """A server of this process, on a port of its own, once its model has this status."""
+    """A server of this process, on a port of its own, once its model is loaded, or loading."""
     failures: list[Exception] = []
     app = create_app(
         load,
@@ -140,71 +154,71 @@ def running(
         thread.start()
         try:
             wait_until(
-                lambda: server.started and (app.state.desk.status == status or bool(failures))
+                lambda: (
+                    server.started and (loading or app.state.desk.status != "loading" or failures)
+                )
             )
             assert not failures
             yield Running(f"http://127.0.0.1:{sock.getsockname()[1]}", app, server)
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
+def wait_until(true: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
 
 
-SLOW_SERVER = """
-import sys, time
-from seechat_lite.engines.onnx import OnnxEngine
-from seechat_lite.server import run
-step, extend = OnnxEngine.step, OnnxEngine.extend
-def slow_step(self, token):
-    time.sleep({seconds})
-    logits = step(self, token)
-    logits[self._manifest.lm.eos_id] = -1e9
-    return logits
-def slow_extend(self, tokens):
-    time.sleep({seconds} * len(tokens))
-    logits = extend(self, tokens)
-    logits[:, self._manifest.lm.eos_id] = -1e9
-    return logits
-OnnxEngine.step, OnnxEngine.extend = slow_step, slow_extend
+SLOW = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from seechat_lite import chat
+from serving import slow_load
+chat.load = slow_load(SECONDS)
 from seechat_lite.__main__ import main
 sys.exit(main())
 """
 
 
+def slow_command(seconds: float) -> list[str]:
+    """Arguments of Python that start the command `seechat` with slow_load's model."""
+    return ["-c", SLOW.replace("SECONDS", str(seconds))]
+
+
 @contextmanager
-def serving(*options: str, step_seconds: float = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command itself: its process and its address. stderr is a pipe."""
-    start = (
-        ["-c", SLOW_SERVER.format(seconds=step_seconds)] if step_seconds else ["-m", "seechat_lite"]
-    )
-    process = subprocess.Popen(
-        [sys.executable, *start, "serve", "--port", "0", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
-    try:
-        assert process.stdout
-        url = process.stdout.readline().strip()
-        assert url.startswith("http://"), process.communicate()[1]
-        wait_until(lambda: _healthy(url))
-        yield process, url
-    finally:
-        if process.poll() is None:
+def serving(
+    *options: str, step_seconds: float = 0, log: Path | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command itself: its process and its address. log: the file that takes its stderr."""
+    start = slow_command(step_seconds) if step_seconds else ["-m", "seechat_lite"]
+    with tempfile.TemporaryFile("w+") if log is None else log.open("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, *start, "serve", "--port", "0", *options],
+            stdout=subprocess.PIPE,
+            stderr=errors,  # a pipe would fill up
+            text=True,
+            encoding="utf-8",
+        )
+        try:
+            assert process.stdout
+            url = process.stdout.readline().strip()
+            if not url:
+                process.wait()
+                errors.seek(0)
+                raise AssertionError(errors.read())
+            wait_until(lambda: _healthy(url))
+            yield process, url
+        finally:
             process.kill()
-        process.communicate()
+            process.communicate()
 
 
 def _healthy(url: str) -> bool:
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=PATIENCE)
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == 200

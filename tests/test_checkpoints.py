@@ -309,7 +309,7 @@ def test_files_are_mapped_not_loaded(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.read("small2").tolist() == [1, 1]
     assert checkpoint.read("small1").tolist() == [1, 1]
-    assert process.memory_info().rss - before < 20_000_000
+    assert process.memory_info().rss - before < 40_000_000
 
 
 def test_int8_reads_as_stored(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def examples(name: str) -> list[str]:
 def test_examples_run(name: str, number: int, expected: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", examples(name)[number]],
-        capture_output=True, text=True, encoding="utf-8", timeout=60, cwd=ROOT,
+        capture_output=True, text=True, encoding="utf-8", cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert expected in done.stdout
@@ -41,7 +41,7 @@ def test_the_servers_example_runs() -> None:
     with serving() as (_, url):
         done = subprocess.run(
             [sys.executable, "-c", example.replace("http://127.0.0.1:8080", url)],
-            capture_output=True, text=True, encoding="utf-8", timeout=60, cwd=ROOT,
+            capture_output=True, text=True, encoding="utf-8", cwd=ROOT,
         )  # fmt: skip
     assert done.stdout == "这是熊猫。", done.stderr
 

@@ -84,6 +84,8 @@ def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
             "HF_HOME": str(tmp_path / "hf"),
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "300",
+            "HF_HUB_ETAG_TIMEOUT": "300",
             "NO_PROXY": "127.0.0.1",
         }
         server.shutdown()
@@ -125,9 +127,10 @@ def test_refused_by_the_hub(hub: dict[str, str], given: str, expected: str) -> N
 
 
 def test_no_network(hub: dict[str, str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    done = run(FETCH, hub | {"HF_ENDPOINT": f"http://127.0.0.1:{port}"}, "tiny/chatglm")
+    with socket.socket() as deaf:  # its port is taken, and nobody listens there
+        deaf.bind(("127.0.0.1", 0))
+        port = deaf.getsockname()[1]
+        done = run(FETCH, hub | {"HF_ENDPOINT": f"http://127.0.0.1:{port}"}, "tiny/chatglm")
     assert f"http://127.0.0.1:{port} cannot be reached" in done.stderr.splitlines()[-1]
 
 

@@ -15,7 +15,6 @@ def test_tiny(tmp_path: Path) -> None:
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
     )
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / "gpu-cpu-tiny.json").read_text())

@@ -36,7 +36,6 @@ def ends(kind: str, sound: Path, folder: Path) -> dict[str, dict[str, Any]]:
         [sys.executable, Path(__file__).with_name("hostile.py"), kind, sound, *before],
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert sorted(folder.iterdir()) == before, "something was left behind, or run"

@@ -25,7 +25,6 @@ def run(home: Path, *args: str, stdin: bytes = b"") -> subprocess.CompletedProce
         [sys.executable, "-m", "llm", *args],
         input=stdin,
         capture_output=True,
-        timeout=60,
         env=os.environ | {"LLM_USER_PATH": str(home)},
     )
     return subprocess.CompletedProcess(

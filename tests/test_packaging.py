@@ -1,6 +1,7 @@
 """What is shipped and what the README promises: import rule, quick start, wheel."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def test_the_public_api_is_what_all_lists() -> None:
 def test_the_runtime_answers_without_torch_and_export() -> None:
     picture = next(iter(sorted((ROOT / "docs/images").glob("*.png"))))
     run = subprocess.run(
-        [sys.executable, "-c", RUNTIME_ONLY, picture], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", RUNTIME_ONLY, picture], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip()
@@ -110,7 +111,6 @@ def test_the_quick_start_is_what_it_says(readme: str) -> None:
         [sys.executable, "-m", "seechat_lite", *arguments.groups()],
         capture_output=True,
         text=True,
-        timeout=120,
         cwd=ROOT,
     )
     assert run.returncode == 0, run.stderr
@@ -150,12 +150,13 @@ def test_the_wheel_is_small_and_whole(tmp_path: Path) -> None:
 
 def test_the_tree_is_formatted_and_typed() -> None:
     """The same checks an editor runs; pyright looks after the runtime's two packages."""
+    offline = os.environ | {"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}  # nor looks for a newer one
     for command in (
         ["ruff", "check"],
         ["ruff", "format", "--check"],
         ["pyright", "--pythonpath", sys.executable],
     ):
         run = subprocess.run(
-            [sys.executable, "-m", *command], capture_output=True, text=True, cwd=ROOT, timeout=280
+            [sys.executable, "-m", *command], capture_output=True, text=True, cwd=ROOT, env=offline
         )
         assert run.returncode == 0, run.stdout + run.stderr

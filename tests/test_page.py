@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from seechat_lite.server.settings import Settings
-from serving import IMAGES, Running, running, slow_load, wait_until
+from serving import IMAGES, PATIENCE, Running, running, slow_load, wait_until
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
@@ -48,7 +48,9 @@ PASTE = (
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE * 1000
+        )
         yield browser
         browser.close()
 
@@ -61,7 +63,7 @@ def server() -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def slow() -> Iterator[Running]:
-    with running(load=slow_load(0.05)) as server:
+    with running(load=slow_load(0.01)) as server:
         yield server
 
 
@@ -109,6 +111,7 @@ def open_tab(browser: Any) -> Iterator[Any]:
         if context is None:
             options = {"viewport": DESKTOP, "locale": "zh-CN"} | options
             context = browser.new_context(**options)
+            context.set_default_timeout(PATIENCE * 1000)
             contexts.append(context)
         tabs.append(Tab(context, server))
         return tabs[-1]
@@ -161,7 +164,10 @@ def test_a_large_photo_is_scaled_down(server: Running, open_tab: Any, tmp_path: 
     tab = open_tab(server)
     tab.page.set_input_files("#file", tmp_path / "photo.jpg")
     image = tab.page.wait_for_selector("#pictures img")
-    assert image.evaluate("i => [i.naturalWidth, i.naturalHeight]") == [1600, 1200]
+    size = image.evaluate(
+        "async i => { await i.decode(); return [i.naturalWidth, i.naturalHeight]; }"
+    )
+    assert size == [1600, 1200]
     tab.ask("这是什么？")
     assert tab.answered(1) == "这是熊猫。"
 
@@ -178,7 +184,7 @@ def test_stop(slow: Running, open_tab: Any) -> None:
             tab.page.keyboard.press(stop)
         said = tab.answered(count)
         assert len(said) > 2 and tab.page.locator(".numbers").last.inner_text() == "已停止"
-        wait_until(lambda: slow.desk.idle, 1)
+        wait_until(lambda: slow.desk.idle)
     tab.page.reload()
     assert tab.page.locator(".answer").count() == 2
 
@@ -216,26 +222,39 @@ def test_closing_a_tab_frees_the_model(slow: Running, open_tab: Any) -> None:
     tab.ask("你好")
     wait_until(lambda: slow.desk.answering)
     tab.page.close()
-    wait_until(lambda: slow.desk.idle, 2)
+    wait_until(lambda: slow.desk.idle)
 
 
 def test_errors_are_shown_and_the_question_comes_back(server: Running, open_tab: Any) -> None:
     tab = open_tab(server)
     tab.ask("长" * 5000)
     wait_until(lambda: tab.page.locator(".wrong").count() == 1)
-    assert "tokens" in tab.page.locator(".wrong").inner_text()
+    assert "问题太长" in tab.page.locator(".wrong").inner_text()
     assert len(tab.page.get_by_role("textbox").input_value()) == 5000
     tab.ask("你好")
     assert tab.answered(2) and tab.page.locator(".wrong").count() == 1
     tab.complaints = [c for c in tab.complaints if "400 (Bad Request)" not in c]  # the browser's
 
 
+def test_what_was_said_before_the_server_went_stays(open_tab: Any) -> None:
+    with running(load=slow_load(0.01)) as server:
+        tab = open_tab(server)
+        tab.ask("你好")
+        wait_until(lambda: len(tab.page.locator(".answer").inner_text()) > 2)
+    said = tab.answered(1)
+    assert len(said) > 2 and tab.page.locator(".numbers").inner_text() == "连不上服务器"
+    assert tab.page.get_by_role("textbox").input_value() == ""
+    tab.complaints = [c for c in tab.complaints if "net::ERR" not in c]  # the browser's
+
+
 def test_a_key_is_asked_for(browser: Any) -> None:
     with running(Settings(api_key="sk-1")) as server:
         context = browser.new_context(locale="en-US")
+        context.set_default_timeout(PATIENCE * 1000)
         page = context.new_page()
         page.goto(server.url)
-        for key in ("wrong", "sk-1"):
+        for key, title in (("wrong", "asks for a key"), ("sk-1", "key is wrong")):
+            wait_until(lambda title=title: title in page.locator("#key-title").inner_text())
             page.locator("#key").fill(key)
             page.get_by_role("button", name="OK").click()
         wait_until(lambda: bool(page.locator("#model").inner_text()))

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +16,17 @@ import pytest
 
 import seechat_lite as sl
 from seechat_lite.server.settings import Settings
-from serving import IMAGES, PANDA, Running, asking, data_url, running, slow_load, wait_until
+from serving import (
+    IMAGES,
+    PANDA,
+    PATIENCE,
+    Running,
+    asking,
+    data_url,
+    running,
+    slow_load,
+    wait_until,
+)
 
 MODEL = "seechat-lite-builtin"
 
@@ -30,8 +39,8 @@ def server() -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def slow() -> Iterator[Running]:
-    """20 ms a token and no end of its own; two may wait."""
-    with running(Settings(queue=2), load=slow_load(0.02)) as server:
+    """No answer of it ends by itself; two may wait."""
+    with running(Settings(queue=2), load=slow_load(0.01)) as server:
         yield server
 
 
@@ -175,6 +184,45 @@ def test_null_is_as_good_as_nothing(server: Running) -> None:
     assert server.post(body)["choices"]
 
 
+def test_fields_of_other_servers_are_ignored(server: Running) -> None:
+    """What clients of Ollama, LM Studio and newer OpenAI versions send along."""
+    more = {
+        "keep_alive": -1,
+        "options": {"num_ctx": 4096},
+        "ttl": 300,
+        "min_p": 0.05,
+        "store": True,
+        "metadata": {},
+        "tool_choice": "none",
+        "logit_bias": {},
+        "reasoning_effort": "low",
+    }
+    content = [
+        {"type": "image_url", "image_url": {"url": data_url(), "detail": "original"}},
+        {"type": "text", "text": "这是什么？", "cache_control": None},
+    ]
+    body = {"messages": [{"role": "user", "name": "me", "content": content}], **more}
+    assert server.post(body)["choices"][0]["message"]["content"] == "这是熊猫。"
+
+
+def test_an_answer_without_words_is_one(server: Running) -> None:
+    """OpenAI allows null for what an assistant said; the turn counts all the same."""
+
+    def answer(said: str | None) -> dict[str, Any]:
+        past = [user("你好"), {"role": "assistant", "content": said}]
+        return server.post({"messages": [*past, user("你是谁？")]})
+
+    assert answer(None)["usage"] == answer("")["usage"]
+
+
+def test_characters_may_be_escaped(server: Running) -> None:
+    escaped = json.dumps({"messages": [user("你好😀")]}).encode()
+    assert b"\\ud83d" in escaped
+    plain = json.dumps({"messages": [user("你好😀")]}, ensure_ascii=False).encode()
+    one, other = server.post(escaped), server.post(plain)
+    assert one["choices"] == other["choices"] and one["usage"] == other["usage"]
+
+
 # --- errors
 
 
@@ -204,6 +252,8 @@ def test_null_is_as_good_as_nothing(server: Running) -> None:
         (asking("长" * 5000), 400, "context_length_exceeded"),
         (asking("x", n=2), 400, "unsupported"),
         (asking("x", tools=[{}]), 400, "unsupported"),
+        (asking("x", functions=[{}]), 400, "unsupported"),
+        (asking("x", logit_bias={"5": 1}), 400, "unsupported"),
         (asking("x", logprobs=True), 400, "unsupported"),
         (asking("x", presence_penalty=0.5), 400, "unsupported"),
         (asking("x", response_format={"type": "json_object"}), 400, "unsupported"),
@@ -256,13 +306,12 @@ def stream_begun(server: Running) -> http.client.HTTPConnection:
 
 
 def test_a_client_that_goes_frees_its_place(slow: Running) -> None:
-    """A running answer of 200 × 20 ms ends, and the next one gets its turn at once."""
+    """A running answer ends, and the next one gets its turn."""
     connection = stream_begun(slow)
-    start = time.monotonic()
     connection.sock.shutdown(2)
     connection.close()
     done = slow.post(asking("你好", max_tokens=1))
-    assert done["choices"] and time.monotonic() - start < 1
+    assert done["choices"]
     wait_until(lambda: slow.desk.idle)
 
 
@@ -346,15 +395,14 @@ def test_an_idle_model_is_unloaded_and_comes_back() -> None:
         loads.append(sl.load())
         return loads[-1]
 
-    with running(Settings(keep_alive=0.3), load=load) as server:
-        assert server.post(asking("你好"))["choices"]
-        wait_until(lambda: server.desk.status == "unloaded")
-        assert server.request("GET", "/health")[0] == 200
-        with pytest.raises(sl.EngineError, match="closed"):
-            loads[0].chat().ask("你好")
-        assert server.post(asking("这是什么？", data_url()))["choices"]
-        wait_until(lambda: server.desk.status == "unloaded")
-    assert len(loads) == 2
+    with running(Settings(keep_alive=0.05), load=load) as server:
+        for count in (1, 2):
+            wait_until(lambda: server.desk.status == "unloaded")
+            assert len(loads) == count
+            assert server.request("GET", "/health")[0] == 200
+            with pytest.raises(sl.EngineError, match="closed"):
+                loads[-1].chat().ask("你好")
+            assert server.post(asking("这是什么？", data_url()))["choices"]
 
 
 def test_while_the_model_loads() -> None:
@@ -362,10 +410,10 @@ def test_while_the_model_loads() -> None:
     loaded = threading.Event()
 
     def load() -> sl.Model:
-        loaded.wait(20)
+        loaded.wait(PATIENCE)
         return sl.load()
 
-    with running(load=load, status="loading") as server:
+    with running(load=load, loading=True) as server:
         status, _, content = server.request("GET", "/health")
         assert (status, json.loads(content)["status"]) == (503, "loading")
         answers: list[Any] = []
@@ -373,7 +421,7 @@ def test_while_the_model_loads() -> None:
         thread.start()
         wait_until(lambda: server.desk.waiting == 1)
         loaded.set()
-        thread.join(20)
+        thread.join()
         assert answers[0]["choices"] and server.request("GET", "/health")[0] == 200
 
 
@@ -463,7 +511,7 @@ def test_health_and_metrics(server: Running) -> None:
 def test_curl(server: Running) -> None:
     command = ["curl", "-sN", f"{server.url}/v1/chat/completions", "-d", "@-"]
     body = json.dumps(asking("这是什么？", data_url(), stream=True))
-    run = subprocess.run(command, input=body, capture_output=True, text=True, timeout=30)
+    run = subprocess.run(command, input=body, capture_output=True, text=True)
     assert run.stdout.endswith("data: [DONE]\n\n")
     pieces = [e["choices"][0]["delta"].get("content", "") for e in events(run.stdout.encode())]
     assert "".join(pieces) == "这是熊猫。"

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from serving import IMAGES, asking, data_url, serving, wait_until
+from serving import IMAGES, PATIENCE, asking, data_url, serving, wait_until
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
 SEECHAT = [sys.executable, "-m", "seechat_lite", "serve"]
@@ -30,13 +30,21 @@ def serve(*options: str, **environment: str) -> subprocess.CompletedProcess[str]
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=60,
         env=os.environ | environment,
     )
 
 
+def get(url: str, **options: Any) -> httpx.Response:
+    return httpx.get(url, timeout=PATIENCE, **options)
+
+
+def ask(url: str, **fields: Any) -> httpx.Response:
+    body = asking("你好", **fields)
+    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=PATIENCE)
+
+
 def begin_stream(url: str) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=PATIENCE)
     connection.request("POST", "/v1/chat/completions", json.dumps(asking("你好", stream=True)))
     response = connection.getresponse()
     assert response.readline().startswith(b"data: ")
@@ -86,23 +94,28 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_key_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEECHAT_API_KEY", "sk-1")
     with serving() as (_, url):
-        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert get(f"{url}/v1/models").status_code == 401
         key = {"Authorization": "Bearer sk-1"}
-        assert httpx.get(f"{url}/v1/models", headers=key).status_code == 200
+        assert get(f"{url}/v1/models", headers=key).status_code == 200
 
 
 @posix
-def test_logs_in_json() -> None:
-    with serving("--log-json", "--max-body", "0.1") as (process, url):
-        assert httpx.post(f"{url}/v1/chat/completions", json=asking("你好")).status_code == 200
-        assert httpx.post(f"{url}/", content=b"x" * 200_000).status_code == 413
+def test_logs_in_json(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with serving("--log-json", "--max-body", "0.1", log=log) as (process, url):
+        assert ask(url).status_code == 200
+        assert httpx.post(f"{url}/", content=b"{", timeout=PATIENCE).status_code == 400
+        too_large = b"x" * 200_000
+        assert httpx.post(f"{url}/", content=too_large, timeout=PATIENCE).status_code == 413
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=20)
+        process.wait()
+    err = log.read_text("utf-8")
     lines = [json.loads(line) for line in err.splitlines()[1:]]
     answered = next(line for line in lines if line.get("path") == "/v1/chat/completions")
     assert answered["status"] == 200 and answered["new_tokens"] > 0
     assert answered["finish_reason"] == "stop" and answered["level"] == "info"
     assert any(line.get("status") == 413 for line in lines)
+    assert any(line.get("error") == "invalid_json" for line in lines)
     assert "你好" not in err and "\\u4f60" not in err  # what is asked is nobody's business
 
 
@@ -110,41 +123,27 @@ def test_logs_in_json() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_while_idle(number: int, code: int) -> None:
     with serving() as (process, url), httpx.Client() as kept_alive:
-        kept_alive.get(f"{url}/health")
-        start = time.monotonic()
+        kept_alive.get(f"{url}/health", timeout=PATIENCE)
         process.send_signal(number)
-        process.communicate(timeout=20)
-        assert process.returncode == code and time.monotonic() - start < 3
+        assert process.wait() == code
 
 
 @posix
-def test_sigterm_amid_answers() -> None:
-    """A running stream ends as streams end, waiting ones are refused, all within five seconds."""
-    refused: list[int] = []
-    with serving(step_seconds=0.1) as (process, url):
+def test_sigterm_amid_answers(tmp_path: Path) -> None:
+    """A running stream ends as streams end, waiting ones are refused."""
+    with (
+        serving(step_seconds=0.01, log=tmp_path / "log") as (process, url),
+        ThreadPoolExecutor(3) as pool,
+    ):
         connection, response = begin_stream(url)
-
-        def wait() -> None:
-            refused.append(
-                httpx.post(
-                    f"{url}/v1/chat/completions", json=asking("你好"), timeout=20
-                ).status_code
-            )
-
-        waiting = [threading.Thread(target=wait) for _ in range(3)]
-        for thread in waiting:
-            thread.start()
-        wait_until(lambda: httpx.get(f"{url}/health").json()["waiting"] == 3)
-        start = time.monotonic()
+        waiting = [pool.submit(ask, url) for _ in range(3)]
+        wait_until(lambda: get(f"{url}/health").json()["waiting"] == 3)
         process.send_signal(signal.SIGTERM)
         rest = response.read().decode()
         connection.close()
-        _, err = process.communicate(timeout=20)
-        took = time.monotonic() - start
-        for thread in waiting:
-            thread.join()
-    assert process.returncode == 0 and took < 5, err
-    assert "Traceback" not in err
+        refused = [answer.result().status_code for answer in waiting]
+        assert process.wait() == 0
+    assert "Traceback" not in (tmp_path / "log").read_text("utf-8")
     *_, last, done, nothing = rest.split("\n\n")
     assert (done, nothing) == ("data: [DONE]", "")
     assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
@@ -153,38 +152,23 @@ def test_sigterm_amid_answers() -> None:
 
 @posix
 def test_sigterm_lets_a_short_answer_finish() -> None:
-    with serving(step_seconds=0.05) as (process, url):
-        body = asking("你好", max_tokens=20)
-        answers: list[Any] = []
-        thread = threading.Thread(
-            target=lambda: answers.append(httpx.post(f"{url}/v1/chat/completions", json=body))
-        )
-        thread.start()
-        wait_until(lambda: httpx.get(f"{url}/health").json()["answering"])
+    with serving(step_seconds=0.02) as (process, url), ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, url, max_tokens=10)
+        wait_until(lambda: get(f"{url}/health").json()["answering"] or answer.done())
         process.send_signal(signal.SIGTERM)
-        thread.join(20)
-        process.communicate(timeout=20)
-    assert answers[0].json()["usage"]["completion_tokens"] == 20
+        assert answer.result().json()["usage"]["completion_tokens"] == 10
+        assert process.wait() == 0
 
 
 @posix
 def test_sigterm_while_nothing_can_be_interrupted() -> None:
     """The model's thread does not come back for minutes: the server goes all the same."""
-    with serving(step_seconds=300) as (process, url):
-        errors: list[Any] = []
-        thread = threading.Thread(
-            target=lambda: errors.append(
-                httpx.post(f"{url}/v1/chat/completions", json=asking("你好"), timeout=30)
-            )
-        )
-        thread.start()
-        wait_until(lambda: httpx.get(f"{url}/health").json()["answering"])
-        start = time.monotonic()
+    with serving(step_seconds=10_000) as (process, url), ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, url)
+        wait_until(lambda: get(f"{url}/health").json()["answering"])
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=20)
-        thread.join()
-        assert time.monotonic() - start < 5 and process.returncode == 0
-    assert errors[0].status_code == 503
+        assert process.wait() == 0
+        assert answer.result().status_code == 503
 
 
 @posix
@@ -193,7 +177,7 @@ def test_memory_and_queue_after_a_crowd() -> None:
     with serving() as (process, url):
 
         def crowd() -> None:
-            with httpx.Client(base_url=url, timeout=30) as client:
+            with httpx.Client(base_url=url, timeout=PATIENCE) as client:
                 for n in range(12):
                     if n % 4 == 3:
                         connection, _ = begin_stream(url)
@@ -212,13 +196,14 @@ def test_memory_and_queue_after_a_crowd() -> None:
                 thread.start()
             for thread in threads:
                 thread.join()
-            wait_until(lambda: not httpx.get(f"{url}/health").json()["answering"])
-            assert httpx.get(f"{url}/health").json()["waiting"] == 0
+            wait_until(lambda: not get(f"{url}/health").json()["answering"])
+            assert get(f"{url}/health").json()["waiting"] == 0
             return psutil.Process(process.pid).memory_info().rss
 
-        round()
-        before, after = round(), round()
-        assert after < before * 1.05
+        sizes = [round(), round()]
+        while sizes[-1] > sizes[-2] + 1_000_000:  # what leaks, leaks in every round
+            assert len(sizes) < 8, sizes
+            sizes.append(round())
 
 
 def test_llm_talks_to_it(tmp_path: Path) -> None:
@@ -233,7 +218,7 @@ def test_llm_talks_to_it(tmp_path: Path) -> None:
             done = subprocess.run(
                 [sys.executable, "-m", "llm", "-m", "house", "-a", str(IMAGES / "panda.png"),
                  "--key", "none", *stream, "这是什么？"],
-                capture_output=True, text=True, encoding="utf-8", timeout=60,
+                capture_output=True, text=True, encoding="utf-8",
                 env=os.environ | {"LLM_USER_PATH": str(tmp_path)},
             )  # fmt: skip
             assert done.stdout == "这是熊猫。\n", done.stderr
@@ -243,5 +228,6 @@ def test_an_old_demo_client(tmp_path: Path) -> None:
     """What people wrote against VisualGLM-6B's api.py."""
     picture = base64.b64encode((IMAGES / "panda.png").read_bytes()).decode()
     with serving() as (_, url):
-        done = httpx.post(url, json={"image": picture, "text": "描述这张图片。", "history": []})
+        body = {"image": picture, "text": "描述这张图片。", "history": []}
+        done = httpx.post(url, json=body, timeout=PATIENCE)
         assert done.json()["result"] and done.json()["status"] == 200

@@ -14,7 +14,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from serving import Running, running
+from serving import PATIENCE, Running, running
 
 CHECKS = [
     not_a_server_error,
@@ -44,7 +44,7 @@ def test_nothing_surprises(server: Running, mode: GenerationMode) -> None:
         @given(case=operation.as_strategy(generation_mode=mode))
         @settings(max_examples=100, suppress_health_check=list(HealthCheck))
         def check(case: schemathesis.Case) -> None:
-            case.call_and_validate(checks=CHECKS, timeout=20)
+            case.call_and_validate(checks=CHECKS, timeout=PATIENCE)
 
         check()
         tested += 1
