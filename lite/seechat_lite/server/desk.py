@@ -2,7 +2,7 @@
 
 Everything that touches the model runs in one thread. The pieces of an answer go to the client's
 task through a queue, so a slow client keeps nobody waiting; when that task is cancelled, its place
-in the line is free at once, and a running answer ends within one token.
+in the queue is free at once, and a running answer ends within one token.
 """
 
 import asyncio
@@ -82,7 +82,7 @@ class Desk:
         self._busy = False  # something runs in the thread
         self._client = ""  # for whom it runs, or ran last
         self._running: _Running | None = None  # the answer among such things
-        self._line: FairQueue[asyncio.Future[None]] = FairQueue(queue)
+        self._queue: FairQueue[asyncio.Future[None]] = FairQueue(queue)
         self._unloading: asyncio.TimerHandle | None = None
 
     @property
@@ -95,7 +95,7 @@ class Desk:
 
     @property
     def waiting(self) -> int:
-        return len(self._line)
+        return len(self._queue)
 
     @property
     def answering(self) -> bool:
@@ -119,7 +119,7 @@ class Desk:
     async def answer(self, ask: Ask) -> AsyncGenerator[str | Stats, None]:
         """Wait for a turn; yield the answer's pieces as they come, and at its end the Stats.
 
-        Raises ApiError when the line is full or the server stops, and what Chat.stream raises.
+        Raises ApiError when the queue is full or the server stops, and what Chat.stream raises.
         """
         await self._enter(ask.client)
         running = self._running = _Running()
@@ -160,7 +160,7 @@ class Desk:
     async def stop(self, grace: float) -> None:
         """Refuse who waits and who comes; end a running answer when `grace` seconds are over."""
         self._stopping = True
-        for place in self._line.clear():
+        for place in self._queue.clear():
             if not place.done():
                 place.set_exception(_shutting_down())
         await self._finished(grace)
@@ -193,13 +193,13 @@ class Desk:
             self._client = client
             return
         place = asyncio.get_running_loop().create_future()
-        refused = self._line.put(client, place)
+        refused = self._queue.put(client, place)
         if refused and not refused.done():
-            refused.set_exception(_queue_full(len(self._line)))
+            refused.set_exception(_queue_full(len(self._queue)))
         try:
             await place
         except asyncio.CancelledError:
-            waiting = self._line.remove(client, place)
+            waiting = self._queue.remove(client, place)
             if not (waiting or place.cancelled() or place.exception()):  # its turn had just come
                 self._leave()
             raise
@@ -208,7 +208,7 @@ class Desk:
     def _leave(self) -> None:
         """Let the next one in."""
         self._running = None
-        while place := self._line.get(after=self._client):
+        while place := self._queue.get(after=self._client):
             if not place.done():
                 place.set_result(None)
                 return

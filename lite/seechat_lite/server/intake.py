@@ -28,7 +28,7 @@ class Intake:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
-        taken = _Body()
+        taken = bytearray()
         try:
             try:
                 async with asyncio.timeout(self._settings.body_seconds):
@@ -40,17 +40,17 @@ class Intake:
                     code="request_timeout",
                 ) from None
             if complete:
-                await self._run(scope, receive, send, bytes(taken.data))
+                await self._run(scope, receive, send, taken)
         except ApiError as e:
             await self._drain(scope, receive)
             response = e.response()
             response.headers["Connection"] = "close"
             await response(scope, receive, send)
         finally:
-            self._held -= taken.held
+            self._held -= len(taken)
 
-    async def _read(self, scope: Scope, receive: Receive, body: "_Body") -> bool:
-        """Read the body; False if the client has gone before its end."""
+    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
+        """Fill in the body; False if the client has gone before its end."""
         for name, value in scope["headers"]:
             if name == b"content-length" and value.isdigit():
                 self._check(int(value))
@@ -59,7 +59,7 @@ class Intake:
             if message["type"] != "http.request":
                 return False
             chunk = message.get("body", b"")
-            self._check(len(body.data) + len(chunk))
+            self._check(len(body) + len(chunk))
             if self._held + len(chunk) > self._settings.max_bodies:
                 raise ApiError(
                     503,
@@ -67,8 +67,7 @@ class Intake:
                     code="overloaded",
                     headers={"Retry-After": "5"},
                 )
-            body.data += chunk
-            body.held += len(chunk)
+            body += chunk
             self._held += len(chunk)
             if not message.get("more_body", False):
                 return True
@@ -93,7 +92,7 @@ class Intake:
                 code="body_too_large",
             )
 
-    async def _run(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
+    async def _run(self, scope: Scope, receive: Receive, send: Send, body: bytearray) -> None:
         gone = asyncio.Event()
         waiting: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
@@ -124,9 +123,3 @@ class Intake:
             # a client that has gone, or does not listen, is no error
             with suppress(asyncio.CancelledError, TimeoutError):
                 await answer
-
-
-class _Body:
-    def __init__(self) -> None:
-        self.data = bytearray()
-        self.held = 0  # bytes that count in the sum of all
