@@ -97,6 +97,9 @@ def test_the_checkpoint_counts_most(tmp_path: Path) -> None:
         eyes.read("tower.vit.post_layernorm.bias"), changed["ln_vision.bias"]
     )
     np.testing.assert_array_equal(eyes.read("bridge.query_tokens"), changed["query_tokens"])
+    reason = "replaced by the one in c.pth"
+    assert eyes.ignored["blocks.1.attn.q_bias"] == eyes.ignored["query_tokens"] == reason
+    assert {file.name for file in eyes.files} == {EVA.name, QFORMER.name, "c.pth"}
 
     # a checkpoint that holds everything needs no other file
     unused = ("visual_encoder.blocks.3.", "visual_encoder.norm.", "visual_encoder.head.", "t5_")
@@ -274,13 +277,17 @@ def test_visualglm(form: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, CASE["encode_img"], atol=1e-4)
     out = tmp_path / "bundle"
     export_bundle(lm=source, out=out, vision=vision, precision="fp32")
-    with sl.load(out) as model:
-        assert (model.manifest.conversation, model.manifest.vision.tokens) == ("visualglm", 32)
-        found = model.engine.encode_image(CASE["image"])
-        np.testing.assert_allclose(found, CASE["encode_img"], atol=1e-4)
-        prompt = model.chat().prompt("描述这张图片。", image=data("images/01_rgb.png"))
     published = next(c for c in load_json("prompts/visualglm.json")["hf"] if c["image"])
-    assert prompt.ids == published["input_ids"]
+    question, picture, answers = "描述这张图片。", data("images/01_rgb.png"), []
+    for path, engine in ((out, "onnx"), (out, "torch"), (source, "torch")):  # the last as published
+        with sl.load(path, engine=engine, device="cpu") as model:
+            assert (model.manifest.conversation, model.manifest.vision.tokens) == ("visualglm", 32)
+            found = model.engine.encode_image(CASE["image"])
+            np.testing.assert_allclose(found, CASE["encode_img"], atol=1e-4)
+            chat = model.chat()
+            assert chat.prompt(question, image=picture).ids == published["input_ids"]
+            answers.append(chat.ask(question, image=picture, max_new_tokens=8))
+    assert len(set(answers)) == 1
 
 
 def seechat(*arguments: object) -> "subprocess.CompletedProcess[str]":
@@ -337,12 +344,13 @@ def seechat_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.parametrize("engine", ["onnx", "torch"])
 @pytest.mark.parametrize("number", range(3))
-def test_published_dialogues(number: int, seechat_bundle: Path) -> None:
+def test_published_dialogues(number: int, engine: str, seechat_bundle: Path) -> None:
     case = load_json("e2e/e2e.json")["cases"][number]
     golden = tensors("e2e/e2e.safetensors")
     image = data(f"images/{case['image']}")
-    with sl.load(seechat_bundle) as model:
+    with sl.load(seechat_bundle, engine=engine, device="cpu") as model:
         assert model.manifest.conversation == "seechat" and model.manifest.vision
         spec = dataclasses.replace(model.manifest.vision.pixels, exact=True)
         found = pixels(load_image(image).image, spec)
@@ -378,6 +386,9 @@ class Shapes(Checkpoint):
         self.path = Path(name)
         entries = manifest(name) | (change or {})
         self.shapes = {k: TensorInfo(*v) for k, v in entries.items() if v}
+
+    def source(self, key: str) -> Path:
+        return self.path
 
 
 def published(**change: dict[str, Any]) -> Overlay:

@@ -335,14 +335,3 @@ def test_settings_of_the_torch_engine_go_with_it() -> None:
     with pytest.raises(SystemExit) as e:
         main(["ask", "你好", "--dtype", "fp32"])
     assert e.value.code == 2
-
-
-def test_pictures(vision_bundle: Path) -> None:
-    """The eyes of a bundle are its graph, whatever engine reads the words."""
-    manifest = read_manifest(vision_bundle)
-    pixels = np.random.default_rng(0).standard_normal((1, 3, 56, 56)).astype(np.float32)
-    found, expected = (
-        create(name, vision_bundle, manifest, context=300).encode_image(pixels)
-        for name in ("torch", "onnx")
-    )
-    np.testing.assert_array_equal(found, expected)

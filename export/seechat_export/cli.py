@@ -118,6 +118,7 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         from seechat_export.bars import Bars
         from seechat_export.export import export_bundle
+        from seechat_lite.eyes import EyeFiles
     except ImportError as e:
         raise SeechatError(
             f"{e.name} is not installed; export needs it: pip install 'seechat-lite[export]'"
@@ -130,7 +131,7 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             prefix=args.prefix,
             tokenizer=args.tokenizer,
             out=args.out,
-            vision=eye_files(args, parser.error).open(args.lm),
+            vision=(eye_files(args, parser.error) or EyeFiles()).open(args.lm),
             precision=args.precision,
             block_size=args.block_size,
             vision_precision=args.vision_precision,

@@ -65,7 +65,14 @@ def _write_weights(graph: ir.Graph, path: Path) -> None:
     """
     kinds = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.UINT8: "U8"}
     values = [v for v in graph.initializers.values() if isinstance(v.const_value, ir.LazyTensor)]
-    values.sort(key=lambda v: v.dtype == ir.DataType.FLOAT16)  # last, for the others' alignment
+    order: dict[str, int] = {}  # a matrix' codes and scales are made at once: side by side
+
+    def place(value: ir.Value) -> tuple[bool, int]:
+        name = value.name.partition(CODES)[0].partition(SCALES)[0]
+        # float32 first: what comes after it needs less alignment
+        return value.dtype != ir.DataType.FLOAT, order.setdefault(name, len(order))
+
+    values.sort(key=place)
     header, at = {}, 0
     for value in values:
         tensor = value.const_value

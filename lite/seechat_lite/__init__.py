@@ -24,6 +24,7 @@ from seechat_lite.errors import (
 
 if TYPE_CHECKING:
     from seechat_lite.chat import Chat, Model, Stats, load
+    from seechat_lite.eyes import EyeFiles
     from seechat_lite.prompt import Prompt
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "CheckpointError",
     "ContextError",
     "EngineError",
+    "EyeFiles",
     "ImageError",
     "MemoryPlanError",
     "Model",
@@ -42,7 +44,11 @@ __all__ = [
 ]
 
 # imported when first used: the command line answers --help and Ctrl-C before numpy is there
-_LATER = {"Chat": "chat", "Model": "chat", "Stats": "chat", "load": "chat", "Prompt": "prompt"}
+_LATER = {
+    **dict.fromkeys(("Chat", "Model", "Stats", "load"), "chat"),
+    "EyeFiles": "eyes",
+    "Prompt": "prompt",
+}
 
 
 def __getattr__(name: str) -> Any:

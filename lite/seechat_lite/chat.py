@@ -23,6 +23,7 @@ from seechat_lite import prompt as prompts
 from seechat_lite.conversation import FORMATS, CleanStream, Format, Turn, render
 from seechat_lite.engines import Engine, EngineOptions, create
 from seechat_lite.errors import BundleError, ContextError, EngineError, SeechatError
+from seechat_lite.eyes import EyeFiles
 from seechat_lite.generate import generate
 from seechat_lite.images import load_image, pixels
 from seechat_lite.memory import MIN_CONTEXT, MemoryPlan, check_memory, plan
@@ -55,13 +56,15 @@ def load(
     dtype: str | None = None,
     quantize: str | None = None,
     rounded_rotary: bool = False,
+    eyes: EyeFiles | None = None,
     image_cache: int = IMAGE_CACHE,
     announce: Callable[[MemoryPlan], None] = lambda plan: None,
     progress: Progress | None = None,
 ) -> "Model":
     """Load a bundle: a folder written by `seechat export`, or with None the built-in model.
 
-    The engine "torch" also loads published weights: a folder of ChatGLM-6B, text only.
+    The engine "torch" also loads published weights: a folder of ChatGLM-6B, or of VisualGLM-6B with
+    its vision.
 
     engine: "auto" or a name of engines.ENGINES. device: "auto", "cpu", "cuda", … or the name of an
     ONNX Runtime execution provider. context: tokens that the prompt and the answer may take
@@ -71,11 +74,11 @@ def load(
     loading is refused if it may need more (see memory.plan). For the engine "torch", dtype: "fp16",
     "bf16" or "fp32", None for what suits the device; quantize: "int4", to make blocks of float
     weights as an export does, or with bitsandbytes "nf4", "fp4" or "int8"; rounded_rotary: see
-    rotary.rotary_tables. image_cache: bytes of embeddings kept for pictures that no chat shows any
-    more. announce: is told the memory plan once it fits, before the work begins; not by the engine
-    "torch". progress: called in this thread with a stage, "checking" (bytes of the bundle) or
-    "loading", and how much of it is done, of how much; loading ends with the exception that it
-    raises, and leaves nothing open.
+    rotary.rotary_tables; eyes: files that published weights are to see with. image_cache: bytes of
+    embeddings kept for pictures that no chat shows any more. announce: is told the memory plan once
+    it fits, before the work begins; not by the engine "torch". progress: called in this thread with
+    a stage, "checking" (bytes of the bundle) or "loading", and how much of it is done, of how much;
+    loading ends with the exception that it raises, and leaves nothing open.
 
     Raises BundleError (missing, damaged or newer bundle), EngineError (engine or device),
     MemoryPlanError (would not fit), ContextError (context too small to be of use).
@@ -86,7 +89,7 @@ def load(
             f"context is {context} tokens; expected at least {MIN_CONTEXT}: choose more"
         )
     unexported = engine == "torch" and not (folder / MANIFEST).exists()
-    manifest = published_manifest(folder) if unexported else read_manifest(folder)
+    manifest = published_manifest(folder, eyes) if unexported else read_manifest(folder)
     if manifest.conversation not in FORMATS:
         raise BundleError(
             f"{folder}: conversation format {manifest.conversation!r} is unknown; expected one of "
@@ -110,11 +113,12 @@ def load(
         device=device,
         threads=threads,
         vision_device=vision_device,
-        keep_vision=keep_vision is not False,
+        keep_vision=keep_vision,
         dtype=dtype,
         quantize=quantize,
         max_memory=max_memory,
         rounded_rotary=rounded_rotary,
+        eyes=eyes,
     )
     executor = create(engine, folder, manifest, context=context, options=options)
     model = Model(manifest, tokenizer, executor, image_cache=image_cache)

@@ -27,7 +27,7 @@ from seechat_weights.blip_names import (
     visualglm_overlay,
 )
 from seechat_weights.bundle import Manifest, PixelSpec, VisionConfig, VisionNetwork
-from seechat_weights.checkpoints import open_checkpoint, read_json
+from seechat_weights.checkpoints import Checkpoint, open_checkpoint, read_json
 from seechat_weights.lm import SAT_CONFIG, sat_file
 from seechat_weights.vision_names import Part, bridge_sizes, clip_sizes, map_bridge, map_clip
 
@@ -45,7 +45,7 @@ class Eyes:
 
     outputs: the width of its embeddings. sizes: its parameters and their shapes. read: a parameter
     by its name, in any float dtype. ignored: tensors of a checkpoint that no parameter comes from,
-    each with the reason.
+    each with the reason. files: those that published parameters come from.
     """
 
     config: VisionConfig  # with its network
@@ -53,6 +53,7 @@ class Eyes:
     sizes: dict[str, Shape]
     read: Callable[[str], np.ndarray]
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    files: tuple[Path, ...] = ()
 
     @property
     def numbers(self) -> int:
@@ -130,7 +131,8 @@ def bundle_eyes(folder: Path, manifest: Manifest) -> Eyes | None:
     def read(name: str) -> np.ndarray:
         key, found = keys[name], file.read(keys[name])
         if key.endswith(CODES):  # [outputs, blocks, block], 128 for zero
-            floats = (found.astype(np.float32) - 128) * file.read(_scales(key))[..., None]
+            scales = file.read(_scales(key)).astype(np.float32)
+            floats = (found.astype(np.float32) - 128) * scales[..., None]
             return floats.reshape(len(floats), -1)[:, : sizes[name][1]]
         return found.T if TRANSPOSED in key else found
 
@@ -143,7 +145,7 @@ def _stored_as(name: str, shapes: Shapes) -> str:
 
 
 def _scales(codes: str) -> str:
-    return codes.removesuffix(CODES) + SCALES
+    return codes.removesuffix(CODES) + SCALES + HALF
 
 
 def _sizes(config: VisionConfig, network: VisionNetwork, outputs: int) -> dict[str, Shape]:
@@ -205,8 +207,7 @@ def load_clip(*, clip: Path, projector: Path, activation: str | None = None) -> 
             layernorm_epsilon=settings.layernorm_epsilon,
         ),
     )
-    parts = [(CLIP, names, checkpoint.read), (BRIDGE, bridge, file.read)]
-    return _published(config, bridge.outputs, parts)
+    return _published(config, bridge.outputs, [(CLIP, names, checkpoint), (BRIDGE, bridge, file)])
 
 
 def load_seechat(
@@ -292,7 +293,7 @@ def _blip(
             query_heads=settings.query_heads,
         ),
     )
-    return _published(config, names.outputs, [("", names, source.read)])
+    return _published(config, names.outputs, [("", names, source)])
 
 
 def _resized(names: BlipNames, image_size: int) -> BlipNames:
@@ -341,17 +342,16 @@ class _Names(Protocol):
 
 
 def _published(
-    config: VisionConfig,
-    outputs: int,
-    parts: list[tuple[str, _Names, Callable[[str], np.ndarray]]],
+    config: VisionConfig, outputs: int, parts: list[tuple[str, _Names, Checkpoint | Overlay]]
 ) -> Eyes:
     """Join what each part of the network comes from; `parts` begin with where it has them."""
-    sources = {at + name: (part, r) for at, n, r in parts for name, part in n.used.items()}
+    sources = {at + name: (part, c) for at, n, c in parts for name, part in n.used.items()}
     sizes = {at + name: shape for at, n, _ in parts for name, shape in n.sizes.items()}
 
     def read(name: str) -> np.ndarray:
-        part, published = sources[name]
-        return part.read(sizes[name], published)
+        part, checkpoint = sources[name]
+        return part.read(sizes[name], checkpoint.read)
 
     ignored = {key: why for _, names, _ in parts for key, why in names.ignored.items()}
-    return Eyes(config, outputs, sizes, read, ignored)
+    files = {checkpoint.source(k) for part, checkpoint in sources.values() for k in part.names}
+    return Eyes(config, outputs, sizes, read, ignored, tuple(sorted(files)))

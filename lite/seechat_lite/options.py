@@ -4,10 +4,12 @@ import argparse
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from seechat_lite.eyes import EyeFiles
 from seechat_weights.errors import SeechatError
+
+if TYPE_CHECKING:
+    from seechat_lite.eyes import EyeFiles
 
 DTYPES = ("fp16", "bf16", "fp32")  # the torch engine's, which is imported when it is asked for
 QUANTIZATIONS = ("int4", "nf4", "fp4", "int8")
@@ -37,6 +39,7 @@ def add_load_options(parser: Any) -> None:
         help="round positions as the authors' own fp16 code does (torch engine)",
     )
     add_memory_options(parser)
+    add_eye_options(parser.add_argument_group("eyes of published weights (torch engine)"))
 
 
 def add_memory_options(parser: Any) -> None:
@@ -90,10 +93,15 @@ def add_eye_options(parser: Any) -> None:
     )
 
 
-def eye_files(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> EyeFiles:
-    """What add_eye_options' options name; what does not go together is wrong usage."""
+def eye_files(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> "EyeFiles | None":
+    """What add_eye_options' options name, if anything; what does not go together is wrong usage."""
+    from seechat_lite.eyes import EyeFiles
+
+    given = {f.name: getattr(args, f.name) for f in fields(EyeFiles)}
+    if not any(given.values()):
+        return None
     try:
-        return EyeFiles(**{f.name: getattr(args, f.name) for f in fields(EyeFiles)})
+        return EyeFiles(**given)
     except SeechatError as e:
         return usage_error(str(e))
 
@@ -108,6 +116,9 @@ def load_options(args: argparse.Namespace, usage_error: Callable[[str], Any]) ->
     check_context(args, usage_error)
     if args.engine != "torch" and (args.dtype or args.quantize or args.rounded_rotary):
         usage_error("--dtype, --quantize and --rounded-rotary go with --engine torch")
+    eyes = eye_files(args, usage_error)
+    if args.engine != "torch" and eyes:
+        usage_error("--clip, --eva and what goes with them go with --engine torch")
     if args.threads < 0:
         usage_error(f"--threads is {args.threads}; expected 0 or more")
     max_memory = None
@@ -127,6 +138,7 @@ def load_options(args: argparse.Namespace, usage_error: Callable[[str], Any]) ->
         "dtype": args.dtype,
         "quantize": args.quantize,
         "rounded_rotary": args.rounded_rotary,
+        "eyes": eyes,
     }
 
 

@@ -80,7 +80,7 @@ class PixelSpec:
 
 @dataclass(frozen=True)
 class VisionNetwork:
-    """What tower and bridge are built with, beside VisionConfig's own, as seechat_lite.nn has it."""
+    """What nn.vision builds tower and bridge with, beside what VisionConfig itself says."""
 
     patch_size: int
     width: int

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from seechat_lite.errors import ContextError, EngineError
+from seechat_lite.eyes import EyeFiles
 from seechat_lite.prompt import Prompt, context_length, position_ids
 from seechat_weights.bundle import LMConfig, VisionConfig
 
@@ -19,12 +20,13 @@ class EngineOptions:
     device: str = "auto"
     threads: int = 0  # on the CPU; 0 is one a core
     vision_device: str | None = None  # None for `device`
-    keep_vision: bool = True  # or release the vision network after every picture
-    # the rest is for the torch engine
+    keep_vision: bool | None = True  # or release the vision network after every picture
+    # the rest is for the torch engine, and keep_vision=None, for what suits the device
     dtype: str | None = None  # "fp16", "bf16" or "fp32"; None for what suits the device
     quantize: str | None = None  # a name of nn.linears.QUANTIZATIONS
     max_memory: int | None = None  # bytes that a GPU lends
     rounded_rotary: bool = False  # angles as the published code rounds them in half precision
+    eyes: EyeFiles | None = None  # what published weights are to see with
 
 
 class Cancelled(EngineError):  # noqa: N818 (an event, not a fault)

@@ -9,10 +9,11 @@ rows a prompt needs are read from the mapped file.
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,13 +27,18 @@ from seechat_lite.engines.base import (
     embedded,
 )
 from seechat_lite.engines.torch_memory import advice, device_plan
+from seechat_lite.engines.torch_vision import TorchVision
 from seechat_lite.engines.torch_weights import CheckpointSource, Source, build, open_source
 from seechat_lite.errors import EngineError, MemoryPlanError
+from seechat_lite.eyes import EyeFiles, Eyes, bundle_eyes
 from seechat_lite.memory import available_memory, human
 from seechat_lite.nn.decoder import Cache, Decoder, KernelPlace, TorchPlace
 from seechat_lite.nn.linears import QUANTIZATIONS, fused
 from seechat_lite.prompt import Prompt
-from seechat_weights.bundle import Manifest
+from seechat_weights.bundle import MANIFEST, Manifest
+
+if TYPE_CHECKING:
+    from seechat_lite.engines.onnx import OnnxVision
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +61,9 @@ class TorchEngine:
         context: int,
         options: EngineOptions,
         source: Source | None = None,
+        eyes: Eyes | None = None,
     ) -> None:
-        """source: of the weights, if not those in `path`."""
+        """source, eyes: of the weights and of the vision network's, if not those in `path`."""
         self.context = context
         self._path = path
         self._manifest = manifest
@@ -71,7 +78,11 @@ class TorchEngine:
                 "choose one"
             )
         self._source = source or open_source(
-            path, manifest, quantize=options.quantize, exact=self._dtype == torch.float32
+            path,
+            manifest,
+            quantize=options.quantize,
+            exact=self._dtype == torch.float32,
+            checkpoint=options.eyes.checkpoint if options.eyes else None,
         )
         blocks = self._source.blocks if isinstance(self._source, CheckpointSource) else {}
         in_bits = manifest.decoder.block_size or options.quantize or 4 in blocks.values()
@@ -79,15 +90,20 @@ class TorchEngine:
         prefix = self._source.prefix
         self._prefix = None if prefix is None else torch.from_numpy(prefix)
         self._before = 0 if prefix is None else prefix.shape[3]  # tokens of the prefix
+        # held while a picture is read, and while a step is recorded
+        self._device_lock = threading.Lock()
+        self._vision = self._eyes(eyes)
+        held = 0
+        if isinstance(self._vision, TorchVision) and self._vision.device == self._device:
+            held = self._vision.held
         self._plan = device_plan(
             manifest,
             context=context + self._before,
             dtype_bytes=self._dtype.itemsize,
             quantize=options.quantize,
             blocks=blocks,
+            vision=held,
         )
-        self._vision_lock = threading.Lock()
-        self._vision = None
         self._cancelled = False
         self._cache: Cache | None = None
         self._recorded: dict[int, _Recorded] = {}  # by how many tokens they append
@@ -111,13 +127,9 @@ class TorchEngine:
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         self._opened()
         check_pixels(pixels, self._manifest.vision, self._path)
-        with self._vision_lock:
-            if self._vision is None:
-                # imported here: a text-only checkpoint needs no ONNX Runtime
-                from seechat_lite.engines.onnx import OnnxVision
-
-                self._vision = OnnxVision(self._path, self._manifest, self._vision_options())
-        return self._vision.encode(pixels)
+        assert self._vision
+        with self._device_lock, self._memory_planned(self._vision.close):
+            return self._vision.encode(pixels)
 
     @torch.inference_mode()
     def prefill(self, prompt: Prompt) -> np.ndarray:
@@ -155,9 +167,11 @@ class TorchEngine:
         self._raise_if_cancelled()
         with self._memory_planned():
             if self._records and rows <= LONGEST_RECORDED:
-                if rows not in self._recorded:
+                new = rows not in self._recorded
+                if new:
                     self._recorded[rows] = _Recorded(self._opened(), self._cache, rows)
-                logits = self._recorded[rows].run(embeds, positions, self._length)
+                with self._device_lock if new else nullcontext():
+                    logits = self._recorded[rows].run(embeds, positions, self._length)
             else:
                 logits = self._run(embeds, positions).cpu().numpy()
         self._length += rows
@@ -187,13 +201,32 @@ class TorchEngine:
             self._vision.close()
         self._return_memory()
 
-    def _vision_options(self) -> EngineOptions:
-        """On the GPU if ONNX Runtime can use it."""
-        import onnxruntime as ort
+    def _eyes(self, eyes: Eyes | None) -> "TorchVision | OnnxVision | None":
+        """What reads pictures, where there is something: a graph that none of our networks is the
+        same as, such as the built-in model's, is left to ONNX Runtime."""
+        chosen, bundle = self._options, (self._path / MANIFEST).is_file()
+        if bundle and chosen.eyes:
+            raise EngineError(
+                f"{self._path}: a bundle, which has its own eyes or none; expected published "
+                "weights where others are given: load it without them, or export it with them"
+            )
+        if self._manifest.vision is None:
+            return None
+        if eyes is None:
+            files = chosen.eyes or EyeFiles()
+            eyes = bundle_eyes(self._path, self._manifest) if bundle else files.open(self._path)
+        if eyes is None:
+            # imported here: nothing else needs ONNX Runtime
+            from seechat_lite.engines.onnx import OnnxVision
 
-        there = "CUDAExecutionProvider" in ort.get_available_providers()
-        default = "cuda" if self._device.type == "cuda" and there else "cpu"
-        return replace(self._options, vision_device=self._options.vision_device or default)
+            keep, device = chosen.keep_vision is not False, chosen.vision_device or "cpu"
+            chosen = replace(chosen, keep_vision=keep, vision_device=device)
+            return OnnxVision(self._path, self._manifest, chosen)
+        device = _device(chosen.vision_device) if chosen.vision_device else self._device
+        # as they were published and trained, however few bits the language model has
+        half = device.type == "cuda" and self._dtype != torch.float32
+        dtype = torch.float16 if half else torch.float32
+        return TorchVision(eyes, device=device, dtype=dtype, keep=chosen.keep_vision)
 
     def _opened(self) -> Decoder:
         if self._decoder is None:
@@ -255,8 +288,11 @@ class TorchEngine:
             )
 
     @contextmanager
-    def _memory_planned(self) -> Iterator[None]:
-        """Turn an out-of-memory into an error that says what to do, and give the memory back."""
+    def _memory_planned(self, release: Callable[[], None] | None = None) -> Iterator[None]:
+        """Turn an out-of-memory into an error that says what to do, and give the memory back.
+
+        release: lets go of what is in use; default, of the cache.
+        """
         try:
             yield
         except torch.OutOfMemoryError as e:
@@ -264,8 +300,11 @@ class TorchEngine:
         else:
             return
         # outside of the handler: the exception holds on to the frames that hold the memory
-        self._recorded.clear()
-        self.reset()
+        if release:
+            release()
+        else:
+            self._recorded.clear()
+            self.reset()
         self._return_memory()
         how = advice(self._plan, self._plan.total - 1, quantizable=self._quantizable)
         raise MemoryPlanError(

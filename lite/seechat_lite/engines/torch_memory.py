@@ -20,11 +20,14 @@ def device_plan(
     dtype_bytes: int,
     quantize: str | None = None,
     blocks: Mapping[str, int] | None = None,
+    vision: int = 0,
 ) -> MemoryPlan:
-    """Bytes of the decoder at a context of `context` tokens, those of a prefix included.
+    """Bytes at a context of `context` tokens, those of a prefix included.
 
     dtype_bytes: of a number that is computed with. quantize: a name of nn.linears.QUANTIZATIONS.
     blocks: bits of published weights that are in blocks (see torch_weights.CheckpointSource).
+    vision: bytes of the network that is held beside the decoder; what a picture takes for a moment
+    is less than a prompt does.
     """
     blocks = blocks or {}
     lm, decoder = manifest.lm, manifest.decoder
@@ -51,7 +54,7 @@ def device_plan(
     return MemoryPlan(
         weights=round(weights),
         cache=2 * lm.num_layers * width * context * dtype_bytes,
-        vision=0,
+        vision=vision,
         workspace=RUNTIME + (rows + made) * dtype_bytes,
         context=context,
     )
@@ -59,6 +62,8 @@ def device_plan(
 
 def advice(plan: MemoryPlan, room: int, *, quantizable: bool) -> str:
     """The next smaller setting that fits `room` bytes, in words."""
+    if plan.vision and plan.total - plan.vision <= room:
+        return "load it with keep_vision=False (--no-keep-vision)"
     per_token = (plan.cache + plan.workspace - RUNTIME) / plan.context
     fixed = plan.total - per_token * plan.context
     if smaller := smaller_context(plan.context, lambda n: fixed + per_token * n <= room):

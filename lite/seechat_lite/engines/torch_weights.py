@@ -137,8 +137,15 @@ class CheckpointSource:
                 yield Given(key, [self.lm.read(key, rows)], bits)
 
 
-def open_source(path: Path, manifest: Manifest, *, quantize: str | None, exact: bool) -> Source:
-    """The weights of a bundle, or of whatever open_lm reads.
+def open_source(
+    path: Path,
+    manifest: Manifest,
+    *,
+    quantize: str | None,
+    exact: bool,
+    checkpoint: Path | None = None,
+) -> Source:
+    """The weights of a bundle, or of whatever open_lm reads, with a `checkpoint` of SEEChat's.
 
     Integers that a checkpoint's authors made stay what they are. With them goes a head that was
     left as floats, which gets 8 bits, as in an export, unless all is to be `exact`. Only more bits
@@ -147,7 +154,7 @@ def open_source(path: Path, manifest: Manifest, *, quantize: str | None, exact: 
     stored = manifest.decoder.precision if manifest.decoder.block_size else ""
     source: Source = BundleSource(path, manifest)
     if not (path / MANIFEST).is_file():
-        lm = open_lm(path)
+        lm = open_lm(path, checkpoint=checkpoint)
         bits = {key: lm.bits(key) for key in lm.shapes if key != "word_embeddings.weight"}
         blocks = {key: n for key, n in bits.items() if n}
         if quantize and blocks:

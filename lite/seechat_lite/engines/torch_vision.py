@@ -1,0 +1,49 @@
+"""The torch engine's eyes: pictures to embeddings, on the language model's device or another."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from seechat_lite.errors import EngineError
+from seechat_lite.eyes import Eyes
+from seechat_lite.memory import KEPT_VISION
+
+
+class TorchVision:
+    """Runs the network of `eyes`; built with the first picture: text alone needs none of it."""
+
+    def __init__(
+        self, eyes: Eyes, *, device: torch.device, dtype: torch.dtype, keep: bool | None
+    ) -> None:
+        """keep: hold the weights on the device, or bring them there layer by layer for every
+        picture; None does so on the CPU, if there are many."""
+        self.device = device
+        self._eyes = eyes
+        self._dtype = dtype
+        size = eyes.numbers * dtype.itemsize
+        self._keep = keep if keep is not None else device.type != "cpu" or size <= KEPT_VISION
+        self.held = size if self._keep else 0  # bytes on the device between pictures
+        self._network: nn.Module | None = None
+
+    @torch.inference_mode()
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Embeddings of pictures: float32 [n, 3, S, S] to float32 [n, tokens, hidden]."""
+        if self._network is None:
+            self._network = self._built()
+        given = torch.from_numpy(np.ascontiguousarray(pixels, np.float32))
+        return self._network(given.to(self.device).to(self._dtype)).float().cpu().numpy()
+
+    def close(self) -> None:
+        self._network = None
+
+    def _built(self) -> nn.Module:
+        try:
+            from seechat_lite.nn.vision import streamed  # takes seconds: the transformers library
+
+            network = streamed(self._eyes, self.device, self._dtype)
+        except ImportError as e:
+            raise EngineError(
+                f"{e.name} is not installed; pictures need it with the engine 'torch': "
+                "pip install 'seechat-lite[torch]'"
+            ) from None
+        return network.loaded() if self._keep else network
