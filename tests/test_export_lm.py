@@ -195,6 +195,7 @@ def test_provenance_names_what_eyes_leave_out(tmp_path: Path) -> None:
     )
     said = export_bundle(lm=TINY, vision=vision, out=tmp_path / "b", precision="fp32").provenance
     assert said["ignored"]["vision"]["visual.proj"]
+    assert sorted(said["vision"]) == ["mm_projector_linear.bin", "open_clip_model.safetensors"]
     assert all(why for reasons in said["ignored"].values() for why in reasons.values())
 
 

@@ -1,8 +1,8 @@
 """Checkpoint → bundle: one folder that holds all the runtime reads.
 
 The weights file is written one tensor at a time into `OUT.partial/bundle`, beside a journal of what
-is finished. A run that was interrupted is continued by the next one; only a complete, checked bundle
-is renamed to OUT.
+is finished. A run that was interrupted is continued by the next one; only a complete, checked
+bundle is renamed to OUT.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -154,6 +154,7 @@ def export_bundle(
             vision=described,
             provenance={
                 **source.fingerprint(),
+                **({"vision": _stamps(vision.files)} if isinstance(vision, Eyes) else {}),
                 "ignored": source.ignored(ignored, seeing=vision is not None),
                 "versions": {p: version(p) for p in ("torch", "onnx", "onnxruntime")},
                 **(provenance or {}),
@@ -219,11 +220,7 @@ class Source:
     def fingerprint(self) -> dict[str, Any]:
         """Which files the weights come from: names, sizes and times of the last change."""
         roles = {**self.lm.sources, "tokenizer": [self.tokenizer]}
-        stats = {role: {f.name: f.stat() for f in files} for role, files in roles.items()}
-        return {
-            role: {n: {"bytes": s.st_size, "modified": s.st_mtime_ns} for n, s in files.items()}
-            for role, files in stats.items()
-        }
+        return {role: _stamps(files) for role, files in roles.items()}
 
 
 class _Writer:
@@ -415,6 +412,12 @@ class _Writer:
         new = self.place / NEW_JOURNAL
         new.write_text(json.dumps({"fingerprint": self._fingerprint(), "done": done}), "utf-8")
         new.replace(self.place / JOURNAL)
+
+
+def _stamps(files: Iterable[Path]) -> dict[str, dict[str, int]]:
+    """Name -> size and time of the last change."""
+    stats = {file.name: file.stat() for file in files}
+    return {n: {"bytes": s.st_size, "modified": s.st_mtime_ns} for n, s in stats.items()}
 
 
 def _end(item: graphs.Item) -> int:

@@ -8,6 +8,7 @@ Our names are those of the transformers library, as seechat_lite.nn.blip builds 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -80,6 +81,11 @@ class Overlay:
         layer = self._holder[key]
         return layer.checkpoint.read(key.removeprefix(layer.prefix))
 
+    def source(self, key: str) -> Path:
+        """The file that holds a tensor."""
+        layer = self._holder[key]
+        return layer.checkpoint.source(key.removeprefix(layer.prefix))
+
     def account(self, needed: Iterable[str], reasons: Iterable[tuple[str, str]]) -> dict[str, str]:
         """See that nothing is missing in all files together, and nothing surplus in any."""
         needed, reasons = list(dict.fromkeys(needed)), list(reasons)
@@ -95,6 +101,10 @@ class Overlay:
             own = [(p.removeprefix(re.escape(layer.prefix)), why) for p, why in reasons]
             here = [k for k in layer.shapes if k in names]
             ignored |= account(layer.shapes, here, own, str(layer.checkpoint.path))
+            for key in here:
+                if self._holder[layer.prefix + key] is not layer:
+                    file = self.source(layer.prefix + key).name
+                    ignored[key] = f"replaced by the one in {file}"
         return ignored
 
     def check_shapes(self, expected: Mapping[str, Shape]) -> None:
