@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,16 +45,22 @@ for name in ("sentencepiece", "psutil"):  # imported by what is imported here, a
 from seechat_export.quantize import quantize_blocks  # noqa: E402
 from seechat_lite.engines.base import EngineOptions  # noqa: E402
 from seechat_lite.engines.torch import TorchEngine  # noqa: E402
+from seechat_lite.engines.torch_vision import TorchVision  # noqa: E402
 from seechat_lite.engines.torch_weights import CheckpointSource, Given, Source  # noqa: E402
 from seechat_lite.errors import MemoryPlanError  # noqa: E402
+from seechat_lite.eyes import Eyes, load_clip, load_seechat, vision_sizes  # noqa: E402
 from seechat_lite.nn.chatglm import ALPHA  # noqa: E402
 from seechat_lite.prompt import Prompt  # noqa: E402
+from seechat_weights.blip_names import BlipSettings  # noqa: E402
 from seechat_weights.builtin import BUILTIN  # noqa: E402
 from seechat_weights.bundle import (  # noqa: E402
     Decoder,
     LMConfig,
     Manifest,
+    PixelSpec,
     TokenizerConfig,
+    VisionConfig,
+    VisionNetwork,
     read_manifest,
 )
 from seechat_weights.checkpoints import open_checkpoint  # noqa: E402
@@ -97,12 +103,58 @@ class Shape:
     prefills: tuple[int, ...]
     decodes: tuple[int, ...]
     question: int  # tokens of a question with a picture
-    picture: int  # of them the picture's
+    eyes: dict[str, VisionConfig]  # the first goes with the language model
 
 
 SHAPES = {
-    False: Shape(FULL, 2048, (128, 512, 1024), (32, 512, 1920), 300, 256),
-    True: Shape(TINY, 64, (16, 32), (8, 40), 30, 16),
+    False: Shape(
+        FULL,
+        2048,
+        (128, 512, 1024),
+        (32, 512, 1920),
+        300,
+        {
+            "CLIP ViT-L/14, linear": VisionConfig(
+                "",
+                256,
+                "clip",
+                "linear",
+                network=VisionNetwork(14, 1024, 4096, 23, 16, "quick_gelu", 1e-5),
+            ),
+            "EVA ViT-g, Q-Former": VisionConfig(
+                "",
+                32,
+                "eva",
+                "qformer",
+                network=VisionNetwork(14, 1408, 6144, 39, 16, "gelu", 1e-6, 768, 3072, 12, 12),
+            ),
+        },
+    ),
+    True: Shape(
+        TINY,
+        64,
+        (16, 32),
+        (8, 40),
+        30,
+        {
+            "CLIP, linear": VisionConfig(
+                "",
+                16,
+                "clip",
+                "linear",
+                PixelSpec(image_size=56),
+                network=VisionNetwork(14, 64, 128, 2, 2, "quick_gelu", 1e-5),
+            ),
+            "EVA, Q-Former": VisionConfig(
+                "",
+                8,
+                "eva",
+                "qformer",
+                PixelSpec(image_size=56),
+                network=VisionNetwork(14, 64, 128, 2, 2, "gelu", 1e-6, 32, 64, 2, 2),
+            ),
+        },
+    ),
 }
 
 
@@ -149,7 +201,7 @@ class Bench:
         self.skipped = skipped  # what, and why
         self.on_gpu = device.type == "cuda"
         self.dtype = torch.float16 if self.on_gpu else torch.float32
-        self.eye: nn.Module | None = None
+        self.eyes: Eyes | None = None
 
     def installed(self, form: str) -> bool:
         if form.startswith("bitsandbytes") and not find_spec("bitsandbytes"):
@@ -183,11 +235,39 @@ class Bench:
         for kind, bar in (("int8", 1.0), ("nf4", 6.0), ("fp4", 8.0)):
             if self.installed(f"bitsandbytes {kind}"):
                 rows.append((f"bitsandbytes {kind}", CheckpointSource(lm), {"quantize": kind}, bar))
+        if find_spec("transformers"):
+            yield from self.pictures()
         manifest = manifest_of(lm.config, "fp16")
         for name, source, chosen, bar in rows:
             row = self.tried(name, lambda s=source, c=chosen: self.compared(manifest, s, c, cases))
             if row:
                 yield {"what": name, **row, "bar": bar, "ok": row["error"] <= bar}
+
+    def pictures(self) -> Iterator[dict[str, Any]]:
+        """Small published vision networks on the device, against recorded embeddings."""
+        folder = DATA / "vision"
+        clip = load_clip(
+            clip=folder / "clip_open_clip", projector=folder / "mm_projector_linear.bin"
+        )
+        eva = load_seechat(
+            eva=folder / "eva_vit_tiny.pth",
+            qformer=folder / "blip2_tiny_flant5.pth",
+            checkpoint=folder / "checkpoint_100.pth",
+            settings=BlipSettings(blocks=3, heads=4, query_heads=4),
+        )
+        for name, eyes, file, key in (
+            ("CLIP, linear", clip, "case", "projected_linear"),
+            ("EVA, Q-Former", eva, "seechat_case_q32", "encode_img"),
+        ):
+            case = open_checkpoint(folder / f"{file}.safetensors")
+            image, expected = case.read("image"), case.read(key)
+            for kind, dtype, bar in (("fp32", torch.float32, 5e-4), ("fp16", torch.float16, 0.1)):
+                what = f"a picture: {name}, {kind}"
+                sees = TorchVision(eyes, device=self.device, dtype=dtype, keep=True)
+                row = self.tried(what, lambda s=sees, i=image: {"found": s.encode(i)})
+                if row:
+                    error = float(np.abs(row["found"] - expected).max())
+                    yield {"what": what, "error": error, "bar": bar, "ok": error <= bar}
 
     def compared(
         self, manifest: Manifest, source: Source, chosen: dict[str, Any], cases: list[list[int]]
@@ -252,47 +332,45 @@ class Bench:
         return {"GB/s": 2 * count / copy / 1e9, "TFLOP/s": 2 * side**3 / product / 1e12}
 
     def vision(self) -> dict[str, Any]:
-        """CLIP ViT-L/14 with a linear projector: seconds a picture, bytes."""
+        """Each of SHAPES' eyes by itself: seconds a picture, and those of the first; bytes held."""
         if not find_spec("transformers"):
             self.skipped["vision"] = "transformers is not installed"
             return {}
-        from seechat_lite.nn.vision import ClipTower, Vision
-        from seechat_weights.vision_names import ClipNames
+        found = {}
+        for name, config in self.shape.eyes.items():
+            eyes = random_eyes(config, self.shape.config.hidden_size)
+            sees = TorchVision(eyes, device=self.device, dtype=self.dtype, keep=True)
+            pixels = picture(config)
+            start = time.perf_counter()
+            sees.encode(pixels)
+            first = time.perf_counter() - start
+            seconds = self.median(lambda s=sees, p=pixels: s.encode(p))
+            sees.close()
+            released = TorchVision(eyes, device=self.device, dtype=self.dtype, keep=False)
+            found[name] = {
+                "seconds": seconds,
+                "first seconds": first,
+                "bytes": sees.held,
+                "released seconds": self.median(lambda s=released, p=pixels: s.encode(p)),
+            }
+            self.eyes = self.eyes or eyes
+        return found
 
-        hidden = self.shape.config.hidden_size
-        sizes = (224, 14, 1024, 4096, 24) if self.on_gpu else (56, 14, 64, 128, 3)
-        names = ClipNames("openai", *sizes, {}, {}, {})
-        torch.manual_seed(0)
-        with torch.device(self.device):
-            tower = ClipTower(
-                names, heads=sizes[2] // 64, activation="quick_gelu", layernorm_epsilon=1e-5
-            )
-            eye = Vision(tower, nn.Linear(sizes[2], hidden))
-        self.eye = eye.to(self.device, self.dtype).eval().requires_grad_(False)
-        size = sum(p.numel() * p.element_size() for p in self.eye.parameters())
-        first = time.perf_counter()
-        self.look()
-        first = time.perf_counter() - first
-        return {"seconds": self.median(self.look), "first": first, "bytes": size}
-
-    @torch.inference_mode()
-    def look(self) -> np.ndarray:
+    def look(self, engine: TorchEngine) -> np.ndarray:
         """A picture's embeddings, float32 [tokens, hidden], as the prompt takes them."""
-        assert self.eye is not None
-        side = self.eye.tower.clip.embeddings.image_size  # type: ignore[union-attr]
-        pixels = np.zeros((1, 3, side, side), np.float32)
-        seen = self.eye(torch.from_numpy(pixels).to(self.device, self.dtype))
-        return seen[0].float().cpu().numpy()
+        assert self.eyes is not None
+        return engine.encode_image(picture(self.eyes.config))[0]
 
     def open(self, form: str, *, context: int = 0, budget: int | None = None) -> TorchEngine:
         precision, quantize, _ = FORMS[form]
         config = self.shape.config
         return TorchEngine(
             ROOT,
-            manifest_of(config, precision),
+            replace(manifest_of(config, precision), vision=self.eyes.config if self.eyes else None),
             context=context or self.shape.context,
             options=EngineOptions(device=self.device.type, quantize=quantize, max_memory=budget),
             source=RandomSource(config, precision, self.device),
+            eyes=self.eyes,
         )
 
     def model(self, form: str, card: dict[str, float]) -> dict[str, Any]:
@@ -327,12 +405,11 @@ class Bench:
                 "tokens/s": 1 / seconds,
                 "share": read / seconds / 1e9 / card["GB/s"],
             }
-        if self.eye is not None:
+        if self.eyes is not None:
             prompt = self.prompt(shape.question)
 
             def first_token() -> None:
-                seen = self.look()[: shape.picture]
-                engine.prefill(Prompt(prompt.ids, [(1, seen)]))
+                engine.prefill(Prompt(prompt.ids, [(1, self.look(engine))]))
 
             found["first token seconds"] = self.median(first_token)
         if self.on_gpu:
@@ -350,8 +427,8 @@ class Bench:
         """Bytes that torch holds after the fifth and after the last of many turns."""
         held = []
         for turn in range(TURNS):
-            if self.eye is not None:
-                self.look()
+            if self.eyes is not None:
+                self.look(engine)
             engine.prefill(self.prompt(64 + 17 * turn % 900))
             for _ in range(4):
                 engine.step(5)
@@ -416,8 +493,8 @@ class Bench:
             engine = None
             try:
                 engine = self.open(form, context=context, budget=budget * 10**9)
-                if self.eye is not None:
-                    self.look()
+                if self.eyes is not None:
+                    self.look(engine)
                 engine.prefill(self.prompt(context - 8))
                 engine.step(5)
                 yield {**row, "runs": True, "peak bytes": torch.cuda.max_memory_allocated()}
@@ -491,6 +568,27 @@ class RandomSource:
                 kind = torch.float16 if self.device.type == "cuda" else torch.float32
                 weight = torch.randn(item.shape, dtype=kind, **on)
                 yield Given(item.key, [weight.mul_(item.shape[1] ** -0.5)])
+
+
+def random_eyes(config: VisionConfig, outputs: int) -> Eyes:
+    """Unit layer norms, no biases, matrices that keep the scale of what they take."""
+    sizes = vision_sizes(config, outputs)
+    pool = np.random.default_rng(0).standard_normal(1 << 20).astype(np.float32)
+
+    def read(name: str) -> np.ndarray:
+        shape = sizes[name]
+        if len(shape) == 1 and not name.endswith("embedding"):
+            return np.full(shape, float("norm" in name.lower() and name.endswith("weight")))
+        return (np.resize(pool, shape) * np.prod(shape[1:]) ** -0.5).astype(np.float16)
+
+    # kept in memory, as the system keeps a file's pages
+    return Eyes(config, outputs, sizes, cache(read))
+
+
+@cache
+def picture(config: VisionConfig) -> np.ndarray:
+    size = config.pixels.image_size
+    return np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -633,10 +731,12 @@ def table(report: dict[str, Any], shape: Shape) -> str:
         cells.append(f"{peak / 1e9:.2f} ({FORMS[form][2]})" if peak else "–")
         cells.append(f"{1 / eager['decode seconds']:.1f}" if eager else "–")
         lines.append(f"| {form} | " + " | ".join(cells) + " |")
-    if vision := report["vision"]:
+    for name, row in report["vision"].items():
         lines += [
             "",
-            f"A picture: {vision['seconds'] * 1e3:.1f} ms, first {vision['first']:.2f} s.",
+            f"A picture, {name}: {row['seconds'] * 1e3:.1f} ms, the first "
+            f"{row['first seconds']:.2f} s, {row['bytes'] / 1e9:.2f} GB held; with nothing held "
+            f"{row['released seconds'] * 1e3:.0f} ms.",
         ]
     if load := report["load"]:
         lines += ["", f"int4 from files in memory: {load['int4 seconds']:.1f} s."]
@@ -650,9 +750,8 @@ def table(report: dict[str, Any], shape: Shape) -> str:
     ]
     for row in report["correctness"]:
         mark = "" if row["ok"] else " **wrong**"
-        lines.append(
-            f"| {row['what']} | {row['error']:.2g}{mark} | {row['bar']} | {row['same token']:.0%} |"
-        )
+        same = f"{row['same token']:.0%}" if "same token" in row else "–"
+        lines.append(f"| {row['what']} | {row['error']:.2g}{mark} | {row['bar']} | {same} |")
     lines += ["", *(f"Left out: {what} ({why})." for what, why in report["skipped"].items())]
     return "\n".join(lines) + "\n"
 

@@ -111,7 +111,7 @@ def bundle_eyes(folder: Path, manifest: Manifest) -> Eyes | None:
     if config is None or config.network is None:
         return None
     outputs = manifest.lm.hidden_size
-    sizes = _sizes(config, config.network, outputs)
+    sizes = vision_sizes(config, outputs)
     try:
         file = open_checkpoint(folder / config.weights)
         keys = {name: _stored_as(name, file.shapes) for name in sizes}
@@ -148,8 +148,10 @@ def _scales(codes: str) -> str:
     return codes.removesuffix(CODES) + SCALES + HALF
 
 
-def _sizes(config: VisionConfig, network: VisionNetwork, outputs: int) -> dict[str, Shape]:
-    """The parameters that nn.vision's network has, and their shapes."""
+def vision_sizes(config: VisionConfig, outputs: int) -> dict[str, Shape]:
+    """The parameters that nn.vision's network has, and their shapes. config: with its network."""
+    network = config.network
+    assert network
     positions = 1 + (config.pixels.image_size // network.patch_size) ** 2
     if config.bridge == "qformer":
         return blip_sizes(
