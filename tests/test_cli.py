@@ -433,7 +433,12 @@ class Terminal:
 
         self._leader, follower = pty.openpty()
         self.process = subprocess.Popen(
-            command, stdin=follower, stdout=follower, stderr=follower, start_new_session=True
+            command,
+            stdin=follower,
+            stdout=follower,
+            stderr=follower,
+            start_new_session=True,
+            env=os.environ | {"LC_ALL": "C.UTF-8", "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
         )
         os.close(follower)
         self.screen = ""
