@@ -49,25 +49,44 @@ def seechat() -> Eyes:
     return load_seechat(**SEECHAT, settings=TINY)
 
 
-def vision(eyes: Eyes, *, keep: bool | None = True) -> TorchVision:
-    return TorchVision(eyes, device=CPU, dtype=torch.float32, keep=keep)
+def vision(
+    eyes: Eyes, *, keep: bool | None = True, dtype: torch.dtype = torch.float32
+) -> TorchVision:
+    return TorchVision(eyes, device=CPU, dtype=dtype, keep=keep)
+
+
+def recorded(form: str) -> tuple[Eyes, np.ndarray, np.ndarray]:
+    """Eyes, pixels, and what the published code makes of them."""
+    if form == "seechat":
+        case = tensors("vision/seechat_case_q32.safetensors")
+        return seechat(), case["image"], case["encode_img"]
+    case = tensors("vision/case.safetensors")
+    return clip(form), case["image"], case[f"projected_{form}"]
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("form", ["clip", "mlp", "seechat"])
+@pytest.mark.parametrize("form", ["linear", "mlp2x_gelu", "seechat"])
 def test_published_embeddings(form: str, keep: bool) -> None:
-    """Also layer by layer, with nothing held between pictures."""
-    if form == "seechat":
-        case, name, eyes = tensors("vision/seechat_case_q32.safetensors"), "encode_img", seechat()
-    else:
-        bridge = "linear" if form == "clip" else "mlp2x_gelu"
-        case, name, eyes = tensors("vision/case.safetensors"), f"projected_{bridge}", clip(bridge)
-    sees = vision(eyes, keep=keep)
-    for _ in range(2):
-        np.testing.assert_allclose(sees.encode(case["image"]), case[name], rtol=0, atol=5e-4)
-    assert sees.held == (eyes.numbers * 4 if keep else 0)
-    assert isinstance(sees._network, nn.Module)
-    assert {p.device.type for p in sees._network.parameters()} == {"cpu" if keep else "meta"}
+    """Also layer by layer, with nothing held between pictures; and rounded as on a GPU."""
+    eyes, image, expected = recorded(form)
+    for dtype, atol in ((torch.float32, 5e-4), (torch.float16, 0.1)):
+        sees = vision(eyes, keep=keep, dtype=dtype)
+        for _ in range(2):
+            np.testing.assert_allclose(sees.encode(image), expected, rtol=0, atol=atol)
+        assert sees.held == (eyes.numbers * dtype.itemsize if keep else 0)
+        assert isinstance(sees._network, nn.Module)
+        assert {p.device.type for p in sees._network.parameters()} == {"cpu" if keep else "meta"}
+
+
+@pytest.mark.parametrize("form", ["clip", "seechat"])
+def test_nothing_is_left_on_another_device(form: str) -> None:
+    """Told by a device that computes nothing."""
+    eyes, there = seechat() if form == "seechat" else clip(), torch.device("meta")
+    network = streamed(eyes, there, torch.float16)
+    for sees in (network, network.loaded()):
+        seen = sees(torch.zeros(1, 3, 56, 56, dtype=torch.float16, device=there))
+        assert (seen.device, seen.dtype) == (there, torch.float16)
+        assert {t.device for t in (*sees.parameters(), *sees.buffers())} == {there}
 
 
 def test_large_eyes_are_not_held_on_a_cpu() -> None:

@@ -28,7 +28,8 @@ class Streamed(nn.Module):
     ) -> None:
         """device: None for the CPU."""
         super().__init__()
-        self.network = network.eval().requires_grad_(False)
+        # of the type even without weights: networks ask for it
+        self.network = network.to(dtype).eval().requires_grad_(False)
         self.read = read
         self.device = device or torch.device("cpu")
         self.dtype = dtype
