@@ -49,7 +49,7 @@ def add_memory_options(parser: Any) -> None:
     add(
         "--keep-vision",
         action=argparse.BooleanOptionalAction,
-        help="keep the vision network in memory between pictures (a small one, or on a GPU by torch)",
+        help="keep the vision network in memory between pictures (if small, or on a GPU by torch)",
     )
 
 
