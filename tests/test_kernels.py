@@ -13,9 +13,11 @@ import torch
 from seechat_lite.nn.blocks import dequantize_blocks, quantize_blocks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
+needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
 
 
+@needs_triton
+@pytest.mark.timeout(900)
 def test_all_with_the_interpreter() -> None:
     """Triton decides when it is imported whether it interprets: a process of its own."""
     if INTERPRETED:
@@ -32,7 +34,6 @@ def test_all_with_the_interpreter() -> None:
 POINTERS = {
     **dict.fromkeys(("x", "bias", "result", "weight", "qkv", "keys", "values", "queries"), "*fp16"),
     **dict.fromkeys(("scales", "rotary", "parts", "sums"), "*fp32"),
-    "codes": "*u8",
     "words": "*i32",
     "length": "*i32",
     "positions": "*i64",
@@ -43,16 +44,17 @@ KERNELS = {
         {"HAS_BIAS": True, "BITS": 4, "WORDS": 16, "GROUP": 32, "OUTPUTS": 8},
         {"HAS_BIAS": False, "BITS": 8, "WORDS": 8, "GROUP": 64, "OUTPUTS": 8},
     ],
-    "_dequantize": [{"BITS": 4, "WIDTH": 64, "GROUP": 16}, {"BITS": 8, "WIDTH": 32, "GROUP": 32}],
+    "_dequantize": [{"BITS": 4, "WORDS": 16, "GROUP": 32}, {"BITS": 8, "WORDS": 8, "GROUP": 64}],
     "_append": [{"QUARTER": 32, "HALF": 64}],
     "_attend": [{"HEAD": 128, "SIZE": 128, "TOKENS": 32}],
     "_weigh": [{"HEAD": 128, "SIZE": 128, "SPLITS": 16}],
 }
 
 
+@needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="what is interpreted is not compiled")
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [75, 80, 86, 90])
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_without_a_gpu(
     name: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -85,16 +87,25 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 @needs_interpreter
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
-    ("rows", "inputs", "outputs", "block"), [(1, 256, 24, 32), (3, 200, 13, 64), (1, 4200, 9, 128)]
+    ("rows", "inputs", "outputs", "block", "shared"),
+    [
+        (1, 256, 24, 32, False),
+        (3, 200, 13, 64, False),
+        (1, 4200, 9, 128, False),
+        (16, 96, 5, 32, True),  # one scale a row
+    ],
 )
-def test_blocks(rows: int, inputs: int, outputs: int, block: int, bits: int) -> None:
+def test_blocks(rows: int, inputs: int, outputs: int, block: int, shared: bool, bits: int) -> None:
     from seechat_lite.nn import kernels
 
     torch.manual_seed(inputs)
     codes, scales = quantize_blocks(torch.randn(outputs, inputs), bits=bits, block_size=block)
+    if shared:
+        scales = scales[:, :1].expand(scales.shape)
     weight = dequantize_blocks(codes, scales, bits=bits, inputs=inputs)
     x, bias = torch.randn(rows, inputs), torch.randn(outputs)
     on = {name: t.to(DEVICE) for name, t in locals().items() if isinstance(t, torch.Tensor)}
+    kernels.interleaved(on["codes"], bits=bits)
     for b in ("bias", "none"):
         found = kernels.block_linear(on["x"], on["codes"], on["scales"], on.get(b), bits=bits)
         expected = x @ weight.t() + (bias if b == "bias" else 0)
@@ -131,30 +142,54 @@ def test_a_step_of_attention(rows: int, heads: int, head: int, length: int) -> N
 
 
 @needs_interpreter
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_steps_of_the_engine(
-    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Steps through the kernels give the logits that plain torch gives."""
+@pytest.mark.parametrize("form", ["fp32", "int4", "published"])
+def test_steps_of_the_engine(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the kernels, and on a GPU recorded, steps give the logits that plain torch gives."""
     from reference import data
     from seechat_export.export import export_bundle
     from seechat_lite.engines import EngineOptions, torch
     from seechat_lite.nn import kernels, linears
     from seechat_lite.prompt import Prompt
+    from seechat_lite.published import published_manifest
 
-    lm = data("chatglm_tiny")
-    manifest = export_bundle(lm=lm, out=tmp_path / "b", precision=precision, block_size=32)
+    if form == "published":  # a scale a row
+        folder = data("quantized/int4")
+        manifest = published_manifest(folder)
+    else:
+        folder = tmp_path / "b"
+        tiny = data("chatglm_tiny")
+        manifest = export_bundle(lm=tiny, out=folder, precision=form, block_size=32)
     lm = manifest.lm
-    options = EngineOptions(device="cpu")
-    monkeypatch.setattr(kernels, "OUTPUTS", 128)  # interpreted, few large programs are faster
+    ids = [40, 41, 42, lm.gmask_id, lm.bos_id]  # few: a long prompt takes the interpreter long
     runs = []
     for fused in (False, True):
-        monkeypatch.setattr(torch, "fused", lambda _, fused=fused: fused)
-        engine = torch.TorchEngine(tmp_path / "b", manifest, context=60, options=options)
-        engine._records = False  # which takes a GPU
-        with monkeypatch.context() as steps:
-            logits = [engine.prefill(Prompt([*range(40, 70), lm.gmask_id, lm.bos_id]))]
-            steps.setattr(linears, "fused", lambda _, fused=fused: fused)
-            logits += [engine.step(7), *engine.extend([9, 50, 8])]
+        if INTERPRETED:
+            monkeypatch.setattr(kernels, "OUTPUTS", 1024)  # few large programs are faster there
+            monkeypatch.setattr(kernels, "SPLITS", 2)
+            monkeypatch.setattr(torch, "fused", lambda _, fused=fused: fused)
+            monkeypatch.setattr(linears, "fused", lambda _, fused=fused: fused)
+        options = EngineOptions(device=DEVICE if fused else "cpu", dtype="fp32")
+        engine = torch.TorchEngine(folder, manifest, context=60, options=options)
+        engine._records &= not INTERPRETED  # which takes a GPU
+        logits = []
+        for turn in range(1 if INTERPRETED else 2):  # recorded steps serve the next prompt as well
+            logits += [engine.prefill(Prompt(ids[turn:])), engine.step(7)]
+            logits += [*engine.extend([9, 50, 8])]
+            engine.forget(2)
+            logits.append(engine.step(11))
+            engine.reset()
         runs.append(logits)
     np.testing.assert_allclose(runs[1], runs[0], rtol=0, atol=1e-4)
+
+
+def test_without_triton_a_log_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Here there is no GPU, or Triton is missing: plain torch it is."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    from seechat_lite.nn.linears import fused
+
+    fused.cache_clear()
+    assert not fused(torch.device("cpu"))
+    assert not caplog.text
+    assert not fused(torch.device("cuda:7"))
+    assert "steps on cuda:7 run in plain torch" in caplog.text

@@ -26,6 +26,7 @@ from seechat_lite.engines.base import (
     check_room,
     embedded,
 )
+from seechat_lite.engines.torch_graphs import Recorder
 from seechat_lite.engines.torch_memory import advice, device_plan
 from seechat_lite.engines.torch_vision import TorchVision
 from seechat_lite.engines.torch_weights import CheckpointSource, Source, build, open_source
@@ -106,7 +107,7 @@ class TorchEngine:
         )
         self._cancelled = False
         self._cache: Cache | None = None
-        self._recorded: dict[int, _Recorded] = {}  # by how many tokens they append
+        self._recorder: Recorder | None = None
         self._length = 0  # tokens in the cache, those of a prefix included; 0 before a prompt
         self._next = np.zeros((2, 1), np.int64)  # positions of the token that comes next
         self._lend_memory()
@@ -167,11 +168,10 @@ class TorchEngine:
         self._raise_if_cancelled()
         with self._memory_planned():
             if self._records and rows <= LONGEST_RECORDED:
-                new = rows not in self._recorded
-                if new:
-                    self._recorded[rows] = _Recorded(self._opened(), self._cache, rows)
-                with self._device_lock if new else nullcontext():
-                    logits = self._recorded[rows].run(embeds, positions, self._length)
+                if self._recorder is None:
+                    self._recorder = Recorder(self._opened(), self._cache)
+                with nullcontext() if self._recorder.has(rows) else self._device_lock:
+                    logits = self._recorder.run(embeds, positions, self._length)
             else:
                 logits = self._run(embeds, positions).cpu().numpy()
         self._length += rows
@@ -188,11 +188,11 @@ class TorchEngine:
     def reset(self) -> None:
         self._cancelled = False
         self._length = 0
-        if not self._recorded:  # recorded steps go on to use the memory of this one cache
+        if self._recorder is None:  # recorded steps go on to use the memory of this one cache
             self._cache = None
 
     def close(self) -> None:
-        self._recorded.clear()
+        self._recorder = None
         self.reset()
         self._decoder = None
         if self._device.type == "cuda" and self._options.max_memory is not None:
@@ -293,8 +293,11 @@ class TorchEngine:
 
         release: lets go of what is in use; default, of the cache.
         """
+        # kernels and graphs belong to the device that is the current one; -1 leaves it as it is
+        here = self._device.index if self._device.type == "cuda" else -1
         try:
-            yield
+            with torch.cuda.device(here):
+                yield
         except torch.OutOfMemoryError as e:
             first = str(e).splitlines()[0]
         else:
@@ -303,7 +306,7 @@ class TorchEngine:
         if release:
             release()
         else:
-            self._recorded.clear()
+            self._recorder = None
             self.reset()
         self._return_memory()
         how = advice(self._plan, self._plan.total - 1, quantizable=self._quantizable)
@@ -315,51 +318,6 @@ class TorchEngine:
     def _return_memory(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-class _Recorded:
-    """A step of `rows` tokens as a CUDA graph, with the memory it reads and writes."""
-
-    def __init__(self, decoder: Decoder, cache: Cache, rows: int) -> None:
-        like = cache.keys[0]
-        self._decoder, self._cache = decoder, cache
-        hidden = decoder.final_layernorm.normalized_shape[0]
-        self._embeds = like.new_zeros((rows, hidden))
-        self._positions = torch.zeros((2, rows), dtype=torch.int64, device=like.device)
-        self._length = torch.zeros(1, dtype=torch.int32, device=like.device)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits = like
-        self._answer = torch.empty(0)
-
-    def run(self, embeds: Tensor, positions: np.ndarray, length: int) -> np.ndarray:
-        """Logits, float32 [rows, vocab], of tokens behind `length` others."""
-        self._embeds.copy_(embeds.to(self._embeds.dtype))
-        self._positions.copy_(torch.from_numpy(positions))
-        self._length.fill_(length)
-        if self._graph is None:
-            self._graph = self._record()
-        self._graph.replay()
-        self._answer.copy_(self._logits)
-        return self._answer.numpy().copy()
-
-    def _record(self) -> torch.cuda.CUDAGraph:
-        # once without recording: it compiles kernels and allocates what libraries keep, and what
-        # it writes into the cache is written again by the step itself
-        device = self._embeds.device
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            self._step()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._logits = self._step()
-        self._answer = torch.empty(self._logits.shape, pin_memory=True)
-        return graph
-
-    def _step(self) -> Tensor:
-        place = KernelPlace(self._positions, self._length)
-        return self._decoder(self._embeds, place, self._cache, logit_rows=len(self._embeds))
 
 
 def _device(name: str) -> torch.device:

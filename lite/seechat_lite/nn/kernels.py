@@ -1,10 +1,10 @@
 """Triton kernels of the decoder on a GPU: everything in a one-token step that torch is slow at.
 
 A step reads every weight once and computes almost nothing, so it is as fast as its bytes come in:
-weights in blocks are multiplied as they lie in the bundle, and the cache is read no further than
-its tokens reach. Lengths and positions are read on the device, so that a recorded CUDA graph serves
-every step. What each kernel computes is what nn.decoder and nn.linears do in plain torch, which
-judges it in the tests.
+weights in blocks are multiplied as codes, and the cache is read no further than its tokens reach.
+Lengths and positions are read on the device, so that a recorded CUDA graph serves every step. What
+each kernel computes is what nn.decoder and nn.linears do in plain torch, which judges it in the
+tests.
 """
 
 import torch
@@ -13,16 +13,37 @@ import triton.language as tl
 from torch import Tensor
 
 SPLITS = 16  # parts of the cache that are attended to at the same time
-FEW = 8  # rows up to which block_linear is the faster product
+FEW = 16  # rows up to which block_linear is the faster product
 OUTPUTS = 8  # numbers that a program of block_linear computes
+CHUNK = 1 << 22  # codes that are put into order at a time
+
+
+def interleaved(codes: Tensor, *, bits: int) -> Tensor:
+    """Put codes uint8 [outputs, blocks, bytes] into the order that the kernels read, in place.
+
+    A 32-bit word holds 32 / bits codes that are as many words apart as a block has, where in a
+    bundle they are neighbours: so neighbouring words meet neighbouring inputs, and the inputs of a
+    thread are read at once.
+    """
+    outputs, blocks, width = codes.shape
+    rows = max(1, CHUNK // (blocks * width))
+    for i in range(0, outputs, rows):
+        numbers = codes[i : i + rows]
+        if bits == 4:
+            numbers = torch.stack([numbers & 15, numbers >> 4], dim=-1).flatten(-2)
+        numbers = numbers.unflatten(-1, (32 // bits, -1)).transpose(-1, -2).flatten(-2)
+        if bits == 4:
+            numbers = numbers[..., 0::2] | numbers[..., 1::2] << 4
+        codes[i : i + rows] = numbers
+    return codes
 
 
 def block_linear(
     x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, *, bits: int
 ) -> Tensor:
-    """x [rows, inputs] times the weight of codes uint8 [outputs, blocks, bytes] and its scales.
+    """x [rows, inputs] times the weight of interleaved codes [outputs, blocks, bytes] and scales.
 
-    At most FEW rows; inputs and outputs as nn.linears.BlockLinear has them. Sums are float32.
+    At most FEW rows; else as nn.linears.BlockLinear has them. Sums are float32.
     """
     rows, inputs = x.shape
     outputs, blocks, width = codes.shape
@@ -37,6 +58,7 @@ def block_linear(
         inputs,
         outputs,
         blocks,
+        *scales.stride(),
         HAS_BIAS=bias is not None,
         BITS=bits,
         WORDS=width // 4,
@@ -45,6 +67,22 @@ def block_linear(
         num_warps=4,
     )
     return result
+
+
+@triton.jit
+def _number(packed, j: tl.constexpr, BITS: tl.constexpr):
+    """Signed number j of each word, and the factor that makes it what it stands for.
+
+    A code becomes a float without a conversion, which GPUs are slow at: its bits are laid into the
+    mantissa of 2**23. Where they lie `shift` bits to the left of its end, the number is 2**shift
+    times too large.
+    """
+    fit: tl.constexpr = 5 if BITS == 4 else 2  # codes within a mantissa
+    shift: tl.constexpr = (j % fit) * BITS
+    mask: tl.constexpr = ((1 << BITS) - 1) << shift
+    middle: tl.constexpr = 8388608.0 + (1 << (BITS - 1 + shift))
+    mantissa = ((packed >> (j // fit * fit * BITS)) & mask) | 0x4B000000
+    return mantissa.to(tl.float32, bitcast=True) - middle, 1.0 / (1 << shift)
 
 
 @triton.jit
@@ -57,18 +95,15 @@ def _block_linear(
     inputs,
     outputs,
     blocks,
+    scales_row,
+    scales_block,
     HAS_BIAS: tl.constexpr,
     BITS: tl.constexpr,
     WORDS: tl.constexpr,
     GROUP: tl.constexpr,  # blocks at a time: all threads along a row, so that x is loaded once
     OUTPUTS: tl.constexpr,
 ):
-    # A code becomes a float without a conversion, which GPUs are slow at: its bits are laid into
-    # the mantissa of 2**23. Where they lie `shift` bits to the left of its end, the number is
-    # 2**shift times too large, which the input makes up for.
     EACH: tl.constexpr = 32 // BITS  # codes in a word
-    FIT: tl.constexpr = 5 if BITS == 4 else 2  # of them within a mantissa
-    MASK: tl.constexpr = (1 << BITS) - 1
     row = tl.program_id(0)
     n = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     there = n < outputs
@@ -84,16 +119,12 @@ def _block_linear(
         )
         part = tl.zeros((OUTPUTS, GROUP, WORDS), tl.float32)
         for j in tl.static_range(EACH):
-            shift = (j % FIT) * BITS
-            k = place * EACH + j
+            k = (block * (EACH * WORDS))[:, None] + (j * WORDS + word)[None, :]
             value = tl.load(x + row * inputs + k, mask=k < inputs, other=0.0).to(tl.float32)
-            moved = packed >> (j // FIT * FIT * BITS)
-            mantissa = (moved & (MASK << shift)) | 0x4B000000
-            middle = 8388608.0 + (1 << (BITS - 1 + shift))
-            weight = mantissa.to(tl.float32, bitcast=True) - middle
-            part += weight * (value * (1.0 / (1 << shift)))[None]
+            weight, factor = _number(packed, j, BITS)
+            part += weight * (value * factor)[None]
         scale = tl.load(
-            scales + n[:, None] * blocks + block[None, :],
+            scales + n[:, None] * scales_row + block[None, :] * scales_block,
             mask=there[:, None] & (block < blocks)[None, :],
             other=0.0,
         )
@@ -107,44 +138,51 @@ def _block_linear(
 def dequantized(
     codes: Tensor, scales: Tensor, *, bits: int, inputs: int, dtype: torch.dtype
 ) -> Tensor:
-    """The weight [outputs, inputs] of codes uint8 [outputs, blocks, bytes] and their scales."""
+    """The weight [outputs, inputs] of interleaved codes [outputs, blocks, bytes] and scales."""
     outputs, blocks, width = codes.shape
     weight = torch.empty((outputs, inputs), dtype=dtype, device=codes.device)
-    group = 1024 // width
+    group = 2048 // width
     _dequantize[(outputs, triton.cdiv(blocks, group))](
-        codes, scales, weight, inputs, blocks, BITS=bits, WIDTH=width, GROUP=group
+        codes.view(torch.int32),
+        scales,
+        weight,
+        inputs,
+        blocks,
+        *scales.stride(),
+        BITS=bits,
+        WORDS=width // 4,
+        GROUP=group,
     )
     return weight
 
 
 @triton.jit
 def _dequantize(
-    codes,
+    words,
     scales,
     weight,
     inputs,
     blocks,
+    scales_row,
+    scales_block,
     BITS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WORDS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    EACH: tl.constexpr = 32 // BITS
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
-    place = block[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    inside = (block < blocks)[:, None] & (place >= 0)
-    packed = tl.load(codes + row * blocks * WIDTH + place, mask=inside, other=0).to(tl.int32)
-    scale = tl.load(scales + row * blocks + block, mask=block < blocks, other=0.0)[:, None]
-    scale = scale.to(tl.float32)
-    kind = weight.dtype.element_ty
-    if BITS == 8:
-        values = (packed - 128).to(tl.float32) * scale
-        tl.store(weight + row * inputs + place, values.to(kind), inside & (place < inputs))
-    else:
-        low = ((packed & 15) - 8).to(tl.float32) * scale
-        high = ((packed >> 4) - 8).to(tl.float32) * scale
-        values = tl.join(low, high).to(kind)  # the low half of a byte comes first
-        k = place[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-        tl.store(weight + row * inputs + k, values, inside[:, :, None] & (k < inputs))
+    word = tl.arange(0, WORDS)
+    inside = (block < blocks)[:, None]
+    place = block[:, None] * WORDS + word[None, :]  # [GROUP, WORDS]
+    packed = tl.load(words + row * blocks * WORDS + place, mask=inside, other=0)
+    scale = tl.load(scales + row * scales_row + block * scales_block, mask=block < blocks, other=0)
+    scale = scale.to(tl.float32)[:, None]
+    for j in tl.static_range(EACH):
+        k = (block * (EACH * WORDS))[:, None] + (j * WORDS + word)[None, :]
+        number, factor = _number(packed, j, BITS)
+        value = (number * (scale * factor)).to(weight.dtype.element_ty)
+        tl.store(weight + row * inputs + k, value, mask=inside & (k < inputs))
 
 
 def append(

@@ -1,8 +1,9 @@
 """Linears over weights of few bits: the blocks of a bundle, and bitsandbytes' modules."""
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,15 +13,18 @@ from torch.nn import functional as F
 from seechat_lite.errors import EngineError
 from seechat_lite.nn.blocks import dequantize_blocks
 
+log = logging.getLogger(__name__)
+
 CHUNK = 1 << 26  # weights that are numbers at the same time when many rows are multiplied
 
 
 class BlockLinear(nn.Module):
-    """A linear whose weight stays in blocks of 8 or 4 bits, as a bundle stores it.
+    """A linear whose weight stays in blocks of 8 or 4 bits.
 
     codes: uint8 [outputs, blocks, block_size * bits / 8]; scales [outputs, blocks], or [outputs, 1]
-    if all blocks of a row share one: see nn.blocks. A few rows are multiplied with the codes as
-    they are (on a GPU), for more the weight is made of them first.
+    if all blocks of a row share one: see nn.blocks. Where the kernels run, the codes are put into
+    their order, in place, and a few rows are multiplied with them as they are; for more, and
+    elsewhere, the weight is made of them first.
     """
 
     def __init__(self, codes: Tensor, scales: Tensor, *, inputs: int, bits: int) -> None:
@@ -29,13 +33,18 @@ class BlockLinear(nn.Module):
         self.bits = bits
         self.codes: Tensor
         self.scales: Tensor
+        self.fused = fused(codes.device)
+        if self.fused:
+            from seechat_lite.nn import kernels
+
+            codes = kernels.interleaved(codes, bits=bits)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales.expand(codes.shape[:2]))
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if fused(x.device):
+        if self.fused:
             from seechat_lite.nn import kernels
 
             if len(x) <= kernels.FEW:
@@ -43,7 +52,8 @@ class BlockLinear(nn.Module):
                     x.contiguous(), self.codes, self.scales, self.bias, bits=self.bits
                 )
         parts = []
-        rows = max(1, CHUNK // self.inputs)
+        # plain torch makes the weight in float32 first, with copies of its codes
+        rows = max(1, (CHUNK if self.fused else CHUNK // 8) // self.inputs)
         for i in range(0, len(self.codes), rows):
             bias = None if self.bias is None else self.bias[i : i + rows]
             parts.append(F.linear(x, self.weight(slice(i, i + rows), x.dtype), bias))
@@ -52,7 +62,7 @@ class BlockLinear(nn.Module):
     def weight(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Rows of the weight, [rows, inputs]."""
         codes, scales = self.codes[rows], self.scales[rows]
-        if fused(codes.device):
+        if self.fused:
             from seechat_lite.nn import kernels
 
             return kernels.dequantized(
@@ -61,9 +71,22 @@ class BlockLinear(nn.Module):
         return dequantize_blocks(codes, scales, bits=self.bits, inputs=self.inputs).to(dtype)
 
 
+@cache
 def fused(device: torch.device) -> bool:
-    """Whether the kernels of nn.kernels run there."""
-    return device.type == "cuda" and find_spec("triton") is not None
+    """Whether the kernels of nn.kernels run there; a log line says why not on a GPU."""
+    if device.type != "cuda":
+        return False
+    try:
+        with torch.cuda.device(device):  # without a C compiler, Triton finds out here
+            import_module("triton.runtime").driver.active.get_current_target()
+    except Exception as e:  # whatever keeps it from working
+        log.warning(
+            "Triton does not work here (%s): steps on %s run in plain torch, which is slower",
+            (str(e) or type(e).__name__).splitlines()[0],
+            device,
+        )
+        return False
+    return True
 
 
 BLOCK = 128  # inputs that share a scale in weights that are put into blocks as they are loaded
