@@ -100,6 +100,12 @@ def test_shards_without_index(shards: Path) -> None:
     (shards / "pytorch_model-00002-of-00003.bin").unlink()
     with pytest.raises(CheckpointError, match=r"pytorch_model-00002-of-00003\.bin: missing"):
         open_checkpoint(shards)
+    (shards / "pytorch_model-00003-of-00003.bin").unlink()
+    (shards / "pytorch_model-00001-of-00003.bin").rename(shards / "pytorch_model-1-of-999999.bin")
+    with pytest.raises(
+        CheckpointError, match=r"model-000001-of-999999\.bin: missing or of another"
+    ):
+        open_checkpoint(shards)
 
 
 def test_stale_total_size_is_not_believed(shards: Path) -> None:

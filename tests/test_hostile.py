@@ -121,6 +121,14 @@ def pickles(canary: str) -> dict[str, tuple[bytes, str]]:
         "own dictionary": (archive(b"\x80\x02}q\0" + four + b"h\0s."), "holds no tensors"),
         "twice": (archive(b"\x80\x02}" + four + b"Ns" + four + b"Ns."), "a is there twice"),
         "state of a function": (archive(b"\x80\x02" + REBUILD + b"}b."), "state for what"),
+        "keys that meet": (archive(b"\x80\x02}(" + b"".join(
+            b"\x8a\x0c" + (n * (2**61 - 1)).to_bytes(12, "little") + b"N" for n in range(1, 300_000)
+        ) + b"u."), "holds no tensors"),
+        "memos that meet": (archive(b"\x80\x02}" + b"".join(
+            b"p%d\n" % (n * (2**61 - 1)) for n in range(1, 300_000)) + b"."), "a memo at 2305843"),
+        "names of megabytes": (archive(
+            b"\x80\x04X\x09\0\0\0omegaconf\x94X" + struct.pack("<I", 16 << 20) + b"A" * (16 << 20)
+            + b"\x94" + b"h\0h\1\x930" * 100_000 + b"N."), "unsafe pickle, it calls omegaconf.AAA"),
         "called text": (archive(b"\x80\x02" + four + b")R."), "calls what is no class"),
     }  # fmt: skip
 
@@ -236,6 +244,11 @@ HEADERS: dict[str, tuple[bytes, str]] = {
         "of shape [0, 1407",
     ),
     "64 dimensions": (safetensors({"a": entry([1] * 64, [0, 4])}, 4), "64 dimensions"),
+    "2000000 dimensions": (
+        safetensors({"a": entry([1] * 2_000_000, [0, 4])}, 4),
+        "of 2000000 dimensions",
+    ),
+    "a dtype of lists": (safetensors({"a": entry([4], [0, 16], [["F32"]])}), "which is not known"),
     "unknown dtype": (safetensors({"a": entry([4], [0, 16], "Q4")}), "of dtype Q4"),
     "name that commands": (safetensors({"\x1b[2J\n": entry([4], [0, 16])}), "is called"),
     "name without end": (safetensors({"a" * 9999: entry([4], [0, 16])}), "is called aaaa"),
@@ -280,6 +293,7 @@ INDEXES: dict[str, tuple[Any, str]] = {
     "null": ({"weight_map": {"a": "a\0.bin"}}, "names the file"),
     "a very long name": ({"weight_map": {"a": "a" * 5000}}, "names the file aaaa"),
     "missing": ({"weight_map": {"a": "absent.bin"}}, "absent.bin: missing"),
+    "a name too long for a disk": ({"weight_map": {"a": "图" * 200}}, "图: missing"),
 }
 
 

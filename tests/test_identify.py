@@ -230,7 +230,7 @@ def test_shards_are_missing_and_nothing_tells_whose(tmp_path: Path) -> None:
         ("prefix", "chatglm_tiny", "give it to --lm"),
         ("adapter", "prefix.bin", "expected a LoRA adapter for --adapter: give it to --prefix"),
         ("tokenizer", "chatglm_tiny/ice_text.model", ""),
-        ("tokenizer", "chatglm_tiny", "expected the file ice_text.model"),
+        ("tokenizer", "chatglm_tiny", "expected the file ice_text.model .*: name .*ice_text.model"),
         ("eva", "vision/eva_vit_tiny.pth", ""),
         ("eva", "vision/blip2_tiny_flant5.pth", "is BLIP-2's Q-Former; expected EVA ViT-g for --eva"
          ": give it to --qformer"),

@@ -61,9 +61,10 @@ def fetch(given: Path, *, offline: bool = False) -> tuple[Path, dict[str, str] |
         raise _refused(given, found, do) from None
     except errors.RevisionNotFoundError:
         raise _refused(given, f"{repo} has no revision {revision}", "check it") from None
-    except errors.LocalEntryNotFoundError as e:
+    except errors.LocalEntryNotFoundError:
         do = "run once without --offline and HF_HUB_OFFLINE" if offline else "check the network"
-        raise _refused(given, f"not in the cache ({line(e)})", do) from None
+        found = f"no such path, and not in the cache {constants.HF_HUB_CACHE}"
+        raise _refused(given, found, do) from None
     except Exception as e:  # whatever a network, a proxy or a disk has to say
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
             do = "free some space, or set HF_HOME to another disk; run again, it continues"

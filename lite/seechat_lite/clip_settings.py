@@ -52,7 +52,7 @@ def clip_settings(path: Path, names: ClipNames, activation: str | None) -> Setti
         )
     if activation not in ACTIVATIONS:
         raise CheckpointError(
-            f"{settings.file}: activation {activation!r}; expected {' or '.join(ACTIVATIONS)}: "
+            f"{settings.file}: activation {activation!r:.80}; expected {' or '.join(ACTIVATIONS)}: "
             "give --clip a CLIP ViT checkpoint"
         )
     if settings.heads < 1 or names.width % settings.heads:
@@ -137,7 +137,7 @@ def _hugging_face_pixels(file: Path, names: ClipNames) -> PixelSpec:
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if given.get(step, True) is not True:
             raise CheckpointError(
-                f"{file}: {step} is {given[step]!r}; expected true, as CLIP was trained: "
+                f"{file}: {step} is {given[step]!r:.80}; expected true, as CLIP was trained: "
                 "download the file again"
             )
     size = given.get("size", {"shortest_edge": names.image_size})
@@ -184,12 +184,13 @@ def _pixel_spec(
     )
     if not numbers or 0 in std or interpolation not in _RESAMPLE.values():
         raise CheckpointError(
-            f"{file}: mean {mean}, std {std}, interpolation {interpolation!r}; expected three "
-            f"numbers each and {', '.join(_RESAMPLE.values())}: download the file again"
+            f"{file}: mean {mean!r:.80}, std {std!r:.80}, interpolation {interpolation!r:.80}; "
+            f"expected three numbers each and {', '.join(_RESAMPLE.values())}: download the file "
+            "again"
         )
     if resize not in _RESIZE_MODES.values():
         raise CheckpointError(
-            f"{file}: resize mode {resize!r}; expected {', '.join(_RESIZE_MODES)}: "
+            f"{file}: resize mode {resize!r:.80}; expected {', '.join(_RESIZE_MODES)}: "
             "download the file again"
         )
     return PixelSpec(

@@ -146,7 +146,7 @@ def _open_indexed(folder: Path, index: Path) -> Checkpoint:
                 f"{index}: names the file {shown(name)}, expected one in the same folder; refused: "
                 "download the checkpoint from its publisher"
             )
-        if not (folder / name).exists():
+        if not os.path.lexists(folder / name):  # which takes any name, however long
             raise CheckpointError(
                 f"{folder / name}: missing; {index.name} names it: download this shard"
             )
@@ -164,13 +164,15 @@ def _all_shards(folder: Path, stem: str, suffix: str, shards: list[Path]) -> lis
     """Shards without an index: complete if their numbers are."""
     number = re.fullmatch(r".*-of-([0-9]{1,6})", shards[0].name.removesuffix(suffix))
     total = number[1] if number else "?"
-    expected = [
+    there = set(shards)
+    expected = (
         folder / f"{stem}-{i:0{len(total)}}-of-{total}{suffix}"
         for i in range(1, int(total) + 1 if number else 1)
-    ]
-    if shards == expected:
+    )
+    missing = next((path for path in expected if path not in there), None)
+    if number and missing is None and len(shards) == int(total):
         return shards
-    missing = next((p for p in expected if p not in shards), shards[-1])
+    missing = missing or shards[-1]
     raise CheckpointError(
         f"{missing}: missing or of another numbering; found {len(shards)} shards and no "
         f"{stem}{suffix}.index.json, expected {total}: download the checkpoint again"

@@ -82,6 +82,8 @@ def check_given(option: str, path: Path) -> None:
     owner = next((name for name, (_, own) in _OPTIONS.items() if found.kind in own), None)
     if found.kind == "bundle":
         do = "a bundle is exported already, give it to --model of ask, chat or serve"
+    elif option == "tokenizer" and (path / TOKENIZER).is_file():
+        do = f"name {path / TOKENIZER}"
     elif owner and found.kind not in kinds:
         do = f"give it to --{owner}"
     else:

@@ -165,9 +165,10 @@ def open_lm(
         lm._note(role, {found.source(key) for key in keys.values()})
     elif settings.get("pre_seq_len"):
         raise CheckpointError(
-            f"{path}: config.json says that a P-tuning prefix of {settings['pre_seq_len']} tokens "
-            "belongs to it, and none is there; expected its weights: give --prefix the folder of "
-            "its training run, or take pre_seq_len out of config.json"
+            f"{path}: config.json says that a P-tuning prefix of "
+            f"{settings['pre_seq_len']!r:.80} tokens belongs to it, and none is there; expected "
+            "its weights: give --prefix the folder of its training run, or take pre_seq_len out "
+            "of config.json"
         )
     return lm
 
@@ -186,9 +187,11 @@ def _open_base(path: Path) -> tuple[LM, Checkpoint, LMNames, dict[str, Any]]:
     config = lm_config(settings, where=where)
     checkpoint = open_checkpoint(file)
     if form == "sat" and FORMS["sat"].head not in checkpoint.shapes:
+        beside = (file.parent / "config.json").exists()
+        do = f"give --lm the folder, {file.parent}" if beside else "give --lm the folder it is of"
         raise CheckpointError(
-            f"{file}: holds no {FORMS['sat'].head}; expected a checkpoint of VisualGLM-6B written "
-            "by SAT: give --lm a Hugging Face folder with config.json, or such a file"
+            f"{file}: one file, not by SAT; expected a Hugging Face folder with config.json, or "
+            f"VisualGLM-6B's {SAT_FILE}: {do}"
         )
     ours = part(checkpoint.shapes, "lm", where=str(file))
     names = map_lm(ours, config, where=str(file), form=form)
@@ -225,10 +228,11 @@ def sat_file(path: Path) -> Path:
                 "expected one: save it with SAT in one process (model_parallel_size 1)"
             )
         return found[0]
-    what = "no such folder" if not path.exists() else f"holds {len(found)} {SAT_FILE}"
+    what = f"holds {len(found)} {SAT_FILE} and no config.json"
     raise CheckpointError(
-        f"{path}: {what}; expected a ChatGLM-6B folder with config.json, weights and "
-        f"ice_text.model, or one {SAT_FILE}: give it to --lm"
+        f"{path}: {what if path.exists() else 'no such folder'}; expected a ChatGLM-6B folder with "
+        f"config.json, weights and ice_text.model, or one {SAT_FILE}: give --lm such a folder, or "
+        "download what it lacks (`seechat info` says where)"
     )
 
 
@@ -237,8 +241,8 @@ def _sat_settings(path: Path) -> dict[str, Any]:
     settings = read_json(path)
     if settings.get("layernorm_order", "post") != "post":
         raise CheckpointError(
-            f"{path}: layernorm_order is {settings['layernorm_order']!r}; expected 'post', as in "
-            "ChatGLM-6B: give --lm a checkpoint of VisualGLM-6B"
+            f"{path}: layernorm_order is {settings['layernorm_order']!r:.80}; expected 'post', as "
+            "in ChatGLM-6B: give --lm a checkpoint of VisualGLM-6B"
         )
     return {"model_type": "chatglm", **settings}
 
@@ -274,7 +278,7 @@ def _check_tokens(
     if said and key and checkpoint.shapes[key].shape[:1] != (said,):
         raise CheckpointError(
             f"{where}: {key} is {list(checkpoint.shapes[key].shape)}, pre_seq_len in config.json "
-            f"is {said}; expected {said} rows: take both from the same training run"
+            f"is {said!r:.80}; expected as many rows: take both from the same training run"
         )
 
 

@@ -169,12 +169,12 @@ def _scaling(settings: Mapping[str, Any], module: str, rank: int, where: str) ->
     alpha = next(named, settings.get("lora_alpha"))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e6:
         raise CheckpointError(
-            f"{where}: lora_alpha of {module} is {alpha!r} in {ADAPTER_CONFIG}; expected a number: "
-            "take both files from the same training run"
+            f"{where}: lora_alpha of {module} is {alpha!r:.80} in {ADAPTER_CONFIG}; expected a "
+            "number: take both files from the same training run"
         )
     if not settings.get("rank_pattern") and settings.get("r") != rank:
         raise CheckpointError(
             f"{where}: the matrices of {module} have rank {rank}, expected r = "
-            f"{settings.get('r')!r} of {ADAPTER_CONFIG}: take both from the same training run"
+            f"{settings.get('r')!r:.80} of {ADAPTER_CONFIG}: take both from the same training run"
         )
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)

@@ -45,7 +45,7 @@ def lm_config(config: Mapping[str, Any], *, where: str = "config.json") -> LMCon
     model_type = config.get("model_type")
     if model_type != "chatglm":
         raise refuse(
-            f"model_type is {model_type!r}", "'chatglm'", "give --lm a ChatGLM-6B checkpoint"
+            f"model_type is {model_type!r:.80}", "'chatglm'", "give --lm a ChatGLM-6B checkpoint"
         )
     later = next((name for name in _LATER_GENERATIONS if name in config), None)
     if later:
@@ -68,7 +68,7 @@ def lm_config(config: Mapping[str, Any], *, where: str = "config.json") -> LMCon
         value = values[ours] = config[published]
         is_float = ours == "layernorm_epsilon"
         if isinstance(value, bool) or not isinstance(value, int | float if is_float else int):
-            raise refuse(f"{published} is {value!r}", "a number", "download the file again")
+            raise refuse(f"{published} is {value!r:.80}", "a number", "download the file again")
         if value < 0 or (value == 0 and not ours.endswith("_id")):
             raise refuse(f"{published} is {value}", "more than 0", "download the file again")
         limit = _MOST_LAYERS if ours == "num_layers" else _MOST

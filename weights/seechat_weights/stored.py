@@ -58,7 +58,7 @@ class Stored:
     strides: tuple[int, ...]
 
     def check(self, name: str) -> None:
-        """Raise CheckpointError unless all its numbers lie in its block, none of them twice."""
+        """Raise CheckpointError unless its numbers lie in its block, no more than are there."""
         shape, strides = self.info.shape, self.strides
         sizes = (self.offset, *shape, *strides)
         if any(type(n) is not int or not 0 <= n < _MAX_SIZE for n in sizes):
@@ -152,10 +152,12 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
 def _described(path: Path, name: str, entry: Any, base: int) -> Stored:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _damaged(path, f"tensor {shown(name)} without dtype, shape and data_offsets")
-    kind, shape, span = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
+    kind, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or not isinstance(span, list) or len(span) != 2:
         raise _damaged(path, f"tensor {shown(name)} without a shape and two offsets")
-    if kind not in _SAFETENSORS_DTYPES:
+    if len(shape) > _MAX_RANK:
+        raise _damaged(path, f"tensor {shown(name)} of {len(shape)} dimensions")
+    if not isinstance(kind, str) or kind not in _SAFETENSORS_DTYPES:
         raise _damaged(path, f"tensor {shown(name)} of dtype {shown(kind)}, which is not known")
     if any(type(n) is not int or not 0 <= n < _MAX_SIZE for n in (*shape, *span)):
         raise _damaged(path, f"tensor {shown(name)} with sizes that are no sizes")

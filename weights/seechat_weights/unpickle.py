@@ -23,6 +23,10 @@ from seechat_weights.files import line, shown
 MAX_BYTES = 32 << 20  # of one pickle; that of a shard of ChatGLM-6B has 10 kB
 MAX_OPCODES = 1_000_000
 _MAX_LINE = 4096
+_MAX_DOTTED = 256  # characters of a class's name
+_MAX_INT = (
+    1 << 32
+)  # of a key: larger ones can be chosen so that they all meet in one place of a table
 
 # classes in the configuration and state that training scripts save beside the weights
 _HARMLESS = re.compile(
@@ -157,7 +161,10 @@ def _run(window: Window, where: str, storages: dict[str, Storage]) -> Any:
         elif name == "MARK":
             stack.append(_MARK)
         elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
-            memo[len(memo) if name == "MEMOIZE" else arg] = stack[-1]
+            place = len(memo) if name == "MEMOIZE" else cast(int, arg)
+            if place >= _MAX_INT:
+                raise ValueError(f"a memo at {shown(place)}")
+            memo[place] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(memo[arg])
         elif name in ("TUPLE", "FROZENSET"):
@@ -180,7 +187,10 @@ def _run(window: Window, where: str, storages: dict[str, Storage]) -> Any:
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             if name == "STACK_GLOBAL":
                 attribute, module = stack.pop(), stack.pop()
-                dotted = f"{module}.{attribute}" if {type(module), type(attribute)} == {str} else ""
+                if type(module) is not str or type(attribute) is not str:
+                    raise TypeError("a class whose name is no text")
+                # not joined if too long, which could be asked for again and again
+                dotted = f"{module[:_MAX_DOTTED]}.{attribute[:_MAX_DOTTED]}"
             else:
                 dotted = str(arg).replace(" ", ".", 1)
             stack.append(_global(dotted, where))
@@ -214,7 +224,7 @@ def _run(window: Window, where: str, storages: dict[str, Storage]) -> Any:
 
 def _global(name: str, where: str) -> _Global:
     known = name in _REBUILD or name in _ORDERED or _dtype(name) or _HARMLESS.fullmatch(name)
-    if not known:
+    if not known or len(name) > _MAX_DOTTED:
         raise _unsafe(where, shown(name))
     return _Global(name)
 
@@ -240,7 +250,7 @@ def _set_items(target: Any, items: list[Any]) -> None:
     if not isinstance(into, dict) or len(items) % 2:
         raise TypeError("no dictionary to set items of")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if isinstance(key, _Global | Inert | tuple | list | dict):
+        if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < _MAX_INT):
             key = object()  # keeps its place; hashing what is nested can overflow the stack
         if key in into:
             raise ValueError(f"{shown(key)} is there twice")
