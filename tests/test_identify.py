@@ -114,6 +114,14 @@ SAT = {"mixins.chatglm-final.lm_head.weight": (9, 8), "mixins.eva.model.glm_proj
             "rank 4 on 1 linears",
         ),
         (
+            {
+                f"base_model.model.transformer.layers.3.mlp.dense_4h_to_h.lora_{m}.weight": (2, 2)
+                for m in "AB"
+            },
+            "lora",
+            "rank 2 on 1 linears",
+        ),
+        (
             {f"base_model.model.model.layers.0.q_proj.lora_{m}.weight": (4, 4) for m in "AB"},
             "other",
             "adapter of another model",
@@ -257,6 +265,19 @@ def test_what_is_given_to_another_option(
     with pytest.raises(CheckpointError, match=message) as e:
         check_given(option, path)
     assert str(e.value).startswith(f"{path}: ")
+
+
+def test_the_command_says_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    eva, qformer = (str(data(f"vision/{n}")) for n in ("eva_vit_tiny.pth", "blip2_tiny_flant5.pth"))
+    files = ["--lm", str(data("chatglm_tiny")), "--eva", qformer, "--qformer", eva]
+    assert main(["export", *files, "--out", str(tmp_path / "b")]) == 1
+    assert "expected EVA ViT-g for --eva: give it to --qformer" in capfd.readouterr().err
+
+
+def test_a_training_runs_folder_is_an_adapter(tmp_path: Path) -> None:
+    shutil.copy(data("chatglm_tiny/model.safetensors"), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    check_given("adapter", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["chatglm-6b", "chatglm-6b-150528"])

@@ -124,7 +124,7 @@ def _lora(path: Path, shapes: Shapes, _: object) -> Identity | None:
         return None
     folder = path if path.is_dir() else path.parent
     facts = {"adapter": f"LoRA of rank {_size(shapes[tuned[0]], 0)} on {len(tuned)} linears"}
-    if not any(".query_key_value." in k and ".layers." in k for k in tuned):
+    if not any(re.search(r"\.transformer\.layers\.\d+\.(attention|mlp)\.", k) for k in tuned):
         return Identity(path, "other", "a LoRA adapter of another model", facts, usable=False)
     missing = need("a ChatGLM-6B folder")
     if not (folder / "adapter_config.json").is_file():

@@ -78,6 +78,8 @@ def check_given(option: str, path: Path) -> None:
             f"{path}: no such file or folder; expected {expected} for --{option}: check the path, "
             "or name it on the Hub as owner/name"
         )
+    if option == "adapter" and (path / "adapter_config.json").is_file():
+        return  # whatever else a training run left in its folder
     found = identify(path)
     owner = next((name for name, (_, own) in _OPTIONS.items() if found.kind in own), None)
     if found.kind == "bundle":
