@@ -151,6 +151,7 @@ def test_broken_logits_are_an_error(bad: float, temperature: float) -> None:
         ("top_p", math.nan),
         ("top_k", -1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-40),  # what it divides would overflow
         ("repetition_penalty", math.inf),
         ("min_new_tokens", -1),
         ("seed", -1),

@@ -49,8 +49,8 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 (no limit) or a positive whole number"),
             (
                 "repetition_penalty",
-                0 < self.repetition_penalty < math.inf,
-                "a positive number (1: no penalty)",
+                0.01 <= self.repetition_penalty <= 100,
+                "a number from 0.01 to 100 (1: no penalty)",
             ),
             ("min_new_tokens", self.min_new_tokens >= 0, "0 or a positive whole number"),
             ("seed", self.seed >= 0, "0 or a positive whole number"),

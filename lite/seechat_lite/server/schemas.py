@@ -58,7 +58,7 @@ class ChatRequest(_Request):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0, le=MAX_INTEGER)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     seed: int | None = Field(None, ge=-MAX_INTEGER - 1, le=MAX_INTEGER)
     stop: str | list[str] | None = None
     n: int | None = None
@@ -168,7 +168,7 @@ class LegacyRequest(_Request):
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0, le=MAX_INTEGER)
     temperature: float | None = Field(None, ge=0, le=100)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
 
 
 class LegacyAnswer(BaseModel):
