@@ -246,7 +246,7 @@ def test_the_command(tmp_path: Path) -> None:
     }
     command = [sys.executable, "-m", "seechat_lite", "export"]
     command += [str(part) for option in options.items() for part in option]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     said = read_manifest(tmp_path / "b").provenance
     roles = {"lm", "adapter", "prefix", "tokenizer"}
