@@ -1,6 +1,6 @@
 """The precisions a bundle can be exported at: one frozen row each.
 
-A new precision is a row here, a function in seechat_export/quantize.py and golden integers in a
+A new precision is a row here, a function in seechat_lite/nn/blocks.py and golden integers in a
 test.
 """
 
