@@ -417,6 +417,9 @@ def test_published_files_are_accounted_for() -> None:
 
 
 def test_every_name_of_the_published_files_counts() -> None:
+    far = "Qformer.bert.encoder.layer.9999999999.x"  # a number made to be counted up to
+    with pytest.raises(CheckpointError, match=r"missing \(Qformer\.bert\.encoder\.layer\.12\."):
+        map_seechat(published(qformer={far: ((1,), "float16")}))
     for role, name in (
         ("eva", "eva_vit_g"),
         ("qformer", "blip2_pretrained_flant5xxl"),

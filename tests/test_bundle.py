@@ -231,6 +231,7 @@ def test_names_that_leave_the_folder(bundle: Path, name: str) -> None:
         ("lm", dict(num_heads=0)),
         ("lm", dict(num_heads=5)),
         ("lm", dict(num_heads=32)),
+        ("lm", dict(num_layers=10**9)),
         ("lm", dict(vocab_size=-1)),
         ("lm", dict(eos_id=2432)),
         ("lm", dict(layernorm_epsilon=float("nan"))),
@@ -239,6 +240,10 @@ def test_names_that_leave_the_folder(bundle: Path, name: str) -> None:
         ("decoder", dict(precision="int3")),
         ("decoder", dict(block_size=-32)),
         ("vision", dict(tokens=0)),
+        (
+            "vision",
+            dict(network=dict(patch_size=14, width=48, inner_size=96, heads=4, layers=10**9)),
+        ),
         ("vision", dict(pixels=dict(image_size=10**6))),
         ("vision", dict(pixels=dict(std=[0, 1, 1]))),
         ("vision", dict(pixels=dict(mean=[0, 1]))),

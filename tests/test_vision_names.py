@@ -59,6 +59,12 @@ def test_whole_clip_files_ignore_the_text_tower() -> None:
         ({"visual.positional_embedding": ((18, 48), "float32")}, "18 position embeddings"),
         ({"visual.ln_pre.bias": ((47,), "float32")}, "ln_pre.bias is [47] instead of [48]"),
         ({"visual.conv1.weight": ((48, 588), "float32")}, "conv1.weight has shape [48, 588]"),
+        # numbers made to be counted up to
+        ({"visual.transformer.resblocks.9999999999.ln_1.bias": ((48,), "float32")}, "not known"),
+        (
+            {f"visual.transformer.resblocks.{i}.x": ((1,), "float32") for i in range(2000)},
+            "has 2000 layers",
+        ),
     ],
 )
 def test_clip_that_does_not_fit(change: dict[str, Any], message: str) -> None:

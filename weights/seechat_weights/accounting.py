@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
+from seechat_weights.bundle import MAX_LAYERS
 from seechat_weights.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -103,6 +104,21 @@ def sizes_of(shapes: Shapes, key: str, rank: int, *, where: str, advice: str) ->
             f"{where}: {key} has shape {list(found)}, expected {rank} sizes above 0: {advice}"
         )
     return found
+
+
+def count_layers(shapes: Shapes, pattern: str, *, where: str) -> int:
+    """How many layers a network has, of whose names `pattern` finds the beginning and the number.
+
+    Raises CheckpointError for more than any network has, which would take the memory.
+    """
+    layer = re.compile(pattern)
+    count = len({found[1] for key in shapes if (found := layer.match(key))})
+    if count > MAX_LAYERS:
+        raise CheckpointError(
+            f"{where}: has {count} layers {pattern}; expected at most {MAX_LAYERS}: download it "
+            "from its publisher"
+        )
+    return count
 
 
 def patches_a_side(positions: int, *, where: str, advice: str) -> int:

@@ -18,6 +18,7 @@ from seechat_weights.accounting import (
     Shapes,
     account,
     check_shapes,
+    count_layers,
     few,
     part,
     patches_a_side,
@@ -85,6 +86,10 @@ class Overlay:
         """The file that holds a tensor."""
         layer = self._holder[key]
         return layer.checkpoint.source(key.removeprefix(layer.prefix))
+
+    def count(self, layers: str) -> int:
+        """How many layers there are of such names, at least 1, so that they are found missing."""
+        return max(count_layers(self.shapes, layers, where=self.where), 1)
 
     def account(self, needed: Iterable[str], reasons: Iterable[tuple[str, str]]) -> dict[str, str]:
         """See that nothing is missing in all files together, and nothing surplus in any."""
@@ -172,8 +177,8 @@ def map_seechat(source: Overlay, *, blocks: int | None = None) -> BlipNames:
     Raises CheckpointError naming missing, surplus and misshapen tensors and their file.
     """
     blocks = BLOCKS if blocks is None else blocks
-    layers = _count(source.shapes, r"Qformer\.bert\.encoder\.layer\.(\d+)\..*")
-    found = _count(source.shapes, r"visual_encoder\.blocks\.(\d+)\..*")
+    layers = source.count(r"Qformer\.bert\.encoder\.layer\.(\d+)\.")
+    found = source.count(r"visual_encoder\.blocks\.(\d+)\.")
     unused = [
         (rf"visual_encoder\.blocks\.{i}\..*", f"SEEChat's ViT has {blocks} blocks")
         for i in range(blocks, found)
@@ -185,13 +190,9 @@ def map_visualglm(source: Overlay) -> BlipNames:
     """VisualGLM-6B's vision half. Raises CheckpointError, as map_seechat."""
     prefix = next(p for p in SAT_PREFIXES if any(k.startswith(p) for k in source.shapes))
     at = re.escape(prefix)
-    blocks = _count(source.shapes, at + r"vit\.transformer\.layers\.(\d+)\..*")
-    layers = _count(source.shapes, at + r"qformer\.transformer\.layers\.(\d+)\..*")
+    blocks = source.count(at + r"vit\.transformer\.layers\.(\d+)\.")
+    layers = source.count(at + r"qformer\.transformer\.layers\.(\d+)\.")
     return _map(source, lambda ours: _sat_part(ours, prefix, layers), (), blocks, layers)
-
-
-def _count(shapes: Shapes, pattern: str) -> int:
-    return 1 + max((int(m[1]) for k in shapes if (m := re.fullmatch(pattern, k))), default=0)
 
 
 def _map(

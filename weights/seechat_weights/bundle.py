@@ -28,6 +28,7 @@ RESIZES = ("squash", "crop", "pad")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 _HASHED_AT_ONCE = 1 << 22  # bytes
 MAX_IMAGE_SIZE = 4096  # pixels; vision towers take a few hundred
+MAX_LAYERS = 1024  # of any network; more would fill the memory with names before it is refused
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,7 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
     for name in ("pad_id", "mask_id", "gmask_id", "bos_id", "eos_id"):
         value = getattr(lm, name)
         yield f"lm.{name}", value, 0 <= value < lm.vocab_size, f"0 to {lm.vocab_size - 1}"
+    yield "lm.num_layers", lm.num_layers, lm.num_layers <= MAX_LAYERS, f"at most {MAX_LAYERS}"
     # rotary embeddings turn two halves of a head, each in pairs
     fits = lm.hidden_size % lm.num_heads == 0 and lm.head_size % 4 == 0
     yield "lm.num_heads", lm.num_heads, fits, f"{lm.hidden_size} to split into multiples of 4"
@@ -269,6 +271,9 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
             for name in ("patch_size", "width", "inner_size", "layers", "heads"):
                 value = getattr(network, name)
                 yield f"vision.network.{name}", value, value > 0, "a positive number"
+            for name in ("layers", "query_layers"):
+                value = getattr(network, name)
+                yield f"vision.network.{name}", value, value <= MAX_LAYERS, f"at most {MAX_LAYERS}"
             patch, fits = network.patch_size, side % network.patch_size == 0
             yield "vision.network.patch_size", patch, fits, f"{side} pixels to split into patches"
             for what, width in (("heads", network.width), ("query_heads", network.query_width)):

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from seechat_weights.accounting import Shape, Shapes, account, check_shapes
-from seechat_weights.bundle import LMConfig
+from seechat_weights.bundle import MAX_LAYERS, LMConfig
 from seechat_weights.errors import CheckpointError
 
 OLD_VOCABULARY = 150528  # releases before April 2023: image tokens come before the text's
 OLD_IMAGE_TOKENS = 20000
 _OLD_IDS = {"pad_id": 0, "mask_id": 150000, "gmask_id": 150001, "bos_id": 150004, "eos_id": 150005}
 # no ChatGLM-6B has more; what is beyond would only fill the memory before it is refused
-_MOST, _MOST_LAYERS = 1 << 24, 1024
+_MOST = 1 << 24
 # settings of ChatGLM2, ChatGLM3 and GLM-4, which share the first generation's model_type
 _LATER_GENERATIONS = ("padded_vocab_size", "multi_query_attention", "ffn_hidden_size", "rmsnorm")
 _LM_FIELDS = {
@@ -71,7 +71,7 @@ def lm_config(config: Mapping[str, Any], *, where: str = "config.json") -> LMCon
             raise refuse(f"{published} is {value!r:.80}", "a number", "download the file again")
         if value < 0 or (value == 0 and not ours.endswith("_id")):
             raise refuse(f"{published} is {value}", "more than 0", "download the file again")
-        limit = _MOST_LAYERS if ours == "num_layers" else _MOST
+        limit = MAX_LAYERS if ours == "num_layers" else _MOST
         if value > limit:
             raise refuse(f"{published} is {value}", f"at most {limit}", "download the file again")
     lm = LMConfig(**values)

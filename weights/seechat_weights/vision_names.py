@@ -11,6 +11,7 @@ from seechat_weights.accounting import (
     Shapes,
     account,
     check_shapes,
+    count_layers,
     few,
     patches_a_side,
     sizes_of,
@@ -117,8 +118,7 @@ def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
             f"{where}: holds no vision tower; expected tensors visual.* (open_clip) or "
             "vision_model.* (Hugging Face): give --clip a CLIP ViT checkpoint"
         )
-    in_layer = re.compile(re.escape(prefix + stack) + r"(\d+)\.")
-    layers = 1 + max((int(m[1]) for k in shapes if (m := in_layer.match(k))), default=-1)
+    layers = count_layers(shapes, re.escape(prefix + stack) + r"(\d+)\.", where=where)
     if layers < 2:
         raise CheckpointError(
             f"{where}: the vision tower has {layers} transformer layers; expected a CLIP ViT with "
