@@ -1,6 +1,7 @@
 """The contract every engine keeps, against the reference model's recorded tensors."""
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from reference import (
 from seechat_export.export import export_bundle
 from seechat_lite.engines import ENGINES, Engine, EngineOptions, create
 from seechat_lite.engines.base import Cancelled
+from seechat_lite.engines.pages import releasing_pages
 from seechat_lite.errors import ContextError, EngineError
 from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.prompt import Prompt
@@ -361,3 +363,19 @@ def test_a_prefix_is_seen_by_all_tokens(tmp_path: Path, name: str) -> None:
     case = tensors(f"chatglm_tiny/case_prefix_{name}.safetensors")
     recorded = load_json("chatglm_tiny/cases.json")["cases"][f"prefix_{name}"]
     check_recorded(open_engine(tmp_path / "b"), case, recorded, atol=TOLERANCE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
+def test_pages_of_a_file_that_was_read_are_given_back(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(range(256)) * (1 << 16))
+    data = np.memmap(file, np.uint8, "r")
+
+    def resident() -> int:
+        maps = Path("/proc/self/smaps").read_text().split(str(file))[1]
+        return int(maps.split("Rss:")[1].split()[0]) << 10
+
+    with releasing_pages(file):
+        total = int(data.sum(dtype=np.int64))
+    assert resident() == 0
+    assert int(data.sum(dtype=np.int64)) == total and resident() == data.nbytes

@@ -35,7 +35,8 @@ CHATGLM = Manifest(
 )
 
 
-def test_sums_of_chatglm_6b() -> None:
+def test_sums_of_chatglm_6b(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "RELEASES_PAGES", False)
     needed = plan(CHATGLM, context=2048)
     assert needed.weights == 3_300_100_000 * 18 // 17  # and a sum for every scale
     assert needed.cache == 2 * 28 * 4096 * 2048 * 2  # keys and values, float16
@@ -45,19 +46,21 @@ def test_sums_of_chatglm_6b() -> None:
     assert not needed.keep_vision
     assert needed.total == needed.weights + needed.cache + needed.workspace
     assert str(needed) == (
-        "weights 3.49 GB + (cache 940 MB + workspace 740 MB, or before that vision 915 MB) "
-        "= 5.17 GB at a context of 2048 tokens"
+        "weights 3.49 GB + (cache 940 MB + workspace 1.01 GB, or before that vision 915 MB) "
+        "= 5.44 GB at a context of 2048 tokens"
     )
     kept = plan(CHATGLM, context=2048, keep_vision=True)
     assert kept.vision == 1_200_000_000  # half precision is computed with in float32
     assert kept.total == needed.total + kept.vision
     assert str(kept) == (
-        "weights 3.49 GB + cache 940 MB + workspace 740 MB + vision 1.20 GB = 6.37 GB "
+        "weights 3.49 GB + cache 940 MB + workspace 1.01 GB + vision 1.20 GB = 6.64 GB "
         "at a context of 2048 tokens"
     )
     short = plan(CHATGLM, context=256)
     assert short.total == short.weights + short.vision + memory.RUNTIME
     assert plan(CHATGLM, context=2048, keep_vision=False) == needed
+    monkeypatch.setattr(memory, "RELEASES_PAGES", True)
+    assert plan(CHATGLM, context=256).vision == memory.VISION_WORKSPACE
 
 
 def test_what_changes_the_sums() -> None:
@@ -74,7 +77,7 @@ def test_what_changes_the_sums() -> None:
         ("int4", None, 4_800_000_000, "load it with context=1024 (--context 1024)"),
         ("int4", None, 2_000_000_000, "close other programs"),
         ("int8", None, 2_000_000_000, "export it with --precision int4, or close other programs"),
-        ("int4", True, 5_300_000_000, "load it with keep_vision=False (--no-keep-vision)"),
+        ("int4", True, 5_500_000_000, "load it with keep_vision=False (--no-keep-vision)"),
         ("int4", True, 5_100_000_000, "load it with context=256 (--context 256)"),
     ],
 )

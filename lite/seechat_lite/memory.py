@@ -21,6 +21,7 @@ MIN_CONTEXT = 16  # tokens; less holds no question and answer
 ADVISED_CONTEXT = 256  # tokens; less is nothing to recommend
 RUNTIME = 130 << 20  # Python, numpy, Pillow and ONNX Runtime themselves
 VISION_WORKSPACE = 300 << 20  # what a picture's activations and one layer's weights take
+RELEASES_PAGES = sys.platform == "linux"  # of a mapped file, while it is read
 KEPT_VISION = 256_000_000  # bytes; a larger vision network is loaded for each new picture
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -92,9 +93,10 @@ def plan(manifest: Manifest, *, context: int, keep_vision: bool | None = None) -
         if keep_vision is None:
             keep_vision = vision <= KEPT_VISION
         if not keep_vision and seen != "int8":  # mapped, and widened a layer at a time
-            vision = file + VISION_WORKSPACE
-    # what a layer of the longest prompt holds at once, as measured: the MLP's and the attention's
-    activations = context * (2 * lm.inner_size + 10 * lm.hidden_size) * 4
+            vision = VISION_WORKSPACE + (0 if RELEASES_PAGES else file)
+    # what a layer of the longest prompt holds at once, as measured: the MLP's and the attention's,
+    # and what an arena leaves between them
+    activations = context * (2 * lm.inner_size + 18 * lm.hidden_size) * 4
     weights = stored(manifest.decoder.graph) * widening(precision)
     if precision.block:  # the kernels add the sum of every block to its scale
         weights += weights * 4 // (manifest.decoder.block_size * precision.bits // 8 + 4)

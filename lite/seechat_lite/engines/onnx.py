@@ -8,10 +8,6 @@ table is never loaded: the few rows a prompt needs are read from the memory-mapp
 """
 
 import contextlib
-import ctypes
-import math
-import mmap
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +22,7 @@ from seechat_lite.engines.base import (
     check_room,
     embedded,
 )
+from seechat_lite.engines.pages import releasing_pages, trim_heap, untouched
 from seechat_lite.errors import BundleError, EngineError
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_rows, rotary_tables
@@ -54,17 +51,17 @@ class OnnxEngine:
         self._providers = _providers(options.device)
         self._vision = OnnxVision(folder, manifest, options)
         lm = manifest.lm
-        self._decoder: ort.InferenceSession | None = _session(
-            folder / manifest.decoder.graph,
-            self._providers,
-            {
-                "inputs_embeds": (None, None, lm.hidden_size),
-                **dict.fromkeys(_cache_names("past", lm), (None, lm.num_heads, None, None)),
-                "logits": (None, lm.vocab_size),
-            },
-            threads=self._threads,
-        )
-        _release_pages(folder / f"{manifest.decoder.graph}.data")
+        with releasing_pages(folder / f"{manifest.decoder.graph}.data"):
+            self._decoder: ort.InferenceSession | None = _session(
+                folder / manifest.decoder.graph,
+                self._providers,
+                {
+                    "inputs_embeds": (None, None, lm.hidden_size),
+                    **dict.fromkeys(_cache_names("past", lm), (None, lm.num_heads, None, None)),
+                    "logits": (None, lm.vocab_size),
+                },
+                threads=self._threads,
+            )
         self._embeddings = np.memmap(
             folder / manifest.decoder.embeddings,
             dtype=manifest.decoder.embeddings_dtype,
@@ -134,7 +131,7 @@ class OnnxEngine:
         self._binding.clear_binding_outputs()
         self._cache.clear()
         self._length = 0
-        _trim_heap()
+        trim_heap()
 
     def cached(self, part: str, layer: int) -> np.ndarray:
         """What the cache holds, [heads, tokens, head]; part is "key" or "value"."""
@@ -157,7 +154,7 @@ class OnnxEngine:
         self._empty()
         shape = (1, lm.num_heads, len(self._prefix) + self.context, self._head)
         names = zip(_cache_names("past", lm), _cache_names("present", lm), strict=True)
-        buffers = _untouched((2 * lm.num_layers, *shape), self._cache_dtype)
+        buffers = untouched((2 * lm.num_layers, *shape), self._cache_dtype)
         for i, (past, present) in enumerate(names):
             if len(self._prefix):  # [tokens, layers, key and value, heads, head]
                 layer, part = divmod(i, 2)
@@ -235,6 +232,13 @@ class OnnxVision:
         vision = self._manifest.vision
         assert vision is not None
         size = vision.pixels.image_size
+        # for one picture, preparing the weights takes longer than it saves, and twice the memory;
+        # int8 products need it
+        mapped = (
+            not self._options.keep_vision
+            and vision.precision in ("fp16", "fp32")
+            and self._providers == [DEVICES["cpu"]]
+        )
         with self._lock:
             session = self._session or _session(
                 self._folder / vision.graph,
@@ -244,15 +248,13 @@ class OnnxVision:
                     "image_embeds": (None, vision.tokens, self._manifest.lm.hidden_size),
                 },
                 threads=self._options.threads,
-                # for one picture, preparing the weights takes longer than it saves, and twice the
-                # memory; int8 products need it
-                as_written=not self._options.keep_vision
-                and vision.precision in ("fp16", "fp32")
-                and self._providers == [DEVICES["cpu"]],
+                as_written=mapped,
             )
             self._session = session if self._options.keep_vision else None
         feeds = {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
-        (embeddings,) = session.run(["image_embeds"], feeds, _returning_memory())
+        read = self._folder / vision.weights
+        with releasing_pages(read) if mapped else contextlib.nullcontext():
+            (embeddings,) = session.run(["image_embeds"], feeds, _returning_memory())
         return np.asarray(embeddings)
 
     def close(self) -> None:
@@ -262,40 +264,6 @@ class OnnxVision:
 def _cache_names(prefix: str, lm: LMConfig) -> list[str]:
     """The graph's names of the cache's buffers: key and value of every layer in turn."""
     return [f"{prefix}_{part}_{i}" for i in range(lm.num_layers) for part in ("key", "value")]
-
-
-def _untouched(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Zeros straight from the system, to which they go back: pages take memory when written to.
-
-    numpy's own would ask for huge pages, of which the first token of every head touches all.
-    """
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, dtype).reshape(shape)
-
-
-def _release_pages(file: Path) -> None:
-    """Give back the pages of a mapped file that were read to prepare its weights (Linux).
-
-    Some stay mapped after they were copied. They are the file's own: one that is needed after all
-    is read again.
-    """
-    if sys.platform != "linux":
-        return
-    name, libc = str(file.resolve()), ctypes.CDLL(None)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[5] == name:
-            start, end = (int(address, 16) for address in fields[0].split("-"))
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
-
-
-def _trim_heap() -> None:
-    """Give back what the C library keeps of freed memory: after a long prompt, 0.2 GB (glibc)."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
-        trim(0)
 
 
 def _prefix(folder: Path, manifest: Manifest, head: int) -> np.ndarray:
