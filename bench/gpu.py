@@ -42,15 +42,16 @@ for name in ("sentencepiece", "psutil"):  # imported by what is imported here, a
         print(f"{name} is not installed: not needed here", file=sys.stderr)
         sys.modules[name] = ModuleType(name)
 
-from seechat_export.quantize import quantize_blocks  # noqa: E402
 from seechat_lite.engines.base import EngineOptions  # noqa: E402
 from seechat_lite.engines.torch import TorchEngine  # noqa: E402
 from seechat_lite.engines.torch_vision import TorchVision  # noqa: E402
 from seechat_lite.engines.torch_weights import CheckpointSource, Given, Source  # noqa: E402
 from seechat_lite.errors import MemoryPlanError  # noqa: E402
 from seechat_lite.eyes import Eyes, load_clip, load_seechat, vision_sizes  # noqa: E402
+from seechat_lite.nn.blocks import quantize_blocks  # noqa: E402
 from seechat_lite.nn.chatglm import ALPHA  # noqa: E402
 from seechat_lite.prompt import Prompt  # noqa: E402
+from seechat_lite.speculation import LONGEST  # noqa: E402
 from seechat_weights.blip_names import BlipSettings  # noqa: E402
 from seechat_weights.builtin import BUILTIN  # noqa: E402
 from seechat_weights.bundle import (  # noqa: E402
@@ -82,11 +83,13 @@ TINY = LMConfig(
     bos_id=498,
     eos_id=499,
 )
-# stored precision, bitsandbytes' on top of it, and the most GB at a context of 2048 with eyes
+# stored precision, what it is quantized to when it is loaded, and the most GB at a context of 2048,
+# with eyes
 FORMS = {
     "fp16": ("fp16", None, 14.5),
     "int8": ("int8", None, 8.5),
     "int4": ("int4", None, 5.5),
+    "int4 of fp16": ("fp16", "int4", 5.5),
     "bitsandbytes int8": ("fp16", "int8", 8.5),
     "bitsandbytes nf4": ("fp16", "nf4", 5.5),
 }
@@ -231,6 +234,7 @@ class Bench:
             blocks = Blocks(CheckpointSource(lm), bits)
             rows.append((f"int{bits} fp32", blocks, {"dtype": "fp32"}, 5e-4))
             rows.append((f"int{bits} fp16", blocks, {"dtype": "fp16"}, 0.1))
+        rows.append(("quantize int4", CheckpointSource(lm), {"quantize": "int4"}, 0.1))
         # 4 bits are few for a model of width 64, whose logits deviate by 2.5
         for kind, bar in (("int8", 1.0), ("nf4", 6.0), ("fp4", 8.0)):
             if self.installed(f"bitsandbytes {kind}"):
@@ -274,11 +278,13 @@ class Bench:
     ) -> dict[str, float]:
         """How far an engine on the device is from float32 on the CPU, on the same weights."""
         errors, same = [], []
+        # our own blocks are the same everywhere; bitsandbytes' are set against the float weights
+        same_blocks = "int4" if chosen.get("quantize") == "int4" else None
         for ids in cases:
             expected, found = (
                 answers(TorchEngine(ROOT, manifest, context=300, options=o, source=source), ids)
                 for o in (
-                    EngineOptions(device="cpu", dtype="fp32"),
+                    EngineOptions(device="cpu", dtype="fp32", quantize=same_blocks),
                     EngineOptions(device=self.device.type, **chosen),
                 )
             )
@@ -653,8 +659,9 @@ def eager_forward(engine: TorchEngine, x: Tensor, past: list[tuple[Tensor, Tenso
 
 
 def answers(engine: Any, ids: list[int]) -> np.ndarray:
-    """Logits of a prompt, a step and three tokens at once, [5, vocab]."""
-    found = [engine.prefill(Prompt(ids)), engine.step(7), *engine.extend([9, 50, 11])]
+    """Logits of a prompt, a step, and as many tokens at once as are ever guessed, [15, vocab]."""
+    together = list(range(20, 21 + LONGEST))
+    found = [engine.prefill(Prompt(ids)), engine.step(7), *engine.extend(together)]
     engine.close()
     return np.stack(found)
 

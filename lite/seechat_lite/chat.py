@@ -89,6 +89,11 @@ def load(
             f"context is {context} tokens; expected at least {MIN_CONTEXT}: choose more"
         )
     unexported = engine == "torch" and not (folder / MANIFEST).exists()
+    if eyes and engine != "torch":
+        raise EngineError(
+            f"{folder}: eyes are for published weights, which {engine!r} does not read: load "
+            'it with engine="torch", or export it and load the bundle'
+        )
     manifest = published_manifest(folder, eyes) if unexported else read_manifest(folder)
     if manifest.conversation not in FORMATS:
         raise BundleError(
