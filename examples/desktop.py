@@ -32,14 +32,19 @@ class Worker(threading.Thread):
         super().__init__(daemon=True)
         self._bundle = bundle
         self._tell = tell
-        self._work: queue.Queue[tuple[str, list[str]] | None] = queue.Queue()
+        self._work: queue.Queue[Callable[[sl.Chat], None] | None] = queue.Queue()
         self._chat: sl.Chat | None = None
 
     def ask(self, question: str, pictures: list[str]) -> None:
-        self._work.put((question, pictures))
+        self._work.put(lambda chat: self._answer(chat, question, pictures))
 
     def forget(self) -> None:
         """Begin a new conversation, once a running answer has ended."""
+        self.stop()
+        self._work.put(self._forget)
+
+    def close(self) -> None:
+        """End the thread, once it has ended a running answer, and release the model."""
         self.stop()
         self._work.put(None)
 
@@ -56,13 +61,12 @@ class Worker(threading.Thread):
         with model:
             self._tell("ready", model.manifest.name, model.manifest.decoder.precision)
             self._chat = model.chat()
-            while True:
-                work = self._work.get()
-                if work is None:
-                    self._chat = model.chat()
-                    self._tell("forgotten")
-                else:
-                    self._answer(self._chat, *work)
+            while work := self._work.get():
+                work(self._chat)
+
+    def _forget(self, chat: sl.Chat) -> None:
+        chat.clear()
+        self._tell("forgotten")
 
     def _answer(self, chat: sl.Chat, question: str, pictures: list[str]) -> None:
         try:
@@ -259,6 +263,7 @@ def main() -> None:
     window = Window(root, args.model)
     window.add_pictures(args.pictures)
     root.mainloop()
+    window.worker.close()
 
 
 if __name__ == "__main__":

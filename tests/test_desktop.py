@@ -1,5 +1,6 @@
 """The desktop example in a window, under a virtual screen; skipped where there is neither."""
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -93,9 +94,15 @@ def open_window(screen: None, desktop: ModuleType) -> Iterator[Callable[..., Dri
         return drivers[-1]
 
     yield open_
-    for driver in drivers:
+    while drivers:
+        driver = drivers.pop()
+        driver.window.worker.close()
+        driver.window.worker.join(PATIENCE)
+        assert not driver.window.worker.is_alive()
         driver.root.update()
         driver.root.destroy()
+    driver = None
+    gc.collect()  # here: Tk ends the process if another thread comes to delete what is left of it
 
 
 def test_a_picture_a_question_and_a_new_conversation(open_window: Callable[..., Driver]) -> None:
