@@ -1,9 +1,11 @@
 """The contract every engine keeps, against the reference model's recorded tensors."""
 
 import json
+import mmap
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import seechat_lite as sl
 from reference import (
     TorchEngine,
     check_recorded,
@@ -23,7 +26,7 @@ from reference import (
 from seechat_export.export import export_bundle
 from seechat_lite.engines import ENGINES, Engine, EngineOptions, create
 from seechat_lite.engines.base import Cancelled
-from seechat_lite.engines.pages import releasing_pages
+from seechat_lite.engines.pages import new_mappings, release, releasing
 from seechat_lite.errors import ContextError, EngineError
 from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.prompt import Prompt
@@ -366,16 +369,41 @@ def test_a_prefix_is_seen_by_all_tokens(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
-def test_pages_of_a_file_that_was_read_are_given_back(tmp_path: Path) -> None:
-    file = tmp_path / "weights"
-    file.write_bytes(bytes(range(256)) * (1 << 16))
-    data = np.memmap(file, np.uint8, "r")
+def test_pages_of_new_mappings_alone_are_given_back(tmp_path: Path) -> None:
+    file, page = tmp_path / "weights", mmap.ALLOCATIONGRANULARITY
+    file.write_bytes(bytes(range(256)) * (64 * page // 256))
 
-    def resident() -> int:
-        maps = Path("/proc/self/smaps").read_text().split(str(file))[1]
-        return int(maps.split("Rss:")[1].split()[0]) << 10
+    def mapped(start: int, pages: int) -> np.ndarray:
+        array = np.memmap(file, np.uint8, "c", offset=start * page, shape=(pages * page,))
+        array[0] = 7  # would be lost
+        return array
 
-    with releasing_pages(file):
-        total = int(data.sum(dtype=np.int64))
-    assert resident() == 0
-    assert int(data.sum(dtype=np.int64)) == total and resident() == data.nbytes
+    other = mapped(40, 8)
+    with new_mappings(file) as ranges:
+        ours, whole = mapped(0, 16), mapped(0, 64)
+    assert sum(end - start for start, end in ranges) == ours.nbytes
+    with releasing(ranges):
+        assert ours.sum(dtype=np.int64) > 0
+    release(ranges)
+    assert (ours[0], other[0], whole[0]) == (0, 7, 7)
+    assert ours[1:].tobytes() == file.read_bytes()[1 : ours.nbytes]
+
+
+def test_models_are_loaded_and_see_at_the_same_time(vision_bundle: Path) -> None:
+    """Each gives back the pages of its own files' mappings, never memory of another."""
+
+    def see(_: int) -> np.ndarray:
+        with sl.load(vision_bundle, keep_vision=False) as model:
+            vision = model.manifest.vision
+            assert vision is not None
+            size = vision.pixels.image_size
+            pixels = np.ones((1, 3, size, size), np.float32)
+            prompt = model.chat("chatglm").prompt("hello")
+            return np.concatenate(
+                [model.engine.prefill(prompt).ravel(), model.engine.encode_image(pixels).ravel()]
+            )
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(see, range(16))
+    for found in others:
+        np.testing.assert_array_equal(found, first)

@@ -7,9 +7,9 @@ bidirectional call, everything from <sop> on is causal (see seechat_export.graph
 table is never loaded: the few rows a prompt needs are read from the memory-mapped file.
 """
 
-import contextlib
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from seechat_lite.engines.base import (
     check_room,
     embedded,
 )
-from seechat_lite.engines.pages import releasing_pages, trim_heap, untouched
+from seechat_lite.engines.pages import new_mappings, release, releasing, trim_heap, untouched
 from seechat_lite.errors import BundleError, EngineError
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_rows, rotary_tables
@@ -51,7 +51,7 @@ class OnnxEngine:
         self._providers = _providers(options.device)
         self._vision = OnnxVision(folder, manifest, options)
         lm = manifest.lm
-        with releasing_pages(folder / f"{manifest.decoder.graph}.data"):
+        with new_mappings(folder / f"{manifest.decoder.graph}.data") as mapped:
             self._decoder: ort.InferenceSession | None = _session(
                 folder / manifest.decoder.graph,
                 self._providers,
@@ -62,6 +62,7 @@ class OnnxEngine:
                 },
                 threads=self._threads,
             )
+        release(mapped)  # some stay mapped after they were copied for the kernels
         self._embeddings = np.memmap(
             folder / manifest.decoder.embeddings,
             dtype=manifest.decoder.embeddings_dtype,
@@ -240,20 +241,22 @@ class OnnxVision:
             and self._providers == [DEVICES["cpu"]]
         )
         with self._lock:
-            session = self._session or _session(
-                self._folder / vision.graph,
-                self._providers,
-                {
-                    "pixel_values": (None, 3, size, size),
-                    "image_embeds": (None, vision.tokens, self._manifest.lm.hidden_size),
-                },
-                threads=self._options.threads,
-                as_written=mapped,
-            )
+            session, ranges = self._session, []
+            if session is None:
+                with new_mappings(self._folder / vision.weights) as ranges:
+                    session = _session(
+                        self._folder / vision.graph,
+                        self._providers,
+                        {
+                            "pixel_values": (None, 3, size, size),
+                            "image_embeds": (None, vision.tokens, self._manifest.lm.hidden_size),
+                        },
+                        threads=self._options.threads,
+                        as_written=mapped,
+                    )
             self._session = session if self._options.keep_vision else None
         feeds = {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
-        read = self._folder / vision.weights
-        with releasing_pages(read) if mapped else contextlib.nullcontext():
+        with releasing(ranges) if mapped else nullcontext():
             (embeddings,) = session.run(["image_embeds"], feeds, _returning_memory())
         return np.asarray(embeddings)
 

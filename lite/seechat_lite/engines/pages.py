@@ -5,7 +5,7 @@ import math
 import mmap
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,6 +14,9 @@ import numpy as np
 from seechat_lite.memory import RELEASES_PAGES
 
 RELEASE_INTERVAL = 0.02  # seconds
+MAPPING = threading.Lock()  # of the process, whose addresses these are
+
+Range = tuple[int, int]  # addresses, the end exclusive
 
 
 def untouched(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -29,37 +32,64 @@ def untouched(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 @contextmanager
-def releasing_pages(file: Path) -> Iterator[None]:
-    """While a mapped file is read once, give back what was read, and the rest at the end (Linux).
+def new_mappings(file: Path) -> Iterator[list[Range]]:
+    """Where in memory `file` is mapped when the block has ended and was not before (Linux).
 
-    The pages are the file's own: one that is needed after all is read again.
+    The block makes something that maps parts of the file, such as a session of ONNX Runtime; as
+    long as that lives, the ranges are its own. Not the file as a whole, which numpy may have mapped
+    meanwhile.
     """
-    if not RELEASES_PAGES:
-        yield
-        return
+    ranges: list[Range] = []
+    with MAPPING:
+        before = _mappings(file)
+        yield ranges
+        for start, end in _mappings(file):
+            others = any(start < b and a < end for a, b in before)
+            if not others and end - start < file.stat().st_size:
+                ranges.append((start, end))
+
+
+@contextmanager
+def releasing(ranges: Sequence[Range]) -> Iterator[None]:
+    """Give back pages of new_mappings while the block reads them, each once.
+
+    They are the file's own: one that is needed after all is read again.
+    """
     ended = threading.Event()
 
-    def release() -> None:
+    def work() -> None:
         while not ended.wait(RELEASE_INTERVAL):
-            _release_pages(file)
+            release(ranges)
 
-    thread = threading.Thread(target=release, daemon=True)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        _release_pages(file)
 
 
-def _release_pages(file: Path) -> None:
-    name, libc = str(file.resolve()), ctypes.CDLL(None)
+def release(ranges: Sequence[Range]) -> None:
+    """Give back what was read of new_mappings, whose maker must be alive.
+
+    Elsewhere in memory this would erase: the system hands addresses on as soon as they are free.
+    """
+    for start, end in ranges:
+        address, size = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
+        ctypes.CDLL(None).madvise(address, size, mmap.MADV_DONTNEED)
+
+
+def _mappings(file: Path) -> list[Range]:
+    if not RELEASES_PAGES:
+        return []
+    name, found = str(file.resolve()), []
     for line in Path("/proc/self/maps").read_text().splitlines():
         fields = line.split(maxsplit=5)
         if len(fields) == 6 and fields[5] == name:
             start, end = (int(address, 16) for address in fields[0].split("-"))
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+            found.append((start, end))
+    return found
 
 
 def trim_heap() -> None:
