@@ -43,9 +43,11 @@ def new_mappings(file: Path) -> Iterator[list[Range]]:
     with MAPPING:
         before = _mappings(file)
         yield ranges
-        for start, end in _mappings(file):
+        after = _mappings(file)
+        size = file.stat().st_size if after else 0
+        for start, end in after:
             others = any(start < b and a < end for a, b in before)
-            if not others and end - start < file.stat().st_size:
+            if not others and end - start < size:
                 ranges.append((start, end))
 
 

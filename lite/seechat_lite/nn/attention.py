@@ -1,10 +1,27 @@
-"""Attention for the transformers library's vision networks, which export as one operator."""
+"""What the transformers library's vision networks are given: sizes, and an attention that is
+exported as one operator."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from seechat_weights.bundle import VisionNetwork
+
+
+def vit_settings(sizes: VisionNetwork, image_size: int) -> dict[str, Any]:
+    """A ViT's sizes as transformers' vision configurations name them; image_size: pixels a side."""
+    return {
+        "hidden_size": sizes.width,
+        "intermediate_size": sizes.inner_size,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "image_size": image_size,
+        "patch_size": sizes.patch_size,
+        "hidden_act": sizes.activation,
+        "layer_norm_eps": sizes.layernorm_epsilon,
+    }
 
 
 def register_attention() -> str:

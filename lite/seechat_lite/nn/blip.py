@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seechat_lite.nn.attention import register_attention
+from seechat_lite.nn.attention import register_attention, vit_settings
 from seechat_weights.bundle import VisionNetwork
 
 
@@ -19,18 +19,7 @@ class EvaTower(nn.Module):
         super().__init__()
         from transformers import Blip2VisionConfig, Blip2VisionModel
 
-        self.vit = Blip2VisionModel(
-            Blip2VisionConfig(
-                hidden_size=sizes.width,
-                intermediate_size=sizes.inner_size,
-                num_hidden_layers=sizes.layers,
-                num_attention_heads=sizes.heads,
-                image_size=image_size,
-                patch_size=sizes.patch_size,
-                hidden_act=sizes.activation,
-                layer_norm_eps=sizes.layernorm_epsilon,
-            )
-        )
+        self.vit = Blip2VisionModel(Blip2VisionConfig(**vit_settings(sizes, image_size)))
         self.vit.set_attn_implementation(register_attention())
         self.vit.post_layernorm = nn.LayerNorm(sizes.width, eps=1e-5)  # ln_vision
 

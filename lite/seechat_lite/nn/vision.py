@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from seechat_lite.errors import CheckpointError, EngineError
 from seechat_lite.eyes import Eyes
-from seechat_lite.nn.attention import register_attention
+from seechat_lite.nn.attention import register_attention, vit_settings
 from seechat_lite.nn.blip import EvaTower, QFormerBridge
 from seechat_lite.nn.bridges import BRIDGES
 from seechat_lite.nn.streamed import Streamed
@@ -23,18 +23,7 @@ class ClipTower(nn.Module):
         super().__init__()
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
-        model = CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=sizes.width,
-                intermediate_size=sizes.inner_size,
-                num_hidden_layers=sizes.layers,
-                num_attention_heads=sizes.heads,
-                image_size=image_size,
-                patch_size=sizes.patch_size,
-                hidden_act=sizes.activation,
-                layer_norm_eps=sizes.layernorm_epsilon,
-            )
-        )
+        model = CLIPVisionModel(CLIPVisionConfig(**vit_settings(sizes, image_size)))
         model.set_attn_implementation(register_attention())
         # the first releases of transformers 5 keep the network one level deeper
         clip = getattr(model, "vision_model", model)
