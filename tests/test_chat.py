@@ -294,6 +294,28 @@ def test_stop_before_the_first_piece(text_model: sl.Model) -> None:
     assert list(stream) == [] and chat.turns == []
 
 
+def test_stop_between_pictures(model: sl.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture at hand is the last one read; the chat is as if nothing had been asked."""
+    chat, encode = model.chat(), model.engine.encode_image
+    chat.append("一", "二")
+    before, seen = list(chat.turns), []
+
+    def stopped_meanwhile(pixels: np.ndarray) -> np.ndarray:
+        seen.append(pixels)
+        thread = threading.Thread(target=chat.stop)
+        thread.start()
+        thread.join()
+        return encode(pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.engine, "encode_image", stopped_meanwhile)
+        assert list(chat.stream("三", [png(seed) for seed in (40, 41, 42)])) == []
+    assert len(seen) == 1 and chat.turns == before
+    assert chat.stats is not None and chat.stats.finish_reason == "cancelled"
+    chat.append("三", "四", png(41))  # a stop concerns the answer that ran, nothing after it
+    assert chat.ask("五", png(42), max_new_tokens=2) and len(chat.turns) == 3
+
+
 @pytest.mark.parametrize("format", ["seechat", "chatglm"])
 def test_a_stream_closed_early(text_model: sl.Model, format: str) -> None:
     chat = text_model.chat(format)

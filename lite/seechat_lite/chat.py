@@ -22,6 +22,7 @@ from PIL import Image
 from seechat_lite import prompt as prompts
 from seechat_lite.conversation import FORMATS, CleanStream, Format, Turn, render
 from seechat_lite.engines import Engine, EngineOptions, create
+from seechat_lite.engines.base import Cancelled
 from seechat_lite.errors import BundleError, ContextError, EngineError, SeechatError
 from seechat_lite.eyes import EyeFiles
 from seechat_lite.generate import generate
@@ -345,7 +346,10 @@ class Chat:
         return self._fit(turn, embeds, reserve=max_new_tokens)[0]
 
     def stop(self) -> None:
-        """End the running answer within one token; may be called from any thread."""
+        """End the running answer within one token, or with the picture that is being read.
+
+        May be called from any thread.
+        """
         self._stop.set()
         with self._cancelling:
             if self._answering:
@@ -366,7 +370,12 @@ class Chat:
     ) -> Iterator[str]:
         model, start = self.model, time.perf_counter()
         with model.answering():
-            turn, embeds = self._turn(question, image)
+            try:
+                turn, embeds = self._turn(question, image, stopped=self._stop.is_set)
+            except Cancelled:
+                seconds = time.perf_counter() - start
+                self.stats = Stats(0, 0, 0, seconds, seconds, "cancelled")
+                return
             prompt, turns = self._fit(turn, embeds, reserve=max_new_tokens)
             dropped = len(self.turns) + 1 - len(turns)
             if dropped:
@@ -424,12 +433,23 @@ class Chat:
                     self._embeds = {k: e for k, e in (self._embeds | embeds).items() if k in shown}
 
     def _turn(
-        self, question: str, image: ImageSource | Iterable[ImageSource] | None
+        self,
+        question: str,
+        image: ImageSource | Iterable[ImageSource] | None,
+        *,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> tuple[Turn, dict[str, np.ndarray]]:
-        """The turn to be asked and the embeddings of its pictures."""
+        """The turn to be asked and the embeddings of its pictures.
+
+        stopped: asked before each picture, which may take seconds; Cancelled is raised if so.
+        """
         sources = [] if image is None else [image] if isinstance(image, ImageSource) else image
-        # the published demo's answers are compared on the published demo's pixels
-        embeds = [self.model.encode_image(s, exact=self.format.demo) for s in sources]
+        embeds: list[tuple[str, np.ndarray]] = []
+        for source in sources:
+            if stopped():
+                raise Cancelled("stopped while its pictures were read")
+            # the published demo's answers are compared on the published demo's pixels
+            embeds.append(self.model.encode_image(source, exact=self.format.demo))
         return Turn(question, images=tuple(key for key, _ in embeds)), dict(embeds)
 
     def _fit(

@@ -257,7 +257,7 @@ class Desk:
                 new = ask.max_length - len(chat.prompt(question, running.wanted(images)).ids)
             stream = chat.stream(
                 question,
-                running.wanted(images),
+                images,
                 max_new_tokens=max(new, 1),
                 temperature=ask.temperature,
                 top_p=ask.top_p,
@@ -289,7 +289,7 @@ class _Running:
         return self._stop.is_set()
 
     def wanted(self, images: Iterable[bytes]) -> Iterator[bytes]:
-        """The pictures, as long as somebody waits for the answer: each takes its time to encode."""
+        """Pictures, each of which takes its time, until the answer that is prepared is stopped."""
         for image in images:
             if self.stopped:
                 raise Cancelled
