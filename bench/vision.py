@@ -30,30 +30,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from seechat_export.vision_graph import PRECISIONS, export_vision
 from seechat_lite.nn.streamed import Streamed
 from seechat_lite.nn.vision import vision_network
-from seechat_weights.bundle import VisionConfig, VisionNetwork
+from seechat_weights.bundle import VisionConfig
+from seechat_weights.published_vision import PUBLISHED_VISION
 
 HIDDEN, SIZE, SIDE = 4096, 224, 4096  # the LM's width, pixels a side, rows of the matrix product
 
 
 def network(tower: str) -> nn.Module:
     """A vision network of published size, without weights."""
-    if tower == "eva":
-        sizes = VisionNetwork(
-            patch_size=14,
-            width=1408,
-            inner_size=6144,
-            layers=39,
-            heads=16,
-            query_width=768,
-            query_inner_size=3072,
-            query_layers=12,
-            query_heads=12,
-        )
-        config = VisionConfig("", 32, "eva", "qformer", network=sizes)
-    else:
-        sizes = VisionNetwork(14, 1024, 4096, 23, 16, "quick_gelu", 1e-5)
-        config = VisionConfig("", 256, "clip", "linear", network=sizes)
-    return vision_network(config, HIDDEN)
+    return vision_network(PUBLISHED_VISION[tower], HIDDEN)
 
 
 def random_weights(net: nn.Module) -> Streamed:

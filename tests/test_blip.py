@@ -26,6 +26,7 @@ from seechat_weights.bundle import VisionConfig
 from seechat_weights.checkpoints import Checkpoint, TensorInfo
 from seechat_weights.errors import CheckpointError
 from seechat_weights.lm import SAT_CONFIG, SAT_FILE
+from seechat_weights.published_vision import PUBLISHED_VISION
 
 CASE = tensors("vision/seechat_case_q32.safetensors")
 TINY = BlipSettings(blocks=3, heads=4, query_heads=4)
@@ -413,7 +414,9 @@ def test_published_files_are_accounted_for() -> None:
         "t5_proj.bias",
         "Qformer.bert.embeddings.position_ids",
     }
-    streamed(_blip(published(), names, PUBLISHED, None))  # the network has these parameters
+    eyes = _blip(published(), names, PUBLISHED, None)
+    assert dataclasses.replace(eyes.config, graph="") == PUBLISHED_VISION["eva"]
+    streamed(eyes)  # the network has these parameters
 
 
 def test_every_name_of_the_published_files_counts() -> None:

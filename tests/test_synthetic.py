@@ -1,14 +1,18 @@
 """Synthetic checkpoints have the published layout."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from seechat_export import synthetic
+from seechat_lite.eyes import load_clip
 from seechat_lite.tokenizer import Tokenizer
-from seechat_weights.bundle import LMConfig
+from seechat_weights.bundle import LMConfig, PixelSpec, VisionNetwork
 from seechat_weights.lm import open_lm
+from seechat_weights.published_vision import PUBLISHED_VISION
 
 
 def test_the_shards_are_cut_where_the_published_ones_are() -> None:
@@ -55,3 +59,19 @@ def test_a_small_one_reads_back(tmp_path: Path) -> None:
     norm = lm.read("layers.1.input_layernorm.weight")
     assert norm.dtype == "float32"
     assert (norm == 1).all()
+
+
+def test_vision_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files are read as what they were made from, here something smaller than published."""
+    small = replace(
+        PUBLISHED_VISION["clip"],
+        tokens=16,
+        pixels=PixelSpec(image_size=56),
+        network=VisionNetwork(14, 64, 128, 2, 2, "quick_gelu", 1e-5),
+    )
+    monkeypatch.setitem(PUBLISHED_VISION, "clip", small)
+    synthetic._write_vision(tmp_path, 32, torch.Generator().manual_seed(3))
+    tower, projector = tmp_path / "clip-vit-large-patch14", tmp_path / "mm_projector.bin"
+    eyes = load_clip(clip=tower, projector=projector)
+    assert eyes.config.pixels.image_size == 56 and eyes.outputs == 32
+    assert replace(eyes.config, graph="", pixels=small.pixels) == small

@@ -8,6 +8,7 @@ from reference import data, manifest
 from seechat_lite.nn.bridges import BRIDGES
 from seechat_weights.checkpoints import open_checkpoint
 from seechat_weights.errors import CheckpointError
+from seechat_weights.published_vision import PUBLISHED_VISION
 from seechat_weights.vision_names import BRIDGE_TENSORS, Part, map_bridge, map_clip
 
 
@@ -21,6 +22,12 @@ def test_published_clip_is_accounted_for() -> None:
     clip = map_clip(shapes, where="ViT-L-14")
     assert (clip.image_size, clip.patch_size, clip.width, clip.inner_size) == (224, 14, 1024, 4096)
     assert clip.layers == 24
+    table = PUBLISHED_VISION["clip"]
+    assert table.network and table.pixels.image_size == clip.image_size
+    assert table.tokens == (clip.image_size // clip.patch_size) ** 2
+    for field in ("patch_size", "width", "inner_size"):
+        assert getattr(table.network, field) == getattr(clip, field)
+    assert table.network.layers == clip.layers - 1  # that run
     keys = {name for part in clip.used.values() for name in part.names}
     assert keys | clip.ignored.keys() == shapes.keys()
     assert not any(name.startswith("visual.transformer.resblocks.23.") for name in keys)

@@ -33,13 +33,12 @@ from seechat_weights.bundle import (
 from seechat_weights.errors import CheckpointError
 from seechat_weights.names import OLD_VOCABULARY, lm_shapes
 from seechat_weights.precisions import PRECISIONS, Precision
+from seechat_weights.published_vision import PUBLISHED_VISION
 
 SHARD_BYTES = 2_000_000_000  # the published shards were cut so, when the vocabulary was the old one
 BASE_PIECES = 130_000  # pieces of the tokenizer before the special ones
 PUBLISHED = LMConfig()
 POOL = 1 << 24  # random bytes drawn at a time
-CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
-CLIP |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 14}
 
 
 def write_synthetic(
@@ -195,12 +194,23 @@ def _write_vision(folder: Path, hidden: int, generator: torch.Generator) -> None
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(generator.initial_seed())
-    config = CLIPVisionConfig(**CLIP, hidden_act="quick_gelu")
+    clip = PUBLISHED_VISION["clip"]
+    network = clip.network
+    assert network
+    config = CLIPVisionConfig(
+        hidden_size=network.width,
+        intermediate_size=network.inner_size,
+        num_hidden_layers=network.layers + 1,
+        num_attention_heads=network.heads,
+        image_size=clip.pixels.image_size,
+        patch_size=network.patch_size,
+        hidden_act=network.activation,
+        layer_norm_eps=network.layernorm_epsilon,
+    )
     tower = folder / "clip-vit-large-patch14"
     config.save_pretrained(tower)
     save_file(CLIPVisionModel(config).half().state_dict(), tower / "model.safetensors")
-    width = CLIP["hidden_size"]
-    weight = _random("mm_projector.weight", (hidden, width), generator)
+    weight = _random("mm_projector.weight", (hidden, network.width), generator)
     state = {"mm_projector.weight": weight, "mm_projector.bias": weight.new_zeros(hidden)}
     torch.save(state, folder / "mm_projector.bin")
 
