@@ -20,6 +20,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from reference import data
 from seechat_lite import cli, talk
 from seechat_lite.terminal import show
 from serving import PATIENCE, slow_command, wait_until
@@ -151,6 +152,24 @@ def test_failures_are_one_line(
         code, out, err = main(capfd, *args)
         assert (code, out) == (1, "")
         assert expected in one_line(err)
+
+
+def test_published_weights_are_called_what_they_are(capfd: pytest.CaptureFixture[str]) -> None:
+    """And the two ways to use them are shown, by every command that loads a model."""
+    tiny = data("chatglm_tiny")
+    for command in (("ask", "你好"), ("chat",), ("bench",), ("pipe",), ("serve",)):
+        code, out, err = main(capfd, *command, "--model", tiny)
+        assert (code, out) == (1, "")
+        assert f"{tiny}: published weights (ChatGLM-6B); expected a bundle: " in one_line(err)
+        assert "--engine torch" in err and f": seechat export --lm {tiny} --precision" in err
+    for path, expected in [
+        (data("quantized/int4"), "seechat info {path}` says what it still needs"),  # no tokenizer
+        (data("vision/clip_hf"), "a CLIP vision tower; expected a bundle"),
+        (data("quantized/matrices.safetensors"), "make one with `seechat export`"),
+        (tiny.parent, f"name {tiny}"),
+    ]:
+        code, _, err = main(capfd, "ask", "你好", "--model", path)
+        assert code == 1 and expected.format(path=path) in one_line(err)
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -208,16 +208,14 @@ def test_eyes_of_another_language_model(tmp_path: Path) -> None:
 
 
 def test_a_bundle_takes_no_other_eyes(vision_bundle: Path) -> None:
-    with pytest.raises(EngineError, match="'auto' does not read"):
-        sl.load(vision_bundle, eyes=EyeFiles(**CLIP))
-    with pytest.raises(EngineError, match="a bundle, which has its own eyes"):
-        engine(vision_bundle, eyes=EyeFiles(**CLIP))
+    for name in ("auto", "torch"):
+        with pytest.raises(EngineError, match="a bundle, which has its own eyes"):
+            sl.load(vision_bundle, engine=name, eyes=EyeFiles(**CLIP))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--clip", "x", "--projector", "y"), "go with --engine torch"),
         (("--clip", "x", "--engine", "torch"), "go together"),
         (("--image-size", "84", "--engine", "torch"), "goes with --eva"),
     ],

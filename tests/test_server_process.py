@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 
+from reference import data
 from serving import IMAGES, PATIENCE, asking, data_url, serving, wait_until
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
@@ -89,6 +90,14 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "pip install 'seechat-lite[server]'" in done.stderr
+
+
+def test_published_weights_are_served() -> None:
+    tiny = str(data("chatglm_tiny"))
+    with serving("--engine", "torch", "--device", "cpu", "--model", tiny) as (_, url):
+        (model,) = get(f"{url}/v1/models").json()["data"]
+        assert (model["id"], model["vision"]) == ("chatglm_tiny", None)
+        assert ask(url, max_tokens=2).json()["usage"]["completion_tokens"] == 2
 
 
 def test_a_key_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

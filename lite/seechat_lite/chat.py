@@ -29,13 +29,13 @@ from seechat_lite.generate import generate
 from seechat_lite.images import load_image, pixels
 from seechat_lite.memory import MIN_CONTEXT, MemoryPlan, check_memory, plan
 from seechat_lite.prompt import Prompt
-from seechat_lite.published import published_manifest
+from seechat_lite.published import model_manifest
 from seechat_lite.sampling import Sampling
 from seechat_lite.speculation import PromptLookup
 from seechat_lite.tokenizer import TextStream, Tokenizer
 from seechat_lite.verified import verify_once
 from seechat_weights.builtin import BUILTIN
-from seechat_weights.bundle import MANIFEST, Manifest, read_manifest
+from seechat_weights.bundle import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +89,7 @@ def load(
         raise ContextError(
             f"context is {context} tokens; expected at least {MIN_CONTEXT}: choose more"
         )
-    unexported = engine == "torch" and not (folder / MANIFEST).exists()
-    if eyes and engine != "torch":
-        raise EngineError(
-            f"{folder}: eyes are for published weights, which {engine!r} does not read: load "
-            'it with engine="torch", or export it and load the bundle'
-        )
-    manifest = published_manifest(folder, eyes) if unexported else read_manifest(folder)
+    manifest = model_manifest(folder, engine=engine, eyes=eyes)
     if manifest.conversation not in FORMATS:
         raise BundleError(
             f"{folder}: conversation format {manifest.conversation!r} is unknown; expected one of "
@@ -107,7 +101,7 @@ def load(
         check_memory(needed, manifest, budget=max_memory)
         announce(needed)
         keep_vision = needed.keep_vision
-    if not unexported:
+    if manifest.files:  # a bundle's
         verify_once(folder, manifest, partial(progress, "checking") if progress else None)
     tokenizer = Tokenizer(
         folder / manifest.tokenizer.file, num_image_tokens=manifest.tokenizer.num_image_tokens

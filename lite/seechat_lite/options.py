@@ -116,9 +116,6 @@ def load_options(args: argparse.Namespace, usage_error: Callable[[str], Any]) ->
     check_context(args, usage_error)
     if args.engine != "torch" and (args.dtype or args.quantize or args.rounded_rotary):
         usage_error("--dtype, --quantize and --rounded-rotary go with --engine torch")
-    eyes = eye_files(args, usage_error)
-    if args.engine != "torch" and eyes:
-        usage_error("--clip, --eva and what goes with them go with --engine torch")
     if args.threads < 0:
         usage_error(f"--threads is {args.threads}; expected 0 or more")
     max_memory = None
@@ -138,7 +135,7 @@ def load_options(args: argparse.Namespace, usage_error: Callable[[str], Any]) ->
         "dtype": args.dtype,
         "quantize": args.quantize,
         "rounded_rotary": args.rounded_rotary,
-        "eyes": eyes,
+        "eyes": eye_files(args, usage_error),
     }
 
 

@@ -1,13 +1,63 @@
-"""Published weights as a model that was never exported, for engines that read them directly."""
+"""What a model is loaded from: a bundle or, by engines that read them, published weights."""
 
+import shlex
 from pathlib import Path
 
-from seechat_lite.errors import CheckpointError
+from seechat_lite.errors import BundleError, CheckpointError, EngineError
 from seechat_lite.eyes import EyeFiles
-from seechat_weights.bundle import Decoder, Manifest, TokenizerConfig
+from seechat_weights.bundle import MANIFEST, Decoder, Manifest, TokenizerConfig, read_manifest
 from seechat_weights.families import TOKENIZER
+from seechat_weights.identify import identify
 from seechat_weights.lm import LM, open_lm
 from seechat_weights.names import OLD_IMAGE_TOKENS, OLD_VOCABULARY
+
+
+def model_manifest(path: Path, *, engine: str, eyes: EyeFiles | None = None) -> Manifest:
+    """A bundle's manifest or, for the engine "torch", what it would say of published weights.
+
+    eyes: files that published weights are to see with. Raises BundleError where `engine` can load
+    nothing from `path`, CheckpointError for published weights, EngineError for eyes that are given
+    to a bundle.
+    """
+    if _exists(path / MANIFEST):
+        if eyes:
+            raise EngineError(
+                f"{path}: a bundle, which has its own eyes or none; expected published weights "
+                "where others are given: load it without them, or export the model with them"
+            )
+        return read_manifest(path)
+    if engine == "torch":
+        return published_manifest(path, eyes)
+    if found := _not_exported(path):
+        raise BundleError(found)
+    return read_manifest(path)  # which says what is wrong
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # nobody may look
+        return False
+
+
+def _not_exported(path: Path) -> str | None:
+    """What is in `path`, which is no bundle, and how to go on; None where that is not known."""
+    if not _exists(path):
+        return None
+    try:
+        found = identify(path)
+    except CheckpointError as e:
+        return str(e) if path.is_dir() else None
+    if found.missing:
+        info = f"seechat info {shlex.quote(str(path))}"
+        return f"{path}: {found.title}; expected a bundle: `{info}` says what it still needs"
+    if not found.command:
+        return f"{path}: {found.title}; expected a bundle: make one with `seechat export`"
+    return (
+        f"{path}: published weights ({found.title}); expected a bundle: run them as they are with "
+        "--engine torch (in Python engine=\"torch\"; needs pip install 'seechat-lite[torch]'), or "
+        f"export them once: {found.command}"
+    )
 
 
 def published_manifest(path: Path, files: EyeFiles | None = None) -> Manifest:

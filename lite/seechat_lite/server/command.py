@@ -75,8 +75,8 @@ def _serve(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     options = load_options(args, usage_error)
     from seechat_lite.chat import load
     from seechat_lite.conversation import FORMATS
+    from seechat_lite.published import model_manifest
     from seechat_weights.builtin import BUILTIN
-    from seechat_weights.bundle import read_manifest
 
     if args.format not in (None, *FORMATS):
         usage_error(f"--format is {args.format}; expected one of {', '.join(FORMATS)}")
@@ -110,7 +110,7 @@ def _serve(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
 
     return serve(
         partial(load, args.model, image_cache=int(args.image_cache * 1e6), **options),
-        read_manifest(args.model or BUILTIN),
+        model_manifest(args.model or BUILTIN, engine=args.engine, eyes=options["eyes"]),
         settings=settings,
         host=args.host,
         port=args.port,
