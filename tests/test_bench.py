@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from reference import data
 from seechat_lite import bench, cli
 from seechat_lite.chat import load
 from seechat_lite.memory import plan
@@ -48,6 +49,17 @@ def test_the_command_prints_a_table_or_one_json_line(text_bundle: Path) -> None:
     line = subprocess.run([*command, "--json"], capture_output=True, text=True)
     assert line.stdout.count("\n") == 1
     assert json.loads(line.stdout)["encode_image"] is None
+
+
+def test_the_torch_engine_is_called_by_its_name(capfd: pytest.CaptureFixture[str]) -> None:
+    """Published weights as well; no share of a bandwidth that they may not be read with."""
+    command = ["bench", "--model", str(data("chatglm_tiny")), "--engine", "torch", "--json"]
+    assert cli.main([*command, "--device", "cpu", "--context", "64", "--repeat", "1"]) == 0
+    report = bench.Report(**json.loads(capfd.readouterr().out))
+    assert report.engine.startswith("torch ") and report.precision == "as published"
+    shown = bench.rows(report)
+    assert shown["decode at 32"].endswith(" ms)")
+    assert not {"bandwidth", "planned"} & shown.keys()
 
 
 def test_a_synthetic_model_is_written_once(

@@ -2,8 +2,9 @@
 
 Speeds are set against what the hardware allows: a decode step must read all of the decoder's
 weights and the whole cache once, so the memory bandwidth bounds it from below (the roofline). The
-bandwidth is measured between the steps, so that a busy moment of the machine slows both. Every
-figure is the median of its runs, of which the first is not counted.
+bandwidth is measured between the steps, so that a busy moment of the machine slows both; not for
+the torch engine, which may run elsewhere. Every figure is the median of its runs, of which the
+first is not counted.
 """
 
 import logging
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import psutil
 from PIL import Image
 
 from seechat_lite.chat import Model, load
-from seechat_lite.memory import cache_bytes, human, plan, widening
+from seechat_lite.memory import MemoryPlan, cache_bytes, human, widening
 from seechat_lite.prompt import Prompt
 from seechat_weights.bundle import Manifest
 from seechat_weights.precisions import PRECISIONS
@@ -52,15 +54,17 @@ class Report:
     encode_image: float | None  # None for a text-only bundle
     prefill: dict[int, float] = field(default_factory=dict)  # prompt tokens: tokens per second
     decode: dict[int, float] = field(default_factory=dict)  # context tokens: seconds per token
-    token_bytes: dict[int, int] = field(default_factory=dict)  # read from memory for one token
-    bandwidth: float = 0.0  # bytes per second, reading, all threads
+    # not of the torch engine: bytes read from memory for one token, and per second by all threads
+    token_bytes: dict[int, int] = field(default_factory=dict)
+    bandwidth: float | None = None
     turns: list[int] = field(default_factory=list)  # resident memory after each
     peak_memory: int = 0  # resident, mapped files included
     anonymous_memory: int | None = None  # resident without files, between answers; Linux only
-    planned_memory: int = 0
+    planned_memory: int | None = None  # not of the torch engine
 
     def roofline(self, context: int) -> float:
-        """The share of the memory bandwidth that decoding at `context` reaches."""
+        """The share of the memory bandwidth that decoding at `context` reaches, if measured."""
+        assert self.bandwidth
         return self.token_bytes[context] / self.bandwidth / self.decode[context]
 
 
@@ -72,30 +76,30 @@ def measure(
     turns: int = 0,
     say: Callable[[str], None] = lambda stage: None,
 ) -> Report:
-    """Load the bundle at `path` and measure it; `say` hears what is being measured.
+    """Load the model at `path` and measure it; `say` hears what is being measured.
 
     options: what chat.load takes. turns: of a dialogue held at the end, to see what it does to the
     memory. Raises what chat.load raises.
     """
     say("load")
+    plans: list[MemoryPlan] = []  # the torch engine announces none
     start = time.perf_counter()
-    with load(path, **options) as model:
+    with load(path, **options, announce=plans.append) as model:
         loaded = time.perf_counter() - start
         manifest, context = model.manifest, model.engine.context
-        precision = PRECISIONS[manifest.decoder.precision]
-        planned = plan(manifest, context=context, keep_vision=options.get("keep_vision"))
+        precision = manifest.decoder.precision if manifest.files else "as published"
         report = Report(
             name=manifest.name,
-            precision=precision.name,
+            precision=options.get("quantize") or precision,
             block_size=manifest.decoder.block_size,
-            engine=f"onnxruntime {ort.__version__}",
+            engine=f"onnxruntime {ort.__version__}" if plans else f"torch {version('torch')}",
             machine=_machine(),
             threads=options.get("threads") or _cores(),
             context=context,
             load=loaded,
             first_token=0.0,
             encode_image=None,
-            planned_memory=planned.total,
+            planned_memory=plans[0].total if plans else None,
         )
         if manifest.vision:
             say("picture")
@@ -116,14 +120,17 @@ def measure(
         say("dialogue")
         report.turns = list(_dialogue(model, turns))
         report.peak_memory, report.anonymous_memory = _memory()
-        weights = manifest.files[f"{manifest.decoder.graph}.data"].bytes * widening(precision)
-        bandwidth = Bandwidth(report.threads)
+        bandwidth = Bandwidth(report.threads) if plans else None
         for length in (n for n in DECODE if n + repeat * STEPS < context):
             say(f"decode {length}")
             report.decode[length] = _decode(model, length, repeat, bandwidth)
-            cached = cache_bytes(manifest.lm, precision, length + repeat * STEPS // 2)
-            report.token_bytes[length] = weights + cached
-        report.bandwidth = bandwidth.median()
+        if bandwidth:
+            form = PRECISIONS[precision]
+            weights = manifest.files[f"{manifest.decoder.graph}.data"].bytes * widening(form)
+            for length in report.decode:
+                cached = cache_bytes(manifest.lm, form, length + repeat * STEPS // 2)
+                report.token_bytes[length] = weights + cached
+            report.bandwidth = bandwidth.median()
     return report
 
 
@@ -165,12 +172,13 @@ def rows(report: Report) -> dict[str, str]:
     for length, speed in report.prefill.items():
         rows[f"prefill {length}"] = f"{speed:.1f} tokens/s"
     for length, seconds in report.decode.items():
-        rows[f"decode at {length}"] = (
-            f"{1 / seconds:.1f} tokens/s ({seconds * 1e3:.3g} ms, "
-            f"{human(report.token_bytes[length])} read, "
-            f"{report.roofline(length):.0%} of the bandwidth)"
-        )
-    rows["bandwidth"] = f"{report.bandwidth / 1e9:.1f} GB/s"
+        of_it = ""
+        if report.bandwidth:
+            read, share = human(report.token_bytes[length]), report.roofline(length)
+            of_it = f", {read} read, {share:.0%} of the bandwidth"
+        rows[f"decode at {length}"] = f"{1 / seconds:.1f} tokens/s ({seconds * 1e3:.3g} ms{of_it})"
+    if report.bandwidth:
+        rows["bandwidth"] = f"{report.bandwidth / 1e9:.1f} GB/s"
     if report.turns:
         first, last, most = report.turns[0], report.turns[-1], max(report.turns)
         rows[f"{len(report.turns)} turns"] = (
@@ -181,8 +189,9 @@ def rows(report: Report) -> dict[str, str]:
     rows["memory"] = f"peak {human(report.peak_memory)}"
     if anonymous is not None:
         rows["memory"] += f", {human(anonymous)} that is not files between answers"
-    planned = human(report.planned_memory)
-    rows["planned"] = f"{planned} at a context of {report.context} tokens"
+    if report.planned_memory:
+        planned = human(report.planned_memory)
+        rows["planned"] = f"{planned} at a context of {report.context} tokens"
     return rows
 
 
@@ -209,12 +218,13 @@ def _prompt(manifest: Manifest, length: int) -> Prompt:
     return Prompt([*words, lm.gmask_id, lm.bos_id])
 
 
-def _decode(model: Model, length: int, repeat: int, bandwidth: Bandwidth) -> float:
+def _decode(model: Model, length: int, repeat: int, bandwidth: Bandwidth | None) -> float:
     """Median seconds of one step with `length` tokens in the cache, or a few more."""
     times = []
     model.engine.prefill(_prompt(model.manifest, length))
     for _ in range(repeat):
-        bandwidth.measure()
+        if bandwidth:
+            bandwidth.measure()
         times += _times((lambda i=i: model.engine.step(5 + i)) for i in range(STEPS))
     return statistics.median(times)
 
