@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import seechat_lite as sl
-from seechat_export import graphs
 from seechat_export.export import TOKENIZER, WEIGHTS, Source, export_bundle
 from seechat_export.quantize import restored_tensor
 from seechat_lite.conversation import FORMATS, Turn, render
@@ -37,6 +36,7 @@ from seechat_lite.nn.chatglm import ChatGLM, prefix_mask
 from seechat_lite.prompt import Prompt, build, position_ids
 from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle import LMConfig, read_manifest
+from seechat_weights.layout import decoder_layout
 from seechat_weights.lm import open_lm
 from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS
 
@@ -129,7 +129,7 @@ def shipped_state() -> tuple[LMConfig, dict[str, Tensor]]:
     manifest = read_manifest(BUILTIN)
     lm, decoder = manifest.lm, manifest.decoder
     form = PRECISIONS[decoder.precision]
-    _, items, _ = graphs.decoder(lm, form, decoder.block_size, WEIGHTS)
+    items = decoder_layout(lm, form, decoder.block_size)
     data = np.memmap(BUILTIN / WEIGHTS, mode="r")
     state = {item.key: restored_tensor(item, data, lm, form) for item in items}
     table = np.fromfile(BUILTIN / decoder.embeddings, decoder.embeddings_dtype)

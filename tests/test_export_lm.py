@@ -24,7 +24,6 @@ from reference import (
     tensors,
 )
 from seechat_export.export import export_bundle
-from seechat_export.graphs import Item, Stored, decoder
 from seechat_export.quantize import restored_tensor, stored_arrays
 from seechat_lite.engines import create
 from seechat_lite.eyes import load_clip
@@ -32,6 +31,7 @@ from seechat_lite.nn.blocks import dequantize_blocks
 from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.prompt import Prompt
 from seechat_weights.bundle import LMConfig, Manifest, read_manifest
+from seechat_weights.layout import Item, Stored, decoder_layout
 from seechat_weights.lm import open_lm
 from seechat_weights.names import lm_config, lm_shapes
 from seechat_weights.precisions import PRECISIONS
@@ -45,7 +45,7 @@ TOKENIZER = TINY / "ice_text.model"
 def bundle_tensor(folder: Path, manifest: Manifest, key: str) -> np.ndarray:
     """One of our tensors as a bundle holds it, float32."""
     form = replace(PRECISIONS[manifest.decoder.precision], head_bits=manifest.decoder.head_bits)
-    _, items, _ = decoder(manifest.lm, form, manifest.decoder.block_size, "")
+    items = decoder_layout(manifest.lm, form, manifest.decoder.block_size)
     item = next(i for i in items if i.key == key)
     data = np.memmap(folder / f"{manifest.decoder.graph}.data", mode="r")
     return restored_tensor(item, data, manifest.lm, form).numpy()
@@ -121,7 +121,8 @@ def test_heads_of_odd_sizes_keep_their_integers(tmp_path: Path) -> None:
     """Head size 12: rows and columns of the padded quarters move with their scales."""
     config = LMConfig(hidden_size=24, num_heads=2, num_layers=1, inner_size=8, vocab_size=16)
     form = PRECISIONS["int4"]
-    _, items, size = decoder(config, form, 32, "")
+    items = decoder_layout(config, form, 32)
+    size = items[-1].stored[-1].end
     for item in items:
         if item.heads and item.kind == "linear":
             rows = lm_shapes(config)[item.key][0]

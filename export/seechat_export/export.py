@@ -44,6 +44,7 @@ from seechat_weights.bundle import (
     sha256,
 )
 from seechat_weights.errors import BundleError, SeechatError
+from seechat_weights.layout import Item, decoder_layout
 from seechat_weights.lm import ALL, LM, Rows, open_lm
 from seechat_weights.names import OLD_IMAGE_TOKENS, OLD_VOCABULARY
 from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS, Precision
@@ -52,6 +53,7 @@ from seechat_weights.quantized import Quantized
 log = logging.getLogger(__name__)
 
 GRAPH, WEIGHTS, EMBEDDINGS = "decoder.onnx", "decoder.onnx.data", "embeddings.bin"
+HALF = Decoder(GRAPH, EMBEDDINGS).half
 PREFIX = "prefix.bin"
 TOKENIZER, PARITY, JOURNAL = "ice_text.model", "parity.json", "journal.json"
 NEW_JOURNAL = f"{JOURNAL}.new"
@@ -147,7 +149,7 @@ def export_bundle(
                 writer.block_size,
                 form.head_bits,
                 prefix=PREFIX if model.prefix is not None else None,
-                prefix_tokens=0 if model.prefix is None else model.prefix.shape[3],
+                prefix_tokens=writer.prefix_tokens,
             ),
             tokenizer=TokenizerConfig(TOKENIZER, source.num_image_tokens),
             conversation=conversation,
@@ -187,7 +189,7 @@ class Source:
         """One of our tensors, or some of its rows."""
         return torch.from_numpy(self.lm.read(key, rows))
 
-    def weight(self, item: graphs.Item) -> Tensor | Quantized:
+    def weight(self, item: Item) -> Tensor | Quantized:
         """The tensor of `item`, as its authors quantized it where the item can hold just that."""
         if 0 < self.lm.bits(item.key) <= item.bits:
             return self.lm.quantized(item.key)
@@ -238,13 +240,9 @@ class _Writer:
         self.block_size = block_size
         self.progress = progress
         prefix = source.lm.prefix
-        self.graph, self.items, self.size = graphs.decoder(
-            source.config,
-            precision,
-            block_size,
-            WEIGHTS,
-            prefix_tokens=0 if prefix is None else prefix.shape[3],
-        )
+        self.prefix_tokens = 0 if prefix is None else prefix.shape[3]
+        self.items = decoder_layout(source.config, precision, block_size)
+        self.size = self.items[-1].stored[-1].end
         wide = precision.exact and source.lm.shapes["word_embeddings.weight"].dtype != "float16"
         self.embeddings_dtype = "float32" if wide else "float16"
 
@@ -330,7 +328,13 @@ class _Writer:
                     self._record(i + 1)
             f.truncate(self.size)
         self.progress("weights", self.size, self.size)
-        ir.save(self.graph, self.folder / GRAPH)
+        save_graphs(
+            self.folder,
+            self.source.config,
+            self.precision,
+            self.block_size,
+            prefix_tokens=self.prefix_tokens,
+        )
 
     def embeddings(self) -> None:
         """The word embedding table, raw, as the runtime maps it."""
@@ -414,12 +418,22 @@ class _Writer:
         new.replace(self.place / JOURNAL)
 
 
+def save_graphs(
+    folder: Path, config: LMConfig, precision: Precision, block_size: int, *, prefix_tokens: int = 0
+) -> None:
+    """Write the decoder's graph, and the one for GPUs unless the weights are float32."""
+    for half in (False,) if precision.exact else (False, True):
+        graph = graphs.decoder(
+            config, precision, block_size, WEIGHTS, prefix_tokens=prefix_tokens, half=half
+        )
+        ir.save(graph, folder / (HALF if half else GRAPH))
+
+
 def _stamps(files: Iterable[Path]) -> dict[str, dict[str, int]]:
     """Name -> size and time of the last change."""
     stats = {file.name: file.stat() for file in files}
     return {n: {"bytes": s.st_size, "modified": s.st_mtime_ns} for n, s in stats.items()}
 
 
-def _end(item: graphs.Item) -> int:
-    last = item.stored[-1]
-    return last.offset + last.nbytes
+def _end(item: Item) -> int:
+    return item.stored[-1].end

@@ -15,6 +15,11 @@ Runtime's own operators, which torch does not have, and building it needs no wei
 The cache is the caller's: past and present are the same buffers, and both branches write into them.
 It is float16 unless the weights are float32: half the memory, read faster, and 1e-4 in the logits.
 
+For GPUs the same is written once more, over the same weights, in float16 and without the If:
+GroupQueryAttention fills the cache in every call, and a Where takes either its output or that of
+MultiHeadAttention, which costs next to nothing for one token. An If has to know the lengths on the
+host: in every layer they would be fetched from the device, which waits for all work before.
+
 The weights lie in their file as seechat_weights.layout says, whose order of heads makes the
 two-dimensional rotary embedding one ordinary rotation; the scale stays that of a head's true size.
 """
@@ -45,16 +50,23 @@ def hidden_name(layer: int) -> str:
 
 
 class Weights:
-    """Graph values for the weights of `items`, which lie in the file `location`."""
+    """Graph values for the weights of `items`, which lie in the file `location`.
 
-    def __init__(self, tape: Tape, location: str, items: list[Item], block_size: int) -> None:
+    dtype: what is computed with; weights stored as another float are cast to it, and ONNX Runtime
+    folds the casts away when it loads the graph.
+    """
+
+    def __init__(
+        self, tape: Tape, location: str, items: list[Item], block_size: int, dtype: ir.DataType
+    ) -> None:
         self.tape = tape
         self.location = location
         self.block_size = block_size
+        self.dtype = dtype
         self.items = {item.key: item for item in items}
 
     def vector(self, key: str) -> ir.Value:
-        """A bias or a norm's parameter: float32 [size]."""
+        """A bias or a norm's parameter: [size]."""
         (value,) = self._values(self.items[key])
         return value
 
@@ -66,8 +78,6 @@ class Weights:
 
     def _float_linear(self, x: ir.Value, item: Item) -> ir.Value:
         (weight,) = self._values(item)
-        if item.stored[0].dtype != "float32":  # folded away when the graph is loaded on a CPU
-            weight = self.tape.op("Cast", [weight], {"to": ir.DataType.FLOAT})
         return self.tape.op("MatMul", [x, weight])
 
     def _block_linear(self, x: ir.Value, item: Item) -> ir.Value:
@@ -83,7 +93,13 @@ class Weights:
         return self.tape.op("MatMulNBits", inputs, attributes, domain=MICROSOFT)
 
     def _values(self, item: Item) -> list[ir.Value]:
-        return [self.tape.initializer(self._tensor(stored)) for stored in item.stored]
+        return [self._value(self._tensor(stored)) for stored in item.stored]
+
+    def _value(self, tensor: ir.ExternalTensor) -> ir.Value:
+        value = self.tape.initializer(tensor)
+        if tensor.dtype in (ir.DataType.UINT8, self.dtype):
+            return value
+        return self.tape.op("Cast", [value], {"to": self.dtype})
 
     def _tensor(self, stored: Stored) -> ir.ExternalTensor:
         return ir.ExternalTensor(
@@ -103,14 +119,16 @@ def decoder(
     location: str,
     *,
     prefix_tokens: int = 0,
-) -> tuple[ir.Model, list[Item], int]:
-    """The decoder graph, the items of its weights file in file order, and the file's bytes.
+    half: bool = False,
+) -> ir.Model:
+    """The decoder graph, over the weights of seechat_weights.layout.decoder_layout.
 
     `location` is the weights file's name beside the graph. prefix_tokens: of a P-tuning prefix,
-    which the caller puts into the cache before anything else. Inputs of the graph (s new tokens,
-    `capacity` the length of the cache buffers, t = cached tokens + s):
+    which the caller puts into the cache before anything else. half: the graph for GPUs. Inputs of
+    the graph (number: float16 with `half`, else float32; s new tokens, `capacity` the length of the
+    cache buffers, t = cached tokens + s):
 
-    inputs_embeds float32 [1, s, hidden] · rotary_cos, rotary_sin float32 [s, head / 2] ·
+    inputs_embeds number [1, s, hidden] · rotary_cos, rotary_sin number [s, head / 2] ·
     last_index int32 [1] = t - 1 · total_length int32 [] = t · bidirectional bool [] ·
     logit_rows int64 [r]: of which of the new tokens logits are wanted ·
     past_key_i, past_value_i cache_dtype [1, heads, capacity, head], with `head` as padded_head_size
@@ -120,8 +138,9 @@ def decoder(
     """
     graph = ir.Graph((), (), nodes=(), opset_imports={"": OPSET, MICROSOFT: 1}, name="decoder")
     tape = Tape(graph)
+    dtype = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
     items = decoder_layout(config, precision, block_size)
-    weights = Weights(tape, location, items, block_size)
+    weights = Weights(tape, location, items, block_size, dtype)
     hidden, heads = config.hidden_size, config.num_heads
 
     def declare(name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
@@ -129,17 +148,16 @@ def decoder(
         graph.inputs.append(value)
         return value
 
-    x = embeds = declare(hidden_name(0), ir.DataType.FLOAT, [1, "s", hidden])
+    x = embeds = declare(hidden_name(0), dtype, [1, "s", hidden])
     head = config.padded_head_size
-    half = head // 2
-    cos = declare("rotary_cos", ir.DataType.FLOAT, ["s", half])
-    sin = declare("rotary_sin", ir.DataType.FLOAT, ["s", half])
+    cos = declare("rotary_cos", dtype, ["s", head // 2])
+    sin = declare("rotary_sin", dtype, ["s", head // 2])
     last_index = declare("last_index", ir.DataType.INT32, [1])
     total_length = declare("total_length", ir.DataType.INT32, [])
     bidirectional = declare("bidirectional", ir.DataType.BOOL, [])
     logit_rows = declare("logit_rows", ir.DataType.INT64, ["r"])
     rotary_start = tape.initializer(ir.tensor(np.zeros(1, np.int64), name="rotary_start"))
-    alpha = tape.initializer(ir.tensor(np.float32(ALPHA), name="alpha"))
+    alpha = tape.initializer(ir.tensor(dtype.numpy().type(ALPHA), name="alpha"))
     split_heads = tape.initializer(ir.tensor(np.array([1, -1, heads, head]), name="split_heads"))
     first_place = tape.initializer(ir.tensor(np.array([prefix_tokens]), name="first_place"))
     scale = config.head_size**-0.5
@@ -166,36 +184,42 @@ def decoder(
         past = [declare(f"past_{part}_{layer}", kind, cache_shape) for part in ("key", "value")]
 
         def cached(t: Tape, x: ir.Value) -> ir.Value:
-            return x if kind == ir.DataType.FLOAT else t.op("Cast", [x], {"to": kind})
+            return x if kind == dtype else t.op("Cast", [x], {"to": kind})
+
+        def restored(t: Tape, x: ir.Value) -> ir.Value:
+            return x if kind == dtype else t.op("Cast", [x], {"to": dtype})
+
+        def heads_first(t: Tape, x: ir.Value) -> ir.Value:  # [1, heads, s, head]
+            return t.op("Transpose", [t.op("Reshape", [x, split_heads])], {"perm": (0, 2, 1, 3)})
 
         # GroupQueryAttention is causal, and the context of a prompt is not. There all new tokens
         # see each other, which needs no cache: MultiHeadAttention never holds all the scores
-        def full(t: Tape) -> list[ir.Value]:
-            kept = [
-                t.op("Transpose", [t.op("Reshape", [x, split_heads])], {"perm": (0, 2, 1, 3)})
-                for x in (k, v)
-            ]
-            presents = [
-                t.op("TensorScatter", [p, cached(t, x), first_place], {"axis": 2})
-                for p, x in zip(past, kept, strict=True)
-            ]
+        def full(t: Tape) -> ir.Value:
             seen = [k, v]
             if prefix_tokens:
-                seen = [seen_from_start(t, p) for p in presents]
+                zero, two = (t.op("Constant", [], {"value_ints": [i]}) for i in (0, 2))
+                seen = [
+                    t.op(
+                        "Concat",
+                        [
+                            restored(t, t.op("Slice", [p, zero, first_place, two])),
+                            heads_first(t, x),
+                        ],
+                        {"axis": 2},
+                    )
+                    for p, x in zip(past, (k, v), strict=True)
+                ]
             attributes = {"num_heads": heads, "scale": scale}
-            return [t.op("MultiHeadAttention", [q, *seen], attributes, domain=MICROSOFT), *presents]
+            return t.op("MultiHeadAttention", [q, *seen], attributes, domain=MICROSOFT)
 
-        def seen_from_start(t: Tape, present: ir.Value) -> ir.Value:  # [1, heads, t, head]
-            zero, two = (t.op("Constant", [], {"value_ints": [i]}) for i in (0, 2))
-            length = t.op("Reshape", [total_length, t.op("Constant", [], {"value_ints": [1]})])
-            length = t.op("Cast", [length], {"to": ir.DataType.INT64})
-            return t.op(
-                "Cast",
-                [t.op("Slice", [present, zero, length, two])],
-                {"to": ir.DataType.FLOAT},
-            )
+        def full_and_cache(t: Tape) -> list[ir.Value]:
+            presents = [
+                t.op("TensorScatter", [p, cached(t, heads_first(t, x)), first_place], {"axis": 2})
+                for p, x in zip(past, (k, v), strict=True)
+            ]
+            return [full(t), *presents]
 
-        def causal(t: Tape) -> list[ir.Value]:
+        def causal_and_cache(t: Tape) -> list[ir.Value]:
             out, *presents = t.op_multi_out(
                 "GroupQueryAttention",
                 [*(cached(t, x) for x in (q, k, v)), *past, last_index, total_length],
@@ -203,17 +227,21 @@ def decoder(
                 num_outputs=3,
                 domain=MICROSOFT,
             )
-            return [t.op("Cast", [out], {"to": ir.DataType.FLOAT}), *presents]
+            return [restored(t, out), *presents]
 
-        chosen, *present = tape.op_multi_out(
-            "If",
-            [bidirectional],
-            {
-                "then_branch": _branch(f"{prefix}.full", full),
-                "else_branch": _branch(f"{prefix}.causal", causal),
-            },
-            num_outputs=3,
-        )
+        if half:
+            causal, *present = causal_and_cache(tape)
+            chosen = tape.op("Where", [bidirectional, full(tape), causal])
+        else:
+            chosen, *present = tape.op_multi_out(
+                "If",
+                [bidirectional],
+                {
+                    "then_branch": _branch(f"{prefix}.full", full_and_cache),
+                    "else_branch": _branch(f"{prefix}.causal", causal_and_cache),
+                },
+                num_outputs=3,
+            )
         for part, value in zip(("key", "value"), present, strict=True):
             value.name = f"present_{part}_{layer}"
             value.type, value.shape = ir.TensorType(kind), ir.Shape(cache_shape)
@@ -235,15 +263,13 @@ def decoder(
     rows = tape.op("Gather", [tape.op("Squeeze", [x, batch]), logit_rows], {"axis": 0})
     x = norm(rows, "final_layernorm")  # [r, hidden]
     logits = weights.linear(x, "lm_head", bias=False)
+    if half:
+        logits = tape.op("Cast", [logits], {"to": ir.DataType.FLOAT})
     logits.name = "logits"
     logits.type = ir.TensorType(ir.DataType.FLOAT)
     logits.shape = ir.Shape(["r", config.vocab_size])
     graph.outputs.extend([logits, *presents])
-    return (
-        ir.Model(graph, ir_version=10, producer_name="seechat-lite"),
-        items,
-        items[-1].stored[-1].end,
-    )
+    return ir.Model(graph, ir_version=10, producer_name="seechat-lite")
 
 
 def _branch(name: str, build: Callable[[Tape], list[ir.Value]]) -> ir.Graph:

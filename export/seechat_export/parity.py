@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seechat_export.graphs import Item, cache_dtype, hidden_name
+from seechat_export.graphs import cache_dtype, hidden_name
 from seechat_export.quantize import rearrange_prefix, restored_tensor
 from seechat_lite.nn.chatglm import Block, prefix_mask
 from seechat_lite.prompt import position_ids
 from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_weights.bundle import LMConfig, Manifest, VisionConfig
 from seechat_weights.errors import BundleError, CheckpointError
+from seechat_weights.layout import Item
 from seechat_weights.lm import ALL, LM, Rows
 from seechat_weights.precisions import PRECISIONS
 

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seechat_export import graphs
-from seechat_export.graphs import Item
 from seechat_export.quantize import stored_arrays
 from seechat_lite.memory import available_memory, human
 from seechat_lite.nn.blocks import dequantize_blocks
 from seechat_weights.bundle import LMConfig
 from seechat_weights.errors import BundleError, MemoryPlanError
+from seechat_weights.layout import Item, decoder_layout
 from seechat_weights.lm import ALL, Rows
 from seechat_weights.precisions import PRECISIONS, Precision
 
@@ -141,8 +140,9 @@ def check_room(plan: ExportPlan, config: LMConfig, precision: Precision, *, out:
     there = plan.parts.total - plan.disk  # other options would begin anew
     for name in list(PRECISIONS)[list(PRECISIONS).index(precision.name) + 1 :]:
         form = PRECISIONS[name]
-        _, items, size = graphs.decoder(config, form, 128 if form.block else 0, "")
-        parts, memory = replace(plan.parts, weights=size), memory_bytes(config, items, form)
+        items = decoder_layout(config, form, 128 if form.block else 0)
+        parts = replace(plan.parts, weights=items[-1].stored[-1].end)
+        memory = memory_bytes(config, items, form)
         if memory <= plan.free_memory and parts.total <= plan.free_disk + there:
             small = f"{human(memory)} of memory, {human(parts.total)} on the disk"
             advice += f", or use --precision {name} ({small})"

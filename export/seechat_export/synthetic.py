@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from seechat_export import graphs
-from seechat_export.export import EMBEDDINGS, GRAPH, TOKENIZER, WEIGHTS, Progress
-from seechat_export.graphs import Item, Stored
+from seechat_export.export import EMBEDDINGS, GRAPH, TOKENIZER, WEIGHTS, Progress, save_graphs
 from seechat_weights.bundle import (
     MANIFEST,
     Decoder,
@@ -31,6 +28,7 @@ from seechat_weights.bundle import (
     sha256,
 )
 from seechat_weights.errors import CheckpointError
+from seechat_weights.layout import Item, Stored, decoder_layout
 from seechat_weights.names import OLD_VOCABULARY, lm_shapes
 from seechat_weights.precisions import PRECISIONS, Precision
 from seechat_weights.published_vision import PUBLISHED_VISION
@@ -234,8 +232,9 @@ def write_synthetic_bundle(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    graph, items, size = graphs.decoder(config, form, block_size, WEIGHTS)
-    ir.save(graph, partial / GRAPH)
+    save_graphs(partial, config, form, block_size)
+    items = decoder_layout(config, form, block_size)
+    size = items[-1].stored[-1].end
     generator = np.random.default_rng(0)
     with (partial / WEIGHTS).open("wb") as f:
         for item in items:

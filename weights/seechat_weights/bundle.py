@@ -133,6 +133,11 @@ class Decoder:
     prefix: str | None = None
     prefix_tokens: int = 0
 
+    @property
+    def half(self) -> str:
+        """The file of the same decoder in float16, for GPUs, where Manifest.files lists it."""
+        return f"{self.graph.removesuffix('.onnx')}.fp16.onnx"
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
