@@ -7,10 +7,11 @@ import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
@@ -143,6 +144,30 @@ def test_max_tokens(server: Running) -> None:
         assert done["usage"]["completion_tokens"] == 2
 
 
+def test_as_many_tokens_as_fit() -> None:
+    """What LM Studio's clients send for no limit, to a model that never ends by itself."""
+
+    def load() -> sl.Model:
+        model = sl.load(context=700)
+        extend, eos = model.engine.extend, model.tokenizer.eos_id
+
+        def endless(tokens: Sequence[int]) -> np.ndarray:
+            logits = extend(tokens)
+            logits[:, eos] = -1e9
+            return logits
+
+        model.engine.extend = endless
+        model.engine.step = lambda token: endless([token])[0]
+        return model
+
+    with running(load=load) as server:
+        for name in ("max_tokens", "max_completion_tokens"):
+            done = server.post(asking("你好", **{name: -1}))
+            assert done["choices"][0]["finish_reason"] == "length"
+            assert done["usage"]["total_tokens"] == 701  # the last one needs no place
+        assert server.post(asking("你好"))["usage"]["completion_tokens"] == 512
+
+
 @pytest.mark.parametrize("stop", ["熊", ["猫", "熊"], ["没有", "熊猫"]])
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop(server: Running, stop: str | list[str], stream: bool) -> None:
@@ -166,6 +191,8 @@ def test_a_seed_names_an_answer(server: Running) -> None:
     assert ask(seed=-5) == ask(seed=-5)
     assert len({ask(seed=s) for s in range(6)}) > 1
     assert len({ask() for _ in range(6)}) > 1
+    assert len({ask(seed=-1) for _ in range(6)}) > 1  # other local servers' word for none
+    assert ask(seed=1, top_k=-1) == ask(seed=1, top_k=0) == ask(seed=1)
     assert ask(seed=1, top_p=0) == ask(seed=2, top_p=0) == ask(seed=3, top_k=1)
 
 
@@ -187,6 +214,16 @@ def test_null_is_as_good_as_nothing(server: Running) -> None:
 def test_fields_of_other_servers_are_ignored(server: Running) -> None:
     """What clients of Ollama, LM Studio and newer OpenAI versions send along."""
     more = {
+        "model": "",  # whichever there is
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "logprobs": False,
+        "top_logprobs": 0,
+        "stop": [],
+        "functions": [],
+        "response_format": {"type": "text"},
+        "stream_options": None,
+        "cache_prompt": True,
         "keep_alive": -1,
         "options": {"num_ctx": 4096},
         "ttl": 300,
@@ -241,6 +278,8 @@ def test_characters_may_be_escaped(server: Running) -> None:
         (asking("x", temperature=-1), 422, "invalid_request"),
         (b'{"messages":[{"role":"user","content":"x"}],"top_p":NaN}', 422, "invalid_request"),
         (asking("x", max_tokens=0), 422, "invalid_request"),
+        (asking("x", max_tokens=-2), 422, "invalid_request"),
+        (asking("x", top_k=-2), 422, "invalid_request"),
         (asking("x", seed=2**64), 422, "invalid_request"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 422, "invalid_request"),
         ({"messages": [user({"type": "input_audio"}, text("x"))]}, 400, "invalid_request"),
@@ -279,7 +318,7 @@ def test_the_official_client_knows_the_errors(client: openai.OpenAI) -> None:
         client.chat.completions.create(
             model=MODEL, messages=[user(image(b"no picture"), text("x"))], stream=True
         )
-    with pytest.raises(openai.UnprocessableEntityError, match="max_tokens"):
+    with pytest.raises(openai.UnprocessableEntityError, match="max_tokens: expected 1 or more, or"):
         client.chat.completions.create(model=MODEL, messages=[user("x")], max_tokens=0)
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="gpt-5", messages=[user("x")])

@@ -44,7 +44,7 @@ class Completions:
 
     async def answer(self, request: Request) -> Response:
         body = schemas.ChatRequest.model_validate_json(await request.body())
-        if body.model is not None and body.model not in self._names:
+        if body.model and body.model not in self._names:
             raise unknown_model(body.model)
         _refuse_unsupported(body)
         drafts = _turns(body.messages)
@@ -173,9 +173,11 @@ def _ask(client: str, body: schemas.ChatRequest, turn: Turn, past: tuple[Turn, .
     top_p = 1.0 if body.top_p is None else body.top_p
     if top_p == 0 or temperature < 0.001:  # only the likeliest token is left
         temperature, top_p = 0.0, 1.0
-    # a seed is a name for an answer; without one every answer is drawn anew
-    seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
+    # a seed is a name for an answer; without one, or with other local servers' -1, it is drawn anew
+    seed = secrets.randbits(63) if body.seed in (None, -1) else body.seed % 2**64
     limit = body.max_completion_tokens or body.max_tokens or MAX_NEW_TOKENS
+    if limit == -1:  # the context is what limits it
+        limit = schemas.MAX_INTEGER
     return Ask(
         client,
         turn,
@@ -184,7 +186,7 @@ def _ask(client: str, body: schemas.ChatRequest, turn: Turn, past: tuple[Turn, .
         max_new_tokens=limit,
         temperature=temperature,
         top_p=top_p,
-        top_k=body.top_k or 0,
+        top_k=max(body.top_k or 0, 0),
         repetition_penalty=body.repetition_penalty or 1.0,
         seed=seed,
     )

@@ -6,7 +6,8 @@ would change an answer: those are refused in completions.py.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 MAX_INTEGER = 2**63 - 1
 FinishReason = Literal["stop", "length"]
@@ -42,6 +43,15 @@ class Message(_Request):
     content: str | list[Part] | None = None
 
 
+def _not_zero(tokens: int) -> int:
+    if tokens == 0:
+        raise PydanticCustomError("zero", "expected 1 or more, or -1 for as many as fit")
+    return tokens
+
+
+Limit = Annotated[int, Field(ge=-1, le=MAX_INTEGER), AfterValidator(_not_zero)]
+
+
 class StreamOptions(_Request):
     include_usage: bool | None = None
 
@@ -53,13 +63,15 @@ class ChatRequest(_Request):
     messages: list[Message] = Field(min_length=1, max_length=2048)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1, le=MAX_INTEGER)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INTEGER)
+    max_tokens: Limit | None = Field(None, description="-1: as many as fit, as LM Studio has it")
+    max_completion_tokens: Limit | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=MAX_INTEGER)
+    top_k: int | None = Field(None, ge=-1, le=MAX_INTEGER, description="0 or -1: all")
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    seed: int | None = Field(None, ge=-MAX_INTEGER - 1, le=MAX_INTEGER)
+    seed: int | None = Field(
+        None, ge=-MAX_INTEGER - 1, le=MAX_INTEGER, description="-1: as good as none"
+    )
     stop: str | list[str] | None = None
     n: int | None = None
     frequency_penalty: float | None = None
