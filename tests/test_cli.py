@@ -92,7 +92,7 @@ def test_options_between_the_words(
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        ([], "arguments are required: COMMAND"),
+        ([], "ask one question"),
         (["look"], "invalid choice: 'look'"),
         (["ask"], "required: QUESTION"),
         (["ask", ""], "the question is empty"),
@@ -261,10 +261,18 @@ def test_info(vision_bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) 
     assert all(value in " ".join(out.split()) for value in report["facts"].values())
 
 
-def test_help_and_version_need_no_model(capfd: pytest.CaptureFixture[str]) -> None:
-    for args in (["--help"], ["ask", "--help"], ["chat", "--help"], ["info", "-h"], ["--version"]):
+def test_help_and_version_need_no_model(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Help fits a terminal, begins with a short usage, and explains every option."""
+    monkeypatch.setenv("COLUMNS", "80")
+    (commands,) = (a.choices for a in cli._parser([])._actions if a.dest == "command")
+    assert commands and all(action.help for p in commands.values() for action in p._actions)
+    for args in (["--version"], ["--help"], *([name, "--help"] for name in commands)):
         code, out, err = main(capfd, *args)
         assert (code, err) == (0, "") and out
+        assert all(len(line) <= 80 for line in out.splitlines())
+        assert out.partition("\n\n")[0].count("\n") < 2
 
 
 def test_the_command_starts_without_numpy() -> None:

@@ -26,52 +26,43 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "export",
         parents=[common],
+        usage="%(prog)s --lm PATH --out DIR [options]",
         help="make a bundle from published weights",
         description="Make a bundle from a ChatGLM-6B checkpoint: without eyes, with a CLIP vision "
         "tower and its projector, or with SEEChat's EVA ViT, Q-Former and checkpoint. VisualGLM-6B "
         "brings its own. Run again after an interruption, it continues.",
     )
-    parser.add_argument(
-        "--lm",
-        type=Path,
-        required=True,
-        metavar="PATH",
-        help="ChatGLM-6B (fp16, int8, int4, int4-qe) or VisualGLM-6B: a Hugging Face folder with "
-        "config.json, weights and ice_text.model, or SAT's mp_rank_00_model_states.pt",
-    )
-    add_eye_options(parser)
-    parser.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="a PEFT LoRA for the LM, to be merged"
-    )
-    parser.add_argument(
-        "--prefix", type=Path, metavar="PATH", help="a P-tuning v2 prefix: its folder or file"
-    )
-    parser.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="ice_text.model; default: the one in --lm"
-    )
-    parser.add_argument("--precision", choices=PRECISIONS, default="int4", help="(%(default)s)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="the bundle to write")
+    add("--name", help="the model's name; default: the folder's")
+    add("--precision", choices=PRECISIONS, default="int4", help="(%(default)s)")
+    add(
         "--block-size",
         type=int,
         choices=BLOCK_SIZES,
         default=128,
         help="weights that share a scale in int8 and int4 (%(default)s)",
     )
-    parser.add_argument(
+    add(
         "--vision-precision",
         choices=("fp32", "fp16", "int8"),
         help="(fp16; fp32 with --precision fp32)",
     )
-    parser.add_argument(
-        "--format", choices=FORMATS, help="default conversation format (by what the model sees)"
+    add("--format", choices=FORMATS, help="of conversations (by what the model sees)")
+    add("--offline", action="store_true", help="take Hub ids from the cache, open no connection")
+    add = parser.add_argument_group("language model").add_argument
+    add(
+        "--lm",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="ChatGLM-6B (fp16, int8, int4, int4-qe) or VisualGLM-6B: a Hugging Face folder with "
+        "config.json, weights and ice_text.model, SAT's mp_rank_00_model_states.pt, or a Hub id",
     )
-    parser.add_argument(
-        "--offline", action="store_true", help="take Hub ids from the cache, open no connection"
-    )
-    parser.add_argument("--name", help="the model's name; default: the folder's")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="the bundle to write"
-    )
+    add("--adapter", type=Path, metavar="DIR", help="a PEFT LoRA, to be merged")
+    add("--prefix", type=Path, metavar="PATH", help="a P-tuning v2 prefix: its folder or file")
+    add("--tokenizer", type=Path, metavar="FILE", help="ice_text.model; default: the one in --lm")
+    add_eye_options(parser.add_argument_group("eyes, if it brings none"))
     parser.set_defaults(run=lambda args: _export(args, parser))
 
     synthetic = commands.add_parser(
@@ -81,8 +72,12 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         description="Write a ChatGLM-6B checkpoint, a CLIP ViT-L/14 and a projector with random "
         "weights, laid out as published: 14 GB with all layers.",
     )
-    synthetic.add_argument("--layers", type=int, default=28, metavar="N", help="(%(default)s)")
-    synthetic.add_argument("--out", type=Path, required=True, metavar="DIR")
+    synthetic.add_argument(
+        "--layers", type=int, default=28, metavar="N", help="of the language model (%(default)s)"
+    )
+    synthetic.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the folder to write"
+    )
     synthetic.set_defaults(run=_synthetic)
 
 

@@ -77,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser(argv)
+    if not argv:  # somebody who wants to know what there is
+        parser.print_help(sys.stderr)
+        parser.exit(2)
     args, rest = parser.parse_known_args(argv)
     if rest and args.command == "ask" and not any(r.startswith("-") for r in rest):
         args.words += rest  # argparse stops taking words at the first option between them
@@ -92,31 +95,40 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
     model = argparse.ArgumentParser(add_help=False)
     add_model_option(model)
-    add_load_options(model)
-    model.add_argument(
-        "--format", metavar="NAME", help="conversation format; default: the bundle's"
+    model.add_argument("--stats", action="store_true", help="tokens and times, on stderr")
+    add = model.add_argument_group("answering").add_argument
+    add("--format", metavar="NAME", help="conversation format; default: the bundle's")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="tokens of an answer (512)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest (0)")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="choose among the likeliest that together have this probability (1)",
     )
-    model.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="(512)")
-    model.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest (0)"
+    add("--top-k", type=int, default=0, metavar="K", help="choose among so many; 0: all (0)")
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1: avoid what was said already (1)",
     )
-    model.add_argument("--top-p", type=float, default=1.0, metavar="P", help="(1)")
-    model.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all (0)")
-    model.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="(1)")
-    model.add_argument("--seed", type=int, default=0, metavar="S", help="(0)")
-    model.add_argument(
+    add("--seed", type=int, default=0, metavar="S", help="of what is drawn by chance (0)")
+    add(
         "--speculate",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="guess tokens from what was said before; changes the speed, not the answer",
     )
-    model.add_argument("--stats", action="store_true", help="tokens and times, on stderr")
+    add_load_options(model)
 
     parser = argparse.ArgumentParser(
         prog="seechat", description="Ask about pictures, in Chinese or English · 看图对话"
     )
     parser.add_argument(
-        "--version", action="version", version=f"seechat-lite {version('seechat-lite')}"
+        "-V", "--version", action="version", version=f"seechat-lite {version('seechat-lite')}"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -132,13 +144,23 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     ask.add_argument("--json", action="store_true", help="print one JSON object at the end")
     ask.set_defaults(run=lambda args: _ask(args, ask.error))
 
-    chat = commands.add_parser("chat", parents=[model, common], help="talk, with /image and /help")
+    chat = commands.add_parser(
+        "chat",
+        parents=[model, common],
+        usage="%(prog)s [options]",
+        help="talk, with /image and /help",
+    )
     chat.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="begin with a picture"
     )
     chat.set_defaults(run=lambda args: _chat(args, chat.error))
 
-    info = commands.add_parser("info", parents=[common], help="what a bundle or a checkpoint is")
+    info = commands.add_parser(
+        "info",
+        parents=[common],
+        usage="%(prog)s [PATH] [options]",
+        help="what a bundle or a checkpoint is",
+    )
     info.add_argument(
         "model", nargs="?", type=Path, metavar="PATH", help="a bundle, or published weights"
     )
@@ -147,7 +169,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     info.set_defaults(run=lambda args: _info(args, info.error))
 
     bench = commands.add_parser(
-        "bench", parents=[common], help="how fast a bundle is here, and what memory it takes"
+        "bench",
+        parents=[common],
+        usage="%(prog)s [--model DIR | --synthetic chatglm-6b] [options]",
+        help="how fast a model is here, and what memory it takes",
     )
     which = bench.add_mutually_exclusive_group()
     add_model_option(which)
@@ -160,12 +185,12 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         "--precision", choices=PRECISIONS, default="int4", help="of --synthetic (%(default)s)"
     )
     bench.add_argument("--layers", type=int, default=28, metavar="N", help="of --synthetic (28)")
-    add_load_options(bench)
     bench.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each (3)")
     bench.add_argument(
         "--turns", type=int, default=0, metavar="N", help="a dialogue of N turns as well (0)"
     )
     bench.add_argument("--json", action="store_true", help="print one JSON object")
+    add_load_options(bench)
     bench.set_defaults(run=lambda args: _bench(args, bench.error))
 
     if not argv or argv[0] not in commands.choices:  # others' commands cost time to look for

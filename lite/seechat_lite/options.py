@@ -15,30 +15,28 @@ DTYPES = ("fp16", "bf16", "fp32")  # the torch engine's, which is imported when 
 QUANTIZATIONS = ("int4", "nf4", "fp4", "int8")
 
 
-def add_load_options(parser: Any) -> None:
-    """Add the options of load() to an argparse parser, but for the bundle's name."""
-    add = parser.add_argument
-    add("--engine", default="auto", help="what executes it (default: %(default)s)")
-    add("--device", default="auto", help="cpu, cuda, dml, coreml … or a provider")
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of load(), but for the bundle's name."""
+    loading = parser.add_argument_group("loading")
+    add = loading.add_argument
+    add(
+        "--engine", default="auto", help="onnx (auto), or torch, which also reads published weights"
+    )
+    add("--device", default="auto", help="cpu, cuda, dml, coreml … or a provider (auto)")
     add("--threads", type=int, default=0, metavar="N", help="on the CPU; 0: one a core (0)")
+    add_memory_options(loading)
     add(
         "--max-memory",
         metavar="SIZE",
         help="refuse to load what may take more, such as 5GB; default: what is free",
     )
     add("--vision-device", metavar="DEVICE", help="where pictures are read; default: --device")
-    add("--dtype", choices=DTYPES, help="numbers of the torch engine; default: fp16 on a GPU")
+    add("--dtype", choices=DTYPES, help="to compute with; default: fp16 on a GPU")
+    add = parser.add_argument_group("torch engine").add_argument
+    add("--quantize", choices=QUANTIZATIONS, help="float weights to fewer bits as they are loaded")
     add(
-        "--quantize",
-        choices=QUANTIZATIONS,
-        help="float weights to fewer bits as they are loaded (torch engine)",
+        "--rounded-rotary", action="store_true", help="positions as the authors' fp16 code has them"
     )
-    add(
-        "--rounded-rotary",
-        action="store_true",
-        help="round positions as the authors' own fp16 code does (torch engine)",
-    )
-    add_memory_options(parser)
     add_eye_options(parser.add_argument_group("eyes of published weights (torch engine)"))
 
 
@@ -49,12 +47,18 @@ def add_memory_options(parser: Any) -> None:
     add(
         "--keep-vision",
         action=argparse.BooleanOptionalAction,
-        help="keep the vision network in memory between pictures (if small, or on a GPU by torch)",
+        help="hold the vision network between pictures; default: if it is small, or on a GPU by "
+        "the torch engine",
     )
 
 
 def add_model_option(parser: Any) -> None:
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a bundle; default: built in")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="a bundle or, with --engine torch, published weights; default: built in",
+    )
 
 
 def add_eye_options(parser: Any) -> None:

@@ -39,6 +39,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "pipe",
         parents=[common],
+        usage="%(prog)s [options]",
         help="JSON lines on stdin and stdout, for other programs",
         description="Answer JSON lines on stdin with JSON lines on stdout: docs/embedding.md.",
     )

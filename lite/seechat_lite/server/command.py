@@ -19,6 +19,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "serve",
         parents=[common],
+        usage="%(prog)s [options]",
         help="an OpenAI-compatible server, and a page to drop pictures on",
         description="Serve a model to programs that speak the OpenAI API, and to people on a web "
         "page. Tells its address once it listens: to programs on stdout.",
