@@ -1,8 +1,8 @@
 """What a bundle will take in memory, known before anything is loaded.
 
-The sums are what an engine on the CPU holds at most: the weights as its kernels keep them; then
+The sums are what the default engine holds at most: the weights as its kernels keep them; then
 either the key/value cache of a full context and a workspace for the longest prompt, or the vision
-network, if that is released after every picture; else all of them.
+network, if that is released after every picture; else all of them. On a card the cache stays.
 """
 
 import re
@@ -17,6 +17,7 @@ from seechat_lite.errors import MemoryPlanError, SeechatError
 from seechat_weights.bundle import LMConfig, Manifest
 from seechat_weights.precisions import PRECISIONS, Precision
 
+CARDS = ("cuda", "dml")  # devices with a memory of their own, and how their names begin
 MIN_CONTEXT = 16  # tokens; less holds no question and answer
 ADVISED_CONTEXT = 256  # tokens; less is nothing to recommend
 RUNTIME = 130 << 20  # Python, numpy, Pillow and ONNX Runtime themselves
@@ -53,13 +54,15 @@ class MemoryPlan:
     workspace: int
     context: int  # tokens
     keep_vision: bool = True  # or it is released after every picture, before the prompt is read
+    card: int = 0  # bytes of a number that a card computes with; 0 on the CPU
 
     @property
     def total(self) -> int:
         """The most that is held at once."""
         if self.keep_vision:
             return self.weights + self.cache + self.vision + self.workspace
-        return self.weights + max(self.vision + RUNTIME, self.cache + self.workspace)
+        cache, stays = (0, self.cache) if self.card else (self.cache, 0)
+        return self.weights + stays + max(self.vision + RUNTIME, cache + self.workspace)
 
     @property
     def parts(self) -> str:
@@ -69,17 +72,22 @@ class MemoryPlan:
         if self.vision and self.keep_vision:
             parts.append(f"vision {sizes['vision']}")
         elif self.vision:
-            parts[1:] = [f"({' + '.join(parts[1:])}, or before that vision {sizes['vision']})"]
+            stay = 2 if self.card else 1
+            parts[stay:] = [
+                f"({' + '.join(parts[stay:])}, or before that vision {sizes['vision']})"
+            ]
         return " + ".join(parts)
 
     def __str__(self) -> str:
         return f"{self.parts} = {human(self.total)} at a context of {self.context} tokens"
 
 
-def plan(manifest: Manifest, *, context: int, keep_vision: bool | None = None) -> MemoryPlan:
+def plan(
+    manifest: Manifest, *, context: int, keep_vision: bool | None = None, card: int = 0
+) -> MemoryPlan:
     """The memory plan of a bundle at a context of `context` tokens.
 
-    keep_vision: None keeps a vision network of up to KEPT_VISION bytes.
+    keep_vision: None keeps a vision network of up to KEPT_VISION bytes. card: see card_number.
     """
     lm, precision = manifest.lm, PRECISIONS[manifest.decoder.precision]
 
@@ -92,13 +100,13 @@ def plan(manifest: Manifest, *, context: int, keep_vision: bool | None = None) -
         vision = file * {"fp16": 2, "int8": 2}.get(seen, 1)  # prepared for speed
         if keep_vision is None:
             keep_vision = vision <= KEPT_VISION
-        if not keep_vision and seen != "int8":  # mapped, and widened a layer at a time
+        if not keep_vision and seen != "int8" and not card:  # mapped, widened a layer at a time
             vision = VISION_WORKSPACE + (0 if RELEASES_PAGES else file)
     # what a layer of the longest prompt holds at once, as measured: the MLP's and the attention's,
     # and what an arena leaves between them
-    activations = context * (2 * lm.inner_size + 18 * lm.hidden_size) * 4
-    weights = stored(manifest.decoder.graph) * widening(precision)
-    if precision.block:  # the kernels add the sum of every block to its scale
+    activations = context * (2 * lm.inner_size + 18 * lm.hidden_size) * (card or 4)
+    weights = stored(manifest.decoder.graph) * (1 if card == 2 else widening(precision))
+    if precision.block and not card:  # the kernels add the sum of every block to its scale
         weights += weights * 4 // (manifest.decoder.block_size * precision.bits // 8 + 4)
     return MemoryPlan(
         weights=weights,
@@ -107,7 +115,18 @@ def plan(manifest: Manifest, *, context: int, keep_vision: bool | None = None) -
         workspace=RUNTIME + activations,
         context=context,
         keep_vision=keep_vision is not False,
+        card=card,
     )
+
+
+def card_number(manifest: Manifest, device: str, dtype: str | None) -> int:
+    """Bytes of a number that the default engine computes with on `device`; 0 for the CPU.
+
+    dtype: "fp32" where float16 is not wanted.
+    """
+    if not device.lower().startswith(CARDS):
+        return 0
+    return 2 if dtype != "fp32" and manifest.decoder.half in manifest.files else 4
 
 
 def widening(precision: Precision) -> int:
@@ -136,27 +155,34 @@ def available_memory() -> int:
 def check_memory(needed: MemoryPlan, manifest: Manifest, *, budget: int | None = None) -> None:
     """Raise MemoryPlanError if `needed` exceeds what is free, or `budget` bytes.
 
-    The error has the sums and the next smaller setting that fits.
+    Of a card only the budget is known. The error has the sums and the next smaller setting that
+    fits.
     """
-    free = available_memory()
+    free = sys.maxsize if needed.card else available_memory()
     room = free if budget is None else min(free, budget)
     if needed.total <= room:
         return
+    limit = f"{human(free)} are free" if room == free else f"the budget is {human(room)}"
+    last = "close other programs" if room == free else "allow more"
+    raise MemoryPlanError(
+        f"{manifest.name} needs {needed}; {limit}: {advice(needed, manifest, room, last=last)}"
+    )
+
+
+def advice(needed: MemoryPlan, manifest: Manifest, room: int, *, last: str) -> str:
+    """The next smaller setting that takes at most `room` bytes, in words; or `last`."""
 
     def fits(context: int, keep_vision: bool) -> bool:
-        return plan(manifest, context=context, keep_vision=keep_vision).total <= room
+        smaller = plan(manifest, context=context, keep_vision=keep_vision, card=needed.card)
+        return smaller.total <= room
 
     smaller = smaller_context(needed.context, lambda n: fits(n, needed.keep_vision))
     if needed.keep_vision and needed.vision and fits(needed.context, False):
-        advice = "load it with keep_vision=False (--no-keep-vision)"
-    elif smaller:
-        advice = f"load it with context={smaller} (--context {smaller})"
-    else:
-        lower = {"fp32": "fp16", "fp16": "int8", "int8": "int4"}.get(manifest.decoder.precision)
-        export = f"export it with --precision {lower}, or " if lower else ""
-        advice = f"{export}close other programs" if room == free else f"{export}allow more"
-    limit = f"{human(free)} are free" if room == free else f"the budget is {human(room)}"
-    raise MemoryPlanError(f"{manifest.name} needs {needed}; {limit}: {advice}")
+        return "load it with keep_vision=False (--no-keep-vision)"
+    if smaller:
+        return f"load it with context={smaller} (--context {smaller})"
+    lower = {"fp32": "fp16", "fp16": "int8", "int8": "int4"}.get(manifest.decoder.precision)
+    return f"export it with --precision {lower}, or {last}" if lower else last
 
 
 def smaller_context(context: int, fits: Callable[[int], bool]) -> int | None:

@@ -5,11 +5,15 @@ decoder's past and present alike, so that no step copies it; it lives as long as
 a GPU, where it stays between the steps, as long as the engine. The context of a prompt is one
 bidirectional call, everything from <sop> on is causal (see seechat_export.graphs). The embedding
 table is never loaded: the few rows a prompt needs are read from the memory-mapped file.
+
+On a GPU the bundle's second graph runs, in float16, where it has one; with CUDA a step of one token
+is recorded.
 """
 
+import logging
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,24 +26,19 @@ from seechat_lite.engines.base import (
     check_room,
     embedded,
 )
+from seechat_lite.engines.onnx_devices import Recorded, find_device, open_session, out_of_memory
 from seechat_lite.engines.pages import new_mappings, release, releasing, trim_heap, untouched
-from seechat_lite.errors import BundleError, EngineError
+from seechat_lite.errors import EngineError, MemoryPlanError
+from seechat_lite.memory import advice, card_number, plan
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_weights.bundle import LMConfig, Manifest
 
-# names people use for ONNX Runtime's execution providers; any provider's full name works as well
-DEVICES = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "dml": "DmlExecutionProvider",
-    "coreml": "CoreMLExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-}
+log = logging.getLogger(__name__)
 
 
 class OnnxEngine:
-    """See engines.base.Engine; devices are keys of DEVICES or execution providers' names."""
+    """See engines.base.Engine; devices as onnx_devices.find_device takes them."""
 
     def __init__(
         self, folder: Path, manifest: Manifest, *, context: int, options: EngineOptions
@@ -47,20 +46,33 @@ class OnnxEngine:
         self.context = context
         self._folder = folder
         self._manifest = manifest
-        self._threads = options.threads
-        self._providers = _providers(options.device)
+        self._device = find_device(options.device)
         self._vision = OnnxVision(folder, manifest, options)
-        lm = manifest.lm
-        with new_mappings(folder / f"{manifest.decoder.graph}.data") as mapped:
-            self._decoder: ort.InferenceSession | None = _session(
-                folder / manifest.decoder.graph,
-                self._providers,
+        lm, decoder = manifest.lm, manifest.decoder
+        card = card_number(manifest, self._device.kind, options.dtype)
+        self._plan = plan(manifest, context=context, keep_vision=options.keep_vision, card=card)
+        dtypes = ("fp32", "fp16") if decoder.half in manifest.files else ("fp32",)
+        if options.dtype not in (None, *dtypes):
+            raise EngineError(
+                f"{folder}: dtype is {options.dtype!r}; with this engine the bundle computes in "
+                f"{' or '.join(dtypes)}: choose that, or export it again"
+            )
+        half = card == 2 or options.dtype == "fp16"
+        self._records = half and self._device.kind == "cuda"
+        data = folder / f"{decoder.graph}.data"
+        with self._memory_planned(), new_mappings(data) as mapped:
+            self._decoder: ort.InferenceSession | None = open_session(
+                folder / (decoder.half if half else decoder.graph),
+                self._device,
                 {
                     "inputs_embeds": (None, None, lm.hidden_size),
-                    **dict.fromkeys(_cache_names("past", lm), (None, lm.num_heads, None, None)),
+                    **dict.fromkeys(_cache_names(lm), (None, lm.num_heads, None, None)),
                     "logits": (None, lm.vocab_size),
                 },
-                threads=self._threads,
+                threads=options.threads,
+                exact=options.dtype == "fp32" or decoder.precision == "fp32",
+                record=self._records,
+                limit=options.max_memory and options.max_memory - self._plan.cache,
             )
         release(mapped)  # some stay mapped after they were copied for the kernels
         self._embeddings = np.memmap(
@@ -74,30 +86,37 @@ class OnnxEngine:
         self._head = cache.shape[3]
         self._prefix = _prefix(folder, manifest, self._head)
         self._cache_dtype = np.dtype({"tensor(float)": "f4", "tensor(float16)": "f2"}[cache.type])
+        self._dtype = np.dtype("f2" if half else "f4")  # of the decoder's other inputs
         self._cache: dict[str, ort.OrtValue] = {}  # by the graph's names of the past
-        self._on_gpu: dict[str, ort.OrtValue] = {}  # the same, which there outlives an answer
+        self._on_card: dict[str, ort.OrtValue] = {}  # the same, which there outlives an answer
+        self._recorded: Recorded | None = None
         self._binding = self._opened().io_binding()
-        self._options = ort.RunOptions()
+        self._options = _run_options()
         self._cancelled = False
         self._length = 0  # tokens in the cache, those of a prefix included
         self._next_position = np.zeros((2, 1), np.int64)  # of the token that the next step appends
+        # for more, the card would make floats of all weights of 8 bits: 1.1 GB for the head
+        in_bytes = decoder.precision == "int8" or decoder.head_bits == 8
+        self._at_once = 4 if self._device.on_card and in_bytes else context
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         self._opened()
         check_pixels(pixels, self._manifest.vision, self._folder)
-        return self._vision.encode(pixels)
+        with self._memory_planned():
+            return self._vision.encode(pixels)
 
     def prefill(self, prompt: Prompt) -> np.ndarray:
         embeds, positions, split = embedded(
             prompt, self._manifest.lm, context=self.context, rows=self._rows
         )
-        self._begin()
-        if split:
-            self._run(embeds[:split], positions[:, :split], bidirectional=True)
-        logits = self._run(embeds[split:], positions[:, split:])[0]
+        with self._memory_planned():
+            self._begin()
+            if split:
+                self._run(embeds[:split], positions[:, :split], bidirectional=True)
+            logits = self._run(embeds[split:], positions[:, split:])[0]
         self._next_position = positions[:, -1:].copy()
         self._next_position[1] += 1
-        self._options = ort.RunOptions()  # steps are short: keep their memory from one to the next
+        self._options = _run_options()  # steps are short: keep their memory from one to the next
         return logits
 
     def step(self, token_id: int) -> np.ndarray:
@@ -108,11 +127,15 @@ class OnnxEngine:
             raise EngineError("step() before prefill(): there is no prompt to continue")
         free = self.context + len(self._prefix) - self._length
         check_room(len(token_ids), free, self.context)
-        positions = self._next_position.repeat(len(token_ids), axis=1)
-        positions[1] += np.arange(len(token_ids))
-        logits = self._run(self._rows(token_ids), positions, rows=len(token_ids))
-        self._next_position[1] += len(token_ids)
-        return logits
+        logits = []
+        with self._memory_planned():
+            for i in range(0, len(token_ids), self._at_once):
+                part = token_ids[i : i + self._at_once]
+                positions = self._next_position.repeat(len(part), axis=1)
+                positions[1] += np.arange(len(part))
+                logits.append(self._run(self._rows(part), positions, rows=len(part)))
+                self._next_position[1] += len(part)
+        return np.concatenate(logits)
 
     def forget(self, tokens: int) -> None:
         self._length -= tokens  # what lies behind the length is never read, only overwritten
@@ -140,7 +163,8 @@ class OnnxEngine:
 
     def close(self) -> None:
         self.reset()
-        self._on_gpu.clear()
+        self._recorded = None
+        self._on_card.clear()
         self._decoder = None
         self._vision.close()
 
@@ -154,21 +178,25 @@ class OnnxEngine:
         lm = self._manifest.lm
         self._empty()
         shape = (1, lm.num_heads, len(self._prefix) + self.context, self._head)
-        names = zip(_cache_names("past", lm), _cache_names("present", lm), strict=True)
         buffers = untouched((2 * lm.num_layers, *shape), self._cache_dtype)
-        for i, (past, present) in enumerate(names):
+        for i, name in enumerate(_cache_names(lm)):
             if len(self._prefix):  # [tokens, layers, key and value, heads, head]
                 layer, part = divmod(i, 2)
                 prefix = self._prefix[:, layer, part].swapaxes(0, 1)
                 buffers[i][0, :, : len(self._prefix)] = prefix
-            value = self._on_gpu.get(past)
-            if value is None and self._providers[0] == DEVICES["cuda"]:
-                value = self._on_gpu[past] = ort.OrtValue.ortvalue_from_numpy(buffers[i], "cuda", 0)
-            value = self._cache[past] = value or ort.OrtValue.ortvalue_from_numpy(buffers[i])
-            self._binding.bind_ortvalue_input(past, value)
-            self._binding.bind_ortvalue_output(present, value)
+            if name not in self._on_card:
+                self._cache[name] = self._device.tensor(buffers[i])
+                if self._device.on_card:
+                    self._on_card[name] = self._cache[name]
+        self._cache |= self._on_card
+        self._bind_cache(self._binding)
         self._length = len(self._prefix)
-        self._options = _returning_memory()
+        self._options = _run_options(return_memory=True)
+
+    def _bind_cache(self, binding: ort.IOBinding) -> None:
+        for name, value in self._cache.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(name.replace("past", "present"), value)
 
     def _rows(self, ids: Sequence[int]) -> np.ndarray:
         """Word embeddings, float32 [tokens, hidden]."""
@@ -186,26 +214,22 @@ class OnnxEngine:
 
         Returns the logits [rows, vocab] of the last ones. Raises Cancelled.
         """
-        decoder = self._opened()
         if self._cancelled:
             raise Cancelled
         total = self._length + len(embeds)
         cos, sin = rotary_rows(self._rotary, positions, self._head // 2)
         feeds = {
-            "inputs_embeds": embeds[None],
-            "rotary_cos": cos,
-            "rotary_sin": sin,
+            "inputs_embeds": embeds[None].astype(self._dtype),
+            "rotary_cos": cos.astype(self._dtype),
+            "rotary_sin": sin.astype(self._dtype),
             "last_index": np.array([total - 1], np.int32),
             "total_length": np.array(total, np.int32),
             "bidirectional": np.array(bidirectional),
             "logit_rows": np.arange(len(embeds) - rows, len(embeds)),
         }
-        for name, array in feeds.items():
-            self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        logits = np.empty((rows, self._manifest.lm.vocab_size), np.float32)
-        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        feeds = {name: np.asarray(array, order="C") for name, array in feeds.items()}
         try:
-            decoder.run_with_iobinding(self._binding, self._options)
+            logits = self._call(feeds, rows)
         except Exception as e:  # ONNX Runtime raises its own unrelated exception types
             if self._cancelled:
                 raise Cancelled from None
@@ -216,6 +240,58 @@ class OnnxEngine:
         self._length = total
         return logits
 
+    def _call(self, feeds: dict[str, np.ndarray], rows: int) -> np.ndarray:
+        """One call of the decoder, as a recorded one if it appends one token to what is cached."""
+        decoder = self._opened()
+        alone = self._records and len(feeds["rotary_cos"]) == 1
+        if alone and self._recorded and self._recorded.proven:
+            return self._recorded.run(feeds)
+        for name, array in feeds.items():
+            self._binding.bind_cpu_input(name, array)
+        logits = np.empty((rows, self._manifest.lm.vocab_size), np.float32)
+        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        decoder.run_with_iobinding(self._binding, self._options)
+        if alone:
+            self._prove(feeds, logits)
+        return logits
+
+    def _prove(self, feeds: dict[str, np.ndarray], logits: np.ndarray) -> None:
+        """Make a step once more, recorded: no more are recorded unless that gives the same."""
+        try:
+            if self._recorded is None:
+                binding = self._opened().io_binding()
+                self._bind_cache(binding)
+                self._recorded = Recorded(
+                    self._opened(),
+                    self._device,
+                    binding,
+                    feeds,
+                    capacity=self.context + len(self._prefix),
+                    vocab_size=self._manifest.lm.vocab_size,
+                )
+            self._records = self._recorded.agrees(feeds, logits)
+            said = "they would give other numbers"
+        except Exception as e:  # ONNX Runtime raises its own unrelated exception types
+            self._records, said = False, str(e)
+        if not self._records:
+            log.warning("steps are not recorded: %s", said)
+            self._recorded = None
+
+    @contextmanager
+    def _memory_planned(self) -> Iterator[None]:
+        """Turn a card's lack of memory into an error that says what to do."""
+        try:
+            yield
+        except Exception as e:  # ONNX Runtime raises its own unrelated exception types
+            if not self._plan.card or not out_of_memory(str(e)):
+                raise
+            said = str(e).splitlines()[0]
+            how = advice(self._plan, self._manifest, self._plan.total - 1, last="free some of it")
+            raise MemoryPlanError(
+                f"the card's memory is short ({said}); {self._manifest.name} needs {self._plan}: "
+                f"{how}"
+            ) from e
+
 
 class OnnxVision:
     """A bundle's vision graph, loaded with the first picture: text alone needs none of it."""
@@ -224,7 +300,7 @@ class OnnxVision:
         self._folder = folder
         self._manifest = manifest
         self._options = options
-        self._providers = _providers(options.vision_device or options.device)
+        self._device = find_device(options.vision_device or options.device)
         self._session: ort.InferenceSession | None = None
         self._lock = threading.Lock()
 
@@ -238,35 +314,37 @@ class OnnxVision:
         mapped = (
             not self._options.keep_vision
             and vision.precision in ("fp16", "fp32")
-            and self._providers == [DEVICES["cpu"]]
+            and self._device.provider == "CPUExecutionProvider"
         )
         with self._lock:
             session, ranges = self._session, []
             if session is None:
                 with new_mappings(self._folder / vision.weights) as ranges:
-                    session = _session(
+                    session = open_session(
                         self._folder / vision.graph,
-                        self._providers,
+                        self._device,
                         {
                             "pixel_values": (None, 3, size, size),
                             "image_embeds": (None, vision.tokens, self._manifest.lm.hidden_size),
                         },
                         threads=self._options.threads,
                         as_written=mapped,
+                        exact=self._options.dtype == "fp32" or vision.precision == "fp32",
+                        limit=self._options.max_memory,
                     )
             self._session = session if self._options.keep_vision else None
         feeds = {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
         with releasing(ranges) if mapped else nullcontext():
-            (embeddings,) = session.run(["image_embeds"], feeds, _returning_memory())
+            (embeddings,) = session.run(["image_embeds"], feeds, _run_options(return_memory=True))
         return np.asarray(embeddings)
 
     def close(self) -> None:
         self._session = None
 
 
-def _cache_names(prefix: str, lm: LMConfig) -> list[str]:
-    """The graph's names of the cache's buffers: key and value of every layer in turn."""
-    return [f"{prefix}_{part}_{i}" for i in range(lm.num_layers) for part in ("key", "value")]
+def _cache_names(lm: LMConfig) -> list[str]:
+    """The graph's names of the past's buffers: key and value of every layer in turn."""
+    return [f"past_{part}_{i}" for i in range(lm.num_layers) for part in ("key", "value")]
 
 
 def _prefix(folder: Path, manifest: Manifest, head: int) -> np.ndarray:
@@ -279,66 +357,10 @@ def _prefix(folder: Path, manifest: Manifest, head: int) -> np.ndarray:
     return np.moveaxis(stored, 3, 0)
 
 
-def _returning_memory() -> ort.RunOptions:
-    """Options of a run whose large activations go back to the system when it ends."""
+def _run_options(*, return_memory: bool = False) -> ort.RunOptions:
+    """return_memory: of large activations, to the system, when the run ends."""
     options = ort.RunOptions()
-    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    options.add_run_config_entry("gpu_graph_id", "-1")  # none that is recorded
+    if return_memory:  # not a card's, which recorded steps go on to use
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options
-
-
-def _providers(device: str) -> list[str]:
-    """Execution providers to try, the CPU last."""
-    available = ort.get_available_providers()
-    if device == "auto":
-        return [DEVICES["cpu"]]
-    name = DEVICES.get(device.lower(), device)
-    if name not in available:
-        known = ", ".join(n for n in DEVICES if DEVICES[n] in available)
-        hint = "; pip install seechat-lite[cuda]" if name == DEVICES["cuda"] else ""
-        raise EngineError(
-            f"device {device!r} is not in this ONNX Runtime; it offers: auto, {known}{hint}"
-        )
-    return list(dict.fromkeys([name, DEVICES["cpu"]]))
-
-
-def _session(
-    path: Path,
-    providers: list[str],
-    expected: Mapping[str, tuple[int | None, ...]],
-    *,
-    threads: int,
-    as_written: bool = False,
-) -> ort.InferenceSession:
-    """Load a graph; `expected` are inputs and outputs that it must have, None for any size.
-
-    as_written: not optimized; float16 weights stay in their mapped file until they are used.
-    """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors are raised; warnings about node placement help nobody
-    options.intra_op_num_threads = threads
-    # neither saves time: a plan of memory is kept for every length of prompt, and buffers that the
-    # next layer can use again are held for the whole run, though the arena would lend them as well
-    options.enable_mem_pattern = False
-    options.enable_mem_reuse = False
-    if as_written:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        session = ort.InferenceSession(path, options, providers=providers)
-    except Exception as e:  # ONNX Runtime raises its own unrelated exception types
-        raise EngineError(
-            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({str(e).splitlines()[0]}): "
-            "check the bundle with `seechat info`, or export it again"
-        ) from e
-    found = {v.name: v.shape for v in [*session.get_inputs(), *session.get_outputs()]}
-    for name, shape in expected.items():
-        sizes = found.get(name, [])
-        pairs = list(zip(sizes, shape, strict=False))  # sizes that vary are strings
-        if len(sizes) != len(shape) or any(
-            isinstance(f, int) and e not in (None, f) for f, e in pairs
-        ):
-            raise BundleError(
-                f"{path}: {name} is {sizes or 'missing'}, the manifest expects "
-                f"{['any' if e is None else e for e in shape]}: the graph is another model's; "
-                "export the bundle again"
-            )
-    return session
