@@ -2,13 +2,16 @@
 
 import argparse
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from seechat_lite import cli
 from seechat_lite.options import add_load_options
+from seechat_weights.families import PLACES, VISUALGLM_HUB
 from serving import serving
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +24,8 @@ def examples(name: str) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "number", "expected"),
     [
+        ("README.md", 0, "这是香蕉。能吃。"),
+        ("README.zh-CN.md", 0, "这是香蕉。能吃。"),
         ("docs/embedding.md", 0, "这是熊猫。\n"),
         ("docs/embedding.md", 1, "loading 100%\n"),
         ("docs/embedding.md", 2, ""),
@@ -56,6 +61,32 @@ def test_every_option_of_the_server_is_documented() -> None:
     options = set(re.findall(r"--[a-z-]+", done.stdout)) - set(common._option_string_actions)
     text = (ROOT / "docs/server.md").read_text("utf-8")
     assert options and not [o for o in options if o not in text]
+
+
+DOCUMENTS = [*ROOT.glob("README*.md"), *ROOT.glob("docs/**/*.md")]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_is_one(path: Path) -> None:
+    """Command lines are understood as they stand; commands amid the text have these options."""
+    text = path.read_text("utf-8")
+    for block in re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in line.split(" && "):
+                if re.match(r"(\S+/)?seechat ", command):
+                    cli._parse(shlex.split(command, comments=True)[1:])
+    parsers = cli._parser([])._actions[-1].choices
+    assert isinstance(parsers, dict)
+    for command, options in re.findall(r"`seechat ([a-z]+)([^`]*)`", text):
+        known = parsers[command]._option_string_actions
+        assert not [o for o in re.findall(r"--[a-z][a-z-]+", options) if o not in known], command
+
+
+def test_where_weights_are_published() -> None:
+    """The documents name the places that `seechat info` does."""
+    text = (ROOT / "docs/checkpoints.md").read_text("utf-8")
+    places = [place for place in PLACES.values() if place.startswith("https:")]
+    assert len(places) > 4 and all(place in text for place in [*places, VISUALGLM_HUB])
 
 
 def test_no_example_is_forgotten() -> None:

@@ -89,7 +89,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     script += "sys.exit(main(['serve', '--port', '0']))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "pip install 'seechat-lite[server]'" in done.stderr
+    assert 'pip install "seechat-lite[server]"' in done.stderr
 
 
 def test_published_weights_are_served() -> None:

@@ -116,7 +116,7 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         from seechat_lite.eyes import EyeFiles
     except ImportError as e:
         raise SeechatError(
-            f"{e.name} is not installed; export needs it: pip install 'seechat-lite[export]'"
+            f'{e.name} is not installed; export needs it: pip install "seechat-lite[export]"'
         ) from None
     with Bars() as bars:
         manifest = export_bundle(

@@ -36,7 +36,7 @@ def fetch(given: Path, *, offline: bool = False) -> tuple[Path, dict[str, str] |
     except ImportError:
         raise SeechatError(
             f"{given}: no such path, so a Hub id; huggingface_hub is not installed: "
-            "pip install 'seechat-lite[download]', or download it yourself and name the folder"
+            'pip install "seechat-lite[download]", or download it yourself and name the folder'
         ) from None
     offline = offline or constants.HF_HUB_OFFLINE
     ask: dict[str, Any] = {"repo_id": repo, "revision": revision}

@@ -311,7 +311,7 @@ def _synthetic(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
         write = entry.load()
     except ImportError as e:
         raise SeechatError(
-            f"{e.name} is not installed; --synthetic needs it: pip install 'seechat-lite[export]'"
+            f'{e.name} is not installed; --synthetic needs it: pip install "seechat-lite[export]"'
         ) from None
     print(f"writing random weights to {folder}", file=sys.stderr)
     write(

@@ -55,7 +55,7 @@ def _not_exported(path: Path) -> str | None:
         return f"{path}: {found.title}; expected a bundle: make one with `seechat export`"
     return (
         f"{path}: published weights ({found.title}); expected a bundle: run them as they are with "
-        "--engine torch (in Python engine=\"torch\"; needs pip install 'seechat-lite[torch]'), or "
+        '--engine torch (in Python engine="torch"; needs pip install "seechat-lite[torch]"), or '
         f"export them once: {found.command}"
     )
 

@@ -39,7 +39,7 @@ def create(
     except ImportError as e:
         raise EngineError(
             f"{e.name} is not installed; the engine {name!r} needs it: "
-            f"pip install 'seechat-lite[{name}]'"
+            f'pip install "seechat-lite[{name}]"'
         ) from None
     return engine(folder, manifest, context=context, options=options or EngineOptions())
 

@@ -86,7 +86,7 @@ def _serve(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
         from seechat_lite.server.settings import Settings
     except ImportError as e:
         raise SeechatError(
-            f"{e.name} is not installed; the server needs it: pip install 'seechat-lite[server]'"
+            f'{e.name} is not installed; the server needs it: pip install "seechat-lite[server]"'
         ) from None
     settings = Settings(
         max_body=int(args.max_body * 1e6),
