@@ -162,10 +162,11 @@ def json_response(body: BaseModel) -> Response:
 
 def _ask(client: str, body: schemas.ChatRequest, turn: Turn, past: tuple[Turn, ...]) -> Ask:
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(stop) > MAX_STOPS or not all(0 < len(s) <= MAX_STOP_LENGTH for s in stop):
+    stop = [text for text in stop if text]  # a form's field that nobody filled in stops nothing
+    if len(stop) > MAX_STOPS or any(len(text) > MAX_STOP_LENGTH for text in stop):
         raise ApiError(
             400,
-            f"stop: expected at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters",
+            f"stop: expected at most {MAX_STOPS} texts of up to {MAX_STOP_LENGTH} characters",
             code="invalid_value",
             param="stop",
         )
