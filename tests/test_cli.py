@@ -247,6 +247,15 @@ def test_a_picture_bomb_takes_no_memory(vision_bundle: Path, tmp_path: Path) -> 
 # --- information
 
 
+def test_info_of_published_weights(capfd: pytest.CaptureFixture[str]) -> None:
+    """How to use them, both ways; one way where something is still needed."""
+    whole, part = data("chatglm_tiny"), data("quantized/int4")  # which has no tokenizer
+    code, out, _ = main(capfd, "info", whole)
+    assert code == 0 and f"seechat chat --engine torch --model {whole}" in " ".join(out.split())
+    code, out, _ = main(capfd, "info", part)
+    assert code == 0 and "seechat export" in out and "--engine" not in out
+
+
 def test_info(vision_bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     code, out, err = main(capfd, "info", vision_bundle)
