@@ -333,5 +333,5 @@ def test_a_dialogue_straight_from_published_weights(capsys: pytest.CaptureFixtur
 
 def test_settings_of_the_torch_engine_go_with_it() -> None:
     with pytest.raises(SystemExit) as e:
-        main(["ask", "你好", "--dtype", "fp32"])
+        main(["ask", "你好", "--quantize", "int4"])
     assert e.value.code == 2

@@ -81,14 +81,15 @@ class Weights:
         return self.tape.op("MatMul", [x, weight])
 
     def _block_linear(self, x: ir.Value, item: Item) -> ir.Value:
-        # accuracy_level 4: the products' inputs are rounded to 8 bits a block, for integer kernels
         attributes = {
             "K": item.shape[1],
             "N": item.shape[0],
             "bits": item.bits,
             "block_size": self.block_size,
-            "accuracy_level": 4,
         }
+        if self.dtype == ir.DataType.FLOAT:
+            # the products' inputs are rounded to 8 bits a block, for the CPU's integer kernels
+            attributes["accuracy_level"] = 4
         inputs = [x, *self._values(item)]
         return self.tape.op("MatMulNBits", inputs, attributes, domain=MICROSOFT)
 
@@ -158,8 +159,6 @@ def decoder(
     logit_rows = declare("logit_rows", ir.DataType.INT64, ["r"])
     rotary_start = tape.initializer(ir.tensor(np.zeros(1, np.int64), name="rotary_start"))
     alpha = tape.initializer(ir.tensor(dtype.numpy().type(ALPHA), name="alpha"))
-    split_heads = tape.initializer(ir.tensor(np.array([1, -1, heads, head]), name="split_heads"))
-    first_place = tape.initializer(ir.tensor(np.array([prefix_tokens]), name="first_place"))
     scale = config.head_size**-0.5
     kind, cache_shape = cache_dtype(precision), [1, heads, "capacity", head]
     presents: list[ir.Value] = []
@@ -189,32 +188,30 @@ def decoder(
         def restored(t: Tape, x: ir.Value) -> ir.Value:
             return x if kind == dtype else t.op("Cast", [x], {"to": dtype})
 
+        def constant(t: Tape, *numbers: int) -> ir.Value:
+            return t.op("Constant", [], {"value_ints": numbers})
+
         def heads_first(t: Tape, x: ir.Value) -> ir.Value:  # [1, heads, s, head]
-            return t.op("Transpose", [t.op("Reshape", [x, split_heads])], {"perm": (0, 2, 1, 3)})
+            split = t.op("Reshape", [x, constant(t, 1, -1, heads, head)])
+            return t.op("Transpose", [split], {"perm": (0, 2, 1, 3)})
 
         # GroupQueryAttention is causal, and the context of a prompt is not. There all new tokens
         # see each other, which needs no cache: MultiHeadAttention never holds all the scores
         def full(t: Tape) -> ir.Value:
             seen = [k, v]
             if prefix_tokens:
-                zero, two = (t.op("Constant", [], {"value_ints": [i]}) for i in (0, 2))
-                seen = [
-                    t.op(
-                        "Concat",
-                        [
-                            restored(t, t.op("Slice", [p, zero, first_place, two])),
-                            heads_first(t, x),
-                        ],
-                        {"axis": 2},
-                    )
-                    for p, x in zip(past, (k, v), strict=True)
-                ]
+                places = [constant(t, place) for place in (0, prefix_tokens, 2)]
+                before = [restored(t, t.op("Slice", [p, *places])) for p in past]
+                after = [heads_first(t, x) for x in seen]
+                both = zip(before, after, strict=True)
+                seen = [t.op("Concat", parts, {"axis": 2}) for parts in both]
             attributes = {"num_heads": heads, "scale": scale}
             return t.op("MultiHeadAttention", [q, *seen], attributes, domain=MICROSOFT)
 
         def full_and_cache(t: Tape) -> list[ir.Value]:
+            place = constant(t, prefix_tokens)
             presents = [
-                t.op("TensorScatter", [p, cached(t, heads_first(t, x)), first_place], {"axis": 2})
+                t.op("TensorScatter", [p, cached(t, heads_first(t, x)), place], {"axis": 2})
                 for p, x in zip(past, (k, v), strict=True)
             ]
             return [full(t), *presents]

@@ -27,7 +27,7 @@ from seechat_lite.errors import BundleError, ContextError, EngineError, SeechatE
 from seechat_lite.eyes import EyeFiles
 from seechat_lite.generate import generate
 from seechat_lite.images import load_image, pixels
-from seechat_lite.memory import MIN_CONTEXT, MemoryPlan, check_memory, plan
+from seechat_lite.memory import MIN_CONTEXT, MemoryPlan, card_number, check_memory, plan
 from seechat_lite.prompt import Prompt
 from seechat_lite.published import model_manifest
 from seechat_lite.sampling import Sampling
@@ -67,19 +67,20 @@ def load(
     The engine "torch" also loads published weights: a folder of ChatGLM-6B, or of VisualGLM-6B with
     its vision.
 
-    engine: "auto" or a name of engines.ENGINES. device: "auto", "cpu", "cuda", … or the name of an
-    ONNX Runtime execution provider. context: tokens that the prompt and the answer may take
+    engine: "auto" or a name of engines.ENGINES. device: "auto", "cpu", "cuda:1", … or the name of
+    an ONNX Runtime execution provider. context: tokens that the prompt and the answer may take
     together; the cache grows with it. threads: on the CPU, 0 for one a core. vision_device: where
     the vision network runs, if not on `device`. keep_vision: hold it in memory, or release it after
     every picture; None keeps a small one. max_memory: bytes that the model may take at most;
-    loading is refused if it may need more (see memory.plan). For the engine "torch", dtype: "fp16",
-    "bf16" or "fp32", None for what suits the device; quantize: "int4", to make blocks of float
-    weights as an export does, or with bitsandbytes "nf4", "fp4" or "int8"; rounded_rotary: see
-    rotary.rotary_tables; eyes: files that published weights are to see with. image_cache: bytes of
-    embeddings kept for pictures that no chat shows any more. announce: is told the memory plan once
-    it fits, before the work begins; not by the engine "torch". progress: called in this thread with
-    a stage, "checking" (bytes of the bundle) or "loading", and how much of it is done, of how much;
-    loading ends with the exception that it raises, and leaves nothing open.
+    loading is refused if it may need more (see memory.plan). dtype: "fp16", "fp32" or, for torch,
+    "bf16"; None for what suits the device. For the engine "torch", quantize: "int4", to make blocks
+    of float weights as an export does, or with bitsandbytes "nf4", "fp4" or "int8"; rounded_rotary:
+    see rotary.rotary_tables; eyes: files that published weights are to see with.
+    image_cache: bytes of embeddings kept for pictures that no chat shows any more. announce: is
+    told the memory plan once it fits, before the work begins; not by the engine "torch". progress:
+    called in this thread with a stage, "checking" (bytes of the bundle) or "loading", and how much
+    of it is done, of how much; loading ends with the exception that it raises, and leaves nothing
+    open.
 
     Raises BundleError (missing, damaged or newer bundle), EngineError (engine or device),
     MemoryPlanError (would not fit), ContextError (context too small to be of use).
@@ -96,7 +97,8 @@ def load(
             f"{', '.join(FORMATS)}: upgrade seechat-lite or export the model again"
         )
     if engine != "torch":  # whose memory may be another one: it makes a plan of its own
-        needed = plan(manifest, context=context, keep_vision=keep_vision)
+        card = card_number(manifest, device, dtype)
+        needed = plan(manifest, context=context, keep_vision=keep_vision, card=card)
         log.info("%s: %s", manifest.name, needed)
         check_memory(needed, manifest, budget=max_memory)
         announce(needed)

@@ -22,7 +22,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--engine", default="auto", help="onnx (auto), or torch, which also reads published weights"
     )
-    add("--device", default="auto", help="cpu, cuda, dml, coreml … or a provider (auto)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, dml, … or a provider (auto)")
     add("--threads", type=int, default=0, metavar="N", help="on the CPU; 0: one a core (0)")
     add_memory_options(loading)
     add(
@@ -118,8 +118,8 @@ def load_options(args: argparse.Namespace, usage_error: Callable[[str], Any]) ->
     if args.engine not in ("auto", *ENGINES):
         usage_error(f"--engine is {args.engine}; expected one of auto, {', '.join(ENGINES)}")
     check_context(args, usage_error)
-    if args.engine != "torch" and (args.dtype or args.quantize or args.rounded_rotary):
-        usage_error("--dtype, --quantize and --rounded-rotary go with --engine torch")
+    if args.engine != "torch" and (args.quantize or args.rounded_rotary):
+        usage_error("--quantize and --rounded-rotary go with --engine torch")
     if args.threads < 0:
         usage_error(f"--threads is {args.threads}; expected 0 or more")
     max_memory = None

@@ -21,10 +21,10 @@ class EngineOptions:
     threads: int = 0  # on the CPU; 0 is one a core
     vision_device: str | None = None  # None for `device`
     keep_vision: bool | None = True  # or release the vision network after every picture
-    # the rest is for the torch engine, and keep_vision=None, for what suits the device
-    dtype: str | None = None  # "fp16", "bf16" or "fp32"; None for what suits the device
-    quantize: str | None = None  # a name of nn.linears.QUANTIZATIONS
+    dtype: str | None = None  # "fp16", "fp32" or torch's "bf16"; None for what suits the device
     max_memory: int | None = None  # bytes that a GPU lends
+    # the rest is for the torch engine, and keep_vision=None, for what suits the device
+    quantize: str | None = None  # a name of nn.linears.QUANTIZATIONS
     rounded_rotary: bool = False  # angles as the published code rounds them in half precision
     eyes: EyeFiles | None = None  # what published weights are to see with
 

@@ -20,6 +20,9 @@ DEVICES = {
     "coreml": "CoreMLExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
 }
+# flash, memory-efficient or plain attention (1 + 2 + 16). By default cuDNN's on cards from Hopper
+# on, which makes a plan for every length of prompt
+ATTENTION = 19
 NO_MEMORY = ("Failed to allocate", "Available memory of", "out of memory")
 PROOFS = 2  # steps that are made both ways: the one that is recorded, and another
 SAME = 0.05  # of the logits' standard deviation: what they may differ by
@@ -99,6 +102,7 @@ def open_session(
             "arena_extend_strategy": "kSameAsRequested",  # not to the next power of two
             "cudnn_conv_algo_search": "HEURISTIC",  # trying all pays for more than one convolution
             "use_tf32": str(int(not exact)),
+            "sdpa_kernel": str(ATTENTION),
             "enable_cuda_graph": str(int(record)),
         }
         if limit is not None:
