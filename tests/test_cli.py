@@ -251,7 +251,9 @@ def test_info_of_published_weights(capfd: pytest.CaptureFixture[str]) -> None:
     """How to use them, both ways; one way where something is still needed."""
     whole, part = data("chatglm_tiny"), data("quantized/int4")  # which has no tokenizer
     code, out, _ = main(capfd, "info", whole)
-    assert code == 0 and f"seechat chat --engine torch --model {whole}" in " ".join(out.split())
+    run = f"seechat chat --engine torch --model {whole}"
+    assert code == 0 and run in " ".join(out.split())
+    assert json.loads(main(capfd, "info", whole / "model.safetensors", "--json")[1])["run"] == run
     code, out, _ = main(capfd, "info", part)
     assert code == 0 and "seechat export" in out and "--engine" not in out
 

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import shlex
 import shutil
 import sys
 import textwrap
@@ -281,8 +280,8 @@ def _identify(path: Path, *, as_json: bool) -> int:
         rows["still needed"] = [f"{name}: {place}" for name, place in found.missing.items()]
     if found.command:
         rows["export with"] = found.command
-        if not found.missing:  # a whole language model, with eyes or without
-            rows["run as it is"] = f"seechat chat --engine torch --model {shlex.quote(str(path))}"
+    if found.run:
+        rows["run as it is"] = found.run
     _print_table(rows)
     return 0 if found.usable else 1
 

@@ -51,11 +51,11 @@ def _not_exported(path: Path) -> str | None:
     if found.missing:
         info = f"seechat info {shlex.quote(str(path))}"
         return f"{path}: {found.title}; expected a bundle: `{info}` says what it still needs"
-    if not found.command:
+    if not found.run:
         return f"{path}: {found.title}; expected a bundle: make one with `seechat export`"
     return (
-        f"{path}: published weights ({found.title}); expected a bundle: run them as they are with "
-        '--engine torch (in Python engine="torch"; needs pip install "seechat-lite[torch]"), or '
+        f"{path}: published weights ({found.title}); expected a bundle: run them as they are, "
+        f'{found.run} (in Python engine="torch"; needs pip install "seechat-lite[torch]"), or '
         f"export them once: {found.command}"
     )
 

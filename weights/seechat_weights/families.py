@@ -39,7 +39,7 @@ class Identity:
 
     kind: one word for programs; title: a line for people; facts: name -> value, in order;
     missing: what else is needed -> where it is published; command: the export that would use it.
-    usable: whether seechat-lite reads it at all.
+    usable: whether seechat-lite reads it at all; run: the command that uses it without an export.
     """
 
     path: Path
@@ -49,6 +49,7 @@ class Identity:
     missing: dict[str, str] = field(default_factory=dict)
     command: str | None = None
     usable: bool = True
+    run: str | None = None
 
 
 def _lm(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Identity | None:
@@ -88,7 +89,8 @@ def _lm(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Identity | Non
     where = path if sat else home
     beside = TOKENIZER if TOKENIZER in missing else None
     command = export(lm=str(where), tokenizer=beside)
-    return Identity(path, kind, title, facts, missing, command)
+    run = None if missing else f"seechat chat --engine torch --model {shlex.quote(str(where))}"
+    return Identity(path, kind, title, facts, missing, command, run=run)
 
 
 def _precision(shapes: Mapping[str, TensorInfo], hidden: int) -> str:
