@@ -71,6 +71,31 @@ def test_what_changes_the_sums() -> None:
     assert plan(fp16, context=2048).weights == 2 * 3_300_100_000
 
 
+def test_the_sums_on_a_card() -> None:
+    """In float16 weights are what they are in the file, and the cache outlives an answer."""
+    decoder, vision = CHATGLM.decoder, CHATGLM.vision
+    assert vision is not None
+    graphs = {decoder.half: FileHash(100_000, ""), vision.half: FileHash(100_000, "")}
+    both = replace(CHATGLM, files=CHATGLM.files | graphs)
+    for manifest, dtype, number in ((both, None, 2), (both, "fp32", 4), (CHATGLM, None, 4)):
+        assert memory.card_number(manifest, "cuda:1", dtype) == number
+        assert memory.card_number(manifest, "cpu", dtype) == 0
+    half, full = (plan(both, context=2048, card=number) for number in (2, 4))
+    assert half.weights == full.weights == 3_300_100_000
+    assert half.cache == full.cache == plan(CHATGLM, context=2048).cache
+    assert (half.vision, full.vision) == (600_000_000, 1_200_000_000)
+    assert half.keep_vision  # or every new picture would bring it to the card again
+    assert half.workspace - memory.RUNTIME == (full.workspace - memory.RUNTIME) / 2
+    released = plan(both, context=2048, card=2, keep_vision=False)
+    assert released.total == half.total - half.workspace + memory.RUNTIME
+    fp16 = replace(both, decoder=replace(decoder, precision="fp16"))
+    assert plan(fp16, context=2048, card=4).weights == 2 * 3_300_100_000
+    assert plan(fp16, context=2048, card=2).weights == 3_300_100_000
+    with pytest.raises(sl.MemoryPlanError, match=r"allow|keep_vision=False"):
+        check_memory(half, both, budget=half.total - 1)
+    check_memory(half, both)  # what is free on a card is not known
+
+
 @pytest.mark.parametrize(
     ("precision", "keep_vision", "free", "advice"),
     [

@@ -1,7 +1,7 @@
 """The onnx engine as it is on a GPU: in float16, with recorded steps, on a card that is the CPU."""
 
 import logging
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +11,50 @@ import onnxruntime as ort
 import pytest
 
 import seechat_lite as sl
-from reference import data, greedy, load_json, tensors
+from reference import data, greedy, load_json, random_array, run_onnx, run_torch, tensors
 from seechat_export.export import export_bundle
+from seechat_export.vision_graph import export_vision
 from seechat_lite.engines import Engine, EngineOptions, create, onnx_devices
 from seechat_lite.engines.onnx import OnnxEngine
 from seechat_lite.engines.onnx_devices import Device, find_device
 from seechat_lite.errors import EngineError, MemoryPlanError
+from seechat_lite.eyes import BlipSettings, load_clip, load_seechat
+from seechat_lite.nn.vision import streamed
 from seechat_lite.prompt import Prompt
 from seechat_weights.bundle import read_manifest
 from seechat_weights.precisions import PRECISIONS
 
+EYES = {
+    "clip": lambda: load_clip(
+        clip=data("vision/clip_open_clip"), projector=data("vision/mm_projector_linear.bin")
+    ),
+    "seechat": lambda: load_seechat(
+        eva=data("vision/eva_vit_tiny.pth"),
+        qformer=data("vision/blip2_tiny_flant5.pth"),
+        checkpoint=data("vision/checkpoint_100.pth"),
+        settings=BlipSettings(blocks=3, heads=4, query_heads=4),
+    ),
+}
 CASES = ["p0", "p1", "p2", "p3_mask", "p4_continue", "p5_both", "p6_infill", "p7_len1", "p8_long"]
 HALF = 0.02  # of the logits' standard deviation: what computing in float16 may change
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
 @pytest.fixture(scope="module")
-def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The tiny ChatGLM at a precision, or with a P-tuning prefix at fp16, exported once."""
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny ChatGLM at a precision, or at fp16 with a P-tuning prefix or eyes, exported once."""
     folder, source = tmp_path_factory.mktemp("bundles"), data("chatglm_tiny")
 
-    def make(form: str) -> Path:
-        if not (folder / form).exists():
-            prefix = source / "ptuning_proj_pytorch_model.bin" if form == "prefix" else None
-            precision = form if form in PRECISIONS else "fp16"
-            export_bundle(
-                lm=source, prefix=prefix, out=folder / form, precision=precision, block_size=32
-            )
-        return folder / form
-
-    return make
+    for form in (*PRECISIONS, "prefix", "seeing"):
+        export_bundle(
+            lm=source,
+            prefix=source / "ptuning_proj_pytorch_model.bin" if form == "prefix" else None,
+            vision=EYES["clip"]() if form == "seeing" else None,
+            out=folder / form,
+            precision=form if form in PRECISIONS else "fp16",
+            block_size=32,
+        )
+    return folder
 
 
 def opened(folder: Path, engine: str = "onnx", **options: Any) -> Engine:
@@ -65,9 +79,9 @@ def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float) -> N
 # --- the graph in float16 ------------------------------------------------------------------------
 
 
-def test_one_file_of_weights_serves_both_graphs(bundle_of: Callable[[str], Path]) -> None:
+def test_one_file_of_weights_serves_both_graphs(bundles: Path) -> None:
     for precision, count in (("fp32", 1), ("fp16", 2), ("int8", 2), ("int4", 2)):
-        folder = bundle_of(precision)
+        folder = bundles / precision
         manifest = read_manifest(folder)
         graphs = [name for name in manifest.files if name.endswith(".onnx")]
         assert len(graphs) == count
@@ -81,34 +95,34 @@ def test_one_file_of_weights_serves_both_graphs(bundle_of: Callable[[str], Path]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_float16_answers_as_the_reference(bundle_of: Callable[[str], Path], name: str) -> None:
+def test_float16_answers_as_the_reference(bundles: Path, name: str) -> None:
     case = tensors(f"chatglm_tiny/case_{name}.safetensors")
-    found = answers(opened(bundle_of("fp16"), dtype="fp16"), name)
+    found = answers(opened(bundles / "fp16", dtype="fp16"), name)
     assert_close(found, np.asarray(case["greedy_step_logits"]), HALF)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_float16_products_of_blocks(bundle_of: Callable[[str], Path], precision: str) -> None:
+def test_float16_products_of_blocks(bundles: Path, precision: str) -> None:
     """As torch multiplies the same integers in float32."""
-    folder = bundle_of(precision)
+    folder = bundles / precision
     expected = opened(folder, "torch", device="cpu", dtype="fp32")
     found = opened(folder, dtype="fp16")
     for name in CASES:
         assert_close(answers(found, name), answers(expected, name), HALF)
 
 
-def test_float16_sees_a_prefix(bundle_of: Callable[[str], Path]) -> None:
+def test_float16_sees_a_prefix(bundles: Path) -> None:
     case = tensors("chatglm_tiny/case_prefix_proj.safetensors")
     recorded = load_json("chatglm_tiny/cases.json")["cases"]["prefix_proj"]["greedy"]
-    engine, ids = opened(bundle_of("prefix"), dtype="fp16"), case["input_ids"][0].tolist()
+    engine, ids = opened(bundles / "prefix", dtype="fp16"), case["input_ids"][0].tolist()
     assert_close(engine.prefill(Prompt(ids)), case["logits_last"][0], HALF)
     assert greedy(engine, ids, len(recorded)) == recorded
 
 
 def test_float16_takes_several_tokens_and_takes_them_back(
-    bundle_of: Callable[[str], Path],
+    bundles: Path,
 ) -> None:
-    engine = opened(bundle_of("fp16"), dtype="fp16")
+    engine = opened(bundles / "fp16", dtype="fp16")
     prompt = Prompt(tensors("chatglm_tiny/case_p1.safetensors")["input_ids"][0].tolist())
     engine.prefill(prompt)
     one_by_one = np.stack([engine.step(token) for token in (40, 41, 42, 43)])
@@ -120,14 +134,30 @@ def test_float16_takes_several_tokens_and_takes_them_back(
 
 
 def test_a_precision_that_a_bundle_has_no_graph_for_is_refused(
-    bundle_of: Callable[[str], Path],
+    bundles: Path,
 ) -> None:
     for precision, dtype, known in (
         ("fp32", "fp16", "computes in fp32:"),
         ("fp16", "bf16", "computes in fp32 or fp16:"),
     ):
         with pytest.raises(EngineError, match=known):
-            opened(bundle_of(precision), dtype=dtype)
+            opened(bundles / precision, dtype=dtype)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("eyes", ["clip", "seechat"])
+def test_vision_in_float16(tmp_path: Path, eyes: str, precision: str) -> None:
+    """As torch has it in float32, but for the rounding of weights and sums."""
+    network = streamed(EYES[eyes]())
+    config = replace(EYES[eyes]().config, precision=precision)
+    export_vision(network, config, tmp_path / config.graph, precision=precision)
+    assert {f.name for f in tmp_path.iterdir()} == {config.graph, config.half, config.weights}
+    size = config.pixels.image_size
+    pixels = random_array(2, 3, size, size)
+    found = run_onnx(tmp_path / config.half, pixels)
+    assert found.dtype == np.float32
+    tolerance = HALF if precision == "fp16" else 0.2
+    assert_close(found, run_torch(network, pixels), tolerance)
 
 
 # --- devices -------------------------------------------------------------------------------------
@@ -151,6 +181,7 @@ class Card:
 
     def __init__(self) -> None:
         self.asked: list[dict[str, str]] = []  # options of the provider, of every session
+        self.paths: list[Path] = []  # of every session's graph
         self.loads = True
         self.broken = ""  # what is said of every call
 
@@ -158,6 +189,7 @@ class Card:
         assert not enable_fallback
         (name, chosen), *_ = providers
         self.asked.append(chosen)
+        self.paths.append(path)
         real = SESSION(path, options, providers=[CPU])
         if name == CUDA and self.loads:
             real.get_providers = lambda: [CUDA, CPU]
@@ -186,15 +218,13 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     return card
 
 
-def test_a_card_computes_in_float16_unless_told_otherwise(
-    bundle_of: Callable[[str], Path], card: Card
-) -> None:
+def test_a_card_computes_in_float16_unless_told_otherwise(bundles: Path, card: Card) -> None:
     for precision, dtype, half in (
         ("int8", None, True),
         ("int8", "fp32", False),
         ("fp32", None, False),
     ):
-        engine = opened(bundle_of(precision), device="cuda:1", dtype=dtype, max_memory=10**9)
+        engine = opened(bundles / precision, device="cuda:1", dtype=dtype, max_memory=10**9)
         assert isinstance(engine, OnnxEngine)
         asked = card.asked.pop()
         assert asked["device_id"] == "1"
@@ -204,20 +234,18 @@ def test_a_card_computes_in_float16_unless_told_otherwise(
         assert answers(engine, "p1").dtype == np.float32
 
 
-def test_a_provider_that_does_not_start_is_an_error(
-    bundle_of: Callable[[str], Path], card: Card
-) -> None:
+def test_a_provider_that_does_not_start_is_an_error(bundles: Path, card: Card) -> None:
     """ONNX Runtime itself would go on, on the CPU."""
     card.loads = False
     with pytest.raises(EngineError, match=f"cannot start {CUDA}.*expected NVIDIA's driver"):
-        opened(bundle_of("int8"), device="cuda")
+        opened(bundles / "int8", device="cuda")
 
 
 @pytest.mark.parametrize("form", ["fp16", "int4", "prefix"])
-def test_recorded_steps(bundle_of: Callable[[str], Path], card: Card, form: str) -> None:
+def test_recorded_steps(bundles: Path, card: Card, form: str) -> None:
     """They find new tokens, positions and lengths where the first ones lay, in every answer."""
-    plain = opened(bundle_of(form), dtype="fp16")
-    engine = opened(bundle_of(form), device="cuda")
+    plain = opened(bundles / form, dtype="fp16")
+    engine = opened(bundles / form, device="cuda")
     assert isinstance(engine, OnnxEngine)
     for name in ("p1", "p8_long", "p0"):
         np.testing.assert_array_equal(answers(engine, name), answers(plain, name))
@@ -228,13 +256,13 @@ def test_recorded_steps(bundle_of: Callable[[str], Path], card: Card, form: str)
 
 
 def test_steps_that_come_out_otherwise_are_not_recorded(
-    bundle_of: Callable[[str], Path],
+    bundles: Path,
     card: Card,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    expected = answers(opened(bundle_of("fp16"), dtype="fp16"), "p1")
-    engine = opened(bundle_of("fp16"), device="cuda")
+    expected = answers(opened(bundles / "fp16", dtype="fp16"), "p1")
+    engine = opened(bundles / "fp16", device="cuda")
     assert isinstance(engine, OnnxEngine)
     monkeypatch.setattr(onnx_devices.Recorded, "run", lambda *_: np.full((1, 1), np.nan))
     with caplog.at_level(logging.WARNING):
@@ -252,13 +280,11 @@ def test_steps_that_come_out_otherwise_are_not_recorded(
         "Available memory of 20000000 is smaller than requested bytes of 33415168",
     ],
 )
-def test_a_card_without_memory_says_what_would_fit(
-    bundle_of: Callable[[str], Path], card: Card, said: str
-) -> None:
+def test_a_card_without_memory_says_what_would_fit(bundles: Path, card: Card, said: str) -> None:
     engine = create(
         "onnx",
-        bundle_of("int4"),
-        read_manifest(bundle_of("int4")),
+        bundles / "int4",
+        read_manifest(bundles / "int4"),
         context=1024,
         options=EngineOptions(device="cuda"),
     )
@@ -270,12 +296,10 @@ def test_a_card_without_memory_says_what_would_fit(
     np.testing.assert_array_equal(answers(engine, "p1"), expected)  # the next answer is whole
 
 
-def test_bytes_are_multiplied_a_few_tokens_at_a_time(
-    bundle_of: Callable[[str], Path], card: Card
-) -> None:
+def test_bytes_are_multiplied_a_few_tokens_at_a_time(bundles: Path, card: Card) -> None:
     """More, and a card would make floats of all of them."""
     lengths: list[int] = []
-    engine = opened(bundle_of("int8"), device="cuda")
+    engine = opened(bundles / "int8", device="cuda")
     assert isinstance(engine, OnnxEngine)
     call = engine._call
     engine._call = lambda feeds, rows: lengths.append(rows) or call(feeds, rows)
@@ -284,20 +308,36 @@ def test_bytes_are_multiplied_a_few_tokens_at_a_time(
     lengths.clear()
     found = engine.extend(list(range(40, 50)))
     assert lengths == [4, 4, 2]
-    plain = opened(bundle_of("int8"), dtype="fp16")
+    plain = opened(bundles / "int8", dtype="fp16")
     plain.prefill(prompt)
     assert_close(found, plain.extend(list(range(40, 50))), HALF)
+
+
+def test_a_card_sees_in_float16(bundles: Path, card: Card) -> None:
+    """With the graph for it; on the CPU, and where fp32 is asked for, with the other."""
+    manifest = read_manifest(bundles / "seeing")
+    assert manifest.vision and manifest.vision.half in manifest.files
+    pixels = random_array(1, 3, 56, 56)
+    for device, dtype, graph in (
+        ("cuda", None, manifest.vision.half),
+        ("cuda", "fp32", manifest.vision.graph),
+        ("cpu", None, manifest.vision.graph),
+    ):
+        engine = opened(bundles / "seeing", device=device, dtype=dtype)
+        found = engine.encode_image(pixels)
+        assert card.paths.pop().name == graph
+        assert_close(found, opened(bundles / "seeing").encode_image(pixels), HALF)
 
 
 # --- load() --------------------------------------------------------------------------------------
 
 
 def test_the_plan_for_a_card_is_not_the_machine_s(
-    bundle_of: Callable[[str], Path], card: Card, monkeypatch: pytest.MonkeyPatch
+    bundles: Path, card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("seechat_lite.memory.available_memory", lambda: 1)
-    sl.load(bundle_of("fp16"), device="cuda").close()
+    sl.load(bundles / "fp16", device="cuda").close()
     with pytest.raises(MemoryPlanError, match="the budget is"):
-        sl.load(bundle_of("fp16"), device="cuda", max_memory=1_000_000)
+        sl.load(bundles / "fp16", device="cuda", max_memory=1_000_000)
     with pytest.raises(MemoryPlanError, match="are free"):
-        sl.load(bundle_of("fp16"))
+        sl.load(bundles / "fp16")

@@ -39,7 +39,8 @@ def export_vision(module: nn.Module, config: VisionConfig, path: Path, *, precis
     module: Streamed, or any network with its weights. precision: "fp32"; "fp16", where matrices
     are stored as float16; or "int8", where those of products are, in blocks of BLOCK_SIZE. The
     arithmetic is float32 in any case. What a Streamed network reads goes to a file beside it,
-    VisionConfig.weights; the weights of another network are kept in the graph.
+    VisionConfig.weights; the weights of another network are kept in the graph. With fp16 and int8
+    another graph of that file, VisionConfig.half, has the arithmetic in float16, for GPUs.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"vision precision is {precision!r}; expected {', '.join(PRECISIONS)}")
@@ -56,6 +57,9 @@ def export_vision(module: nn.Module, config: VisionConfig, path: Path, *, precis
         if isinstance(module, Streamed):
             _write_weights(model.graph, path.with_name(config.weights))
         ir.save(model, path)
+        if isinstance(module, Streamed) and precision != "fp32":
+            _compute_in_fp16(model.graph)
+            ir.save(model, path.with_name(config.half))
 
 
 def _write_weights(graph: ir.Graph, path: Path) -> None:
@@ -253,6 +257,37 @@ def _store_as_int8(graph: ir.Graph) -> None:
         if not matrix.uses():
             del graph.initializers[name]
     graph.opset_imports.setdefault("com.microsoft", 1)
+
+
+def _compute_in_fp16(graph: ir.Graph) -> None:
+    """Let the arithmetic be float16, between pixels and embeddings, which stay float32."""
+    full, half = ir.DataType.FLOAT, ir.DataType.FLOAT16
+    for node in list(graph):
+        if node.op_type == "Cast" and node.outputs[0].dtype == full:  # of a stored matrix
+            (stored,), (widened,) = node.inputs, node.outputs
+            assert stored is not None and stored.dtype == half
+            ir.convenience.replace_all_uses_with(widened, stored)
+            graph.remove(node, safe=True)
+    for node in graph:
+        node.attributes.pop("accuracy_level", None)  # for the CPU
+        for value in node.outputs:
+            if value.dtype == full:
+                value.dtype = half
+    for value in [*graph.inputs, *graph.initializers.values()]:
+        if value.dtype == full:
+            users = list(value.uses())
+            cast = ir.node("Cast", [value], {"to": half.value})
+            cast.outputs[0].name = f"{value.name}.fp16"
+            for user, place in users:
+                user.replace_input_with(place, cast.outputs[0])
+            graph.insert_before(graph[0], cast)
+    (found,) = graph.outputs
+    cast = ir.node("Cast", [found], {"to": full.value})
+    (new,) = cast.outputs
+    new.name, new.dtype, new.shape = found.name, full, found.shape
+    found.name = f"{found.name}.fp16"
+    graph.append(cast)
+    graph.outputs[:] = [new]
 
 
 @contextlib.contextmanager

@@ -87,7 +87,8 @@ def plan(
 ) -> MemoryPlan:
     """The memory plan of a bundle at a context of `context` tokens.
 
-    keep_vision: None keeps a vision network of up to KEPT_VISION bytes. card: see card_number.
+    keep_vision: None keeps a vision network of up to KEPT_VISION bytes, on a card any. card: see
+    card_number.
     """
     lm, precision = manifest.lm, PRECISIONS[manifest.decoder.precision]
 
@@ -97,9 +98,10 @@ def plan(
     vision = 0
     if manifest.vision:
         file, seen = stored(manifest.vision.graph), manifest.vision.precision
-        vision = file * {"fp16": 2, "int8": 2}.get(seen, 1)  # prepared for speed
+        half = card == 2 and manifest.vision.half in manifest.files
+        vision = file * (1 if half or seen == "fp32" else 2)  # prepared for speed
         if keep_vision is None:
-            keep_vision = vision <= KEPT_VISION
+            keep_vision = bool(card) or vision <= KEPT_VISION
         if not keep_vision and seen != "int8" and not card:  # mapped, widened a layer at a time
             vision = VISION_WORKSPACE + (0 if RELEASES_PAGES else file)
     # what a layer of the longest prompt holds at once, as measured: the MLP's and the attention's,

@@ -47,8 +47,7 @@ def add_memory_options(parser: Any) -> None:
     add(
         "--keep-vision",
         action=argparse.BooleanOptionalAction,
-        help="hold the vision network between pictures; default: if it is small, or on a GPU by "
-        "the torch engine",
+        help="hold the vision network between pictures; default: if it is small, or on a GPU",
     )
 
 

@@ -117,6 +117,11 @@ class VisionConfig:
         """The file of the graph's weights, where they are not in the graph itself."""
         return f"{self.graph}.data"
 
+    @property
+    def half(self) -> str:
+        """The same in float16, as Decoder.half."""
+        return half_graph(self.graph)
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -135,8 +140,9 @@ class Decoder:
 
     @property
     def half(self) -> str:
-        """The file of the same decoder in float16, for GPUs, where Manifest.files lists it."""
-        return f"{self.graph.removesuffix('.onnx')}.fp16.onnx"
+        """The graph that computes in float16, for GPUs, of the same weights; if there is one,
+        Manifest.files lists it."""
+        return half_graph(self.graph)
 
 
 @dataclass(frozen=True)
@@ -377,6 +383,11 @@ def sha256(path: Path, read: Callable[[int], None] | None = None) -> str:
             if read:
                 read(size)
     return digest.hexdigest()
+
+
+def half_graph(graph: str) -> str:
+    """Name of the graph in float16 that may lie beside `graph`."""
+    return f"{graph.removesuffix('.onnx')}.fp16.onnx"
 
 
 def _inside(name: str) -> bool:

@@ -306,8 +306,9 @@ class OnnxVision:
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Embeddings of pictures: float32 [n, 3, S, S] to float32 [n, tokens, hidden]."""
-        vision = self._manifest.vision
+        vision, exact = self._manifest.vision, self._options.dtype == "fp32"
         assert vision is not None
+        half = self._device.on_card and not exact and vision.half in self._manifest.files
         size = vision.pixels.image_size
         # for one picture, preparing the weights takes longer than it saves, and twice the memory;
         # int8 products need it
@@ -321,7 +322,7 @@ class OnnxVision:
             if session is None:
                 with new_mappings(self._folder / vision.weights) as ranges:
                     session = open_session(
-                        self._folder / vision.graph,
+                        self._folder / (vision.half if half else vision.graph),
                         self._device,
                         {
                             "pixel_values": (None, 3, size, size),
@@ -329,7 +330,7 @@ class OnnxVision:
                         },
                         threads=self._options.threads,
                         as_written=mapped,
-                        exact=self._options.dtype == "fp32" or vision.precision == "fp32",
+                        exact=exact or vision.precision == "fp32",
                         limit=self._options.max_memory,
                     )
             self._session = session if self._options.keep_vision else None
