@@ -58,6 +58,12 @@ class OnnxEngine:
                 f"{' or '.join(dtypes)}: choose that, or export it again"
             )
         half = card == 2 or options.dtype == "fp16"
+        if card and decoder.precision == "fp32":  # GroupQueryAttention is for half precision there
+            log.warning(
+                "%s: a card leaves attention in float32 to the CPU, which is slow: "
+                "export at another precision, or use the torch engine",
+                manifest.name,
+            )
         self._records = half and self._device.kind == "cuda"
         data = folder / f"{decoder.graph}.data"
         with self._memory_planned(), new_mappings(data) as mapped:
@@ -283,9 +289,8 @@ class OnnxEngine:
         try:
             yield
         except Exception as e:  # ONNX Runtime raises its own unrelated exception types
-            if not self._plan.card or not out_of_memory(str(e)):
+            if not self._plan.card or not (said := out_of_memory(e)):
                 raise
-            said = str(e).splitlines()[0]
             how = advice(self._plan, self._manifest, self._plan.total - 1, last="free some of it")
             raise MemoryPlanError(
                 f"the card's memory is short ({said}); {self._manifest.name} needs {self._plan}: "

@@ -1,6 +1,7 @@
 """ONNX Runtime's devices, the sessions made on them, and steps recorded on a card."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ DEVICES = {
 # flash, memory-efficient or plain attention (1 + 2 + 16). By default cuDNN's on cards from Hopper
 # on, which makes a plan for every length of prompt
 ATTENTION = 19
-NO_MEMORY = ("Failed to allocate", "Available memory of", "out of memory")
+NO_MEMORY = re.compile(r"Failed to allocate memory.*|Available memory of .*|.*out of memory.*")
 PROOFS = 2  # steps that are made both ways: the one that is recorded, and another
 SAME = 0.05  # of the logits' standard deviation: what they may differ by
 
@@ -88,7 +89,7 @@ def open_session(
     Raises EngineError, or BundleError for another graph.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors are raised; warnings about node placement help nobody
+    options.log_severity_level = 4  # errors are raised; warnings about node placement help nobody
     options.intra_op_num_threads = threads
     # neither saves time: a plan of memory is kept for every length of prompt, and buffers that the
     # next layer can use again are held for the whole run, though the arena would lend them as well
@@ -115,8 +116,10 @@ def open_session(
     try:
         session = ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as e:  # ONNX Runtime raises its own unrelated exception types
+        said = str(e).splitlines()[0].rpartition(" : ")[2]
+        where = f"check the number of the device ({device.number}), " if device.number else ""
         raise EngineError(
-            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({str(e).splitlines()[0]}): "
+            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({said}): {where}"
             "check the bundle with `seechat info`, or export it again"
         ) from e
     if device.provider not in session.get_providers():  # it goes on without, and only logs why
@@ -140,9 +143,10 @@ def open_session(
     return session
 
 
-def out_of_memory(said: str) -> bool:
-    """Whether ONNX Runtime's message says that there was no memory to be had."""
-    return any(words in said for words in NO_MEMORY)
+def out_of_memory(error: BaseException) -> str:
+    """What ONNX Runtime says of memory that it did not get; "" where something else is wrong."""
+    found = NO_MEMORY.search(str(error.__cause__ or error))
+    return found[0] if found else ""
 
 
 class Recorded:
