@@ -35,7 +35,7 @@ from seechat_weights.bundle import LMConfig
 from seechat_weights.layout import Item, Stored, decoder_layout
 from seechat_weights.precisions import Precision
 
-OPSET = 24  # TensorScatter
+OPSET, HALF_OPSET = 24, 21  # 24 brought TensorScatter; fewer devices have it
 MICROSOFT = "com.microsoft"
 
 
@@ -137,7 +137,8 @@ def decoder(
     Outputs: logits float32 [r, vocab]; present_key_i, present_value_i, to be bound to the very
     buffers of the past. A bidirectional call must start with a cache that holds the prefix alone.
     """
-    graph = ir.Graph((), (), nodes=(), opset_imports={"": OPSET, MICROSOFT: 1}, name="decoder")
+    opsets = {"": HALF_OPSET if half else OPSET, MICROSOFT: 1}
+    graph = ir.Graph((), (), nodes=(), opset_imports=opsets, name="decoder")
     tape = Tape(graph)
     dtype = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
     items = decoder_layout(config, precision, block_size)

@@ -340,9 +340,15 @@ class OnnxVision:
                     )
             self._session = session if self._options.keep_vision else None
         feeds = {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
-        with releasing(ranges) if mapped else nullcontext():
-            (embeddings,) = session.run(["image_embeds"], feeds, _run_options(return_memory=True))
-        return np.asarray(embeddings)
+        try:
+            with releasing(ranges) if mapped else nullcontext():
+                (found,) = session.run(["image_embeds"], feeds, _run_options(return_memory=True))
+        except Exception as e:  # ONNX Runtime raises its own unrelated exception types
+            raise EngineError(
+                f"ONNX Runtime failed on a picture ({str(e).splitlines()[0]}): if memory is short, "
+                "close other programs, or read pictures elsewhere with vision_device"
+            ) from e
+        return np.asarray(found)
 
     def close(self) -> None:
         self._session = None
