@@ -60,7 +60,8 @@ def find_device(name: str) -> Device:
     device = Device(DEVICES.get(kind.lower(), kind), int(number) if number.isdecimal() else 0)
     if device.provider not in available:
         known = ", ".join(n for n in DEVICES if DEVICES[n] in available)
-        hint = "; pip install seechat-lite[cuda]" if device.kind == "cuda" else ""
+        gpu = "; onnxruntime-gpu has to take the place of onnxruntime (docs/gpu.md)"
+        hint = gpu if device.kind == "cuda" else ""
         raise EngineError(
             f"device {name!r} is not in this ONNX Runtime; it offers: auto, {known}{hint}"
         )
@@ -126,7 +127,7 @@ def open_session(
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot start {device.provider}: a library or driver, "
             "named above, is missing or another version; expected NVIDIA's driver and what "
-            "pip install seechat-lite[cuda] brings"
+            "pip install 'onnxruntime-gpu[cuda,cudnn]' brings"
         )
     found = {v.name: v.shape for v in [*session.get_inputs(), *session.get_outputs()]}
     for name, shape in expected.items():
