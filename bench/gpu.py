@@ -50,6 +50,7 @@ from seechat_lite.errors import MemoryPlanError  # noqa: E402
 from seechat_lite.eyes import Eyes, load_clip, load_seechat, vision_sizes  # noqa: E402
 from seechat_lite.nn.blocks import quantize_blocks  # noqa: E402
 from seechat_lite.nn.chatglm import ALPHA  # noqa: E402
+from seechat_lite.nn.linears import Linear  # noqa: E402
 from seechat_lite.prompt import Prompt  # noqa: E402
 from seechat_lite.speculation import LONGEST  # noqa: E402
 from seechat_weights.blip_names import BlipSettings  # noqa: E402
@@ -68,6 +69,7 @@ from seechat_weights.checkpoints import open_checkpoint  # noqa: E402
 from seechat_weights.layout import decoder_layout  # noqa: E402
 from seechat_weights.lm import open_lm  # noqa: E402
 from seechat_weights.precisions import PRECISIONS  # noqa: E402
+from seechat_weights.published_vision import PUBLISHED_VISION  # noqa: E402
 
 DATA = ROOT / "tests/data"
 FULL = LMConfig()
@@ -106,6 +108,8 @@ class Shape:
     prefills: tuple[int, ...]
     decodes: tuple[int, ...]
     question: int  # tokens of a question with a picture
+    copied: int  # bytes that are copied to know the bandwidth
+    side: int  # of the square matrices whose product tells the card's rate
     eyes: dict[str, VisionConfig]  # the first goes with the language model
 
 
@@ -116,21 +120,11 @@ SHAPES = {
         (128, 512, 1024),
         (32, 512, 1920),
         300,
+        1 << 30,
+        8192,
         {
-            "CLIP ViT-L/14, linear": VisionConfig(
-                "",
-                256,
-                "clip",
-                "linear",
-                network=VisionNetwork(14, 1024, 4096, 23, 16, "quick_gelu", 1e-5),
-            ),
-            "EVA ViT-g, Q-Former": VisionConfig(
-                "",
-                32,
-                "eva",
-                "qformer",
-                network=VisionNetwork(14, 1408, 6144, 39, 16, "gelu", 1e-6, 768, 3072, 12, 12),
-            ),
+            "CLIP ViT-L/14, linear": PUBLISHED_VISION["clip"],
+            "EVA ViT-g, Q-Former": PUBLISHED_VISION["eva"],
         },
     ),
     True: Shape(
@@ -139,6 +133,8 @@ SHAPES = {
         (16, 32),
         (8, 40),
         30,
+        1 << 22,
+        256,
         {
             "CLIP, linear": VisionConfig(
                 "",
@@ -329,7 +325,7 @@ class Bench:
 
     def card(self) -> dict[str, float]:
         """Copy bandwidth, bytes read and written in GB/s, and the matrix product in TFLOP/s."""
-        count, side = (1 << 30, 8192) if self.on_gpu else (1 << 22, 256)
+        count, side = self.shape.copied, self.shape.side
         a = torch.empty(count, dtype=torch.uint8, device=self.device)
         b = torch.empty_like(a)
         copy = self.median(lambda: b.copy_(a))
@@ -435,7 +431,7 @@ class Bench:
         for turn in range(TURNS):
             if self.eyes is not None:
                 self.look(engine)
-            engine.prefill(self.prompt(64 + 17 * turn % 900))
+            engine.prefill(self.prompt(16 + 17 * turn % (self.shape.context // 2)))
             for _ in range(4):
                 engine.step(5)
             engine.reset()
@@ -634,7 +630,7 @@ def eager_forward(engine: TorchEngine, x: Tensor, past: list[tuple[Tensor, Tenso
     mask = torch.ones((len(x), before + len(x)), dtype=torch.bool, device=x.device).tril(before)
     for i, layer in enumerate(decoder.layers):
         x = layer.input_layernorm(x)
-        qkv = layer.attention["query_key_value"](x).unflatten(-1, layer.split)
+        qkv = plain(layer.attention["query_key_value"], x).unflatten(-1, layer.split)
         q, k, v = (t.transpose(0, 1) for t in qkv.unbind(1))
 
         def turned(t: Tensor) -> Tensor:
@@ -650,12 +646,17 @@ def eager_forward(engine: TorchEngine, x: Tensor, past: list[tuple[Tensor, Tenso
         scores = (q @ k.transpose(1, 2)) * layer.scale
         scores = scores.masked_fill(~mask, -10000.0).float()
         seen = (F.softmax(scores, -1).to(x.dtype) @ v).transpose(0, 1).flatten(1)
-        x = x * ALPHA + layer.attention["dense"](seen)
+        x = x * ALPHA + plain(layer.attention["dense"], seen)
         x = layer.post_attention_layernorm(x)
-        wide = layer.mlp["dense_h_to_4h"](x)
+        wide = plain(layer.mlp["dense_h_to_4h"], x)
         wide = 0.5 * wide * (1 + torch.tanh(0.7978845608 * wide * (1 + 0.044715 * wide * wide)))
-        x = x * ALPHA + layer.mlp["dense_4h_to_h"](wide)
-    return decoder.lm_head(decoder.final_layernorm(x))
+        x = x * ALPHA + plain(layer.mlp["dense_4h_to_h"], wide)
+    return plain(decoder.lm_head, decoder.final_layernorm(x))
+
+
+def plain(linear: nn.Module, x: Tensor) -> Tensor:
+    """Without kernels of ours."""
+    return F.linear(x, linear.weight, linear.bias) if isinstance(linear, Linear) else linear(x)
 
 
 def answers(engine: Any, ids: list[int]) -> np.ndarray:

@@ -1,15 +1,18 @@
-"""The GPU kernels, run by Triton's interpreter on the CPU, against plain torch."""
+"""The GPU kernels against plain torch: on a GPU, or by Triton's interpreter on the CPU."""
 
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
+from pretend_card import pretend_card
 from seechat_lite.nn.blocks import dequantize_blocks, quantize_blocks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,19 +35,31 @@ def test_all_with_the_interpreter() -> None:
 
 
 POINTERS = {
-    **dict.fromkeys(("x", "bias", "result", "weight", "qkv", "keys", "values", "queries"), "*fp16"),
+    **dict.fromkeys(("x", "branch", "bias", "result", "weight"), "*fp16"),
+    **dict.fromkeys(("qkv", "keys", "values", "queries"), "*fp16"),
     **dict.fromkeys(("scales", "rotary", "parts", "sums"), "*fp32"),
     "words": "*i32",
     "length": "*i32",
     "positions": "*i64",
-    "scale": "fp32",
+    **dict.fromkeys(("scale", "alpha", "eps"), "fp32"),
 }
+BITS_4 = {"BITS": 4, "WORDS": 16}
+BITS_8 = {"BITS": 8, "WORDS": 8}
+PLAIN = {"HAS_BIAS": False, "GELU": False}
+WHOLE = {"HAS_BIAS": True, "GELU": True}
 KERNELS = {
-    "_block_linear": [
-        {"HAS_BIAS": True, "BITS": 4, "WORDS": 16, "GROUP": 32, "OUTPUTS": 8},
-        {"HAS_BIAS": False, "BITS": 8, "WORDS": 8, "GROUP": 64, "OUTPUTS": 8},
+    "_linear": [{**WHOLE, "OUTPUTS": 8, "INPUTS": 512}],
+    "_block_row": [
+        {**BITS_4, **WHOLE, "GROUP": 32, "OUTPUTS": 8},
+        {**BITS_8, **PLAIN, "GROUP": 64, "OUTPUTS": 8},
     ],
+    "_block_rows": [
+        {**BITS_4, "GROUP": 4, "OUTPUTS": 32, "ROWS": 16},
+        {**BITS_8, "GROUP": 8, "OUTPUTS": 32, "ROWS": 16},
+    ],
+    "_sum_parts": [{**WHOLE, "SPLITS": 4, "OUTPUTS": 1024}],
     "_dequantize": [{"BITS": 4, "WORDS": 16, "GROUP": 32}, {"BITS": 8, "WORDS": 8, "GROUP": 64}],
+    "_add_norm": [{"SIZE": 4096}],
     "_append": [{"QUARTER": 32, "HALF": 64}],
     "_attend": [{"HEAD": 128, "SIZE": 128, "TOKENS": 32}],
     "_weigh": [{"HEAD": 128, "SIZE": 128, "SPLITS": 16}],
@@ -64,10 +79,10 @@ def test_compiles_without_a_gpu(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from seechat_lite.nn import kernels
+    from seechat_lite.nn import linear_kernels, step_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(kernels, name)
+    kernel = getattr(linear_kernels, name, None) or getattr(step_kernels, name)
     for constants in KERNELS[name]:
         types = {
             argument: "constexpr" if argument in constants else POINTERS.get(argument, "i32")
@@ -93,10 +108,11 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
         (3, 200, 13, 64, False),
         (1, 4200, 9, 128, False),
         (16, 96, 5, 32, True),  # one scale a row
+        (13, 1200, 40, 128, False),
     ],
 )
 def test_blocks(rows: int, inputs: int, outputs: int, block: int, shared: bool, bits: int) -> None:
-    from seechat_lite.nn import kernels
+    from seechat_lite.nn import linear_kernels as kernels
 
     torch.manual_seed(inputs)
     codes, scales = quantize_blocks(torch.randn(outputs, inputs), bits=bits, block_size=block)
@@ -106,9 +122,11 @@ def test_blocks(rows: int, inputs: int, outputs: int, block: int, shared: bool, 
     x, bias = torch.randn(rows, inputs), torch.randn(outputs)
     on = {name: t.to(DEVICE) for name, t in locals().items() if isinstance(t, torch.Tensor)}
     kernels.interleaved(on["codes"], bits=bits)
-    for b in ("bias", "none"):
-        found = kernels.block_linear(on["x"], on["codes"], on["scales"], on.get(b), bits=bits)
+    for b, gelu in (("bias", True), ("none", False)):
+        weights = on["codes"], on["scales"], on.get(b)
+        found = kernels.block_linear(on["x"], *weights, bits=bits, gelu=gelu)
         expected = x @ weight.t() + (bias if b == "bias" else 0)
+        expected = F.gelu(expected, approximate="tanh") if gelu else expected
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=2e-4)
     found = kernels.dequantized(
         on["codes"], on["scales"], bits=bits, inputs=inputs, dtype=torch.float32
@@ -117,9 +135,40 @@ def test_blocks(rows: int, inputs: int, outputs: int, block: int, shared: bool, 
 
 
 @needs_interpreter
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 5), (700, 20)])
+def test_one_row_of_floats(inputs: int, outputs: int) -> None:
+    from seechat_lite.nn import linear_kernels
+
+    torch.manual_seed(inputs)
+    x, weight, bias = torch.randn(1, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    there = [t.to(DEVICE) for t in (x, weight, bias)]
+    found = linear_kernels.linear(*there, gelu=True)
+    expected = F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-4)
+    found = linear_kernels.linear(*there[:2], None)
+    torch.testing.assert_close(found.cpu(), F.linear(x, weight), rtol=1e-5, atol=1e-4)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("rows", "hidden"), [(1, 64), (3, 100)])
+def test_a_sum_and_its_norm(rows: int, hidden: int) -> None:
+    from seechat_lite.nn import decoder, step_kernels
+
+    torch.manual_seed(hidden)
+    norm = torch.nn.LayerNorm(hidden, 1e-3)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    norm, branch, x = norm.requires_grad_(False), *torch.randn(2, rows, hidden)
+    expected = decoder.add_norm(branch, x, norm, alpha=7.5)
+    found = step_kernels.add_norm(branch.to(DEVICE), x.to(DEVICE), norm.to(DEVICE), alpha=7.5)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_interpreter
 @pytest.mark.parametrize(("rows", "heads", "head", "length"), [(1, 3, 16, 0), (3, 2, 24, 45)])
 def test_a_step_of_attention(rows: int, heads: int, head: int, length: int) -> None:
-    from seechat_lite.nn import decoder, kernels
+    from seechat_lite.nn import decoder
+    from seechat_lite.nn import step_kernels as kernels
 
     torch.manual_seed(length)
     capacity, scale = 60, head**-0.5
@@ -144,11 +193,11 @@ def test_a_step_of_attention(rows: int, heads: int, head: int, length: int) -> N
 @needs_interpreter
 @pytest.mark.parametrize("form", ["fp32", "int4", "published"])
 def test_steps_of_the_engine(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the kernels, and on a GPU recorded, steps give the logits that plain torch gives."""
+    """Through the kernels and recorded, steps give the logits that plain torch gives."""
     from reference import data
     from seechat_export.export import export_bundle
-    from seechat_lite.engines import EngineOptions, torch
-    from seechat_lite.nn import kernels, linears
+    from seechat_lite.engines import EngineOptions
+    from seechat_lite.engines.torch import TorchEngine
     from seechat_lite.prompt import Prompt
     from seechat_lite.published import published_manifest
 
@@ -161,25 +210,24 @@ def test_steps_of_the_engine(form: str, tmp_path: Path, monkeypatch: pytest.Monk
         manifest = export_bundle(lm=tiny, out=folder, precision=form, block_size=32)
     lm = manifest.lm
     ids = [40, 41, 42, lm.gmask_id, lm.bos_id]  # few: a long prompt takes the interpreter long
-    runs = []
-    for fused in (False, True):
-        if INTERPRETED:
-            monkeypatch.setattr(kernels, "OUTPUTS", 1024)  # few large programs are faster there
-            monkeypatch.setattr(kernels, "SPLITS", 2)
-            monkeypatch.setattr(torch, "fused", lambda _, fused=fused: fused)
-            monkeypatch.setattr(linears, "fused", lambda _, fused=fused: fused)
-        options = EngineOptions(device=DEVICE if fused else "cpu", dtype="fp32")
-        engine = torch.TorchEngine(folder, manifest, context=60, options=options)
-        engine._records &= not INTERPRETED  # which takes a GPU
-        logits = []
-        for turn in range(1 if INTERPRETED else 2):  # recorded steps serve the next prompt as well
-            logits += [engine.prefill(Prompt(ids[turn:])), engine.step(7)]
-            logits += [*engine.extend([9, 50, 8])]
+
+    def logits(device: str) -> list[np.ndarray]:
+        options = EngineOptions(device=device, dtype="fp32")
+        engine = TorchEngine(folder, manifest, context=60, options=options)
+        found = []
+        for turn in range(2):  # recorded steps serve the next prompt as well
+            found += [engine.prefill(Prompt(ids[turn:])), engine.step(7)]
+            found += [*engine.extend([9, 50, 8])]
             engine.forget(2)
-            logits.append(engine.step(11))
+            found.append(engine.step(11))
             engine.reset()
-        runs.append(logits)
-    np.testing.assert_allclose(runs[1], runs[0], rtol=0, atol=1e-4)
+        assert (engine._recorder is not None) == (device == "cuda")
+        return found
+
+    expected = logits("cpu")
+    with pretend_card(monkeypatch, triton=True) if INTERPRETED else nullcontext():
+        found = logits("cuda")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 def test_without_triton_a_log_line_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,7 +2,7 @@
 
 The key/value cache is one buffer per layer and part, of the context's length. A prompt is one
 forward of known size: its context sees itself both ways without a mask, what follows is causal. A
-step on a GPU is a recorded CUDA graph of Triton kernels (nn.kernels), which reads how many tokens
+step on a GPU is a recorded CUDA graph of Triton kernels (nn.*_kernels), which reads how many tokens
 there are on the device; elsewhere it is plain torch. The embedding table is never loaded: the few
 rows a prompt needs are read from the mapped file.
 """
@@ -205,11 +205,6 @@ class TorchEngine:
         """What reads pictures, where there is something: a graph that none of our networks is the
         same as, such as the built-in model's, is left to ONNX Runtime."""
         chosen, bundle = self._options, (self._path / MANIFEST).is_file()
-        if bundle and chosen.eyes:
-            raise EngineError(
-                f"{self._path}: a bundle, which has its own eyes or none; expected published "
-                "weights where others are given: load it without them, or export it with them"
-            )
         if self._manifest.vision is None:
             return None
         if eyes is None:

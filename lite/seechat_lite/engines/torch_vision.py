@@ -44,6 +44,6 @@ class TorchVision:
         except ImportError as e:
             raise EngineError(
                 f"{e.name} is not installed; pictures need it with the engine 'torch': "
-                "pip install 'seechat-lite[torch]'"
+                'pip install "seechat-lite[torch]"'
             ) from None
         return network.loaded() if self._keep else network

@@ -2,7 +2,8 @@
 
 The network of nn.chatglm with the heads in a bundle's order (see seechat_weights.layout), so that
 the weights of a bundle are used as they lie, and with nothing in it whose size changes from step to
-step. On a GPU, steps run the kernels of nn.kernels; `append` and `attend` are the same in torch.
+step. On a GPU, steps run the kernels of nn.linear_kernels and nn.step_kernels; `add_norm`, `append`
+and `attend` are the latter in torch.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seechat_lite.nn.chatglm import ALPHA
+from seechat_lite.nn.linears import Linear, with_gelu
 from seechat_weights.bundle import LMConfig
 
 
@@ -35,8 +37,9 @@ class Cache:
 
 
 class Place(Protocol):
-    """How new tokens enter the cache and look at it."""
+    """How new tokens go through a layer: between its linears."""
 
+    def add_norm(self, branch: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor: ...
     def append(self, qkv: Tensor, rotary: Tensor, keys: Tensor, values: Tensor) -> Tensor: ...
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor: ...
 
@@ -48,6 +51,9 @@ class TorchPlace:
     positions: Tensor  # int64 [2, rows]
     length: int
     context: int = 0
+
+    def add_norm(self, branch: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return add_norm(branch, x, norm, alpha=ALPHA)
 
     def append(self, qkv: Tensor, rotary: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return append(qkv, rotary, self.positions, self.length, keys, values)
@@ -71,15 +77,20 @@ class KernelPlace:
     positions: Tensor  # int64 [2, rows]
     length: Tensor
 
-    def append(self, qkv: Tensor, rotary: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        from seechat_lite.nn import kernels
+    def add_norm(self, branch: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        from seechat_lite.nn import step_kernels
 
-        return kernels.append(qkv, rotary, self.positions, self.length, keys, values)
+        return step_kernels.add_norm(branch, x, norm, alpha=ALPHA)
+
+    def append(self, qkv: Tensor, rotary: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        from seechat_lite.nn import step_kernels
+
+        return step_kernels.append(qkv, rotary, self.positions, self.length, keys, values)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        from seechat_lite.nn import kernels
+        from seechat_lite.nn import step_kernels
 
-        return kernels.attend(queries, keys, values, self.length, scale=scale)
+        return step_kernels.attend(queries, keys, values, self.length, scale=scale)
 
 
 class Layer(nn.Module):
@@ -92,29 +103,34 @@ class Layer(nn.Module):
         self.input_layernorm = norm()
         self.attention = nn.ModuleDict(
             {
-                "query_key_value": nn.Linear(hidden, 3 * width),
-                "dense": nn.Linear(width, hidden),
+                "query_key_value": Linear(hidden, 3 * width),
+                "dense": Linear(width, hidden),
             }
         )
         self.post_attention_layernorm = norm()
         self.mlp = nn.ModuleDict(
             {
-                "dense_h_to_4h": nn.Linear(hidden, config.inner_size),
-                "dense_4h_to_h": nn.Linear(config.inner_size, hidden),
+                "dense_h_to_4h": Linear(hidden, config.inner_size),
+                "dense_4h_to_h": Linear(config.inner_size, hidden),
             }
         )
 
     def forward(
-        self, x: Tensor, rotary: Tensor, place: Place, keys: Tensor, values: Tensor
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        place: Place,
+        keys: Tensor,
+        values: Tensor,
+        next_norm: nn.LayerNorm,
     ) -> Tensor:
-        x = self.input_layernorm(x)
+        """From this layer's normed input to that of what comes next, whose norm it is."""
         qkv = self.attention["query_key_value"](x).unflatten(-1, self.split)
         queries = place.append(qkv, rotary, keys, values)
         seen = place.attend(queries, keys, values, self.scale).flatten(1)
-        x = torch.add(self.attention["dense"](seen), x, alpha=ALPHA)
-        x = self.post_attention_layernorm(x)
-        wide = F.gelu(self.mlp["dense_h_to_4h"](x), approximate="tanh")
-        return torch.add(self.mlp["dense_4h_to_h"](wide), x, alpha=ALPHA)
+        x = place.add_norm(self.attention["dense"](seen), x, self.post_attention_layernorm)
+        wide = with_gelu(self.mlp["dense_h_to_4h"], x)
+        return place.add_norm(self.mlp["dense_4h_to_h"](wide), x, next_norm)
 
 
 class Decoder(nn.Module):
@@ -125,7 +141,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Layer(config, head) for _ in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary: Tensor
         self.register_buffer("rotary", rotary, persistent=False)
 
@@ -142,12 +158,20 @@ class Decoder(nn.Module):
 
         between_layers: called before every layer; what it raises ends the call.
         """
-        x = embeds
-        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+        norms = [*(layer.input_layernorm for layer in self.layers[1:]), self.final_layernorm]
+        x = self.get_submodule("layers.0.input_layernorm")(embeds)
+        for layer, keys, values, norm in zip(
+            self.layers, cache.keys, cache.values, norms, strict=True
+        ):
             if between_layers:
                 between_layers()
-            x = layer(x, self.rotary, place, keys, values)
-        return self.lm_head(self.final_layernorm(x[-logit_rows:])).float()
+            x = layer(x, self.rotary, place, keys, values, norm)
+        return self.lm_head(x[-logit_rows:]).float()
+
+
+def add_norm(branch: Tensor, x: Tensor, norm: nn.LayerNorm, *, alpha: float) -> Tensor:
+    """The layer norm of branch + alpha * x, both [rows, hidden]."""
+    return norm(torch.add(branch, x, alpha=alpha))
 
 
 def append(

@@ -18,6 +18,18 @@ log = logging.getLogger(__name__)
 CHUNK = 1 << 26  # weights that are numbers at the same time when many rows are multiplied
 
 
+class Linear(nn.Linear):
+    """A linear of floats; a step's one row is multiplied by a kernel, where these run."""
+
+    def forward(self, input: Tensor, *, gelu: bool = False) -> Tensor:
+        if len(input) == 1 and fused(input.device):
+            from seechat_lite.nn import linear_kernels
+
+            return linear_kernels.linear(input.contiguous(), self.weight, self.bias, gelu=gelu)
+        y = super().forward(input)
+        return F.gelu(y, approximate="tanh") if gelu else y
+
+
 class BlockLinear(nn.Module):
     """A linear whose weight stays in blocks of 8 or 4 bits.
 
@@ -35,21 +47,22 @@ class BlockLinear(nn.Module):
         self.scales: Tensor
         self.fused = fused(codes.device)
         if self.fused:
-            from seechat_lite.nn import kernels
+            from seechat_lite.nn import linear_kernels
 
-            codes = kernels.interleaved(codes, bits=bits)
+            codes = linear_kernels.interleaved(codes, bits=bits)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales.expand(codes.shape[:2]))
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         if self.fused:
-            from seechat_lite.nn import kernels
+            from seechat_lite.nn import linear_kernels
 
-            if len(x) <= kernels.FEW:
-                return kernels.block_linear(
-                    x.contiguous(), self.codes, self.scales, self.bias, bits=self.bits
+            if len(x) <= linear_kernels.FEW:
+                weight = self.codes, self.scales, self.bias
+                return linear_kernels.block_linear(
+                    x.contiguous(), *weight, bits=self.bits, gelu=gelu
                 )
         parts = []
         # plain torch makes the weight in float32 first, with copies of its codes
@@ -57,23 +70,31 @@ class BlockLinear(nn.Module):
         for i in range(0, len(self.codes), rows):
             bias = None if self.bias is None else self.bias[i : i + rows]
             parts.append(F.linear(x, self.weight(slice(i, i + rows), x.dtype), bias))
-        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        y = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        return F.gelu(y, approximate="tanh") if gelu else y
 
     def weight(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Rows of the weight, [rows, inputs]."""
         codes, scales = self.codes[rows], self.scales[rows]
         if self.fused:
-            from seechat_lite.nn import kernels
+            from seechat_lite.nn import linear_kernels
 
-            return kernels.dequantized(
+            return linear_kernels.dequantized(
                 codes, scales, bits=self.bits, inputs=self.inputs, dtype=dtype
             )
         return dequantize_blocks(codes, scales, bits=self.bits, inputs=self.inputs).to(dtype)
 
 
+def with_gelu(linear: nn.Module, x: Tensor) -> Tensor:
+    """GELU (tanh) of a linear's output, in the kernel that computes it where there is one."""
+    if isinstance(linear, Linear | BlockLinear):
+        return linear(x, gelu=True)
+    return F.gelu(linear(x), approximate="tanh")
+
+
 @cache
 def fused(device: torch.device) -> bool:
-    """Whether the kernels of nn.kernels run there; a log line says why not on a GPU."""
+    """Whether the Triton kernels run there; a log line says why not on a GPU."""
     if device.type != "cuda":
         return False
     try:

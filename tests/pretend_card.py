@@ -1,0 +1,224 @@
+"""A graphics card that is none: torch takes its tensors for CUDA's, and the CPU computes them.
+
+Where a program forgets to move something, this card refuses as a real one does: tensors of two
+devices in one operation, numpy of a tensor that lies there, a kernel that is handed memory of the
+host, anything in a recorded graph that would have to wait. A recorded graph is a list of what was
+called, and to replay it calls them again on the same memory. It says nothing of speed, and it
+orders everything as one stream would.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+CARD = torch.device("cuda:0")
+MEMORY = 24 << 30
+FREE_TO_MIX = ("copy_", "_to_copy", "to", "index", "index_put_", "_index_put_impl_")
+KERNELS = {"_linear", "_block_row", "_block_rows", "_sum_parts", "_dequantize"}
+KERNELS |= {"_add_norm", "_append", "_attend", "_weigh"}
+WAITS = ("_local_scalar_dense", "nonzero", "item", "equal", "is_nonzero")
+
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]
+
+
+class OnCard(torch.Tensor):
+    """A tensor that says it lies on the card."""
+
+    numbers: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, numbers: torch.Tensor) -> "OnCard":
+        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            numbers.size(),
+            strides=numbers.stride(),
+            storage_offset=numbers.storage_offset(),
+            dtype=numbers.dtype,
+            device="meta",  # torch's own code knows no cards here
+        )
+        made.numbers = numbers
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatched(func, args, kwargs or {})
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return CARD
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OnCard":
+        return OnCard(self.numbers.clone())
+
+
+class Card(TorchDispatchMode):
+    """Sends every operation here, so that what is asked of the card is made there."""
+
+    recording: "Graph | None" = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatched(func, args, kwargs or {})
+
+
+class Graph:
+    """What torch.cuda.CUDAGraph is."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def replay(self) -> None:
+        assert self.calls, "nothing was recorded"
+        for call, args, kwargs, made in self.calls:
+            again = call(*args, **kwargs)
+            for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old is not new:
+                    old.copy_(new)
+
+
+class Kernel:
+    """A kernel of Triton's interpreter, launched on the card."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            for arg in args:
+                if isinstance(arg, torch.Tensor) and not isinstance(arg, OnCard):
+                    raise ValueError(
+                        "Pointer argument cannot be accessed from Triton (cpu tensor?)"
+                    )
+            plain = tree_map(inside, args)
+            record(self.kernel[grid], plain, kwargs, None)
+            with torch._C._DisableTorchDispatch():  # what the interpreter does is no part of it
+                self.kernel[grid](*plain, **kwargs)
+
+        return launch
+
+
+def inside(value: Any) -> Any:
+    return value.numbers if isinstance(value, OnCard) else value
+
+
+def record(call: Any, args: Any, kwargs: Any, made: Any) -> None:
+    if Card.recording is not None:
+        Card.recording.calls.append((call, args, kwargs, made))
+
+
+@torch.inference_mode(False)  # whose tensors torch would not let be views of others
+@torch.no_grad()
+def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    name = func._schema.name.removeprefix("aten::")
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    there = [isinstance(t, OnCard) for t in tensors]
+    wanted = kwargs.get("device")
+    to_card = any(there) if wanted is None else torch.device(wanted).type == "cuda"
+    apart = any(there) and any(t.dim() and not on for t, on in zip(tensors, there, strict=True))
+    if apart and name not in FREE_TO_MIX:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, {name}: "
+            f"{[str(t.device) for t in tensors]}"
+        )
+    if Card.recording is not None and (
+        name in WAITS or (tensors and not all(there) and any(there)) or (any(there) and not to_card)
+    ):
+        raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+    kwargs = dict(kwargs)
+    if wanted is not None:
+        kwargs["device"] = torch.device("cpu")
+    kwargs.pop("pin_memory", None)
+    plain = tree_map(inside, (args, kwargs))
+    made = func(*plain[0], **plain[1])
+    if func._schema.is_mutable:  # returns what was given
+        record(func, *plain, None)
+        return args[0] if isinstance(made, torch.Tensor) else made
+    given = {
+        t.untyped_storage().data_ptr() for t in tree_leaves(plain) if isinstance(t, torch.Tensor)
+    }
+    own = all(
+        t.untyped_storage().data_ptr() not in given
+        for t in tree_leaves(made)
+        if isinstance(t, torch.Tensor)
+    )
+    if wanted is not None and any(there) != to_card and not own:  # it went to the other memory
+        made = tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, made)
+    elif to_card and own:
+        record(func, *plain, made)
+    return tree_map(lambda t: OnCard(t) if to_card and isinstance(t, torch.Tensor) else t, made)
+
+
+class Stream:
+    device = CARD
+
+    def __init__(self, device: Any = None) -> None: ...
+    def wait_stream(self, other: "Stream") -> None: ...
+
+
+@contextmanager
+def recorded(graph: Graph, *unused: Any, **options: Any) -> Iterator[None]:
+    assert Card.recording is None
+    graph.calls.clear()
+    Card.recording = graph
+    try:
+        yield
+    finally:
+        Card.recording = None
+
+
+def few_large_programs(patch: pytest.MonkeyPatch) -> None:
+    """Which Triton's interpreter is faster with."""
+    from seechat_lite.nn import linear_kernels, step_kernels
+
+    patch.setattr(linear_kernels, "OUTPUTS", 1024)
+    patch.setattr(linear_kernels, "OUTPUTS_OF_ROWS", 512)
+    patch.setattr(linear_kernels, "PROGRAMS", 2)
+    patch.setattr(step_kernels, "SPLITS", 2)
+
+
+@contextmanager
+def pretend_card(patch: pytest.MonkeyPatch, *, triton: bool) -> Iterator[None]:
+    """A card, for as long as this lasts; `triton`: its kernels run, by the interpreter."""
+    torch._C._set_only_lift_cpu_tensors(True)
+    for name, value in {
+        "_lazy_init": lambda: None,
+        "is_available": lambda: True,
+        "device": lambda device: nullcontext(),
+        "mem_get_info": lambda device=None: (MEMORY, MEMORY),
+        "set_per_process_memory_fraction": lambda fraction, device=None: None,
+        "empty_cache": lambda: None,
+        "synchronize": lambda device=None: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 0,
+        "max_memory_allocated": lambda: 0,
+        "max_memory_reserved": lambda: 0,
+        "get_device_name": lambda device=None: "Pretended card",
+        "Stream": Stream,
+        "stream": lambda stream: nullcontext(),
+        "current_stream": lambda device=None: Stream(),
+        "graph_pool_handle": lambda: (0, 0),
+        "CUDAGraph": Graph,
+        "graph": recorded,
+    }.items():
+        patch.setattr(torch.cuda, name, value)
+    if triton:
+        from seechat_lite.nn import linear_kernels, step_kernels
+
+        few_large_programs(patch)
+        for module in (linear_kernels, step_kernels):
+            for name in KERNELS & vars(module).keys():
+                patch.setattr(module, name, Kernel(getattr(module, name)))
+    from seechat_lite.engines import torch as engine
+    from seechat_lite.nn import linears
+
+    for module in (engine, linears):
+        patch.setattr(module, "fused", lambda device: triton and device.type == "cuda")
+    try:
+        with Card():
+            yield
+    finally:
+        torch._C._set_only_lift_cpu_tensors(False)

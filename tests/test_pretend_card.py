@@ -1,0 +1,136 @@
+"""The torch engine where a GPU is pretended: nothing is left behind in the wrong memory."""
+
+import json
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pretend_card import CARD, pretend_card
+from reference import data
+from seechat_export.export import export_bundle
+from seechat_lite.engines import EngineOptions
+from seechat_lite.engines.torch import TorchEngine
+from seechat_lite.engines.torch_graphs import Recorder
+from seechat_lite.eyes import EyeFiles
+from seechat_lite.prompt import Prompt
+from seechat_lite.published import published_manifest
+
+ROOT = Path(__file__).resolve().parent.parent
+VISION = data("vision")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is here")
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    with pretend_card(monkeypatch, triton=False):
+        yield CARD
+
+
+def test_the_card_refuses_what_a_real_one_refuses(card: torch.device) -> None:
+    there, here = torch.ones(3, device=card), torch.ones(3)
+    with pytest.raises(RuntimeError, match="same device"):
+        there + here
+    with pytest.raises((RuntimeError, TypeError)):
+        there.numpy()
+    graph = torch.cuda.CUDAGraph()
+    for waits in (lambda: there.cpu(), lambda: there.copy_(here), lambda: there[0].item()):
+        with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(graph):
+            waits()
+    assert (there.cpu() + here).tolist() == [2, 2, 2]
+
+
+def test_a_graph_replays_what_was_recorded(card: torch.device) -> None:
+    x, graph = torch.ones(2, device=card), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = (x * 3).unflatten(0, (1, 2))
+        z = y + 1
+        y.add_(1)
+    x.copy_(torch.tensor([5.0, 7.0]))
+    graph.replay()
+    assert (y.cpu().tolist(), z.cpu().tolist()) == ([[16, 22]], [[16, 22]])
+
+
+def answers(engine: TorchEngine, *, picture: bool) -> list[np.ndarray]:
+    lm = engine._manifest.lm
+    ids, images = [40, *[3] * 20, 41, lm.gmask_id, lm.bos_id], []
+    if picture:
+        vision = engine._manifest.vision
+        assert vision
+        size = vision.pixels.image_size
+        pixels = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
+        images = [(1, engine.encode_image(pixels)[0])]
+    found = [engine.prefill(Prompt(ids, images)), engine.step(7), *engine.extend([9, 50, 8])]
+    engine.reset()
+    found.append(engine.prefill(Prompt(ids, images)))
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("form", ["fp32", "fp16", "int8", "int4", "published", "prefix", "eyes"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_answers_are_those_of_the_cpu(
+    form: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eyes = None
+    tiny = data("chatglm_tiny")
+    folder = data("quantized/int4") if form == "published" else tiny
+    if form == "eyes":
+        eyes = EyeFiles(
+            clip=VISION / "clip_open_clip", projector=VISION / "mm_projector_linear.bin"
+        )
+    if form in ("published", "eyes"):
+        manifest = published_manifest(folder, eyes)
+    else:
+        prefix = tiny / "ptuning_embed_pytorch_model.bin" if form == "prefix" else None
+        folder, precision = tmp_path / "b", "fp32" if form == "prefix" else form
+        manifest = export_bundle(
+            lm=tiny, prefix=prefix, out=folder, precision=precision, block_size=32
+        )
+
+    def run(device: str, dtype: str) -> list[np.ndarray]:
+        options = EngineOptions(device=device, dtype=dtype, eyes=eyes)
+        engine = TorchEngine(folder, manifest, context=60, options=options)
+        return answers(engine, picture=eyes is not None)
+
+    expected = run("cpu", "fp32")
+    with pretend_card(monkeypatch, triton=False):
+        found = run("auto", dtype)
+    bar = {"fp32": 5e-4, "fp16": 0.2}[dtype]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=bar)
+
+
+def test_the_gpu_program_runs_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--out", str(tmp_path)])
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # its code for cards needs a real one
+    with pretend_card(monkeypatch, triton=False):
+        runpy.run_path(str(ROOT / "bench/gpu.py"), run_name="__main__")
+    report = json.loads((tmp_path / "gpu-pretended-card-tiny.json").read_text())
+    assert all(row["ok"] for row in report["correctness"]), report["correctness"]
+    assert all(row["runs"] for row in report["budgets"]), report["budgets"]
+    assert {"fp16", "int8", "int4", "int4 of fp16"} == report["models"].keys()
+    assert not [why for why in report["skipped"].values() if "Error" in why], report["skipped"]
+
+
+def test_steps_are_recorded_with_plain_operations_as_well(card: torch.device) -> None:
+    """The recorder by itself, over a decoder that is one multiplication."""
+
+    class Doubles(torch.nn.Module):
+        final_layernorm = torch.nn.LayerNorm(4)
+
+        def forward(self, x: torch.Tensor, *unused: object, logit_rows: int) -> torch.Tensor:
+            return (x * 2)[-logit_rows:].float()
+
+    from seechat_lite.nn.decoder import Cache
+
+    keys = torch.zeros(1, 8, 4, device=card)
+    recorder = Recorder(Doubles(), Cache([keys], [keys]))  # type: ignore[arg-type]
+    for value in (1.0, 5.0):
+        found = recorder.run(torch.full((2, 4), value), np.zeros((2, 2), np.int64), 3)
+        assert (found == 2 * value).all() and found.shape == (2, 4)
