@@ -60,7 +60,7 @@ class Report:
     turns: list[int] = field(default_factory=list)  # resident memory after each
     peak_memory: int = 0  # resident, mapped files included
     anonymous_memory: int | None = None  # resident without files, between answers; Linux only
-    planned_memory: int | None = None  # not of the torch engine
+    planned_memory: int | None = None  # not of the torch engine, nor of a card's
 
     def roofline(self, context: int) -> float:
         """The share of the memory bandwidth that decoding at `context` reaches, if measured."""
@@ -99,7 +99,7 @@ def measure(
             load=loaded,
             first_token=0.0,
             encode_image=None,
-            planned_memory=plans[0].total if plans else None,
+            planned_memory=plans[0].total if plans and not plans[0].card else None,
         )
         if manifest.vision:
             say("picture")
@@ -120,7 +120,8 @@ def measure(
         say("dialogue")
         report.turns = list(_dialogue(model, turns))
         report.peak_memory, report.anonymous_memory = _memory()
-        bandwidth = Bandwidth(report.threads) if plans else None
+        # of this machine's memory, which the torch engine and cards do not read
+        bandwidth = Bandwidth(report.threads) if plans and not plans[0].card else None
         for length in (n for n in DECODE if n + repeat * STEPS < context):
             say(f"decode {length}")
             report.decode[length] = _decode(model, length, repeat, bandwidth)

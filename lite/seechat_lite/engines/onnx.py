@@ -225,9 +225,9 @@ class OnnxEngine:
         total = self._length + len(embeds)
         cos, sin = rotary_rows(self._rotary, positions, self._head // 2)
         feeds = {
-            "inputs_embeds": embeds[None].astype(self._dtype),
-            "rotary_cos": cos.astype(self._dtype),
-            "rotary_sin": sin.astype(self._dtype),
+            "inputs_embeds": embeds[None].astype(self._dtype, copy=False),
+            "rotary_cos": cos.astype(self._dtype, copy=False),
+            "rotary_sin": sin.astype(self._dtype, copy=False),
             "last_index": np.array([total - 1], np.int32),
             "total_length": np.array(total, np.int32),
             "bidirectional": np.array(bidirectional),
