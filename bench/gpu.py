@@ -407,6 +407,14 @@ class Bench:
                 "tokens/s": 1 / seconds,
                 "share": read / seconds / 1e9 / card["GB/s"],
             }
+        together = 1 + LONGEST  # a token and as many as are ever guessed
+
+        def extend() -> None:
+            engine.extend([5] * together)
+            engine.forget(together)
+
+        engine.prefill(self.prompt(shape.decodes[0]))
+        found["tokens at once"] = {together: self.median(extend)}
         if self.eyes is not None:
             prompt = self.prompt(shape.question)
 
@@ -723,8 +731,9 @@ def table(report: dict[str, Any], shape: Shape) -> str:
         + " | ".join(f"prefill {n}, tokens/s (share)" for n in shape.prefills)
         + " | "
         + " | ".join(f"decode at {n}, tokens/s (share)" for n in shape.decodes)
-        + " | first token, ms | peak GB (at most) | eager loop, tokens/s |",
-        "|---" * (len(shape.prefills) + len(shape.decodes) + 4) + "|",
+        + f" | {1 + LONGEST} tokens at once, steps | first token, ms | peak GB (at most) "
+        "| eager loop, tokens/s |",
+        "|---" * (len(shape.prefills) + len(shape.decodes) + 5) + "|",
     ]
     for form, found in report["models"].items():
         cells = [
@@ -732,6 +741,8 @@ def table(report: dict[str, Any], shape: Shape) -> str:
             for part in ("prefill", "decode")
             for row in found[part].values()
         ]
+        step = found["decode"][shape.decodes[0]]["seconds"]
+        cells += [f"{seconds / step:.1f}" for seconds in found["tokens at once"].values()]
         first = found.get("first token seconds")
         peak = found.get("peak bytes")
         eager = found.get("eager loop")
