@@ -96,7 +96,6 @@ FORMS = {
     "bitsandbytes nf4": ("fp16", "nf4", 5.5),
 }
 BLOCK = 128
-TURNS = 50
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,7 @@ class Shape:
     decodes: tuple[int, ...]
     question: int  # tokens of a question with a picture
     copied: int  # bytes that are copied to know the bandwidth
+    turns: int  # over which memory must not grow
     side: int  # of the square matrices whose product tells the card's rate
     eyes: dict[str, VisionConfig]  # the first goes with the language model
 
@@ -121,6 +121,7 @@ SHAPES = {
         (32, 512, 1920),
         300,
         1 << 30,
+        50,
         8192,
         {
             "CLIP ViT-L/14, linear": PUBLISHED_VISION["clip"],
@@ -134,6 +135,7 @@ SHAPES = {
         (8, 40),
         30,
         1 << 22,
+        6,
         256,
         {
             "CLIP, linear": VisionConfig(
@@ -436,7 +438,7 @@ class Bench:
     def turns(self, engine: TorchEngine) -> dict[str, int]:
         """Bytes that torch holds after the fifth and after the last of many turns."""
         held = []
-        for turn in range(TURNS):
+        for turn in range(self.shape.turns):
             if self.eyes is not None:
                 self.look(engine)
             engine.prefill(self.prompt(16 + 17 * turn % (self.shape.context // 2)))
@@ -444,7 +446,7 @@ class Bench:
                 engine.step(5)
             engine.reset()
             held.append(torch.cuda.memory_allocated())
-        return {"after 5": held[4], f"after {TURNS}": held[-1]}
+        return {"after 5": held[4], f"after {len(held)}": held[-1]}
 
     @torch.inference_mode()
     def eager(self, engine: TorchEngine) -> dict[str, Any]:

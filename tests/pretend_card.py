@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 CARD = torch.device("cuda:0")
 MEMORY = 24 << 30
@@ -75,8 +74,8 @@ class Graph:
         assert self.calls, "nothing was recorded"
         for call, args, kwargs, made in self.calls:
             again = call(*args, **kwargs)
-            for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
-                if isinstance(old, torch.Tensor) and old is not new:
+            if made is not None:  # else what was given was changed
+                for old, new in zip(tensors(made), tensors(again), strict=True):
                     old.copy_(new)
 
 
@@ -93,12 +92,34 @@ class Kernel:
                     raise ValueError(
                         "Pointer argument cannot be accessed from Triton (cpu tensor?)"
                     )
-            plain = tree_map(inside, args)
+            plain = mapped(inside, args)
             record(self.kernel[grid], plain, kwargs, None)
             with torch._C._DisableTorchDispatch():  # what the interpreter does is no part of it
                 self.kernel[grid](*plain, **kwargs)
 
         return launch
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """Those in arguments or results."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [t for v in value for t in tensors(v)]
+
+
+def mapped(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Arguments or results with other tensors."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {k: mapped(change, v) for k, v in value.items()}
+    if type(value) not in (list, tuple):
+        return value
+    return type(value)(mapped(change, v) for v in value)
 
 
 def inside(value: Any) -> Any:
@@ -114,42 +135,36 @@ def record(call: Any, args: Any, kwargs: Any, made: Any) -> None:
 @torch.no_grad()
 def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name.removeprefix("aten::")
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    there = [isinstance(t, OnCard) for t in tensors]
+    given = tensors((args, kwargs))
+    there = [isinstance(t, OnCard) for t in given]
     wanted = kwargs.get("device")
     to_card = any(there) if wanted is None else torch.device(wanted).type == "cuda"
-    apart = any(there) and any(t.dim() and not on for t, on in zip(tensors, there, strict=True))
+    apart = any(there) and any(t.dim() and not on for t, on in zip(given, there, strict=True))
     if apart and name not in FREE_TO_MIX:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, {name}: "
-            f"{[str(t.device) for t in tensors]}"
+            f"{[str(t.device) for t in given]}"
         )
     if Card.recording is not None and (
-        name in WAITS or (tensors and not all(there) and any(there)) or (any(there) and not to_card)
+        name in WAITS or (given and not all(there) and any(there)) or (any(there) and not to_card)
     ):
         raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
     kwargs = dict(kwargs)
     if wanted is not None:
         kwargs["device"] = torch.device("cpu")
     kwargs.pop("pin_memory", None)
-    plain = tree_map(inside, (args, kwargs))
-    made = func(*plain[0], **plain[1])
+    plain, named = mapped(inside, args), mapped(inside, kwargs)
+    made = func(*plain, **named)
     if func._schema.is_mutable:  # returns what was given
-        record(func, *plain, None)
+        record(func, plain, named, None)
         return args[0] if isinstance(made, torch.Tensor) else made
-    given = {
-        t.untyped_storage().data_ptr() for t in tree_leaves(plain) if isinstance(t, torch.Tensor)
-    }
-    own = all(
-        t.untyped_storage().data_ptr() not in given
-        for t in tree_leaves(made)
-        if isinstance(t, torch.Tensor)
-    )
+    memory = {t.untyped_storage().data_ptr() for t in tensors((plain, named))}
+    own = all(t.untyped_storage().data_ptr() not in memory for t in tensors(made))
     if wanted is not None and any(there) != to_card and not own:  # it went to the other memory
-        made = tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, made)
+        made = mapped(torch.clone, made)
     elif to_card and own:
-        record(func, *plain, made)
-    return tree_map(lambda t: OnCard(t) if to_card and isinstance(t, torch.Tensor) else t, made)
+        record(func, plain, named, made)
+    return mapped(OnCard, made) if to_card else made
 
 
 class Stream:
