@@ -4,15 +4,16 @@
     python bench/gpu.py --tiny       # the same code at a tiny size, also without a GPU
 
 Needs torch and numpy; with triton (comes with torch on Linux) the engine's kernels run, with
-transformers the vision network, with bitsandbytes its precisions, with onnxruntime the built-in
-bundle through both engines. What is missing is said and left out. Weights are random, made on the
-device; no network, no downloads. First, every precision is held to the CPU on the small models in
+transformers the vision network, with bitsandbytes its precisions, with onnxruntime the default
+engine, on CUDA if it is onnxruntime-gpu. What is missing is said and left out. Weights are random;
+no network, no downloads. First, every precision is held to the CPU on the small models in
 tests/data; then ChatGLM-6B's full shape is timed. Times are medians and include what a caller waits
 for: embeddings going in, logits coming back. Shares are of rates measured on the same card: of the
 copy bandwidth (a step reads all weights and the cache once), of the fp16 matrix product.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import platform
@@ -42,6 +43,7 @@ for name in ("sentencepiece", "psutil"):  # imported by what is imported here, a
         print(f"{name} is not installed: not needed here", file=sys.stderr)
         sys.modules[name] = ModuleType(name)
 
+from seechat_lite.engines import Engine, create  # noqa: E402
 from seechat_lite.engines.base import EngineOptions  # noqa: E402
 from seechat_lite.engines.torch import TorchEngine  # noqa: E402
 from seechat_lite.engines.torch_vision import TorchVision  # noqa: E402
@@ -183,7 +185,7 @@ def main() -> None:
             found = bench.tried(form, lambda form=form: bench.model(form, card))
             if found:
                 report["models"][form] = found
-    report["load"] = bench.tried("load", bench.load) or {}
+    report["bundle"] = bench.tried("a bundle", lambda: bench.bundle(card)) or {}
     report["budgets"] = list(bench.budgets())
     report["seconds"] = round(time.perf_counter() - start)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -291,39 +293,77 @@ class Bench:
         return {"error": max(errors), "same token": sum(same) / len(same)}
 
     def both_engines(self) -> Iterator[dict[str, Any]]:
-        """The built-in bundle through ONNX Runtime and through torch."""
+        """Bundles through ONNX Runtime and through torch, against torch on the CPU."""
+        for name, folder in self.small_bundles():
+            manifest = read_manifest(folder)
+            lm = manifest.lm
+            ids = [*range(20, 60), lm.gmask_id, lm.bos_id]
+
+            def run(
+                engine: str,
+                device: str,
+                dtype: str | None,
+                folder: Path = folder,
+                manifest: Manifest = manifest,
+                ids: list[int] = ids,
+            ) -> np.ndarray:
+                options = EngineOptions(device=device, dtype=dtype)
+                return answers(create(engine, folder, manifest, context=100, options=options), ids)
+
+            expected = run("torch", "cpu", "fp32")
+            runs: list[tuple[str, str, str | None]] = [("torch", self.device.type, "fp32")]
+            if find_spec("onnxruntime"):
+                runs.append(("onnx", "cpu", None))
+            if self.onnx_device() == "cuda":
+                runs += [("onnx", "cuda", None), ("onnx", "cuda", "fp32")]
+            for engine, device, dtype in runs:
+                found = run(engine, device, dtype)
+                error = float(np.abs(found - expected).max() / expected.std())
+                yield {
+                    "what": f"{name}, {engine} on {device} {dtype or ''}".strip(),
+                    "error": error,
+                    "bar": 0.2,  # of a deviation: integer products round what they multiply
+                    "same token": float((found.argmax(-1) == expected.argmax(-1)).mean()),
+                    "ok": error <= 0.2,
+                }
+
+    def small_bundles(self) -> Iterator[tuple[str, Path]]:
+        """Names and folders."""
+        yield "built-in bundle", BUILTIN
+        shape = replace(FULL, hidden_size=512, num_heads=4, inner_size=2048, num_layers=2)
+        for precision in ("fp16", "int8", "int4"):
+            with self.synthetic(shape, precision) as folder:
+                if folder:
+                    yield f"{precision} bundle", folder
+
+    @contextlib.contextmanager
+    def synthetic(self, shape: LMConfig, precision: str) -> Iterator[Path | None]:
+        """A folder with a bundle of random weights; None where what writes it is missing."""
+        if missing := [name for name in ("onnx_ir", "safetensors") if not find_spec(name)]:
+            self.skipped["bundles of random weights"] = f"{missing[0]} is not installed"
+            yield None
+            return
+        from seechat_export.synthetic import write_synthetic_bundle
+
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "bundle"
+            layers = shape.num_layers
+            write_synthetic_bundle(folder, precision=precision, layers=layers, shape=shape)
+            yield folder
+
+    def onnx_device(self) -> str | None:
+        """Where ONNX Runtime is measured: beside the torch engine, or nowhere."""
         if not find_spec("onnxruntime"):
             self.skipped["onnxruntime"] = "it is not installed"
-            return
+            return None
+        if not self.on_gpu:
+            return "cpu"
         import onnxruntime as ort
 
-        from seechat_lite.engines import create
-
-        manifest = read_manifest(BUILTIN)
-        lm = manifest.lm
-        ids = [*range(20, 60), lm.gmask_id, lm.bos_id]
-
-        def run(engine: str, device: str) -> np.ndarray:
-            options = EngineOptions(device=device, dtype="fp32" if engine == "torch" else None)
-            opened = create(engine, BUILTIN, manifest, context=100, options=options)
-            return answers(opened, ids)
-
-        expected = run("torch", "cpu")
-        runs = [("torch", self.device.type), ("onnx", "cpu")]
         if "CUDAExecutionProvider" in ort.get_available_providers():
-            runs.append(("onnx", "cuda"))
-        else:
-            self.skipped["onnxruntime on CUDA"] = "this ONNX Runtime has no CUDA provider"
-        for engine, device in runs:
-            found = run(engine, device)
-            error = float(np.abs(found - expected).max())
-            yield {
-                "what": f"built-in bundle, {engine} on {device}",
-                "error": error,
-                "bar": 0.5,  # ONNX Runtime's integer products round what they multiply
-                "same token": float((found.argmax(-1) == expected.argmax(-1)).mean()),
-                "ok": error <= 0.5,
-            }
+            return "cuda"
+        self.skipped["onnxruntime on CUDA"] = "this ONNX Runtime has no CUDA provider"
+        return None
 
     def card(self) -> dict[str, float]:
         """Copy bandwidth, bytes read and written in GB/s, and the matrix product in TFLOP/s."""
@@ -380,35 +420,14 @@ class Bench:
     def model(self, form: str, card: dict[str, float]) -> dict[str, Any]:
         """All figures of one precision."""
         self.clean()
-        shape, config = self.shape, self.shape.config
+        shape = self.shape
         start = time.perf_counter()
         engine = self.open(form)
         made = time.perf_counter() - start
-        numbers = sum(
-            np.prod(i.shape)
-            for i in decoder_layout(config, PRECISIONS["fp16"], 0)
-            if len(i.shape) > 1
-        )
         stored = parameter_bytes(engine._opened())
         found: dict[str, Any] = {"made seconds": made, "weights bytes": stored}
-        found["prefill"], found["decode"] = {}, {}
-        for tokens in shape.prefills:
-            seconds = self.median(lambda n=tokens: engine.prefill(self.prompt(n)))
-            work = 2 * (numbers - config.vocab_size * config.hidden_size) * tokens
-            found["prefill"][tokens] = {
-                "seconds": seconds,
-                "tokens/s": tokens / seconds,
-                "share": work / seconds / 1e12 / card["TFLOP/s"],
-            }
-        for tokens in shape.decodes:
-            engine.prefill(self.prompt(tokens))
-            seconds = self.median(lambda: engine.step(5), runs=16)
-            read = stored + tokens * cache_bytes(config) * self.dtype.itemsize / 2
-            found["decode"][tokens] = {
-                "seconds": seconds,
-                "tokens/s": 1 / seconds,
-                "share": read / seconds / 1e9 / card["GB/s"],
-            }
+        found |= self.speeds(engine, stored, card)
+
         together = 1 + LONGEST  # a token and as many as are ever guessed
 
         def extend() -> None:
@@ -433,6 +452,34 @@ class Bench:
         if form == "fp16" or form.startswith("bitsandbytes"):
             found["eager loop"] = self.eager(engine)
         engine.close()
+        return found
+
+    def speeds(self, engine: Engine, stored: int, card: dict[str, float]) -> dict[str, Any]:
+        """Of prompts and steps; stored: bytes that a step reads of the weights."""
+        config = self.shape.config
+        numbers = sum(
+            np.prod(i.shape)
+            for i in decoder_layout(config, PRECISIONS["fp16"], 0)
+            if len(i.shape) > 1
+        )
+        found: dict[str, Any] = {"prefill": {}, "decode": {}}
+        for tokens in self.shape.prefills:
+            seconds = self.median(lambda n=tokens: engine.prefill(self.prompt(n)))
+            work = 2 * (numbers - config.vocab_size * config.hidden_size) * tokens
+            found["prefill"][tokens] = {
+                "seconds": seconds,
+                "tokens/s": tokens / seconds,
+                "share": work / seconds / 1e12 / card["TFLOP/s"],
+            }
+        for tokens in self.shape.decodes:
+            engine.prefill(self.prompt(tokens))
+            seconds = self.median(lambda: engine.step(5), runs=16)
+            read = stored + tokens * cache_bytes(config) * self.dtype.itemsize / 2
+            found["decode"][tokens] = {
+                "seconds": seconds,
+                "tokens/s": 1 / seconds,
+                "share": read / seconds / 1e9 / card["GB/s"],
+            }
         return found
 
     def turns(self, engine: TorchEngine) -> dict[str, int]:
@@ -467,30 +514,30 @@ class Bench:
         found = {"prefill seconds": self.median(prefill), "tokens": tokens}
         return {**found, "decode seconds": self.median(step, runs=16)}
 
-    def load(self) -> dict[str, Any]:
-        """Seconds from an int4 bundle's files, which the system has in memory, to the device."""
-        self.clean()
-        config, precision = self.shape.config, PRECISIONS["int4"]
-        rng = np.random.default_rng(0)
-        with tempfile.TemporaryDirectory() as folder:
-            items = decoder_layout(config, precision, BLOCK)
-            manifest = manifest_of(config, "int4")
-            with (Path(folder) / "decoder.onnx.data").open("wb") as f:
-                for stored in (s for item in items for s in item.stored):
-                    f.seek(stored.offset)
-                    scale = np.full(stored.shape, 1e-3, np.float32)
-                    f.write(rng.bytes(stored.nbytes) if stored.dtype == "uint8" else scale.data)
-            (Path(folder) / "seechat.json").write_text(manifest.to_json())
-            start = time.perf_counter()
-            options = EngineOptions(device=self.device.type)
-            engine = TorchEngine(
-                Path(folder), manifest, context=self.shape.context, options=options
-            )
-            if self.on_gpu:
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-            engine.close()
-        return {"int4 seconds": seconds, "bytes": items[-1].stored[-1].end}
+    def bundle(self, card: dict[str, float]) -> dict[str, Any]:
+        """An int4 bundle's files, which the system has in memory: seconds to load them with each
+        engine; ONNX Runtime's speeds, and what it takes of the card."""
+        found: dict[str, Any] = {}
+        with self.synthetic(self.shape.config, "int4") as folder:
+            devices = {"torch": self.device.type, "onnx": self.onnx_device()}
+            for name, device in devices.items():
+                if not folder or not device:
+                    continue
+                self.clean()
+                free = torch.cuda.mem_get_info()[0] if self.on_gpu else 0
+                manifest, options = read_manifest(folder), EngineOptions(device=device)
+                start = time.perf_counter()
+                engine = create(name, folder, manifest, context=self.shape.context, options=options)
+                self.wait()
+                found[name] = {"load seconds": time.perf_counter() - start}
+                if name == "onnx":
+                    stored = (folder / f"{manifest.decoder.graph}.data").stat().st_size
+                    found[name] |= self.speeds(engine, stored, card)
+                    engine.prefill(self.prompt(self.shape.context - 8))
+                    if self.on_gpu:
+                        found[name]["bytes"] = free - torch.cuda.mem_get_info()[0]
+                engine.close()
+        return found
 
     def budgets(self) -> Iterator[dict[str, Any]]:
         """Does it run with so much of the card's memory?"""
@@ -670,9 +717,10 @@ def plain(linear: nn.Module, x: Tensor) -> Tensor:
 
 
 def answers(engine: Any, ids: list[int]) -> np.ndarray:
-    """Logits of a prompt, a step, and as many tokens at once as are ever guessed, [15, vocab]."""
+    """Logits of a prompt, of steps, and of as many tokens at once as are ever guessed."""
     together = list(range(20, 21 + LONGEST))
-    found = [engine.prefill(Prompt(ids)), engine.step(7), *engine.extend(together)]
+    steps = (engine.step(token) for token in (7, 9, 50, 8))  # ONNX Runtime records the third
+    found = [engine.prefill(Prompt(ids)), *steps, *engine.extend(together)]
     engine.close()
     return np.stack(found)
 
@@ -737,19 +785,24 @@ def table(report: dict[str, Any], shape: Shape) -> str:
         "| eager loop, tokens/s |",
         "|---" * (len(shape.prefills) + len(shape.decodes) + 5) + "|",
     ]
-    for form, found in report["models"].items():
+    rows = dict(report["models"])
+    if "onnx" in report["bundle"]:
+        rows["int4, ONNX Runtime"] = report["bundle"]["onnx"]
+    for form, found in rows.items():
         cells = [
             f"{row['tokens/s']:.0f} ({row['share']:.0%})"
             for part in ("prefill", "decode")
             for row in found[part].values()
         ]
         step = found["decode"][shape.decodes[0]]["seconds"]
-        cells += [f"{seconds / step:.1f}" for seconds in found["tokens at once"].values()]
+        together = found.get("tokens at once", {}).values()
+        cells.append(" ".join(f"{seconds / step:.1f}" for seconds in together) or "–")
         first = found.get("first token seconds")
-        peak = found.get("peak bytes")
+        peak = found.get("peak bytes", found.get("bytes"))
+        limit = f" ({FORMS[form][2]})" if form in FORMS else ""
         eager = found.get("eager loop")
         cells.append(f"{first * 1e3:.1f}" if first else "–")
-        cells.append(f"{peak / 1e9:.2f} ({FORMS[form][2]})" if peak else "–")
+        cells.append(f"{peak / 1e9:.2f}{limit}" if peak else "–")
         cells.append(f"{1 / eager['decode seconds']:.1f}" if eager else "–")
         lines.append(f"| {form} | " + " | ".join(cells) + " |")
     for name, row in report["vision"].items():
@@ -759,8 +812,8 @@ def table(report: dict[str, Any], shape: Shape) -> str:
             f"{row['first seconds']:.2f} s, {row['bytes'] / 1e9:.2f} GB held; with nothing held "
             f"{row['released seconds'] * 1e3:.0f} ms.",
         ]
-    if load := report["load"]:
-        lines += ["", f"int4 from files in memory: {load['int4 seconds']:.1f} s."]
+    for name, row in report["bundle"].items():
+        lines += ["", f"int4 from files in memory, {name}: {row['load seconds']:.1f} s."]
     for row in report["budgets"]:
         how = f"{row['peak bytes'] / 1e9:.2f} GB" if row["runs"] else row["error"]
         lines.append(f"Budget {row['GB']} GB, {row['form']}, context {row['context']}: {how}.")
