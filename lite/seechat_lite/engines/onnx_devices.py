@@ -127,7 +127,7 @@ def open_session(
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot start {device.provider}: a library or driver, "
             "named above, is missing or another version; expected NVIDIA's driver and what "
-            "pip install 'onnxruntime-gpu[cuda,cudnn]' brings"
+            'pip install "onnxruntime-gpu[cuda,cudnn]" brings'
         )
     found = {v.name: v.shape for v in [*session.get_inputs(), *session.get_outputs()]}
     for name, shape in expected.items():
