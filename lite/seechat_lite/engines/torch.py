@@ -33,7 +33,13 @@ from seechat_lite.engines.torch_weights import CheckpointSource, Source, build, 
 from seechat_lite.errors import EngineError, MemoryPlanError
 from seechat_lite.eyes import EyeFiles, Eyes, bundle_eyes
 from seechat_lite.memory import available_memory, human
-from seechat_lite.nn.decoder import Cache, Decoder, KernelPlace, TorchPlace
+from seechat_lite.nn.decoder import (
+    Cache,
+    Decoder,
+    KernelPlace,
+    PromptKernelPlace,
+    TorchPlace,
+)
 from seechat_lite.nn.linears import QUANTIZATIONS, fused
 from seechat_lite.prompt import Prompt
 from seechat_weights.bundle import MANIFEST, Manifest
@@ -140,11 +146,12 @@ class TorchEngine:
         )
         with self._memory_planned():
             self._begin()
-            place = TorchPlace(
-                torch.from_numpy(positions).to(self._device), self._length, context=split
-            )
+            at = torch.from_numpy(np.ascontiguousarray(positions)).to(self._device)
+            place = TorchPlace(at, self._length, context=split)
+            if self._fused:
+                place = PromptKernelPlace(at, self._length_there(), place)
             logits = self._opened()(
-                self._on_device(embeds),
+                torch.from_numpy(embeds).to(self._dtype).to(self._device),
                 place,
                 self._cache,
                 between_layers=self._raise_if_cancelled,
@@ -232,8 +239,8 @@ class TorchEngine:
         if self._cancelled:
             raise Cancelled
 
-    def _on_device(self, embeds: np.ndarray) -> Tensor:
-        return torch.from_numpy(embeds).to(self._dtype).to(self._device)
+    def _length_there(self) -> Tensor:
+        return torch.tensor([self._length], dtype=torch.int32, device=self._device)
 
     def _begin(self) -> None:
         """An empty cache, but for the prefix."""
@@ -257,8 +264,7 @@ class TorchEngine:
         at = torch.from_numpy(positions).to(self._device)
         place = TorchPlace(at, self._length)
         if self._fused:
-            length = torch.tensor([self._length], dtype=torch.int32, device=self._device)
-            place = KernelPlace(at, length)
+            place = KernelPlace(at, self._length_there())
         return self._opened()(
             embeds.to(self._dtype).to(self._device),
             place,

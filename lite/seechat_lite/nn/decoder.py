@@ -93,6 +93,16 @@ class KernelPlace:
         return step_kernels.attend(queries, keys, values, self.length, scale=scale)
 
 
+@dataclass(frozen=True)
+class PromptKernelPlace(KernelPlace):
+    """The same for a prompt, but that it attends in torch, which is made for many rows."""
+
+    prompt: TorchPlace
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        return self.prompt.attend(queries, keys, values, scale)
+
+
 class Layer(nn.Module):
     def __init__(self, config: LMConfig, head: int) -> None:
         super().__init__()
