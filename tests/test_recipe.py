@@ -77,6 +77,25 @@ def test_training_ids_are_the_runtimes_own(author) -> None:
     assert sample.ids[sample.context] == tokenizer.bos_id
 
 
+def test_a_category_is_told_with_the_name_of_the_thing(author) -> None:
+    thing = scene(author, "one").things[0]
+    concept = author.concepts[thing.concept]
+    for lang, category in (("zh", concept.category.zh), ("en", concept.category.en)):
+        answer = author.say_category(thing, lang)
+        assert concept.name(lang) in answer and answer.rstrip("。.").endswith(category)
+
+
+@pytest.mark.parametrize(("kind", "pictures"), [("about", 1), ("two_pictures", 2)])
+def test_samples_of_one_kind_hold_their_pictures(author, kind: str, pictures: int) -> None:
+    from batches import Sampler
+
+    shown = [scene(author, "one") for _ in range(5)]
+    sampler = Sampler(author, Tokenizer(BUILTIN / "ice_text.model"), shown)
+    batch = next(sampler.batches(4, pool=3, make=getattr(sampler, kind)))
+    assert batch.rows.tolist() == [row for row in range(4) for _ in range(pictures)]
+    assert (batch.starts < batch.context[batch.rows]).all()
+
+
 def test_training_positions_are_the_runtimes_own() -> None:
     from batches import positions
 

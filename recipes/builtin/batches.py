@@ -1,6 +1,6 @@
 """Dialogues to training batches, written exactly as the runtime writes its prompts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,14 +113,7 @@ class Sampler:
         turns = 1 if roll < 0.72 else int(rng.integers(2, 4))
         kind = rng.random()
         if kind < 0.07:
-            numbers = [self.pick_single(), self.pick_single()]
-            if rng.random() < 0.1:
-                numbers[1] = numbers[0]
-            one, two = (self.pictures[i] for i in numbers)
-            rounds = author.two_pictures(one, two)
-            if max(i for r in rounds for i in r.pictures) == 0:
-                numbers = numbers[:1]
-            return encode(self.tokenizer, rounds, numbers)
+            return self.two_pictures()
         if kind < 0.13:
             number = int(author.choose(self.others))
         elif kind < 0.70:
@@ -130,9 +123,30 @@ class Sampler:
         rounds = author.one_picture(self.pictures[number], turns=turns)
         return encode(self.tokenizer, rounds, [number])
 
-    def batches(self, size: int, pool: int = 12) -> Iterator[Batch]:
+    def two_pictures(self) -> Sample:
+        """A dialogue about two pictures of one thing each."""
+        numbers = [self.pick_single(), self.pick_single()]
+        if self.author.chance(0.1):
+            numbers[1] = numbers[0]
+        rounds = self.author.two_pictures(*(self.pictures[i] for i in numbers))
+        return encode(self.tokenizer, rounds, numbers)
+
+    def about(self) -> Sample:
+        """A picture of one thing, asked at once for its category, a trait, its colour.
+
+        Or for its name, so that "what is this" does not get the answer to "what category".
+        """
+        author, number = self.author, self.pick_single()
+        lang, thing = author.language(), self.pictures[number].things[0]
+        ask = author.naming if author.chance(0.35) else author.about
+        return encode(self.tokenizer, [Round(*ask(thing, lang), (0,))], [number])
+
+    def batches(
+        self, size: int, pool: int = 12, make: Callable[[], Sample] | None = None
+    ) -> Iterator[Batch]:
         """Sort a pool of samples by length, so that little of a batch is padding."""
+        make = make or self.sample
         while True:
-            samples = sorted((self.sample() for _ in range(size * pool)), key=lambda s: len(s.ids))
+            samples = sorted((make() for _ in range(size * pool)), key=lambda s: len(s.ids))
             for i in self.author.rng.permutation(pool):
                 yield collate(samples[i * size : (i + 1) * size], self.tokenizer.pad_id)

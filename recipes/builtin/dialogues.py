@@ -174,8 +174,8 @@ class Author:
     def say_category(self, thing: Thing | Concept, lang: str) -> str:
         concept = thing if isinstance(thing, Concept) else self.concepts[thing.concept]
         if lang == "zh":
-            return f"它属于{concept.category.zh}。"
-        return f"Its category is {concept.category.en}."
+            return f"{concept.zh}属于{concept.category.zh}。"
+        return f"It is {noun(concept.en)}, category {concept.category.en}."
 
     def say_count(self, number: int, lang: str) -> str:
         if lang == "zh":
@@ -192,16 +192,26 @@ class Author:
     # --- single rounds: question and answer about one thing
 
     def pick_trait(self, concept: Concept) -> str:
-        """A trait worth asking about: true ones as often as false ones."""
+        """A trait worth asking about, a true one in a third of the cases.
+
+        More, and a thing is learned to deserve a yes whatever is asked of it.
+        """
         possible = [t for t in TRAITS if t not in concept.unasked]
         true = [t for t in possible if t in concept.traits]
         common = [t for t in ("animal", "food", "fly", "plant") if t in possible]
         roll = self.rng.random()
-        if true and roll < 0.5:
+        if true and roll < 0.35:
             return self.choose(true)
-        return self.choose(common if roll < 0.75 and common else possible)
+        return self.choose(common if roll < 0.8 and common else possible)
 
-    def about(self, thing: Thing, lang: str, *, follow_up: bool = False) -> tuple[str, str]:
+    def naming(self, thing: Thing, lang: str) -> tuple[str, str]:
+        """Ask for a thing's name, in half of the cases as plainly as people mostly do."""
+        if self.chance(0.5):
+            return self.ask("name", lang), self.say_name(thing, lang)
+        plain = [line for line in self.wordings["name", lang] if "[" not in line]
+        return self.dress(self.choose(plain), lang), self.say_name(thing, lang)
+
+    def about(self, thing: Thing, lang: str) -> tuple[str, str]:
         """Ask about a thing's category, traits, colour or its name in the other language."""
         concept = self.concepts[thing.concept]
         roll = self.rng.random()
@@ -374,7 +384,7 @@ class Author:
             elif scene and focus is not None and self.chance(0.15):
                 question, answer = self.else_after(rounds, picture, focus, lang)
             elif focus is not None and (not scene or self.chance(0.8)):
-                question, answer = self.about(focus, lang, follow_up=True)
+                question, answer = self.about(focus, lang)
             else:
                 question, answer, new = first(picture, lang)
                 focus = new or focus
@@ -460,7 +470,7 @@ class Author:
                 return rounds
         if len(rounds) == 2 or self.chance(0.35):
             if focus is not None and self.chance(0.3):
-                rounds.append(Round(*self.about(focus, lang, follow_up=True)))
+                rounds.append(Round(*self.about(focus, lang)))
             else:
                 rounds.append(Round(*question()[:2]))
         return rounds

@@ -12,17 +12,19 @@ Stages, each of which leaves its result in the work folder:
 4. alignment    the bridge alone: what a region shows must be readable from its embedding
 5. instruction  bridge and language model together, on dialogues about pictures
 6. places       where things are, on scenes mixed anew for every question (see places.py)
-7. export       a Hugging-Face-style folder and the shipped bundle
+7. settling     categories, traits and pairs of pictures, in runs whose weights are averaged
+8. export       a Hugging-Face-style folder and the shipped bundle
 """
 
 import argparse
+import copy
 import json
 import math
 import os
 import pickle
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,10 @@ from seechat_lite.nn.chatglm import ChatGLM, prefix_mask
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle import LMConfig
+
+# Settling, in two rounds: how much of the weights it began with a round keeps, and its runs, each
+# from there: share of the rate and steps.
+SETTLING = ((0.2, ((1.0, 300), (0.4, 300))), (0.0, ((0.2, 270), (0.3, 200))))
 
 
 @dataclass
@@ -201,9 +207,11 @@ class Trainer:
         state: dict[str, nn.Module],
         steps: int,
         minutes: float = 0,
+        warm: int = 200,
     ) -> None:
         self.file = work / f"{stage}.pt"
         self.stage, self.modules, self.steps, self.done = stage, state, steps, 0
+        self.warm = warm  # steps until the full rate
         self.minutes, self.spent = minutes, 0.0  # a time limit takes the place of the steps
         for g in groups:
             g["peak"] = g["lr"]
@@ -231,7 +239,7 @@ class Trainer:
         return self.progress >= 1
 
     def step(self, loss: Tensor) -> None:
-        warm = min(1.0, (self.done + 1) / 200)
+        warm = min(1.0, (self.done + 1) / self.warm)
         rate = warm * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(self.progress, 1))))
         for g in self.optimizer.param_groups:
             g["lr"] = g["peak"] * rate
@@ -412,6 +420,49 @@ def learn_places(
     bridge.eval()
 
 
+def settle(
+    work: Path,
+    settings: Settings,
+    lm: ChatGLM,
+    bridge: Bridge,
+    readers: Readers,
+    bank: Bank,
+    sampler: Sampler,
+) -> None:
+    """What was asked too seldom before: categories, traits, pairs of pictures.
+
+    Each run learns the training drawings a little too well, and each in its own way: the mean of
+    their weights does better on other drawings than any of them.
+    """
+    modules = {"lm": lm, "bridge": bridge, "readers": readers}
+    bridge.gate.requires_grad_(False)
+    mixer = Mixer(sampler, bank)
+    about = sampler.batches(settings.batch, make=sampler.about)
+    pairs = sampler.batches(settings.batch, make=sampler.two_pictures)
+    mixture = (None, about, sampler.batches(settings.batch), about, pairs, about)  # None: scenes
+    for number, (keep, runs) in enumerate(SETTLING, 1):
+        began = {name: copy.deepcopy(module.state_dict()) for name, module in modules.items()}
+        mean = {name: {k: v * keep for k, v in state.items()} for name, state in began.items()}
+        for rate, steps in runs:
+            for name, module in modules.items():
+                module.load_state_dict(began[name])
+            share = replace(settings, rate=settings.rate * rate)
+            groups = tuning_groups(share, lm, bridge, readers, 0.3)
+            trainer = Trainer(work, f"settle-{number}-{rate}", groups, modules, steps, warm=40)
+            sampler.author.rng = np.random.default_rng([settings.seed, 4, steps, trainer.done])
+            bridge.train()
+            while not trainer.finished:
+                source = mixture[trainer.done % len(mixture)]
+                batch = next(source) if source else mixer.batch(settings.batch, only_where=False)
+                tune(trainer, lm, bridge, readers, batch, mixer.features, mixer.picture)
+            for name, module in modules.items():
+                for k, v in module.state_dict().items():
+                    mean[name][k] += v * ((1 - keep) / len(runs))
+        for name, module in modules.items():
+            module.load_state_dict(mean[name])
+    bridge.eval()
+
+
 def language_config(tokenizer: Tokenizer, settings: Settings) -> LMConfig:
     return LMConfig(
         vocab_size=tokenizer.vocab_size,
@@ -479,6 +530,7 @@ def main() -> None:
     sampler = Sampler(author, tokenizer, bank.pictures)
     instruct(work, settings, lm, bridge, readers, bank, sampler)
     learn_places(work, settings, lm, bridge, readers, bank, sampler)
+    settle(work, settings, lm, bridge, readers, bank, sampler)
     if not args.no_export:
         # the shipped precision goes where the package looks for it, the others beside the work
         publish(work, lm, bridge, args.out, precision="int8")
