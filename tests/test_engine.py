@@ -1,7 +1,9 @@
 """The contract every engine keeps, against the reference model's recorded tensors."""
 
+import gc
 import json
 import mmap
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -263,8 +265,20 @@ def test_a_closed_engine_says_so(bundle_of: Callable[..., Path]) -> None:
     engine = open_engine(bundle_of("chatglm_tiny"), context=16)
     engine.close()
     engine.close()
-    with pytest.raises(EngineError, match="closed"):
-        engine.prefill(Prompt([5, 2001, 2004]))
+    for call in (lambda: engine.prefill(Prompt([5, 2001, 2004])), lambda: engine.step(5)):
+        with pytest.raises(EngineError, match=r"^the model is closed"):
+            call()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+def test_a_closed_engine_holds_no_file(bundle_of: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle_of("chatglm_tiny"), tmp_path / "alone")
+    engine = open_engine(folder, context=16)
+    engine.prefill(Prompt([5, 2001, 2004]))
+    assert str(folder) in Path("/proc/self/maps").read_text()
+    engine.close()
+    gc.collect()
+    assert str(folder) not in Path("/proc/self/maps").read_text()
 
 
 def test_unknown_engines_and_devices(bundle_of: Callable[..., Path]) -> None:

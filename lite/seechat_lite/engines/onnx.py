@@ -81,7 +81,7 @@ class OnnxEngine:
                 limit=options.max_memory and options.max_memory - self._plan.cache,
             )
         release(mapped)  # some stay mapped after they were copied for the kernels
-        self._embeddings = np.memmap(
+        self._embeddings: np.memmap | None = np.memmap(
             folder / manifest.decoder.embeddings,
             dtype=manifest.decoder.embeddings_dtype,
             mode="r",
@@ -96,7 +96,7 @@ class OnnxEngine:
         self._cache: dict[str, ort.OrtValue] = {}  # by the graph's names of the past
         self._on_card: dict[str, ort.OrtValue] = {}  # the same, which there outlives an answer
         self._recorded: Recorded | None = None
-        self._binding = self._opened().io_binding()
+        self._binding: ort.IOBinding | None = self._opened().io_binding()
         self._options = _run_options()
         self._cancelled = False
         self._length = 0  # tokens in the cache, those of a prefix included
@@ -112,6 +112,7 @@ class OnnxEngine:
             return self._vision.encode(pixels)
 
     def prefill(self, prompt: Prompt) -> np.ndarray:
+        self._opened()
         embeds, positions, split = embedded(
             prompt, self._manifest.lm, context=self.context, rows=self._rows
         )
@@ -129,6 +130,7 @@ class OnnxEngine:
         return self.extend([token_id])[0]
 
     def extend(self, token_ids: Sequence[int]) -> np.ndarray:
+        self._opened()
         if not self._cache:
             raise EngineError("step() before prefill(): there is no prompt to continue")
         free = self.context + len(self._prefix) - self._length
@@ -156,9 +158,10 @@ class OnnxEngine:
         self._cancelled = False
 
     def _empty(self) -> None:
-        """Free the cache."""
-        self._binding.clear_binding_inputs()  # the cache goes with its bindings
-        self._binding.clear_binding_outputs()
+        """Free the cache, but for a card's."""
+        if self._binding:
+            self._binding.clear_binding_inputs()  # the cache goes with its bindings
+            self._binding.clear_binding_outputs()
         self._cache.clear()
         self._length = 0
         trim_heap()
@@ -169,9 +172,9 @@ class OnnxEngine:
 
     def close(self) -> None:
         self.reset()
-        self._recorded = None
         self._on_card.clear()
-        self._decoder = None
+        # a binding holds its session; embeddings their file
+        self._recorded = self._binding = self._decoder = self._embeddings = None
         self._vision.close()
 
     def _opened(self) -> ort.InferenceSession:
@@ -181,8 +184,18 @@ class OnnxEngine:
 
     def _begin(self) -> None:
         """An empty cache, but for the prefix."""
-        lm = self._manifest.lm
         self._empty()
+        self._cache = dict(self._on_card) or self._new_cache()
+        if self._device.on_card:
+            self._on_card = dict(self._cache)
+        assert self._binding
+        self._bind_cache(self._binding)
+        self._length = len(self._prefix)
+        self._options = _run_options(return_memory=True)
+
+    def _new_cache(self) -> dict[str, ort.OrtValue]:
+        """Buffers [1, heads, context, head] that begin with the prefix, by the past's names."""
+        lm, cache = self._manifest.lm, {}
         shape = (1, lm.num_heads, len(self._prefix) + self.context, self._head)
         buffers = untouched((2 * lm.num_layers, *shape), self._cache_dtype)
         for i, name in enumerate(_cache_names(lm)):
@@ -190,14 +203,8 @@ class OnnxEngine:
                 layer, part = divmod(i, 2)
                 prefix = self._prefix[:, layer, part].swapaxes(0, 1)
                 buffers[i][0, :, : len(self._prefix)] = prefix
-            if name not in self._on_card:
-                self._cache[name] = self._device.tensor(buffers[i])
-                if self._device.on_card:
-                    self._on_card[name] = self._cache[name]
-        self._cache |= self._on_card
-        self._bind_cache(self._binding)
-        self._length = len(self._prefix)
-        self._options = _run_options(return_memory=True)
+            cache[name] = self._device.tensor(buffers[i])
+        return cache
 
     def _bind_cache(self, binding: ort.IOBinding) -> None:
         for name, value in self._cache.items():
@@ -206,6 +213,7 @@ class OnnxEngine:
 
     def _rows(self, ids: Sequence[int]) -> np.ndarray:
         """Word embeddings, float32 [tokens, hidden]."""
+        assert self._embeddings is not None
         return self._embeddings[ids].astype(np.float32)
 
     def _run(
@@ -252,6 +260,7 @@ class OnnxEngine:
         alone = self._records and len(feeds["rotary_cos"]) == 1
         if alone and self._recorded and self._recorded.proven:
             return self._recorded.run(feeds)
+        assert self._binding
         for name, array in feeds.items():
             self._binding.bind_cpu_input(name, array)
         logits = np.empty((rows, self._manifest.lm.vocab_size), np.float32)
@@ -278,7 +287,7 @@ class OnnxEngine:
             self._records = self._recorded.agrees(feeds, logits)
             said = "they would give other numbers"
         except Exception as e:  # ONNX Runtime raises its own unrelated exception types
-            self._records, said = False, str(e)
+            self._records, said = False, str(e).splitlines()[0]
         if not self._records:
             log.warning("steps are not recorded: %s", said)
             self._recorded = None
