@@ -69,6 +69,13 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, model: sl.Model, method: str) -
     return calls
 
 
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_what_the_system_cannot_read_is_no_bundle(engine: str) -> None:
+    for name in ("a" * 300, "/proc/self/mem"):  # systems and Pythons say it differently
+        with pytest.raises((sl.BundleError, sl.CheckpointError), match=f"{name}.*; expected a "):
+            sl.load(name, engine=engine)
+
+
 # --- what is sent and what comes back
 
 

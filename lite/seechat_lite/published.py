@@ -19,7 +19,17 @@ def model_manifest(path: Path, *, engine: str, eyes: EyeFiles | None = None) -> 
     nothing from `path`, CheckpointError for published weights, EngineError for eyes that are given
     to a bundle.
     """
-    if _exists(path / MANIFEST):
+    try:
+        return _manifest(path, engine, eyes)
+    except OSError as e:
+        raise BundleError(
+            f"{e.filename or path}: cannot be read ({e.strerror or e}); expected a bundle, or "
+            "published weights: check its name and who may read it"
+        ) from None
+
+
+def _manifest(path: Path, engine: str, eyes: EyeFiles | None) -> Manifest:
+    if (path / MANIFEST).exists():
         if eyes:
             raise EngineError(
                 f"{path}: a bundle, which has its own eyes or none; expected published weights "
@@ -33,16 +43,9 @@ def model_manifest(path: Path, *, engine: str, eyes: EyeFiles | None = None) -> 
     return read_manifest(path)  # which says what is wrong
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # nobody may look
-        return False
-
-
 def _not_exported(path: Path) -> str | None:
     """What is in `path`, which is no bundle, and how to go on; None where that is not known."""
-    if not _exists(path):
+    if not path.exists():
         return None
     try:
         found = identify(path)
@@ -81,7 +84,7 @@ def published_manifest(path: Path, files: EyeFiles | None = None) -> Manifest:
         tokenizer=TokenizerConfig(str(lm.folder / TOKENIZER), tokens),
         conversation=spoken_format(lm, seeing=eyes is not None),
         vision=eyes.config if eyes else None,
-        provenance={"sources": [str(f) for files in lm.sources.values() for f in files]},
+        provenance={"sources": [str(f) for sources in lm.sources.values() for f in sources]},
     )
 
 
