@@ -215,7 +215,7 @@ def test_refused_sat_folders(write_sat: Callable[..., Path], tmp_path: Path) -> 
     assert "no such folder" in lm_error(tmp_path / "nowhere")
     assert "holds 0 mp_rank_00" in lm_error(data("images"))
     message = lm_error(TINY / "model.safetensors")
-    assert "one file, not by SAT" in message and f"give --lm the folder, {TINY}" in message
+    assert "one file, not by SAT" in message and f"name the folder, {TINY}" in message
     settings = json.loads((folder / SAT_CONFIG).read_text()) | {"layernorm_order": "pre"}
     (folder / SAT_CONFIG).write_text(json.dumps(settings))
     assert "layernorm_order is 'pre'" in lm_error(folder / "2" / SAT_FILE)

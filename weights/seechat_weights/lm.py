@@ -188,7 +188,7 @@ def _open_base(path: Path) -> tuple[LM, Checkpoint, LMNames, dict[str, Any]]:
     checkpoint = open_checkpoint(file)
     if form == "sat" and FORMS["sat"].head not in checkpoint.shapes:
         beside = (file.parent / "config.json").exists()
-        do = f"give --lm the folder, {file.parent}" if beside else "give --lm the folder it is of"
+        do = f"name the folder, {file.parent}" if beside else "name the folder it is of"
         raise CheckpointError(
             f"{file}: one file, not by SAT; expected a Hugging Face folder with config.json, or "
             f"VisualGLM-6B's {SAT_FILE}: {do}"
@@ -231,7 +231,7 @@ def sat_file(path: Path) -> Path:
     what = f"holds {len(found)} {SAT_FILE} and no config.json"
     raise CheckpointError(
         f"{path}: {what if path.exists() else 'no such folder'}; expected a ChatGLM-6B folder with "
-        f"config.json, weights and ice_text.model, or one {SAT_FILE}: give --lm such a folder, or "
+        f"config.json, weights and ice_text.model, or one {SAT_FILE}: name such a folder, or "
         "download what it lacks (`seechat info` says where)"
     )
 
@@ -242,7 +242,7 @@ def _sat_settings(path: Path) -> dict[str, Any]:
     if settings.get("layernorm_order", "post") != "post":
         raise CheckpointError(
             f"{path}: layernorm_order is {settings['layernorm_order']!r:.80}; expected 'post', as "
-            "in ChatGLM-6B: give --lm a checkpoint of VisualGLM-6B"
+            "in ChatGLM-6B: name a checkpoint of VisualGLM-6B"
         )
     return {"model_type": "chatglm", **settings}
 

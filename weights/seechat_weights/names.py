@@ -45,14 +45,14 @@ def lm_config(config: Mapping[str, Any], *, where: str = "config.json") -> LMCon
     model_type = config.get("model_type")
     if model_type != "chatglm":
         raise refuse(
-            f"model_type is {model_type!r:.80}", "'chatglm'", "give --lm a ChatGLM-6B checkpoint"
+            f"model_type is {model_type!r:.80}", "'chatglm'", "name a ChatGLM-6B checkpoint"
         )
     later = next((name for name in _LATER_GENERATIONS if name in config), None)
     if later:
         raise refuse(
             f"has {later}, so this is ChatGLM2, ChatGLM3 or GLM-4",
             "ChatGLM-6B of the first generation, another network under the same name",
-            "give --lm a checkpoint of THUDM/chatglm-6b",
+            "name a checkpoint of THUDM/chatglm-6b",
         )
     if config.get("position_encoding_2d", True) is not True:
         raise refuse(
