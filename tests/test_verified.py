@@ -33,6 +33,16 @@ def test_once(text_bundle: Path, hashed: list[Path]) -> None:
     assert hashed == [text_bundle]
 
 
+@pytest.mark.parametrize("option", ["device", "vision_device"])
+def test_not_for_a_device_that_is_not_there(
+    text_bundle: Path, hashed: list[Path], option: str
+) -> None:
+    plans = []
+    with pytest.raises(sl.EngineError, match="'abacus' is not in this ONNX Runtime"):
+        sl.load(text_bundle, announce=plans.append, **{option: "abacus"})
+    assert hashed == plans == []
+
+
 def test_again_when_a_file_changes(tmp_path: Path, text_bundle: Path, hashed: list[Path]) -> None:
     folder = tmp_path / "b"
     shutil.copytree(text_bundle, folder)

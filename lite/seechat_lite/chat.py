@@ -71,19 +71,21 @@ def load(
     an ONNX Runtime execution provider. context: tokens that the prompt and the answer may take
     together; the cache grows with it. threads: on the CPU, 0 for one a core. vision_device: where
     the vision network runs, if not on `device`. keep_vision: hold it in memory, or release it after
-    every picture; None keeps a small one. max_memory: bytes that the model may take at most;
-    loading is refused if it may need more (see memory.plan). dtype: "fp16", "fp32" or, for torch,
-    "bf16"; None for what suits the device. For the engine "torch", quantize: "int4", to make blocks
-    of float weights as an export does, or with bitsandbytes "nf4", "fp4" or "int8"; rounded_rotary:
-    see rotary.rotary_tables; eyes: files that published weights are to see with.
+    every picture; None keeps a small one. max_memory: bytes that the model may take at most, on a
+    GPU of its memory; loading is refused if it may need more (see memory.plan). dtype: "fp16",
+    "fp32" or, for torch, "bf16"; None for what suits the device. For the engine "torch", quantize:
+    "int4", to make blocks of float weights as an export does, or with bitsandbytes "nf4", "fp4" or
+    "int8"; rounded_rotary: see rotary.rotary_tables; eyes: files that published weights are to see
+    with.
     image_cache: bytes of embeddings kept for pictures that no chat shows any more. announce: is
     told the memory plan once it fits, before the work begins; not by the engine "torch". progress:
     called in this thread with a stage, "checking" (bytes of the bundle) or "loading", and how much
     of it is done, of how much; loading ends with the exception that it raises, and leaves nothing
     open.
 
-    Raises BundleError (missing, damaged or newer bundle), EngineError (engine or device),
-    MemoryPlanError (would not fit), ContextError (context too small to be of use).
+    Raises BundleError (missing, damaged or newer bundle), CheckpointError (the same of published
+    weights), EngineError (engine or device), MemoryPlanError (would not fit), ContextError (context
+    too small to be of use).
     """
     folder = BUILTIN if path is None else Path(path)
     if context < MIN_CONTEXT:
@@ -97,6 +99,7 @@ def load(
             f"{', '.join(FORMATS)}: upgrade seechat-lite or export the model again"
         )
     if engine != "torch":  # whose memory may be another one: it makes a plan of its own
+        _check_devices(device, vision_device, dtype)
         card = card_number(manifest, device, dtype)
         needed = plan(manifest, context=context, keep_vision=keep_vision, card=card)
         log.info("%s: %s", manifest.name, needed)
@@ -131,6 +134,20 @@ def load(
         model.close()
         raise
     return model
+
+
+def _check_devices(device: str, vision_device: str | None, dtype: str | None) -> None:
+    """Refuse a device that the default engine lacks, before gigabytes are hashed for it."""
+    from seechat_lite.engines.onnx_devices import DEVICES, find_device
+
+    found = find_device(device)
+    if vision_device:
+        find_device(vision_device)
+    if dtype == "fp16" and found.provider == DEVICES["cpu"]:
+        log.warning(
+            "fp16 on the CPU is slower than fp32 with this engine and saves no memory: it is for "
+            "GPUs"
+        )
 
 
 class Model:
@@ -370,7 +387,14 @@ class Chat:
                 turn, embeds = self._turn(question, image, stopped=self._stop.is_set)
             except Cancelled:
                 seconds = time.perf_counter() - start
-                self.stats = Stats(0, 0, 0, seconds, seconds, "cancelled")
+                self.stats = Stats(
+                    prompt_tokens=0,
+                    new_tokens=0,
+                    dropped_turns=0,
+                    first_token_seconds=seconds,
+                    seconds=seconds,
+                    finish_reason="cancelled",
+                )
                 return
             prompt, turns = self._fit(turn, embeds, reserve=max_new_tokens)
             dropped = len(self.turns) + 1 - len(turns)

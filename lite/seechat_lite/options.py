@@ -11,7 +11,7 @@ from seechat_weights.errors import SeechatError
 if TYPE_CHECKING:
     from seechat_lite.eyes import EyeFiles
 
-DTYPES = ("fp16", "bf16", "fp32")  # the torch engine's, which is imported when it is asked for
+DTYPES = ("fp16", "bf16", "fp32")
 QUANTIZATIONS = ("int4", "nf4", "fp4", "int8")
 
 
@@ -31,7 +31,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         help="refuse to load what may take more, such as 5GB; default: what is free",
     )
     add("--vision-device", metavar="DEVICE", help="where pictures are read; default: --device")
-    add("--dtype", choices=DTYPES, help="to compute with; default: fp16 on a GPU")
+    add("--dtype", choices=DTYPES, help="to compute with; default: fp16 on a GPU, else fp32")
     add = parser.add_argument_group("torch engine").add_argument
     add("--quantize", choices=QUANTIZATIONS, help="float weights to fewer bits as they are loaded")
     add(
@@ -119,6 +119,13 @@ def load_options(args: argparse.Namespace, usage_error: Callable[[str], Any]) ->
     check_context(args, usage_error)
     if args.engine != "torch" and (args.quantize or args.rounded_rotary):
         usage_error("--quantize and --rounded-rotary go with --engine torch")
+    if args.engine != "torch" and args.dtype == "bf16":
+        usage_error("--dtype bf16 goes with --engine torch")
+    eyes = eye_files(args, usage_error)
+    if args.engine != "torch" and eyes:
+        usage_error(
+            "eyes of published weights (--clip, --projector, --eva, …) go with --engine torch"
+        )
     if args.threads < 0:
         usage_error(f"--threads is {args.threads}; expected 0 or more")
     max_memory = None
@@ -138,7 +145,7 @@ def load_options(args: argparse.Namespace, usage_error: Callable[[str], Any]) ->
         "dtype": args.dtype,
         "quantize": args.quantize,
         "rounded_rotary": args.rounded_rotary,
-        "eyes": eye_files(args, usage_error),
+        "eyes": eyes,
     }
 
 
