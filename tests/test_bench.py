@@ -57,15 +57,20 @@ def test_the_torch_engine_is_called_by_its_name(capfd: pytest.CaptureFixture[str
     assert cli.main([*command, "--device", "cpu", "--context", "64", "--repeat", "1"]) == 0
     report = bench.Report(**json.loads(capfd.readouterr().out))
     assert report.engine.startswith("torch ") and report.precision == "as published"
+    assert (report.device, report.dtype) == ("cpu", "auto")
     shown = bench.rows(report)
+    assert shown["engine"] == f"{report.engine}, device cpu, dtype auto"
     assert shown["decode at 32"].endswith(" ms)")
     assert not {"bandwidth", "planned"} & shown.keys()
 
 
 def test_a_synthetic_model_is_written_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The command writes it to the cache folder and finds it there again."""
+    """The command writes it to the cache folder and finds it there again, in today's layout."""
     small = LMConfig(vocab_size=130528, hidden_size=16, num_layers=1, num_heads=2, inner_size=48)
     (entry,) = entry_points(group="seechat.synthetic", name="chatglm-6b")
     write = entry.load()
@@ -76,6 +81,7 @@ def test_a_synthetic_model_is_written_once(
 
     monkeypatch.setattr(cli, "entry_points", lambda group, name: [Small()])
     monkeypatch.setenv("SEECHAT_CACHE", str(tmp_path))
+    (tmp_path / "chatglm-6b-int4-2").mkdir()  # of a version whose bundles had one graph
     command = ["bench", "--synthetic", "chatglm-6b", "--layers", "2", "--context", "64"]
     for precision in ("int4", "int8", "fp16"):
         for said in ("writing random weights", ""):
@@ -83,9 +89,13 @@ def test_a_synthetic_model_is_written_once(
             out, err = capfd.readouterr()
             assert err.startswith(said) if said else err == ""
         assert json.loads(out)["precision"] == precision
-        manifest = read_manifest(tmp_path / f"chatglm-6b-{precision}-2")
+        manifest = read_manifest(tmp_path / f"chatglm-6b-{precision}-2-v{cli.LAYOUT}")
         assert manifest.lm == replace(small, num_layers=2)
-    with load(tmp_path / "chatglm-6b-int4-2", context=64) as model:
+    assert not caplog.records
+    assert cli.main([*command, "--dtype", "fp16", "--repeat", "1"]) == 0  # has that graph
+    assert ", device auto, dtype fp16\n" in capfd.readouterr().out
+    assert ["fp16 on the CPU is slower" in r.message for r in caplog.records] == [True]
+    with load(tmp_path / f"chatglm-6b-int4-2-v{cli.LAYOUT}", context=64) as model:
         ids = [*range(5, 30), small.gmask_id, small.bos_id]
         logits = model.engine.prefill(Prompt(ids))
     assert 0.5 < logits.std() < 8  # near unit scale: neither vanishing nor exploding

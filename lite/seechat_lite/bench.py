@@ -46,8 +46,10 @@ class Report:
     precision: str
     block_size: int
     engine: str
-    machine: str
-    threads: int
+    device: str  # as it was chosen, or "auto"
+    dtype: str  # the same
+    machine: str  # its processor, whatever the device
+    threads: int  # of the processor
     context: int
     load: float
     first_token: float  # of a short question in a loaded model, with a picture where it can see
@@ -88,11 +90,14 @@ def measure(
         loaded = time.perf_counter() - start
         manifest, context = model.manifest, model.engine.context
         precision = manifest.decoder.precision if manifest.files else "as published"
+        on_torch = options.get("engine") == "torch"
         report = Report(
             name=manifest.name,
             precision=options.get("quantize") or precision,
             block_size=manifest.decoder.block_size,
-            engine=f"onnxruntime {ort.__version__}" if plans else f"torch {version('torch')}",
+            engine=f"torch {version('torch')}" if on_torch else f"onnxruntime {ort.__version__}",
+            device=options.get("device") or "auto",
+            dtype=options.get("dtype") or "auto",
             machine=_machine(),
             threads=options.get("threads") or _cores(),
             context=context,
@@ -164,7 +169,8 @@ def rows(report: Report) -> dict[str, str]:
     blocks = f", blocks of {report.block_size}" if report.block_size else ""
     rows = {
         "model": f"{report.name} ({report.precision}{blocks})",
-        "machine": f"{report.machine}, {report.threads} threads, {report.engine}",
+        "engine": f"{report.engine}, device {report.device}, dtype {report.dtype}",
+        "machine": f"{report.machine}, {report.threads} threads",
         "load": f"{report.load:.2f} s",
     }
     if report.encode_image is not None:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from seechat_lite.chat import Model, Stats
     from seechat_lite.memory import MemoryPlan
 
+LAYOUT = 2  # of the bundles that an export writes; synthetic ones are kept by it
 WORTH_A_PLAN = 1_000_000_000  # bytes a model takes before people are told the sums
 
 
@@ -305,7 +306,7 @@ def _bench(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
 
 def _synthetic(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
     """The bundle of random weights that --synthetic names, from the cache folder."""
-    folder = cache_folder() / f"{args.synthetic}-{args.precision}-{args.layers}"
+    folder = cache_folder() / f"{args.synthetic}-{args.precision}-{args.layers}-v{LAYOUT}"
     if folder.is_dir():
         return folder
     entry = next(iter(entry_points(group="seechat.synthetic", name=args.synthetic)))
