@@ -48,7 +48,6 @@ from seechat_lite.engines.base import EngineOptions  # noqa: E402
 from seechat_lite.engines.torch import TorchEngine  # noqa: E402
 from seechat_lite.engines.torch_vision import TorchVision  # noqa: E402
 from seechat_lite.engines.torch_weights import CheckpointSource, Given, Source  # noqa: E402
-from seechat_lite.errors import MemoryPlanError  # noqa: E402
 from seechat_lite.eyes import Eyes, load_clip, load_seechat, vision_sizes  # noqa: E402
 from seechat_lite.nn.blocks import quantize_blocks  # noqa: E402
 from seechat_lite.nn.chatglm import ALPHA  # noqa: E402
@@ -557,8 +556,8 @@ class Bench:
                 engine.prefill(self.prompt(context - 8))
                 engine.step(5)
                 yield {**row, "runs": True, "peak bytes": torch.cuda.max_memory_allocated()}
-            except (MemoryPlanError, torch.OutOfMemoryError) as e:
-                yield {**row, "runs": False, "error": str(e).splitlines()[0]}
+            except Exception as e:  # a fault in one must not cost the others their figures
+                yield {**row, "runs": False, "error": (str(e) or repr(e)).splitlines()[0]}
             finally:
                 if engine:
                     engine.close()
@@ -605,7 +604,7 @@ class RandomSource:
     @cached_property
     def words(self) -> np.ndarray:
         draw = np.random.default_rng(0).standard_normal((512, self.config.hidden_size))
-        return draw.astype(np.float32)
+        return draw.astype(np.float16)  # as a bundle's
 
     def rows(self, ids: Sequence[int]) -> np.ndarray:
         return self.words[np.asarray(ids) % 512]
@@ -706,7 +705,7 @@ def eager_forward(engine: TorchEngine, x: Tensor, past: list[tuple[Tensor, Tenso
         x = x * ALPHA + plain(layer.attention["dense"], seen)
         x = layer.post_attention_layernorm(x)
         wide = plain(layer.mlp["dense_h_to_4h"], x)
-        wide = 0.5 * wide * (1 + torch.tanh(0.7978845608 * wide * (1 + 0.044715 * wide * wide)))
+        wide = F.gelu(wide, approximate="tanh")  # one kernel, as the published code's is fused
         x = x * ALPHA + plain(layer.mlp["dense_4h_to_h"], wide)
     return plain(decoder.lm_head, decoder.final_layernorm(x))
 

@@ -78,8 +78,8 @@ def test_the_sums_on_a_card() -> None:
     graphs = {decoder.half: FileHash(100_000, ""), vision.half: FileHash(100_000, "")}
     both = replace(CHATGLM, files=CHATGLM.files | graphs)
     for manifest, dtype, number in ((both, None, 2), (both, "fp32", 4), (CHATGLM, None, 4)):
-        assert memory.card_number(manifest, "cuda:1", dtype) == number
-        assert memory.card_number(manifest, "cpu", dtype) == 0
+        assert memory.float_bytes_on_card(manifest, "cuda:1", dtype) == number
+        assert memory.float_bytes_on_card(manifest, "cpu", dtype) == 0
     half, full = (plan(both, context=2048, card=number) for number in (2, 4))
     assert half.weights == full.weights == 3_300_100_000
     assert half.cache == full.cache == plan(CHATGLM, context=2048).cache
@@ -91,6 +91,10 @@ def test_the_sums_on_a_card() -> None:
     fp16 = replace(both, decoder=replace(decoder, precision="fp16"))
     assert plan(fp16, context=2048, card=4).weights == 2 * 3_300_100_000
     assert plan(fp16, context=2048, card=2).weights == 3_300_100_000
+    for card, vision_card in ((2, 0), (0, 2)):  # pictures elsewhere
+        apart = plan(both, context=2048, card=card, vision_card=vision_card)
+        assert apart.vision == 0
+        assert apart.keep_vision == bool(vision_card)
     with pytest.raises(sl.MemoryPlanError, match=r"allow|keep_vision=False"):
         check_memory(half, both, budget=half.total - 1)
     check_memory(half, both)  # what is free on a card is not known

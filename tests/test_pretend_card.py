@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from seechat_export.export import export_bundle
 from seechat_lite.engines import EngineOptions
 from seechat_lite.engines.torch import TorchEngine
 from seechat_lite.engines.torch_graphs import Recorder
+from seechat_lite.errors import MemoryPlanError
 from seechat_lite.eyes import EyeFiles
 from seechat_lite.prompt import Prompt
 from seechat_lite.published import published_manifest
@@ -104,6 +106,19 @@ def test_answers_are_those_of_the_cpu(
     np.testing.assert_allclose(found, expected, rtol=0, atol=bar)
 
 
+def test_a_refused_budget_is_not_in_force_afterwards(
+    card: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, shares = data("chatglm_tiny"), []
+    lend = lambda share, device: shares.append(share)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lend)
+    for budget in (1000, 12 << 30, None):
+        options = EngineOptions(device="cuda", max_memory=budget)
+        with pytest.raises(MemoryPlanError) if budget == 1000 else nullcontext():
+            TorchEngine(folder, published_manifest(folder), context=60, options=options)
+    assert shares == [0.5, 1.0]
+
+
 def test_the_gpu_program_runs_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,7 +145,7 @@ def test_steps_are_recorded_with_plain_operations_as_well(card: torch.device) ->
     from seechat_lite.nn.decoder import Cache
 
     keys = torch.zeros(1, 8, 4, device=card)
-    recorder = Recorder(Doubles(), Cache([keys], [keys]))  # type: ignore[arg-type]
+    recorder = Recorder(Doubles(), Cache([keys], [keys]), vocab_size=4)  # type: ignore[arg-type]
     for value in (1.0, 5.0):
         found = recorder.run(torch.full((2, 4), value), np.zeros((2, 2), np.int64), 3)
         assert (found == 2 * value).all() and found.shape == (2, 4)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -253,16 +254,26 @@ def test_the_cache_lives_as_long_as_an_answer() -> None:
         engine.step(7)
 
 
-def test_out_of_memory_says_what_to_do_and_the_engine_survives() -> None:
+def test_out_of_memory_says_what_to_do_and_the_engine_survives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = direct()
     expected = answers(engine)
 
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    hook = engine._opened().register_forward_pre_hook(full)
+    def returned() -> None:
+        alive.append(cache() is not None)
+
+    hook = engine._opened().layers[-1].register_forward_pre_hook(full)
+    engine._begin()
+    assert engine._cache
+    cache, alive = weakref.ref(engine._cache.keys[0]), []
+    monkeypatch.setattr(engine, "_return_memory", returned)
     with pytest.raises(MemoryPlanError, match=r"2.00 GiB.*weights.*quantize") as e:
         engine.prefill(Prompt(ids_of("p1")))
+    assert alive == [False]  # or there would be nothing to give back
     assert "\n" not in str(e.value)
     hook.remove()
     np.testing.assert_array_equal(answers(engine), expected)

@@ -45,7 +45,7 @@ def cache_dtype(precision: Precision) -> ir.DataType:
 
 
 def hidden_name(layer: int) -> str:
-    """Name of a layer's input, float32 [1, s, hidden]; of the last norm's after the last layer."""
+    """Name of a layer's input, [1, s, hidden]; of the last norm's after the last layer."""
     return f"layers.{layer}.input" if layer else "inputs_embeds"
 
 

@@ -26,7 +26,7 @@ from seechat_lite.nn.streamed import Streamed
 from seechat_weights.bundle import VisionConfig
 from seechat_weights.errors import CheckpointError
 
-OPSET = 21  # as the decoder's; opset 23's Attention measured no faster and runs on fewer devices
+OPSET = 21  # opset 23's Attention measured no faster and runs on fewer devices
 PRECISIONS = ("fp32", "fp16", "int8")
 ACCURACY_LEVEL = 4
 
@@ -38,9 +38,9 @@ def export_vision(module: nn.Module, config: VisionConfig, path: Path, *, precis
 
     module: Streamed, or any network with its weights. precision: "fp32"; "fp16", where matrices
     are stored as float16; or "int8", where those of products are, in blocks of BLOCK_SIZE. The
-    arithmetic is float32 in any case. What a Streamed network reads goes to a file beside it,
-    VisionConfig.weights; the weights of another network are kept in the graph. With fp16 and int8
-    another graph of that file, VisionConfig.half, has the arithmetic in float16, for GPUs.
+    arithmetic is float32. What a Streamed network reads goes to a file beside it,
+    VisionConfig.weights; with fp16 and int8 a second graph of that file, VisionConfig.half,
+    computes in float16, for GPUs. The weights of another network are kept in the one graph.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"vision precision is {precision!r}; expected {', '.join(PRECISIONS)}")

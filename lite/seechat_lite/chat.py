@@ -27,7 +27,7 @@ from seechat_lite.errors import BundleError, ContextError, EngineError, SeechatE
 from seechat_lite.eyes import EyeFiles
 from seechat_lite.generate import generate
 from seechat_lite.images import load_image, pixels
-from seechat_lite.memory import MIN_CONTEXT, MemoryPlan, card_number, check_memory, plan
+from seechat_lite.memory import MIN_CONTEXT, MemoryPlan, check_memory, float_bytes_on_card, plan
 from seechat_lite.prompt import Prompt
 from seechat_lite.published import model_manifest
 from seechat_lite.sampling import Sampling
@@ -100,8 +100,13 @@ def load(
         )
     if engine != "torch":  # whose memory may be another one: it makes a plan of its own
         _check_devices(device, vision_device, dtype)
-        card = card_number(manifest, device, dtype)
-        needed = plan(manifest, context=context, keep_vision=keep_vision, card=card)
+        needed = plan(
+            manifest,
+            context=context,
+            keep_vision=keep_vision,
+            card=float_bytes_on_card(manifest, device, dtype),
+            vision_card=float_bytes_on_card(manifest, vision_device or device, dtype),
+        )
         log.info("%s: %s", manifest.name, needed)
         check_memory(needed, manifest, budget=max_memory)
         announce(needed)

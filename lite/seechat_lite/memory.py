@@ -54,7 +54,8 @@ class MemoryPlan:
     workspace: int
     context: int  # tokens
     keep_vision: bool = True  # or it is released after every picture, before the prompt is read
-    card: int = 0  # bytes of a number that a card computes with; 0 on the CPU
+    card: int = 0  # see float_bytes_on_card
+    vision_card: int = 0  # the same of vision, whose bytes are not here if it lies elsewhere
 
     @property
     def total(self) -> int:
@@ -83,13 +84,19 @@ class MemoryPlan:
 
 
 def plan(
-    manifest: Manifest, *, context: int, keep_vision: bool | None = None, card: int = 0
+    manifest: Manifest,
+    *,
+    context: int,
+    keep_vision: bool | None = None,
+    card: int = 0,
+    vision_card: int | None = None,
 ) -> MemoryPlan:
-    """The memory plan of a bundle at a context of `context` tokens.
+    """The memory plan of a bundle at a context of `context` tokens, where the decoder runs.
 
-    keep_vision: None keeps a vision network of up to KEPT_VISION bytes, on a card any. card: see
-    card_number.
+    keep_vision: None keeps a vision network of up to KEPT_VISION bytes, on a card any. card,
+    vision_card: see float_bytes_on_card; vision_card is None for the decoder's device.
     """
+    vision_card = card if vision_card is None else vision_card
     lm, precision = manifest.lm, PRECISIONS[manifest.decoder.precision]
 
     def stored(graph: str) -> int:  # a graph and the weights beside it
@@ -98,11 +105,13 @@ def plan(
     vision = 0
     if manifest.vision:
         file, seen = stored(manifest.vision.graph), manifest.vision.precision
-        half = card == 2 and manifest.vision.half in manifest.files
+        half = vision_card == 2 and manifest.vision.half in manifest.files
         vision = file * (1 if half or seen == "fp32" else 2)  # prepared for speed
         if keep_vision is None:
-            keep_vision = bool(card) or vision <= KEPT_VISION
-        if not keep_vision and seen != "int8" and not card:  # mapped, widened a layer at a time
+            keep_vision = bool(vision_card) or vision <= KEPT_VISION
+        if bool(vision_card) != bool(card):
+            vision = 0
+        elif not keep_vision and seen != "int8" and not card:  # mapped, widened a layer at a time
             vision = VISION_WORKSPACE + (0 if RELEASES_PAGES else file)
     # what a layer of the longest prompt holds at once, as measured: the MLP's and the attention's,
     # and what an arena leaves between them
@@ -118,10 +127,11 @@ def plan(
         context=context,
         keep_vision=keep_vision is not False,
         card=card,
+        vision_card=vision_card,
     )
 
 
-def card_number(manifest: Manifest, device: str, dtype: str | None) -> int:
+def float_bytes_on_card(manifest: Manifest, device: str, dtype: str | None) -> int:
     """Bytes of a number that the default engine computes with on `device`; 0 for the CPU.
 
     dtype: "fp32" where float16 is not wanted.
@@ -175,7 +185,13 @@ def advice(needed: MemoryPlan, manifest: Manifest, room: int, *, last: str) -> s
     """The next smaller setting that takes at most `room` bytes, in words; or `last`."""
 
     def fits(context: int, keep_vision: bool) -> bool:
-        smaller = plan(manifest, context=context, keep_vision=keep_vision, card=needed.card)
+        smaller = plan(
+            manifest,
+            context=context,
+            keep_vision=keep_vision,
+            card=needed.card,
+            vision_card=needed.vision_card,
+        )
         return smaller.total <= room
 
     smaller = smaller_context(needed.context, lambda n: fits(n, needed.keep_vision))

@@ -3,7 +3,9 @@
 Running several tokens at once reads the weights once, so it costs little more than running one.
 An answer that repeats its prompt or itself (names, code, quotations, lists) is guessed by looking
 up its last tokens earlier in the conversation. The sampler decides every token all the same, from
-the same logits: guesses change the speed of an answer, not its text.
+the same logits: guesses change the speed of an answer, not its text. But for rounding: sums of
+several rows differ in the last bits, so that of two tokens which are all but equally likely the
+other may be taken.
 """
 
 from collections.abc import Sequence

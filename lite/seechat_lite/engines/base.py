@@ -79,7 +79,7 @@ class Engine(Protocol):
         ...
 
     def reset(self) -> None:
-        """Free the cache, and forget a cancel(): the answer is complete."""
+        """Free the cache (a card keeps its), and forget a cancel(): the answer is complete."""
         ...
 
     def close(self) -> None:
@@ -92,8 +92,8 @@ def embedded(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """A prompt as the decoder takes it: embeddings, positions and the length of its context.
 
-    rows: word embeddings of ids. Returns float32 [tokens, hidden], int64 [2, tokens], and how many
-    tokens come before <sop>. Raises ContextError.
+    rows: word embeddings of ids. Returns them, [tokens, hidden], float32 where pictures are among
+    them; int64 [2, tokens]; and how many tokens come before <sop>. Raises ContextError.
     """
     ids = prompt.ids
     if len(ids) > context:
@@ -107,7 +107,9 @@ def embedded(
             f"{lm.vocab_size - 1}: it was made with another tokenizer"
         )
     positions = position_ids(ids, gmask_id=lm.gmask_id, mask_id=lm.mask_id, bos_id=lm.bos_id)
-    embeds = rows(ids).astype(np.float32)
+    embeds = rows(ids)
+    if prompt.images:
+        embeds = embeds.astype(np.float32)
     for start, image in prompt.images:
         if image.shape[1] != lm.hidden_size:
             raise ContextError(

@@ -29,7 +29,7 @@ from seechat_lite.engines.base import (
 from seechat_lite.engines.onnx_devices import Recorded, find_device, open_session, out_of_memory
 from seechat_lite.engines.pages import new_mappings, release, releasing, trim_heap, untouched
 from seechat_lite.errors import EngineError, MemoryPlanError
-from seechat_lite.memory import advice, card_number, plan
+from seechat_lite.memory import advice, float_bytes_on_card, plan
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_weights.bundle import LMConfig, Manifest
@@ -49,8 +49,14 @@ class OnnxEngine:
         self._device = find_device(options.device)
         self._vision = OnnxVision(folder, manifest, options)
         lm, decoder = manifest.lm, manifest.decoder
-        card = card_number(manifest, self._device.kind, options.dtype)
-        self._plan = plan(manifest, context=context, keep_vision=options.keep_vision, card=card)
+        card = float_bytes_on_card(manifest, self._device.kind, options.dtype)
+        self._plan = plan(
+            manifest,
+            context=context,
+            keep_vision=options.keep_vision,
+            card=card,
+            vision_card=float_bytes_on_card(manifest, self._vision.device.kind, options.dtype),
+        )
         dtypes = ("fp32", "fp16") if decoder.half in manifest.files else ("fp32",)
         if options.dtype not in (None, *dtypes):
             raise EngineError(
@@ -314,7 +320,7 @@ class OnnxVision:
         self._folder = folder
         self._manifest = manifest
         self._options = options
-        self._device = find_device(options.vision_device or options.device)
+        self.device = find_device(options.vision_device or options.device)
         self._session: ort.InferenceSession | None = None
         self._lock = threading.Lock()
 
@@ -322,14 +328,14 @@ class OnnxVision:
         """Embeddings of pictures: float32 [n, 3, S, S] to float32 [n, tokens, hidden]."""
         vision, exact = self._manifest.vision, self._options.dtype == "fp32"
         assert vision is not None
-        half = self._device.on_card and not exact and vision.half in self._manifest.files
+        half = self.device.on_card and not exact and vision.half in self._manifest.files
         size = vision.pixels.image_size
         # for one picture, preparing the weights takes longer than it saves, and twice the memory;
         # int8 products need it
         mapped = (
             not self._options.keep_vision
             and vision.precision in ("fp16", "fp32")
-            and self._device.provider == "CPUExecutionProvider"
+            and self.device.provider == "CPUExecutionProvider"
         )
         with self._lock:
             session, ranges = self._session, []
@@ -337,7 +343,7 @@ class OnnxVision:
                 with new_mappings(self._folder / vision.weights) as ranges:
                     session = open_session(
                         self._folder / (vision.half if half else vision.graph),
-                        self._device,
+                        self.device,
                         {
                             "pixel_values": (None, 3, size, size),
                             "image_embeds": (None, vision.tokens, self._manifest.lm.hidden_size),

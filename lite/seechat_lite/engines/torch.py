@@ -8,7 +8,9 @@ rows a prompt needs are read from the mapped file.
 """
 
 import logging
+import re
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -40,7 +42,7 @@ from seechat_lite.nn.decoder import (
     PromptKernelPlace,
     TorchPlace,
 )
-from seechat_lite.nn.linears import QUANTIZATIONS, fused
+from seechat_lite.nn.linears import FEW, QUANTIZATIONS, fused
 from seechat_lite.prompt import Prompt
 from seechat_weights.bundle import MANIFEST, Manifest
 
@@ -50,7 +52,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-LONGEST_RECORDED = 16  # tokens of a step; steps of more run without a CUDA graph
+# torch's allocator and graphs, Triton, cuBLAS
+NO_MEMORY = re.compile("out of memory|ALLOC_FAILED|can't allocate", re.IGNORECASE)
 
 
 class TorchEngine:
@@ -79,6 +82,8 @@ class TorchEngine:
         self._dtype = _dtype(options.dtype, self._device)
         if options.threads:
             torch.set_num_threads(options.threads)
+        if self._device.type == "cuda":  # cuDNN's attention makes a plan for each length of prompt
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if options.quantize not in (None, *QUANTIZATIONS):
             raise EngineError(
                 f"quantize is {options.quantize!r}; expected one of {', '.join(QUANTIZATIONS)}: "
@@ -174,9 +179,11 @@ class TorchEngine:
         embeds = torch.from_numpy(self._source.rows(token_ids).astype(np.float32))
         self._raise_if_cancelled()
         with self._memory_planned():
-            if self._records and rows <= LONGEST_RECORDED:
+            if self._records and rows <= FEW:
                 if self._recorder is None:
-                    self._recorder = Recorder(self._opened(), self._cache)
+                    self._recorder = Recorder(
+                        self._opened(), self._cache, vocab_size=self._manifest.lm.vocab_size
+                    )
                 with nullcontext() if self._recorder.has(rows) else self._device_lock:
                     logits = self._recorder.run(embeds, positions, self._length)
             else:
@@ -279,14 +286,15 @@ class TorchEngine:
         on_gpu = self._device.type == "cuda"
         free, total = torch.cuda.mem_get_info(self._device) if on_gpu else 2 * (available_memory(),)
         log.info("%s: %s", self._manifest.name, self._plan)
-        if budget is not None and on_gpu:
-            torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0), self._device)
         room = min(free, budget if budget is not None else free)
         if self._plan.total > room:
             raise MemoryPlanError(
                 f"{self._manifest.name} needs {self._plan} on {self._device}; {human(room)} are "
                 f"there: {advice(self._plan, room, quantizable=self._quantizable)}"
             )
+        if on_gpu:  # also without a budget: an earlier engine's may be in force
+            share = 1.0 if budget is None else min(budget / total, 1.0)
+            torch.cuda.set_per_process_memory_fraction(share, self._device)
 
     @contextmanager
     def _memory_planned(self, release: Callable[[], None] | None = None) -> Iterator[None]:
@@ -299,11 +307,14 @@ class TorchEngine:
         try:
             with torch.cuda.device(here):
                 yield
-        except torch.OutOfMemoryError as e:
+        except RuntimeError as e:
+            if not NO_MEMORY.search(str(e)):
+                raise
             first = str(e).splitlines()[0]
+            # they hold the memory, and who catches our error holds them
+            traceback.clear_frames(e.__traceback__)
         else:
             return
-        # outside of the handler: the exception holds on to the frames that hold the memory
         if release:
             release()
         else:

@@ -1,5 +1,6 @@
 """Steps of the torch engine as CUDA graphs: recorded for each number of tokens, then replayed."""
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,9 @@ import torch
 from torch import Tensor
 
 from seechat_lite.nn.decoder import Cache, Decoder, KernelPlace
+from seechat_lite.nn.linears import FEW
+
+RECORDING = threading.Lock()  # CUDA records one graph at a time in a process
 
 
 class Recorder:
@@ -17,9 +21,13 @@ class Recorder:
     before the next one runs.
     """
 
-    def __init__(self, decoder: Decoder, cache: Cache) -> None:
+    def __init__(self, decoder: Decoder, cache: Cache, *, vocab_size: int) -> None:
+        like = cache.keys[0]
         self._decoder, self._cache = decoder, cache
-        self._stream = torch.cuda.Stream(cache.keys[0].device)
+        # of steps of any number of tokens, there and here
+        self._logits = like.new_empty((FEW, vocab_size), dtype=torch.float32)
+        self._answer = torch.empty(self._logits.shape, pin_memory=True)
+        self._stream = torch.cuda.Stream(like.device)
         self._pool = torch.cuda.graph_pool_handle()
         self._steps: dict[int, _Step] = {}  # by how many tokens they append
 
@@ -28,28 +36,33 @@ class Recorder:
         return rows in self._steps
 
     def run(self, embeds: Tensor, positions: np.ndarray, length: int) -> np.ndarray:
-        """Logits, float32 [rows, vocab], of tokens [rows, hidden] behind `length` others."""
+        """Logits, float32 [rows, vocab], of tokens [rows, hidden] behind `length` others.
+
+        At most FEW rows.
+        """
         rows = len(embeds)
-        step = self._steps.get(rows) or _Step(self._decoder, self._cache, rows)
+        step = self._steps.get(rows) or _Step(self._decoder, self._cache, self._logits[:rows])
         step.take(embeds, positions, length)
         if rows not in self._steps:
-            step.record(self._stream, self._pool)
+            with RECORDING:
+                step.record(self._stream, self._pool)
             self._steps[rows] = step
-        return step.replay()
+        step.replay()
+        self._answer[:rows].copy_(self._logits[:rows])  # waits: nothing is said of non_blocking
+        return self._answer[:rows].numpy().copy()
 
 
 class _Step:
-    """A step of `rows` tokens, with the memory it reads and writes."""
+    """A step of some tokens, with the memory it reads and writes."""
 
-    def __init__(self, decoder: Decoder, cache: Cache, rows: int) -> None:
-        like = cache.keys[0]
-        self._decoder, self._cache = decoder, cache
+    def __init__(self, decoder: Decoder, cache: Cache, logits: Tensor) -> None:
+        """logits: float32 [rows, vocab], where the step leaves them."""
+        like, rows = cache.keys[0], len(logits)
+        self._decoder, self._cache, self._logits = decoder, cache, logits
         hidden = decoder.final_layernorm.normalized_shape[0]
         self._embeds = like.new_zeros((rows, hidden))
         self._positions = torch.zeros((2, rows), dtype=torch.int64, device=like.device)
         self._length = torch.zeros(1, dtype=torch.int32, device=like.device)
-        self._logits = like
-        self._answer = torch.empty(0)
         self._graph = torch.cuda.CUDAGraph()
 
     def take(self, embeds: Tensor, positions: np.ndarray, length: int) -> None:
@@ -67,14 +80,12 @@ class _Step:
         now.wait_stream(stream)
         # other threads may use the GPU meanwhile, for another model
         with torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local"):
-            self._logits = self._run()
-        self._answer = torch.empty(self._logits.shape, pin_memory=True)
+            self._run()
 
-    def replay(self) -> np.ndarray:
+    def replay(self) -> None:
         self._graph.replay()
-        self._answer.copy_(self._logits)  # waits for it: nothing is said of non_blocking
-        return self._answer.numpy().copy()
 
-    def _run(self) -> Tensor:
+    def _run(self) -> None:
         place = KernelPlace(self._positions, self._length)
-        return self._decoder(self._embeds, place, self._cache, logit_rows=len(self._embeds))
+        rows = len(self._logits)
+        self._logits.copy_(self._decoder(self._embeds, place, self._cache, logit_rows=rows))

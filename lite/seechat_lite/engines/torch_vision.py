@@ -31,7 +31,9 @@ class TorchVision:
         if self._network is None:
             self._network = self._built()
         given = torch.from_numpy(np.ascontiguousarray(pixels, np.float32))
-        return self._network(given.to(self.device).to(self._dtype)).float().cpu().numpy()
+        # by default cuDNN's convolutions round float32 to 10 bits
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return self._network(given.to(self.device).to(self._dtype)).float().cpu().numpy()
 
     def close(self) -> None:
         self._network = None

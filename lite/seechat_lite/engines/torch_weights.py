@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from seechat_lite.errors import EngineError
 from seechat_lite.nn.blocks import quantize_blocks
 from seechat_lite.nn.decoder import Decoder
-from seechat_lite.nn.linears import BLOCK, QUANTIZATIONS, BlockLinear, bitsandbytes_linear
+from seechat_lite.nn.linears import BLOCK, CHUNK, QUANTIZATIONS, BlockLinear, bitsandbytes_linear
 from seechat_lite.rotary import rotary_tables
 from seechat_weights.bundle import MANIFEST, LMConfig, Manifest
 from seechat_weights.layout import HEAD, decoder_layout, head_order
@@ -198,8 +198,15 @@ def build(
         return torch.from_numpy(array if array.flags.writeable else array.copy())
 
     def place(array: np.ndarray | Tensor, to: torch.dtype = dtype) -> Tensor:
-        # to the device as it is stored, and only there to the type it is needed in
-        return tensor(array).to(device).to(to).contiguous()
+        # to the device as it is stored, and only there to the type and order it is needed in
+        stored = tensor(array)
+        if stored.is_contiguous():
+            return stored.to(device).to(to)
+        made = torch.empty(stored.shape, dtype=to, device=device)
+        columns = max(1, CHUNK // len(stored))  # of a transposed matrix, which lie side by side
+        for i in range(0, stored.shape[1], columns):
+            made[:, i : i + columns] = stored[:, i : i + columns].to(device)
+        return made
 
     for given in source.tensors():
         name, _, kind = given.key.rpartition(".")

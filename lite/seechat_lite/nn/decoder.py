@@ -135,12 +135,19 @@ class Layer(nn.Module):
         next_norm: nn.LayerNorm,
     ) -> Tensor:
         """From this layer's normed input to that of what comes next, whose norm it is."""
-        qkv = self.attention["query_key_value"](x).unflatten(-1, self.split)
-        queries = place.append(qkv, rotary, keys, values)
-        seen = place.attend(queries, keys, values, self.scale).flatten(1)
-        x = place.add_norm(self.attention["dense"](seen), x, self.post_attention_layernorm)
+        branch = self.attention["dense"](self._attended(x, rotary, place, keys, values))
+        x = place.add_norm(branch, x, self.post_attention_layernorm)
         wide = with_gelu(self.mlp["dense_h_to_4h"], x)
         return place.add_norm(self.mlp["dense_4h_to_h"](wide), x, next_norm)
+
+    def _attended(
+        self, x: Tensor, rotary: Tensor, place: Place, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        # by itself, so that nothing of a long prompt's attention is held during its MLP
+        qkv = self.attention["query_key_value"](x).unflatten(-1, self.split)
+        queries = place.append(qkv, rotary, keys, values)
+        del qkv
+        return place.attend(queries, keys, values, self.scale).flatten(1)
 
 
 class Decoder(nn.Module):

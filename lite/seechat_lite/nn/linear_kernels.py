@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FEW = 16  # rows up to which block_linear is the faster product
+from seechat_lite.nn.linears import FEW
+
 OUTPUTS = 8  # that a program computes of one row
 OUTPUTS_OF_ROWS = 32  # of several
 PROGRAMS = 512  # at the same time, of several rows: a part of the inputs each, if need be

@@ -15,6 +15,7 @@ from seechat_lite.nn.blocks import dequantize_blocks
 
 log = logging.getLogger(__name__)
 
+FEW = 16  # rows that the kernels multiply by codes; of more, the weight is made first
 CHUNK = 1 << 26  # weights that are numbers at the same time when many rows are multiplied
 
 
@@ -59,7 +60,7 @@ class BlockLinear(nn.Module):
         if self.fused:
             from seechat_lite.nn import linear_kernels
 
-            if len(x) <= linear_kernels.FEW:
+            if len(x) <= FEW:
                 weight = self.codes, self.scales, self.bias
                 return linear_kernels.block_linear(
                     x.contiguous(), *weight, bits=self.bits, gelu=gelu
@@ -129,21 +130,22 @@ def bitsandbytes_linear(kind: str, dtype: torch.dtype) -> Callable[[Tensor], nn.
         ) from None
 
     def make(weight: Tensor) -> nn.Module:
-        outputs, inputs = weight.shape
+        (outputs, inputs), device = weight.shape, weight.device
         if kind == "int8":
             with torch.device("meta"):
                 linear = bnb.Linear8bitLt(
                     inputs, outputs, bias=False, has_fp16_weights=False, threshold=6.0
                 )
             # only a weight that comes from the CPU is quantized on its way to the device
-            params = bnb.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+            weight = weight.cpu()
+            params = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
         else:
             with torch.device("meta"):
                 linear = bnb.Linear4bit(
                     inputs, outputs, bias=False, compute_dtype=dtype, quant_type=kind
                 )
             params = bnb.Params4bit(weight, requires_grad=False, quant_type=kind)
-        linear.weight = params.to(weight.device)
+        linear.weight = params.to(device)
         return linear
 
     return make
