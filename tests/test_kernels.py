@@ -3,16 +3,18 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from pretend_card import pretend_card
+from pretend_card import KERNELS, pretend_card
 from seechat_lite.nn.blocks import dequantize_blocks, quantize_blocks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,49 +36,15 @@ def test_all_with_the_interpreter() -> None:
     assert run.returncode == 0, run.stdout[-3000:]
 
 
-POINTERS = {
-    **dict.fromkeys(("x", "branch", "bias", "result", "weight"), "*fp16"),
-    **dict.fromkeys(("qkv", "keys", "values", "queries"), "*fp16"),
-    **dict.fromkeys(("scales", "rotary", "parts", "sums"), "*fp32"),
-    "words": "*i32",
-    "length": "*i32",
-    "positions": "*i64",
-    **dict.fromkeys(("scale", "alpha", "eps"), "fp32"),
-}
-BITS_4 = {"BITS": 4, "WORDS": 16}
-BITS_8 = {"BITS": 8, "WORDS": 8}
-PLAIN = {"HAS_BIAS": False, "GELU": False}
-WHOLE = {"HAS_BIAS": True, "GELU": True}
-KERNELS = {
-    "_linear": [{**WHOLE, "OUTPUTS": 8, "INPUTS": 512}],
-    "_block_row": [
-        {**BITS_4, **WHOLE, "GROUP": 32, "OUTPUTS": 8},
-        {**BITS_8, **PLAIN, "GROUP": 64, "OUTPUTS": 8},
-    ],
-    "_block_rows": [
-        {**BITS_4, "GROUP": 4, "OUTPUTS": 32, "ROWS": 16},
-        {**BITS_8, "GROUP": 8, "OUTPUTS": 32, "ROWS": 16},
-    ],
-    "_sum_parts": [{**WHOLE, "SPLITS": 4, "OUTPUTS": 1024}],
-    "_dequantize": [{"BITS": 4, "WORDS": 16, "GROUP": 32}, {"BITS": 8, "WORDS": 8, "GROUP": 64}],
-    "_add_norm": [{"SIZE": 4096}],
-    "_append": [{"QUARTER": 32, "HALF": 64}],
-    "_attend": [{"HEAD": 128, "SIZE": 128, "TOKENS": 32}],
-    "_weigh": [{"HEAD": 128, "SIZE": 128, "SPLITS": 16}],
-}
-
-OPTIONS = {"_block_rows": {"num_warps": 2, "num_stages": 1}, "_add_norm": {"num_warps": 8}}
-
-
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="what is interpreted is not compiled")
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("capability", [75, 80, 86, 90])
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", sorted(KERNELS))
 def test_compiles_without_a_gpu(
     name: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The interpreter runs what the compiler refuses."""
+    """At full size, as they are launched: the interpreter runs what the compiler refuses."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -84,17 +52,77 @@ def test_compiles_without_a_gpu(
     from seechat_lite.nn import linear_kernels, step_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(linear_kernels, name, None) or getattr(step_kernels, name)
-    for constants in KERNELS[name]:
-        types = {
-            argument: "constexpr" if argument in constants else POINTERS.get(argument, "i32")
-            for argument in kernel.arg_names
-        }
-        source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+    kernel, launches = (vars(linear_kernels) | vars(step_kernels))[name], []
+    for module in (linear_kernels, step_kernels):
+        for other in KERNELS & vars(module).keys():
+            monkeypatch.setattr(module, other, Noted(launches if other == name else []))
+    run_at_full_size()
+    assert launches
+    for given, chosen in launches:
+        arguments = dict(zip(kernel.arg_names, given, strict=False))
+        launch = {k: chosen.pop(k) for k in ("num_warps", "num_stages") if k in chosen}
+        ones = {k: 1 for k, v in arguments.items() if isinstance(v, int) and v == 1}
+        constants = chosen | ones  # as Triton itself takes them
+        types = {k: "constexpr" if k in constants else kind(v) for k, v in arguments.items()}
+        types |= dict.fromkeys(chosen, "constexpr")
+        even = [
+            (i,)
+            for i, k in enumerate(kernel.arg_names)
+            if types[k][0] == "*" or (types[k] == "i32" and arguments[k] % 16 == 0)
+        ]
+        source = ASTSource(
+            fn=kernel,
+            signature=types,
+            constexprs=constants,
+            attrs={place: [["tt.divisibility", 16]] for place in even},
+        )
         target = GPUTarget("cuda", capability, 32)
-        compiled = triton.compile(source, target=target, options=OPTIONS.get(name))
+        compiled = triton.compile(source, target=target, options=launch)
         assert name in compiled.asm["ptx"]
         assert compiled.metadata.shared <= 16 << 10  # bytes: leaves room for other programs
+
+
+class Noted:
+    """Stands for a kernel, and notes what it is launched with."""
+
+    def __init__(self, launches: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+        self.launches = launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert grid[0] < 1 << 31 and max(grid[1:], default=0) < 1 << 16
+        return lambda *given, **chosen: self.launches.append((given, chosen))
+
+
+def kind(value: torch.Tensor | int | float) -> str:
+    if isinstance(value, torch.Tensor):
+        names = {torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+        return "*" + (names | {torch.int64: "i64"})[value.dtype]
+    return "i32" if isinstance(value, int) else "fp32"
+
+
+def run_at_full_size() -> None:
+    """Everything that launches a kernel, with ChatGLM-6B's sizes and without numbers."""
+    from seechat_lite.nn import linear_kernels, step_kernels
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    bias = empty(12288)
+    linear_kernels.linear(empty(1, 4096), empty(12288, 4096), bias, gelu=True)
+    for bits, block in ((4, 128), (8, 32)):
+        codes = empty(12288, 4096 // block, block * bits // 8, dtype=torch.uint8)
+        scales = empty(12288, 4096 // block, dtype=torch.float32)
+        for rows in (1, 13):
+            weight = codes, scales if bits == 4 else scales[:, :1].expand(scales.shape)
+            linear_kernels.block_linear(empty(rows, 4096), *weight, bias, bits=bits, gelu=True)
+            linear_kernels.block_linear(empty(rows, 4096), *weight, None, bits=bits)
+        linear_kernels.dequantized(codes, scales, bits=bits, inputs=4096, dtype=torch.float16)
+    x, norm = empty(1, 4096), torch.nn.LayerNorm(4096, device="meta", dtype=torch.float16)
+    step_kernels.add_norm(x, x, norm, alpha=7.5)
+    keys, length = empty(32, 2048, 128), empty(1, dtype=torch.int32)
+    rotary, at = empty(2, 2049, 32, dtype=torch.float32), empty(2, 1, dtype=torch.int64)
+    queries = step_kernels.append(empty(1, 3, 32, 128), rotary, at, length, keys, keys)
+    step_kernels.attend(queries, keys, keys, length, scale=0.1)
 
 
 needs_interpreter = pytest.mark.skipif(

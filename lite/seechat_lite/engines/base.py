@@ -22,7 +22,7 @@ class EngineOptions:
     vision_device: str | None = None  # None for `device`
     keep_vision: bool | None = True  # or release the vision network after every picture
     dtype: str | None = None  # "fp16", "fp32" or torch's "bf16"; None for what suits the device
-    max_memory: int | None = None  # bytes that a GPU lends
+    max_memory: int | None = None  # bytes that the model may take; on a GPU of its memory
     # the rest is for the torch engine, and keep_vision=None, for what suits the device
     quantize: str | None = None  # a name of nn.linears.QUANTIZATIONS
     rounded_rotary: bool = False  # angles as the published code rounds them in half precision
