@@ -41,6 +41,7 @@ from seechat_weights.bundle import (
     Manifest,
     TokenizerConfig,
     VisionConfig,
+    half_graph,
     sha256,
 )
 from seechat_weights.errors import BundleError, SeechatError
@@ -53,7 +54,6 @@ from seechat_weights.quantized import Quantized
 log = logging.getLogger(__name__)
 
 GRAPH, WEIGHTS, EMBEDDINGS = "decoder.onnx", "decoder.onnx.data", "embeddings.bin"
-HALF = Decoder(GRAPH, EMBEDDINGS).half
 PREFIX = "prefix.bin"
 TOKENIZER, PARITY, JOURNAL = "ice_text.model", "parity.json", "journal.json"
 NEW_JOURNAL = f"{JOURNAL}.new"
@@ -242,7 +242,7 @@ class _Writer:
         prefix = source.lm.prefix
         self.prefix_tokens = 0 if prefix is None else prefix.shape[3]
         self.items = decoder_layout(source.config, precision, block_size)
-        self.size = self.items[-1].stored[-1].end
+        self.size = self.items[-1].end
         wide = precision.exact and source.lm.shapes["word_embeddings.weight"].dtype != "float16"
         self.embeddings_dtype = "float32" if wide else "float16"
 
@@ -309,9 +309,9 @@ class _Writer:
         log.info("%s: %d of %d tensors are there already", self.folder, done, len(self.items))
         path = self.folder / WEIGHTS
         with path.open("r+b" if path.exists() else "w+b") as f:
-            f.truncate(_end(self.items[done - 1]) if done else 0)
+            f.truncate(self.items[done - 1].end if done else 0)
             for i, item in enumerate(self.items[done:], start=done):
-                self.progress("weights", _end(self.items[i - 1]) if i else 0, self.size)
+                self.progress("weights", self.items[i - 1].end if i else 0, self.size)
                 arrays = stored_arrays(
                     item,
                     self.source.weight(item),
@@ -426,14 +426,10 @@ def save_graphs(
         graph = graphs.decoder(
             config, precision, block_size, WEIGHTS, prefix_tokens=prefix_tokens, half=half
         )
-        ir.save(graph, folder / (HALF if half else GRAPH))
+        ir.save(graph, folder / (half_graph(GRAPH) if half else GRAPH))
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, dict[str, int]]:
     """Name -> size and time of the last change."""
     stats = {file.name: file.stat() for file in files}
     return {n: {"bytes": s.st_size, "modified": s.st_mtime_ns} for n, s in stats.items()}
-
-
-def _end(item: Item) -> int:
-    return item.stored[-1].end

@@ -141,7 +141,7 @@ def check_room(plan: ExportPlan, config: LMConfig, precision: Precision, *, out:
     for name in list(PRECISIONS)[list(PRECISIONS).index(precision.name) + 1 :]:
         form = PRECISIONS[name]
         items = decoder_layout(config, form, 128 if form.block else 0)
-        parts = replace(plan.parts, weights=items[-1].stored[-1].end)
+        parts = replace(plan.parts, weights=items[-1].end)
         memory = memory_bytes(config, items, form)
         if memory <= plan.free_memory and parts.total <= plan.free_disk + there:
             small = f"{human(memory)} of memory, {human(parts.total)} on the disk"

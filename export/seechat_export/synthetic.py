@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from seechat_export.export import EMBEDDINGS, GRAPH, TOKENIZER, WEIGHTS, Progress, save_graphs
+from seechat_lite.nn.attention import vit_settings
 from seechat_weights.bundle import (
     MANIFEST,
     Decoder,
@@ -195,16 +196,8 @@ def _write_vision(folder: Path, hidden: int, generator: torch.Generator) -> None
     clip = PUBLISHED_VISION["clip"]
     network = clip.network
     assert network
-    config = CLIPVisionConfig(
-        hidden_size=network.width,
-        intermediate_size=network.inner_size,
-        num_hidden_layers=network.layers + 1,
-        num_attention_heads=network.heads,
-        image_size=clip.pixels.image_size,
-        patch_size=network.patch_size,
-        hidden_act=network.activation,
-        layer_norm_eps=network.layernorm_epsilon,
-    )
+    whole = replace(network, layers=network.layers + 1)  # with the last, which no bridge reads
+    config = CLIPVisionConfig(**vit_settings(whole, clip.pixels.image_size))
     tower = folder / "clip-vit-large-patch14"
     config.save_pretrained(tower)
     save_file(CLIPVisionModel(config).half().state_dict(), tower / "model.safetensors")
@@ -234,7 +227,7 @@ def write_synthetic_bundle(
     partial.mkdir(parents=True)
     save_graphs(partial, config, form, block_size)
     items = decoder_layout(config, form, block_size)
-    size = items[-1].stored[-1].end
+    size = items[-1].end
     generator = np.random.default_rng(0)
     with (partial / WEIGHTS).open("wb") as f:
         for item in items:

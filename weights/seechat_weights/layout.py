@@ -57,6 +57,11 @@ class Item:
     stored: tuple[Stored, ...]
     bits: int = 0
 
+    @property
+    def end(self) -> int:
+        """Where the next one may begin, bytes from the file's start; of the last, its size."""
+        return self.stored[-1].end
+
 
 def head_order(config: LMConfig) -> np.ndarray:
     """For each row of a bundle's query_key_value, unpadded, the published row; int64."""

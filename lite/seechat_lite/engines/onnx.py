@@ -218,9 +218,9 @@ class OnnxEngine:
             binding.bind_ortvalue_output(name.replace("past", "present"), value)
 
     def _rows(self, ids: Sequence[int]) -> np.ndarray:
-        """Word embeddings, float32 [tokens, hidden]."""
+        """Word embeddings as they are stored, [tokens, hidden]."""
         assert self._embeddings is not None
-        return self._embeddings[ids].astype(np.float32)
+        return self._embeddings[ids]
 
     def _run(
         self,

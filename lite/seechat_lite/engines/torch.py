@@ -176,7 +176,7 @@ class TorchEngine:
         rows = len(token_ids)
         positions = self._next.repeat(rows, axis=1)
         positions[1] += np.arange(rows)
-        embeds = torch.from_numpy(self._source.rows(token_ids).astype(np.float32))
+        embeds = torch.from_numpy(self._source.rows(token_ids))
         self._raise_if_cancelled()
         with self._memory_planned():
             if self._records and rows <= FEW:

@@ -87,9 +87,9 @@ class BundleSource:
         data = np.memmap(path, np.uint8, "c")  # torch wants arrays that could be written
         precision = replace(PRECISIONS[decoder.precision], head_bits=decoder.head_bits)
         items = decoder_layout(self.manifest.lm, precision, decoder.block_size)
-        if data.size < items[-1].stored[-1].end:
+        if data.size < items[-1].end:
             raise EngineError(
-                f"{path}: {data.size} bytes; expected {items[-1].stored[-1].end} for the sizes in "
+                f"{path}: {data.size} bytes; expected {items[-1].end} for the sizes in "
                 "the manifest: export the bundle again"
             )
         for item in items:
