@@ -563,7 +563,7 @@ def test_no_history_overflows(
 
 
 def test_unknown_format(text_model: sl.Model) -> None:
-    with pytest.raises(sl.SeechatError, match="unknown conversation format 'x'; expected one of"):
+    with pytest.raises(sl.OptionError, match="unknown conversation format 'x'; expected one of"):
         text_model.chat("x")
 
 
@@ -581,7 +581,7 @@ def test_unknown_format(text_model: sl.Model) -> None:
 )
 def test_options_out_of_range(text_model: sl.Model, options: dict[str, Any]) -> None:
     chat = text_model.chat()
-    with pytest.raises(sl.SeechatError, match=f"{next(iter(options))} is"):
+    with pytest.raises(sl.OptionError, match=f"{next(iter(options))} is"):
         chat.stream("你好", **options)  # at once, not when it is read
     assert chat.turns == []
 

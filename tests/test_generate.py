@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from reference import TorchEngine, load_json, tensors
-from seechat_lite.errors import EngineError, SeechatError
+from seechat_lite.errors import EngineError, OptionError
 from seechat_lite.generate import generate
 from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.prompt import Prompt
@@ -74,7 +74,7 @@ def test_the_number_of_tokens(engine: TorchEngine) -> None:
         assert shown == CASES["p0"]["greedy"][:maximum]
     published = CASES["p0"]["stream_generate_max_new_tokens_5_yields"]
     assert published[-1] == answer(engine, "p0", max_new_tokens=5)[:4]
-    with pytest.raises(SeechatError, match="max_new_tokens is 0; expected at least 1"):
+    with pytest.raises(OptionError, match="max_new_tokens is 0; expected at least 1"):
         answer(engine, "p0", max_new_tokens=0)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference import load_json, tensors
-from seechat_lite.errors import EngineError, SeechatError
+from seechat_lite.errors import EngineError, OptionError
 from seechat_lite.sampling import Sampler, Sampling, candidates, scores
 
 REFERENCE = load_json("sampling/sampling.json")
@@ -158,5 +158,5 @@ def test_broken_logits_are_an_error(bad: float, temperature: float) -> None:
     ],
 )
 def test_values_out_of_range(name: str, value: float) -> None:
-    with pytest.raises(SeechatError, match=f"{name} is {value}; expected"):
+    with pytest.raises(OptionError, match=f"{name} is {value}; expected"):
         Sampling(**{name: value})

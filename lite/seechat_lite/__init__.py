@@ -19,6 +19,7 @@ from seechat_lite.errors import (
     EngineError,
     ImageError,
     MemoryPlanError,
+    OptionError,
     SeechatError,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "ImageError",
     "MemoryPlanError",
     "Model",
+    "OptionError",
     "Prompt",
     "SeechatError",
     "Stats",

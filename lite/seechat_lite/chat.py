@@ -23,7 +23,7 @@ from seechat_lite import prompt as prompts
 from seechat_lite.conversation import FORMATS, CleanStream, Format, Turn, render
 from seechat_lite.engines import Engine, EngineOptions, create
 from seechat_lite.engines.base import Cancelled
-from seechat_lite.errors import BundleError, ContextError, EngineError, SeechatError
+from seechat_lite.errors import BundleError, ContextError, EngineError, OptionError
 from seechat_lite.eyes import EyeFiles
 from seechat_lite.generate import generate
 from seechat_lite.images import load_image, pixels
@@ -178,11 +178,11 @@ class Model:
     def chat(self, format: str | None = None) -> "Chat":
         """Begin a conversation; `format` names one of conversation.FORMATS, else the bundle's.
 
-        Raises SeechatError for an unknown format.
+        Raises OptionError for an unknown format.
         """
         name = format or self.manifest.conversation
         if name not in FORMATS:
-            raise SeechatError(
+            raise OptionError(
                 f"unknown conversation format {name!r}; expected one of {', '.join(FORMATS)}"
             )
         return Chat(self, FORMATS[name])
@@ -294,7 +294,7 @@ class Chat:
         the other options.
 
         Raises ImageError, ContextError (empty question, or too long for the context), EngineError,
-        SeechatError (option out of range).
+        OptionError (option out of range).
         """
         sampling = Sampling(
             temperature=temperature,
@@ -306,7 +306,9 @@ class Chat:
         if not question.strip():
             raise ContextError("the question is empty; expected some text: type a question")
         if max_new_tokens < 1:
-            raise SeechatError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+            raise OptionError(
+                f"max_new_tokens is {max_new_tokens}; expected at least 1: allow one token or more"
+            )
         self._stop.clear()  # here, not in the generator: a stop() before its first piece counts
         return self._stream(question, image, sampling, max_new_tokens, speculate)
 

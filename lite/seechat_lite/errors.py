@@ -7,6 +7,7 @@ from seechat_weights.errors import (
     EngineError,
     ImageError,
     MemoryPlanError,
+    OptionError,
     SeechatError,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "EngineError",
     "ImageError",
     "MemoryPlanError",
+    "OptionError",
     "SeechatError",
 ]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from seechat_lite.engines.base import Cancelled, Engine
-from seechat_lite.errors import SeechatError
+from seechat_lite.errors import OptionError
 from seechat_lite.prompt import Prompt
 from seechat_lite.sampling import Sampler, Sampling
 from seechat_lite.speculation import PromptLookup
@@ -28,7 +28,9 @@ def generate(
     numbers.
     """
     if max_new_tokens < 1:
-        raise SeechatError(f"max_new_tokens is {max_new_tokens}; expected at least 1: change it")
+        raise OptionError(
+            f"max_new_tokens is {max_new_tokens}; expected at least 1: allow at least one token"
+        )
     if stopped():
         return
     sampler = Sampler(sampling, prompt.ids, eos_id=eos_id)

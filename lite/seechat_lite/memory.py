@@ -5,6 +5,7 @@ either the key/value cache of a full context and a workspace for the longest pro
 network, if that is released after every picture; else all of them. On a card the cache stays.
 """
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from seechat_lite.errors import MemoryPlanError, SeechatError
+from seechat_lite.errors import MemoryPlanError, OptionError
 from seechat_weights.bundle import LMConfig, Manifest
 from seechat_weights.precisions import PRECISIONS, Precision
 
@@ -212,11 +213,15 @@ def smaller_context(context: int, fits: Callable[[int], bool]) -> int | None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB", "600 MB", "4.5GiB" or a plain number. Raises SeechatError."""
+    """Bytes of "5GB", "600 MB", "4.5GiB" or a plain number. Raises OptionError."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in SIZES:
-        raise SeechatError(f"{text!r} is no size; expected a number of bytes, or such as 5GB")
-    return int(float(match[1]) * SIZES[match[2].upper()])
+    size = float(match[1]) * SIZES.get(match[2].upper(), math.nan) if match else math.nan
+    if not size < 2**63:
+        raise OptionError(
+            f"{text[:40]!r} is no size; expected a number of bytes, or such as 5GB: "
+            "write a number, with KB, MB or GB behind it if they are meant"
+        )
+    return int(size)
 
 
 def human(size: int) -> str:

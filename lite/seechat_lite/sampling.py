@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from seechat_lite.errors import EngineError, SeechatError
+from seechat_lite.errors import EngineError, OptionError
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Sampling:
     invalid_token: None makes logits that are not finite an error. The published chat() instead
     takes token 5 whenever any is not finite, the -inf of min_new_tokens included.
 
-    Raises SeechatError for a value out of range.
+    Raises OptionError for a value out of range.
     """
 
     temperature: float = 0.0
@@ -56,8 +56,8 @@ class Sampling:
             ("seed", self.seed >= 0, "0 or a positive whole number"),
         ):
             if not ok:
-                raise SeechatError(
-                    f"{name} is {getattr(self, name)}; expected {expected}: change it"
+                raise OptionError(
+                    f"{name} is {getattr(self, name)}; expected {expected}: choose such a number"
                 )
 
 

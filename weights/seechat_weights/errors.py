@@ -6,7 +6,8 @@
     ├── ImageError         a picture cannot be read
     ├── MemoryPlanError    the model would not fit
     ├── EngineError        the execution engine cannot do what was asked
-    └── ContextError       a conversation does not fit the context, or a prompt is malformed
+    ├── ContextError       a conversation does not fit the context, or a prompt is malformed
+    └── OptionError        an argument is out of its range (a ValueError too)
 
 Every message has three parts: what was read, what was expected, what to do.
 """
@@ -38,3 +39,7 @@ class EngineError(SeechatError):
 
 class ContextError(SeechatError):
     """A prompt is malformed or longer than the context the model was loaded with."""
+
+
+class OptionError(SeechatError, ValueError):
+    """An argument of a call, or an option of a command, is not among what is allowed."""
