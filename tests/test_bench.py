@@ -34,6 +34,10 @@ def test_the_report_is_whole_and_its_sums_are_right(vision_bundle: Path) -> None
         assert value > 0
     assert report.peak_memory >= max(report.turns) > 10e6
     assert len(report.turns) == 3
+    if sys.platform == "linux":
+        assert report.peak_anonymous and report.anonymous_memory
+        assert 10e6 < report.peak_anonymous < report.peak_memory
+        assert {"resident", "anonymous", "planned"} <= bench.rows(report).keys()
     share = report.token_bytes[32] / report.decode[32] / report.bandwidth
     assert report.roofline(32) == pytest.approx(share)
     assert json.loads(json.dumps(dataclasses.asdict(report)))["precision"] == report.precision

@@ -2,9 +2,7 @@
 
 import gc
 import json
-import mmap
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +26,6 @@ from reference import (
 from seechat_export.export import export_bundle
 from seechat_lite.engines import ENGINES, Engine, EngineOptions, create
 from seechat_lite.engines.base import Cancelled
-from seechat_lite.engines.pages import new_mappings, release, releasing
 from seechat_lite.errors import ContextError, EngineError
 from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.prompt import Prompt
@@ -382,29 +379,8 @@ def test_a_prefix_is_seen_by_all_tokens(tmp_path: Path, name: str) -> None:
     check_recorded(open_engine(tmp_path / "b"), case, recorded, atol=TOLERANCE)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
-def test_pages_of_new_mappings_alone_are_given_back(tmp_path: Path) -> None:
-    file, page = tmp_path / "weights", mmap.ALLOCATIONGRANULARITY
-    file.write_bytes(bytes(range(256)) * (64 * page // 256))
-
-    def mapped(start: int, pages: int) -> np.ndarray:
-        array = np.memmap(file, np.uint8, "c", offset=start * page, shape=(pages * page,))
-        array[0] = 7  # would be lost
-        return array
-
-    other = mapped(40, 8)
-    with new_mappings(file) as ranges:
-        ours, whole = mapped(0, 16), mapped(0, 64)
-    assert sum(end - start for start, end in ranges) == ours.nbytes
-    with releasing(ranges):
-        assert ours.sum(dtype=np.int64) > 0
-    release(ranges)
-    assert (ours[0], other[0], whole[0]) == (0, 7, 7)
-    assert ours[1:].tobytes() == file.read_bytes()[1 : ours.nbytes]
-
-
 def test_models_are_loaded_and_see_at_the_same_time(vision_bundle: Path) -> None:
-    """Each gives back the pages of its own files' mappings, never memory of another."""
+    """Mapped files and freed heaps of one do not disturb another."""
 
     def see(_: int) -> np.ndarray:
         with sl.load(vision_bundle, keep_vision=False) as model:

@@ -12,13 +12,14 @@ import os
 import platform
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnxruntime as ort
@@ -35,6 +36,7 @@ PREFILL = (32, 128, 512)  # prompt lengths, tokens
 DECODE = (32, 256, 1024, 1920)  # context lengths at which steps are timed
 STEPS = 8  # steps timed at each, in every repetition
 TURN_TOKENS = 16  # of each answer in a dialogue
+WATCH_SECONDS = 0.02  # between two looks at the memory
 BANDWIDTH_BYTES = 1 << 28  # far more than any cache holds
 
 
@@ -60,8 +62,11 @@ class Report:
     token_bytes: dict[int, int] = field(default_factory=dict)
     bandwidth: float | None = None
     turns: list[int] = field(default_factory=list)  # resident memory after each
-    peak_memory: int = 0  # resident, mapped files included
-    anonymous_memory: int | None = None  # resident without files, between answers; Linux only
+    # resident memory at its peak: with the pages of mapped files, which the system takes back when
+    # it needs them, and without, which is what the plan is about (Linux only, as the next)
+    peak_memory: int = 0
+    peak_anonymous: int | None = None
+    anonymous_memory: int | None = None  # between answers
     planned_memory: int | None = None  # not of the torch engine, nor of a card's
 
     def roofline(self, context: int) -> float:
@@ -86,7 +91,7 @@ def measure(
     say("load")
     plans: list[MemoryPlan] = []  # the torch engine announces none
     start = time.perf_counter()
-    with load(path, **options, announce=plans.append) as model:
+    with Anonymous() as anonymous, load(path, **options, announce=plans.append) as model:
         loaded = time.perf_counter() - start
         manifest, context = model.manifest, model.engine.context
         precision = manifest.decoder.precision if manifest.files else "as published"
@@ -124,7 +129,9 @@ def measure(
         model.engine.reset()
         say("dialogue")
         report.turns = list(_dialogue(model, turns))
-        report.peak_memory, report.anonymous_memory = _memory()
+        report.peak_memory = _peak()
+        report.anonymous_memory = Anonymous.now()
+        report.peak_anonymous = anonymous.stop()
         # of this machine's memory, which the torch engine and cards do not read
         bandwidth = Bandwidth(report.threads) if plans and not plans[0].card else None
         for length in (n for n in DECODE if n + repeat * STEPS < context):
@@ -138,6 +145,40 @@ def measure(
                 report.token_bytes[length] = weights + cached
             report.bandwidth = bandwidth.median()
     return report
+
+
+class Anonymous:
+    """Watches this process's anonymous memory, that is, what is no file's (Linux)."""
+
+    def __init__(self) -> None:
+        self._peak = self.now()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    @staticmethod
+    def now() -> int | None:
+        """Bytes; None where the system does not tell."""
+        return _status("RssAnon") if sys.platform == "linux" else None
+
+    def stop(self) -> int | None:
+        """End the watch; the most bytes that were seen."""
+        self._ended.set()
+        self._thread.join()
+        return self._peak
+
+    def __enter__(self) -> Self:
+        if self._peak is not None:
+            self._thread.start()
+        else:
+            self._ended.set()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(WATCH_SECONDS):
+            self._peak = max(self._peak or 0, self.now() or 0)
 
 
 class Bandwidth:
@@ -192,10 +233,10 @@ def rows(report: Report) -> dict[str, str]:
             f"{human(first)} resident after the first, {human(last)} after the last, "
             f"at most {human(most)}"
         )
-    anonymous = report.anonymous_memory
-    rows["memory"] = f"peak {human(report.peak_memory)}"
-    if anonymous is not None:
-        rows["memory"] += f", {human(anonymous)} that is not files between answers"
+    rows["resident"] = f"peak {human(report.peak_memory)}, mapped files included"
+    if report.peak_anonymous is not None and report.anonymous_memory is not None:
+        between = human(report.anonymous_memory)
+        rows["anonymous"] = f"peak {human(report.peak_anonymous)}, {between} between answers"
     if report.planned_memory:
         planned = human(report.planned_memory)
         rows["planned"] = f"{planned} at a context of {report.context} tokens"
@@ -264,15 +305,19 @@ def _first_token(model: Model, repeat: int) -> float:
     return statistics.median(times[1:])
 
 
-def _memory() -> tuple[int, int | None]:
-    """Peak resident memory of this process, and what of its present memory is not files."""
+def _peak() -> int:
+    """Peak resident memory of this process, in bytes."""
     info = psutil.Process().memory_info()
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text()
-        sizes = dict(line.split(":", 1) for line in status.splitlines())
-        kilobytes = {k: int(v.split()[0]) * 1024 for k, v in sizes.items() if v.endswith(" kB")}
-        return kilobytes["VmHWM"], kilobytes["RssAnon"]
-    return getattr(info, "peak_wset", info.rss), None
+    found = _status("VmHWM") if sys.platform == "linux" else getattr(info, "peak_wset", None)
+    return found or info.rss
+
+
+def _status(name: str) -> int | None:
+    """A size of Linux's /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return None
 
 
 def _cores() -> int:

@@ -3,6 +3,10 @@
 The sums are what the default engine holds at most: the weights as its kernels keep them; then
 either the key/value cache of a full context and a workspace for the longest prompt, or the vision
 network, if that is released after every picture; else all of them. On a card the cache stays.
+
+What counts is memory that the system cannot take back. Pages of mapped files (weights that were
+copied for the kernels, a vision network that runs as written) are resident besides, as long as
+nothing else needs them.
 """
 
 import math
@@ -23,7 +27,6 @@ MIN_CONTEXT = 16  # tokens; less holds no question and answer
 ADVISED_CONTEXT = 256  # tokens; less is nothing to recommend
 RUNTIME = 130 << 20  # Python, numpy, Pillow and ONNX Runtime themselves
 VISION_WORKSPACE = 300 << 20  # what a picture's activations and one layer's weights take
-RELEASES_PAGES = sys.platform == "linux"  # of a mapped file, while it is read
 KEPT_VISION = 256_000_000  # bytes; a larger vision network is loaded for each new picture
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -113,7 +116,7 @@ def plan(
         if bool(vision_card) != bool(card):
             vision = 0
         elif not keep_vision and seen != "int8" and not card:  # mapped, widened a layer at a time
-            vision = VISION_WORKSPACE + (0 if RELEASES_PAGES else file)
+            vision = VISION_WORKSPACE
     # what a layer of the longest prompt holds at once, as measured: the MLP's and the attention's,
     # and what an arena leaves between them
     activations = context * (2 * lm.inner_size + 18 * lm.hidden_size) * (card or 4)

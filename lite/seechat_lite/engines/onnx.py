@@ -13,12 +13,13 @@ is recorded.
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
+from seechat_lite.engines.allocation import trim_heap, untouched
 from seechat_lite.engines.base import (
     Cancelled,
     EngineOptions,
@@ -27,7 +28,6 @@ from seechat_lite.engines.base import (
     embedded,
 )
 from seechat_lite.engines.onnx_devices import Recorded, find_device, open_session, out_of_memory
-from seechat_lite.engines.pages import new_mappings, release, releasing, trim_heap, untouched
 from seechat_lite.errors import EngineError, MemoryPlanError
 from seechat_lite.memory import advice, float_bytes_on_card, plan
 from seechat_lite.prompt import Prompt
@@ -71,8 +71,7 @@ class OnnxEngine:
                 manifest.name,
             )
         self._records = half and self._device.kind == "cuda"
-        data = folder / f"{decoder.graph}.data"
-        with self._memory_planned(), new_mappings(data) as mapped:
+        with self._memory_planned():
             self._decoder: ort.InferenceSession | None = open_session(
                 folder / (decoder.half if half else decoder.graph),
                 self._device,
@@ -86,7 +85,6 @@ class OnnxEngine:
                 record=self._records,
                 limit=options.max_memory and options.max_memory - self._plan.cache,
             )
-        release(mapped)  # some stay mapped after they were copied for the kernels
         self._embeddings: np.memmap | None = np.memmap(
             folder / manifest.decoder.embeddings,
             dtype=manifest.decoder.embeddings_dtype,
@@ -338,26 +336,22 @@ class OnnxVision:
             and self.device.provider == "CPUExecutionProvider"
         )
         with self._lock:
-            session, ranges = self._session, []
-            if session is None:
-                with new_mappings(self._folder / vision.weights) as ranges:
-                    session = open_session(
-                        self._folder / (vision.half if half else vision.graph),
-                        self.device,
-                        {
-                            "pixel_values": (None, 3, size, size),
-                            "image_embeds": (None, vision.tokens, self._manifest.lm.hidden_size),
-                        },
-                        threads=self._options.threads,
-                        as_written=mapped,
-                        exact=exact or vision.precision == "fp32",
-                        limit=self._options.max_memory,
-                    )
+            session = self._session or open_session(
+                self._folder / (vision.half if half else vision.graph),
+                self.device,
+                {
+                    "pixel_values": (None, 3, size, size),
+                    "image_embeds": (None, vision.tokens, self._manifest.lm.hidden_size),
+                },
+                threads=self._options.threads,
+                as_written=mapped,
+                exact=exact or vision.precision == "fp32",
+                limit=self._options.max_memory,
+            )
             self._session = session if self._options.keep_vision else None
         feeds = {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
         try:
-            with releasing(ranges) if mapped else nullcontext():
-                (found,) = session.run(["image_embeds"], feeds, _run_options(return_memory=True))
+            (found,) = session.run(["image_embeds"], feeds, _run_options(return_memory=True))
         except Exception as e:  # ONNX Runtime raises its own unrelated exception types
             raise EngineError(
                 f"ONNX Runtime failed on a picture ({str(e).splitlines()[0]}): if memory is short, "
