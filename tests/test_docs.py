@@ -82,6 +82,25 @@ def test_every_command_is_one(path: Path) -> None:
         assert not [o for o in re.findall(r"--[a-z][a-z-]+", options) if o not in known], command
 
 
+def anchors(path: Path) -> set[str]:
+    """The fragments that GitHub gives a document's headings."""
+    text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(path: Path) -> None:
+    """Links to files of this repository, and to headings in documents."""
+    text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S)
+    for target, fragment in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
+        if target.startswith(("https:", "http:", "mailto:")):
+            continue
+        file = path.parent / target if target else path
+        assert file.exists(), f"{path.name}: {target}"
+        assert not fragment or fragment in anchors(file), f"{path.name}: {target}#{fragment}"
+
+
 def test_where_weights_are_published() -> None:
     """The documents name the places that `seechat info` does."""
     text = (ROOT / "docs/checkpoints.md").read_text("utf-8")

@@ -2,7 +2,7 @@
 
 The graph is not traced from torch: its attention and its block-quantized products are ONNX
 Runtime's own operators, which torch does not have, and building it needs no weights, so that a
-13 GB checkpoint can be written out one tensor at a time (see docs/decisions.md).
+13 GB checkpoint can be written out one tensor at a time (see docs/decisions/runtime.md).
 
     inputs_embeds [1, s, hidden]
       └─ per layer: LayerNorm ─ qkv ─ rotary(q, k) ─ If bidirectional:
