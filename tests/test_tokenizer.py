@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from reference import data, load_json
 from seechat_lite.errors import BundleError
-from seechat_lite.tokenizer import TextStream, Tokenizer
+from seechat_lite.text_stream import TextStream
+from seechat_lite.tokenizer import Tokenizer
 
 CASES = load_json("tokenizer/cases.json")
 VARIANTS = load_json("tokenizer/variants.json")

@@ -32,7 +32,8 @@ from seechat_lite.prompt import Prompt
 from seechat_lite.published import model_manifest
 from seechat_lite.sampling import Sampling
 from seechat_lite.speculation import PromptLookup
-from seechat_lite.tokenizer import TextStream, Tokenizer
+from seechat_lite.text_stream import TextStream
+from seechat_lite.tokenizer import Tokenizer
 from seechat_lite.verified import verify_once
 from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle import Manifest

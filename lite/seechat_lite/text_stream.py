@@ -1,0 +1,110 @@
+"""Streaming detokenization: token ids in, text out, as early as it is certain."""
+
+from typing import Protocol
+
+
+class Detokenizer(Protocol):
+    """What a TextStream asks of a tokenizer."""
+
+    leading_spaces_dropped: int  # how many spaces the start of a decoded text swallows
+
+    def surface(self, token_id: int) -> str | int | None:
+        """One token: its characters (U+2581 for a space), the value of a byte, or None."""
+        ...
+
+    def restore(self, text: str) -> str:
+        """Decoded text with the tokenizer's own names of white space replaced."""
+        ...
+
+    def unfinished(self, text: str) -> int:
+        """Index from which `text` may be the beginning of such a name, else its length."""
+        ...
+
+
+class TextStream:
+    """Token ids in, text out, as early as it is certain.
+
+    Held back are incomplete UTF-8 characters, the beginning of what may become a newline, tab or
+    blank marker, and the beginning of what may become one of the `stop` markers. All pieces joined
+    equal `tokenizer.decode(all ids)` cut at the first stop marker; a token costs the same however
+    long the text has become. Ids beyond the tokenizer's vocabulary have no text and add none.
+
+    stopped: whether a stop marker was met; nothing more will come.
+    """
+
+    def __init__(self, tokenizer: Detokenizer, *, stop: tuple[str, ...] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(s for s in stop if s)
+        self._bytes = b""  # an incomplete character
+        self._leading = tokenizer.leading_spaces_dropped  # how many more spaces the start swallows
+        self._raw = ""  # text that may be the start of a whitespace marker
+        self._held = ""  # text that may be the start of a stop marker
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Take the next token and return the text that has become certain, possibly none."""
+        surface = self._tokenizer.surface(token_id)
+        if surface is None or self.stopped:
+            return ""
+        if isinstance(surface, int):
+            self._bytes += bytes((surface,))
+            return self._release(self._characters(final=False))
+        text = self._characters(final=True)
+        if text:
+            self._leading = 0
+        if surface.startswith("\u2581") and self._leading:
+            surface = surface[1:]
+            self._leading -= 1
+        if surface:
+            self._leading = 0
+        return self._release(text + surface.replace("\u2581", " "))
+
+    def finish(self) -> str:
+        """The end of the text: whatever is still held back, unless a stop marker was met."""
+        if self.stopped:
+            return ""
+        return self._release(self._characters(final=True), final=True)
+
+    def _characters(self, *, final: bool) -> str:
+        """Take the complete characters out of the pending bytes; a byte of no character is
+        U+FFFD."""
+        data, text = self._bytes, ""
+        while data:
+            n = _utf8_length(data[0])
+            try:
+                text += data[:n].decode()
+            except UnicodeDecodeError as e:
+                # "unexpected end": so far it is a valid beginning, and more bytes may complete it
+                if not final and e.reason == "unexpected end of data":
+                    break
+                text, n = text + "\ufffd", 1
+            data = data[n:]
+        self._bytes = data
+        if text:
+            self._leading = 0
+        return text
+
+    def _release(self, text: str, *, final: bool = False) -> str:
+        raw = self._raw + text
+        cut = len(raw) if final else self._tokenizer.unfinished(raw)
+        self._raw = raw[cut:]
+        text = self._held + self._tokenizer.restore(raw[:cut])
+        end = min((i for s in self._stop if (i := text.find(s)) >= 0), default=-1)
+        hold = len(text) if final else self._partial_stop(text)
+        if 0 <= end < hold:  # no marker that begins earlier can still be completed
+            self.stopped, self._held = True, ""
+            return text[:end]
+        self._held = text[hold:]
+        return text[:hold]
+
+    def _partial_stop(self, text: str) -> int:
+        """Index from which `text` may be the beginning of a stop marker, else its length."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for i in range(max(0, len(text) - longest), len(text)):
+            if any(len(s) > len(text) - i and s.startswith(text[i:]) for s in self._stop):
+                return i
+        return len(text)
+
+
+def _utf8_length(lead: int) -> int:
+    return 1 if lead < 0xC2 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
