@@ -271,7 +271,7 @@ TEXTS: dict[str, tuple[bytes, str]] = {
     "pointer": (POINTER, "Git LFS pointer"),
     "deep": (b'{"a":' + b"[" * 500_000, "not valid JSON"),
     "deep objects": (b'{"a":' * 500_000, "not valid JSON"),
-    "megabytes": (b'{"a": [' + b"{}," * 4_000_000 + b"{}]}", "bytes of JSON; expected less"),
+    "megabytes": (b'{"a": [' + b"{}," * 4_000_000 + b"{}]}", "more than 8388608 bytes"),
     "many objects": (b'{"a": [' + b"{}," * 2_500_000 + b"{}]", "not valid JSON"),
     "twice": (b'{"vocab_size": 1, "vocab_size": 2}', "vocab_size is there twice"),
     "nan": (b'{"layernorm_epsilon": NaN}', "NaN is no JSON number"),

@@ -50,6 +50,8 @@ from seechat_weights.lm import ALL, LM, Rows, open_lm
 from seechat_weights.names import OLD_IMAGE_TOKENS, OLD_VOCABULARY
 from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS, Precision
 from seechat_weights.quantized import Quantized
+from seechat_weights.tokenizer_file import MAX_BYTES, completed, is_first_form
+from seechat_weights.untrusted import read_file
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +132,7 @@ def export_bundle(
         writer.embeddings()
         if model.prefix is not None:
             writer.prefix(torch.from_numpy(model.prefix))
-        shutil.copyfile(source.tokenizer, writer.folder / TOKENIZER)
+        source.write_tokenizer(writer.folder / TOKENIZER)
         if network and described:
             from seechat_export.vision_graph import export_vision  # slow to import, too
 
@@ -184,6 +186,17 @@ class Source:
         old = self.config.vocab_size == OLD_VOCABULARY
         self.num_image_tokens = OLD_IMAGE_TOKENS if old else 0
         Tokenizer(self.tokenizer, num_image_tokens=self.num_image_tokens).check(self.config)
+
+    def write_tokenizer(self, path: Path) -> None:
+        """Write the tokenizer's file, of an early one the form that is published now."""
+        found = read_file(self.tokenizer, limit=MAX_BYTES)
+        if is_first_form(found):
+            log.info(
+                "%s: as published before 6 April 2023, without its special pieces; the bundle gets "
+                "the later file",
+                self.tokenizer,
+            )
+        path.write_bytes(completed(found))
 
     def tensor(self, key: str, rows: Rows = ALL) -> Tensor:
         """One of our tensors, or some of its rows."""

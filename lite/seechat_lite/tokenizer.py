@@ -7,7 +7,6 @@ all text ids are shifted by the 20000 image tokens in front of them.
 """
 
 import re
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from sentencepiece import SentencePieceProcessor
 from seechat_lite.errors import BundleError
 from seechat_weights.bundle import LMConfig
 from seechat_weights.files import LFS_POINTER
+from seechat_weights.tokenizer_file import MAX_BYTES, completed
+from seechat_weights.untrusted import read_file
 
 _BLANKS = {f"<|blank_{k}|>": " " * k for k in range(2, 81)}
 _WHITESPACE = {"<n>": "\n", "<|tab|>": "\t", **_BLANKS}
@@ -25,7 +26,6 @@ _SPACES = re.compile(r" {2,80}")
 _SPECIAL = re.compile(
     r"(<sop>|<eop>|<unk>|<pad>|\[MASK\])"
 )  # [gMASK] is not among them: published so
-_MAX_BYTES = 64 << 20  # of a tokenizer model; the published one has 2.7 MB
 
 
 class Tokenizer:
@@ -181,16 +181,11 @@ class Tokenizer:
 def _load(path: Path) -> SentencePieceProcessor:
     expected = "expected a sentencepiece model such as ChatGLM-6B's ice_text.model"
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
-            raise BundleError(
-                f"{path}: cannot be read (no file, or more than {_MAX_BYTES >> 20} MB); "
-                f"{expected}: put the model's tokenizer there"
-            )
-        data = path.read_bytes()
+        data = completed(read_file(path, limit=MAX_BYTES))
     except OSError as e:
         raise BundleError(
-            f"{path}: cannot be read ({e.strerror}); {expected}: put the model's tokenizer there"
+            f"{path}: cannot be read ({e.strerror or e}); {expected}: put the model's tokenizer "
+            "there"
         ) from None
     if data.startswith(LFS_POINTER):
         raise BundleError(

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from seechat_weights.errors import BundleError
+from seechat_weights.files import MAX_JSON, decoded, line
 from seechat_weights.precisions import PRECISIONS
+from seechat_weights.untrusted import open_file, read_file
 
 MANIFEST = "seechat.json"
 FORMAT = "seechat-bundle"
@@ -305,13 +307,17 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such folder; expected a bundle from `seechat export`")
     try:
-        text = path.read_text("utf-8")
+        text = decoded(read_file(path, limit=MAX_JSON))
     except FileNotFoundError:
         raise BundleError(
             f"{folder}: holds no {MANIFEST}; expected a bundle: make one with `seechat export`"
         ) from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise BundleError(f"{path}: cannot be read ({e}); expected text: export again") from None
+    except (OSError, ValueError) as e:
+        said = (e.strerror if isinstance(e, OSError) else None) or line(e)
+        raise BundleError(
+            f"{path}: cannot be read ({said}); expected text in UTF-8: copy the bundle or export "
+            "it again"
+        ) from None
     manifest = Manifest.from_json(text, str(path))
     for name, entry in manifest.files.items():
         file = folder / name
@@ -377,7 +383,7 @@ def verify_hashes(
 def sha256(path: Path, read: Callable[[int], None] | None = None) -> str:
     """The hash of a file, hexadecimal; `read` is told the size of every part that was read."""
     digest, part = hashlib.sha256(), memoryview(bytearray(_HASHED_AT_ONCE))
-    with path.open("rb", buffering=0) as f:
+    with open_file(path) as f:
         while size := f.readinto(part):
             digest.update(part[:size])
             if read:

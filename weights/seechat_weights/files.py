@@ -3,12 +3,13 @@
 What is no file, too large or malformed is refused before anything is made of it.
 """
 
+import codecs
 import json
-import stat
 from pathlib import Path
 from typing import Any
 
 from seechat_weights.errors import CheckpointError
+from seechat_weights.untrusted import open_file, read_file
 
 LFS_POINTER = b"version https://git-lfs"
 MAX_JSON = 8 << 20  # bytes; the largest published index has 40 kB
@@ -21,13 +22,9 @@ def first_bytes(path: Path, count: int = len(LFS_POINTER)) -> bytes:
     pointer.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            kind = "folder" if stat.S_ISDIR(status.st_mode) else "device, pipe or socket"
-            raise CheckpointError(f"{path}: a {kind}; expected a checkpoint file: check the path")
-        with path.open("rb") as f:
+        with open_file(path) as f:
             head = f.read(max(count, len(LFS_POINTER)))
-    except (OSError, ValueError) as e:  # ValueError: a null character in the path
+    except OSError as e:
         raise unreadable(path, e) from None
     if head.startswith(LFS_POINTER):
         raise CheckpointError(
@@ -50,12 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a checkpoint's JSON object (config, index). Raises CheckpointError."""
     first_bytes(path)
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise CheckpointError(
-                f"{path}: {path.stat().st_size} bytes of JSON; expected less than {MAX_JSON}: "
-                "download the file again"
-            )
-        text = path.read_bytes()
+        text = read_file(path, limit=MAX_JSON)
     except OSError as e:
         raise unreadable(path, e) from None
     return parse_json(text, str(path))
@@ -64,9 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
     """A JSON object without repeated names, NaN or infinities; `where` names it in errors."""
     try:
-        data = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant
-        )
+        data = json.loads(decoded(text), object_pairs_hook=_once, parse_constant=_no_constant)
     except (ValueError, RecursionError) as e:
         raise CheckpointError(
             f"{where}: not valid JSON ({line(e)}); expected an object: download the file again"
@@ -77,6 +67,16 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
             "download the file again"
         )
     return data
+
+
+def decoded(text: bytes) -> str:
+    """UTF-8, with or without the mark that Windows' editors begin it with.
+
+    Raises ValueError, which names UTF-16.
+    """
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in text[:4]:
+        raise ValueError("it is in UTF-16 or UTF-32, save it as UTF-8")
+    return text.decode("utf-8-sig")
 
 
 def line(error: Exception) -> str:

@@ -26,6 +26,8 @@ from seechat_weights.families import (
 )
 from seechat_weights.files import LFS_POINTER, first_bytes, read_json, shown, unreadable
 from seechat_weights.stored import ITEM_BYTES
+from seechat_weights.tokenizer_file import MAX_BYTES, completed
+from seechat_weights.untrusted import open_file, read_file
 
 __all__ = ["Identity", "check_given", "identify"]
 
@@ -250,9 +252,10 @@ def _lost_shards(folder: Path) -> list[str]:
 
 def _tokenizer(path: Path) -> Identity | None:
     """An ICE tokenizer: a sentencepiece model with ChatGLM's special tokens among its pieces."""
-    if path.stat().st_size > 64 << 20:
+    try:
+        data = completed(read_file(path, limit=MAX_BYTES))
+    except OSError:
         return None
-    data = path.read_bytes()
     if not all(special in data for special in (b"[gMASK]", b"<sop>", b"<eop>")):
         return None
     return Identity(
@@ -265,7 +268,7 @@ def _pointer(path: Path) -> Identity | None:
     """A Git LFS pointer, and what it points to."""
     if not path.is_file():
         return None
-    with path.open("rb") as f:
+    with open_file(path) as f:
         text = f.read(1024)
     if not text.startswith(LFS_POINTER):
         return None

@@ -5,6 +5,7 @@ Also the safetensors format, whose header says just that (https://github.com/hug
 
 import math
 import mmap
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files import MAX_JSON, parse_json, shown
+from seechat_weights.untrusted import open_file
 
 # bytes of a number; the float8 kinds are described but cannot be read
 ITEM_BYTES = {
@@ -87,7 +89,7 @@ class Stored:
         start = self.block.start + self.offset * kind.itemsize
         skip = start % mmap.ALLOCATIONGRANULARITY
         size = skip + (last + 1) * kind.itemsize
-        with self.file.open("rb") as f:
+        with open_file(self.file) as f:
             # private and writable: what the caller changes never reaches the file
             mapped = mmap.mmap(f.fileno(), size, access=mmap.ACCESS_COPY, offset=start - skip)
         flat = np.frombuffer(mapped, kind, offset=skip)
@@ -109,7 +111,7 @@ def verify(file: Path, block: Block) -> None:
     if block.crc32 is None:
         return
     found, left = 0, block.size
-    with file.open("rb") as f:
+    with open_file(file) as f:
         f.seek(block.start)
         while left and (chunk := f.read(min(left, _CHUNK))):
             found = zlib.crc32(chunk, found)
@@ -126,8 +128,8 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
 
     Raises CheckpointError for a header that does not describe exactly the bytes of the file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as f:
+    with open_file(path) as f:
+        size = os.fstat(f.fileno()).st_size
         length = int.from_bytes(f.read(8), "little")
         if not 2 <= length <= min(size - 8, MAX_JSON):
             raise _damaged(path, f"a header of {length} bytes in a file of {size}")

@@ -16,6 +16,7 @@ from seechat_weights.errors import CheckpointError
 from seechat_weights.files import line, shown
 from seechat_weights.stored import ITEM_BYTES, Block, Stored, TensorInfo
 from seechat_weights.unpickle import MAX_BYTES, Inert, Storage, Tensor, Window, unpickle
+from seechat_weights.untrusted import open_file
 
 MAX_DIRECTORY = 8 << 20  # bytes of a zip's table of contents; a shard of ChatGLM-6B has 10 kB
 # a training script's wrapping of the weights; the rest (optimizer, epoch, ...) is of no use here
@@ -30,7 +31,7 @@ def open_torch(path: Path, *, zipped: bool) -> dict[str, Stored]:
 
     Raises CheckpointError: truncated, damaged or hostile.
     """
-    with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with open_file(path) as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         loaded, blocks = _read_zip(path, data) if zipped else _read_legacy(path, data)
     tensors = {}
     for name, tensor in _state_dict(loaded).items():
