@@ -446,7 +446,7 @@ def test_the_oldest_turns_are_forgotten(
 def test_a_long_history_is_trimmed_with_little_work(
     text_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is halved until it fits: together no more than twice the whole is read."""
+    """Only what may fit is read, and that a few times, whatever the length of the whole."""
     with sl.load(text_bundle, context=256) as model:
         chat = model.chat()
         for i in range(3000):
@@ -459,7 +459,7 @@ def test_a_long_history_is_trimmed_with_little_work(
 
         monkeypatch.setattr(model.tokenizer, "encode", counted)
         assert 150 < len(chat.prompt("最后?").ids) <= 192
-        assert sum(read) < 2.1 * max(read)
+        assert sum(read) < 4 * max(read) < 1500  # the whole has 90 000 characters
 
 
 def test_pictures_outlive_their_turns(small: sl.Model) -> None:

@@ -7,9 +7,8 @@ Pictures are remembered by their content: each is encoded once, whatever turn or
 import logging
 import threading
 import time
-from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +18,8 @@ from typing import Self
 import numpy as np
 from PIL import Image
 
-from seechat_lite import prompt as prompts
-from seechat_lite.conversation import FORMATS, CleanStream, Format, Turn, render
+from seechat_lite import history
+from seechat_lite.conversation import FORMATS, CleanStream, Format, Turn
 from seechat_lite.engines import Engine, EngineOptions, create
 from seechat_lite.engines.base import Cancelled
 from seechat_lite.errors import BundleError, ContextError, EngineError, OptionError
@@ -393,6 +392,9 @@ class Chat:
         with model.answering():
             try:
                 turn, embeds = self._turn(question, image, stopped=self._stop.is_set)
+                prompt, turns = self._fit(
+                    turn, embeds, reserve=max_new_tokens, stopped=self._stop.is_set
+                )
             except Cancelled:
                 seconds = time.perf_counter() - start
                 self.stats = Stats(
@@ -404,7 +406,6 @@ class Chat:
                     finish_reason="cancelled",
                 )
                 return
-            prompt, turns = self._fit(turn, embeds, reserve=max_new_tokens)
             dropped = len(self.turns) + 1 - len(turns)
             if dropped:
                 log.warning("the context is full: the oldest %d turn(s) are forgotten", dropped)
@@ -481,60 +482,20 @@ class Chat:
         return Turn(question, images=tuple(key for key, _ in embeds)), dict(embeds)
 
     def _fit(
-        self, turn: Turn, embeds: dict[str, np.ndarray], *, reserve: int
+        self,
+        turn: Turn,
+        embeds: dict[str, np.ndarray],
+        *,
+        reserve: int,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> tuple[Prompt, list[Turn]]:
-        """The prompt for `turn`, and the turns in it: the oldest are dropped for want of room."""
-        context = self.model.engine.context
-        limit = context - min(reserve, context // 4)
-        turns, known = [*self.turns, turn], self._embeds | embeds
-
-        def build(turns: list[Turn]) -> Prompt:
-            segments = render(self.format, turns)
-            return prompts.build(
-                self.model.tokenizer, segments, known, specials=self.format.specials
-            )
-
-        def fits(dropped: int) -> bool:
-            return len(build(_drop(turns, dropped, known, context // 2)).ids) <= limit
-
-        # the usual case, where all fits, is spared the search
-        old = range(len(self.turns))
-        dropped = 0 if not old or fits(0) else bisect_left(old, True, lo=1, key=fits)
-        turns = _drop(turns, dropped, known, context // 2)
-        prompt = build(turns)
-        while (
-            len(prompt.ids) > limit
-            and len(turns) == 1
-            and len(turns[0].images) > len(turn.images)
-            and not self.format.demo  # which cannot do without its one picture
-        ):
-            turns = [replace(turns[0], images=turns[0].images[1:])]
-            prompt = build(turns)
-        if len(prompt.ids) >= context:
-            pictures = sum(len(embeds) for _, embeds in prompt.images)
-            raise ContextError(
-                f"the question takes {len(prompt.ids)} tokens, {pictures} of them for pictures; "
-                f"the context holds {context}, answer included: shorten it or load the model with "
-                "more context"
-            )
-        return prompt, turns
-
-
-def _drop(turns: list[Turn], count: int, embeds: Mapping[str, np.ndarray], room: int) -> list[Turn]:
-    """`turns` without the oldest `count`, whose pictures go to the oldest turn that is left.
-
-    So a conversation about a picture goes on when its beginning is forgotten. Of more pictures
-    than `room` tokens hold, the latest stay, one at least.
-    """
-    left = turns[count:]
-    shown = {key for turn in left for key in turn.images}
-    carried: list[str] = []
-    for key in reversed([key for turn in turns[:count] for key in turn.images]):
-        if key in shown:
-            continue
-        room -= len(embeds[key])
-        if room < 0 and carried:
-            break
-        shown.add(key)
-        carried.insert(0, key)
-    return [replace(left[0], images=(*carried, *left[0].images)), *left[1:]]
+        """The prompt for `turn`, and the turns in it: see history.fit."""
+        return history.fit(
+            [*self.turns, turn],
+            self._embeds | embeds,
+            format=self.format,
+            tokenizer=self.model.tokenizer,
+            context=self.model.engine.context,
+            reserve=reserve,
+            stopped=stopped,
+        )

@@ -98,19 +98,22 @@ class _Segments:
     """Collects text, joined between pictures, because each piece is tokenized as one."""
 
     def __init__(self) -> None:
-        self.items: list[str | ImageSlot] = []
+        self._done: list[str | ImageSlot] = []
+        self._texts: list[str] = []  # since the last picture
+
+    @property
+    def items(self) -> list[str | ImageSlot]:
+        text = "".join(self._texts)
+        return [*self._done, text] if text else self._done
 
     def text(self, text: str) -> None:
-        if self.items and isinstance(self.items[-1], str):
-            self.items[-1] += text
-        elif text:
-            self.items.append(text)
+        self._texts.append(text)
 
     def image(self, format: Format, key: str) -> None:
         before, after = format.image
         self.text(before)
-        self.items.append(ImageSlot(key, format.image_token_id))
-        self.text(after)
+        self._done = [*self.items, ImageSlot(key, format.image_token_id)]
+        self._texts = [after]
 
 
 _DEMO_MAX_CHARS = 2000

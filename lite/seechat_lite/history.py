@@ -1,0 +1,164 @@
+"""Which turns and pictures of a conversation go into the next prompt.
+
+Everything goes in while there is room. Else the oldest turns are left out whole, and their pictures
+move to the oldest turn that is left. The result is exact: what counts is the prompt as it will be
+sent. To find it without tokenizing a whole history again and again, every turn is counted alone,
+from the newest on, until the room is used up; the prompt is then built at the border so found, and
+one turn to either side of it.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from seechat_lite import prompt as prompts
+from seechat_lite.conversation import Format, Turn, render
+from seechat_lite.engines.base import Cancelled
+from seechat_lite.errors import ContextError
+from seechat_lite.prompt import Prompt
+from seechat_lite.tokenizer import Tokenizer
+
+# A token stands for at most so many characters: a run of 80 spaces is one. White space and control
+# characters that the tokenizer leaves out are the exception; a text of nothing else is as long.
+MAX_CHARACTERS_PER_TOKEN = 80
+
+
+def fit(
+    turns: Sequence[Turn],
+    embeds: Mapping[str, np.ndarray],
+    *,
+    format: Format,
+    tokenizer: Tokenizer,
+    context: int,
+    reserve: int,
+    stopped: Callable[[], bool] = lambda: False,
+) -> tuple[Prompt, list[Turn]]:
+    """The prompt for the last of `turns`, and the turns that are in it.
+
+    turns: a conversation, all answered but the last. embeds: float32 [tokens, hidden] of every
+    picture by its key. context: tokens that prompt and answer may take. reserve: tokens to keep
+    free for the answer, a quarter of the context at most. stopped: asked before each text is
+    tokenized.
+
+    Raises ContextError if the last turn alone does not fit, Cancelled if `stopped` says so.
+    """
+    *past, turn = turns
+    limit = context - min(reserve, context // 4)
+    if len(turn.question) > context * MAX_CHARACTERS_PER_TOKEN:
+        raise ContextError(
+            f"the question has {len(turn.question)} characters, more than the context of {context} "
+            "tokens can hold: shorten it or load the model with more context"
+        )
+
+    def check() -> None:
+        if stopped():
+            raise Cancelled("stopped while its history was read")
+
+    def kept(dropped: int) -> list[Turn]:
+        return _without_oldest(turns, dropped, embeds, context // 2)
+
+    built: dict[int, Prompt] = {}
+
+    def build(turns: Sequence[Turn]) -> Prompt:
+        check()
+        return prompts.build(tokenizer, render(format, turns), embeds, specials=format.specials)
+
+    def fits(dropped: int) -> bool:
+        if dropped not in built:
+            left = kept(dropped)
+            if not format.demo and _characters(left) > limit * MAX_CHARACTERS_PER_TOKEN:
+                return False
+            built[dropped] = build(left)
+        return len(built[dropped].ids) <= limit
+
+    if not past or ((_characters(turns) <= 4 * limit or format.demo) and fits(0)):
+        dropped = 0
+    elif format.demo:  # whose text is short, however long the history
+        dropped = bisect_left(range(len(past)), True, lo=1, key=fits)
+    else:
+        dropped = _estimate(turns, embeds, kept, limit, format, tokenizer, check)
+        while dropped < len(past) and not fits(dropped):
+            dropped += 1
+        while dropped > 0 and fits(dropped - 1):
+            dropped -= 1
+    left = kept(dropped)
+    prompt = built.get(dropped) or build(left)
+    while (
+        len(prompt.ids) > limit
+        and len(left) == 1
+        and len(left[0].images) > len(turn.images)
+        and not format.demo  # which cannot do without its one picture
+    ):
+        left = [replace(left[0], images=left[0].images[1:])]
+        prompt = build(left)
+    if len(prompt.ids) >= context:
+        pictures = sum(len(embeds) for _, embeds in prompt.images)
+        raise ContextError(
+            f"the question takes {len(prompt.ids)} tokens, {pictures} of them for pictures; "
+            f"the context holds {context}, answer included: shorten it or load the model with "
+            "more context"
+        )
+    return prompt, left
+
+
+def _estimate(
+    turns: Sequence[Turn],
+    embeds: Mapping[str, np.ndarray],
+    kept: Callable[[int], list[Turn]],
+    limit: int,
+    format: Format,
+    tokenizer: Tokenizer,
+    check: Callable[[], None],
+) -> int:
+    """How many turns have to be left out, nearly: tokens merge a little where turns meet."""
+    template = format.turn
+    for place in ("{round}", "{images}", "{question}", "{answer}"):
+        template = template.replace(place, "")
+    around = len(tokenizer.encode(template))
+    tokens: list[int] = []  # of the turns from the newest to the oldest that may fit
+    total = 0
+    for turn in reversed(turns):
+        if _characters([turn]) > (limit - total) * MAX_CHARACTERS_PER_TOKEN:
+            break
+        check()
+        texts = (turn.question, turn.answer or "")
+        tokens.append(around + sum(len(tokenizer.encode(t, specials=False)) for t in texts))
+        total += tokens[-1]
+        if total > limit:
+            break
+
+    def fits(dropped: int) -> bool:
+        left = kept(dropped)
+        pictures = sum(len(embeds[key]) for turn in left for key in turn.images)
+        return sum(tokens[: len(left)]) + pictures <= limit
+
+    first, last = max(0, len(turns) - len(tokens)), len(turns) - 1
+    return first + bisect_left(range(first, last), True, key=fits) if first < last else last
+
+
+def _characters(turns: Sequence[Turn]) -> int:
+    return sum(len(turn.question) + len(turn.answer or "") for turn in turns)
+
+
+def _without_oldest(
+    turns: Sequence[Turn], count: int, embeds: Mapping[str, np.ndarray], room: int
+) -> list[Turn]:
+    """`turns` without the oldest `count`, whose pictures go to the oldest turn that is left.
+
+    So a conversation about a picture goes on when its beginning is forgotten. Of more pictures
+    than `room` tokens hold, the latest stay, one at least.
+    """
+    left = turns[count:]
+    shown = {key for turn in left for key in turn.images}
+    carried: list[str] = []
+    for key in reversed([key for turn in turns[:count] for key in turn.images]):
+        if key in shown:
+            continue
+        room -= len(embeds[key])
+        if room < 0 and carried:
+            break
+        shown.add(key)
+        carried.append(key)
+    return [replace(left[0], images=(*reversed(carried), *left[0].images)), *left[1:]]
