@@ -24,7 +24,8 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from seechat_export import graphs, parity
+from seechat_export import parity
+from seechat_export.chatglm_graph import ChatGLMGraph
 from seechat_export.plan import ExportPlan, Parts, check_room, make_plan
 from seechat_export.quantize import rearrange_prefix, stored_arrays
 from seechat_lite.conversation import FORMATS
@@ -436,10 +437,10 @@ def save_graphs(
 ) -> None:
     """Write the decoder's graph, and the one for GPUs unless the weights are float32."""
     for half in (False,) if precision.exact else (False, True):
-        graph = graphs.decoder(
+        graph = ChatGLMGraph(
             config, precision, block_size, WEIGHTS, prefix_tokens=prefix_tokens, half=half
         )
-        ir.save(graph, folder / (half_graph(GRAPH) if half else GRAPH))
+        ir.save(graph.build(), folder / (half_graph(GRAPH) if half else GRAPH))
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, dict[str, int]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seechat_export.graphs import cache_dtype, hidden_name
+from seechat_export.decoder_graph import cache_dtype, hidden_name
 from seechat_export.quantize import rearrange_prefix, restored_tensor
 from seechat_lite.nn.chatglm import Block, prefix_mask
 from seechat_lite.prompt import position_ids

@@ -20,7 +20,7 @@ ALL = slice(None)
 
 
 def rearrange_heads(tensor: Tensor, config: LMConfig, axis: str) -> Tensor:
-    """An attention tensor in the graph's order of heads (see graphs.py).
+    """An attention tensor in the graph's order of heads (see decoder_graph).
 
     axis "rows": query_key_value, weight [3 * hidden, hidden] or bias [3 * hidden], from
     [head][q | k | v][head_size] to [q | k | v][head][head_size], the quarters a1 a2 b1 b2 of each

@@ -3,8 +3,8 @@
 The key/value cache is one buffer per layer and part, of the context's length, bound as the
 decoder's past and present alike, so that no step copies it; it lives as long as one answer, and on
 a GPU, where it stays between the steps, as long as the engine. The context of a prompt is one
-bidirectional call, everything from <sop> on is causal (see seechat_export.graphs). The embedding
-table is never loaded: the few rows a prompt needs are read from the memory-mapped file.
+bidirectional call, everything from <sop> on is causal (see seechat_export.chatglm_graph). The
+embedding table is never loaded: the few rows a prompt needs are read from the mapped file.
 
 On a GPU the bundle's second graph runs, in float16, where it has one; with CUDA a step of one token
 is recorded.
