@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -21,14 +20,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from seechat_export import parity
 from seechat_export.chatglm_graph import ChatGLMGraph
-from seechat_export.plan import ExportPlan, Parts, check_room, make_plan
+from seechat_export.plan import PROBE, ExportPlan, Parts, check_room, make_plan
 from seechat_export.quantize import rearrange_prefix, stored_arrays
+from seechat_export.workplace import Workplace
 from seechat_lite.conversation import FORMATS
+from seechat_lite.eyes import GRAPH as VISION_GRAPH
 from seechat_lite.eyes import Eyes
 from seechat_lite.memory import human
 from seechat_lite.nn.blocks import FRACTIONS
@@ -58,8 +58,9 @@ log = logging.getLogger(__name__)
 
 GRAPH, WEIGHTS, EMBEDDINGS = "decoder.onnx", "decoder.onnx.data", "embeddings.bin"
 PREFIX = "prefix.bin"
-TOKENIZER, PARITY, JOURNAL = "ice_text.model", "parity.json", "journal.json"
-NEW_JOURNAL = f"{JOURNAL}.new"
+TOKENIZER, PARITY = "ice_text.model", "parity.json"
+FILES = (GRAPH, half_graph(GRAPH), WEIGHTS, EMBEDDINGS, PREFIX, TOKENIZER, PARITY, MANIFEST, PROBE)
+VISION_FILES = (VISION_GRAPH, f"{VISION_GRAPH}.data", half_graph(VISION_GRAPH))
 ROWS = 4096  # rows of the embedding table written at a time
 VISION_BITS = {"fp32": 32, "fp16": 16, "int8": 9}  # with the blocks' scales
 VISION_WORK = 450_000_000  # bytes; EVA ViT-g at fp16 was measured to take 400 MB
@@ -106,7 +107,7 @@ def export_bundle(
         raise BundleError(f"block size {block_size}; expected one of {sizes}")
     if conversation not in (None, *FORMATS):
         raise BundleError(f"format {conversation!r}; expected one of {', '.join(FORMATS)}")
-    if out.exists():
+    if os.path.lexists(out) or out.name in ("", ".."):  # a broken link, too
         raise BundleError(f"{out}: exists already; remove it or choose another --out")
     vision_precision = vision_precision or ("fp32" if precision == "fp32" else "fp16")
     model = open_lm(Path(lm), checkpoint=checkpoint, adapter=adapter, prefix=prefix)
@@ -126,7 +127,9 @@ def export_bundle(
         described = dataclasses.replace(described, precision=vision_precision)
         eye = parity.VisionCheck(network, described, source.config.hidden_size)
     form = source.form(PRECISIONS[precision])
-    writer = _Writer(source, out, form, block_size if form.block else 0, progress)
+    eyes = (described.graph, described.weights, described.half) if described else ()
+    place = Workplace(out, {*FILES, *VISION_FILES, *eyes})
+    writer = _Writer(source, place, form, block_size if form.block else 0, progress)
     with writer.opened():
         announce(writer.plan(network, vision_precision))
         writer.weights()
@@ -168,7 +171,7 @@ def export_bundle(
         try:
             report = parity.check(source, writer.folder, manifest, writer.items, eye, progress)
         except BundleError:
-            writer.discard()
+            writer.place.discard()
             raise
         (writer.folder / PARITY).write_text(json.dumps(report, indent=1) + "\n", "utf-8")
         return writer.finish(manifest)
@@ -243,13 +246,16 @@ class _Writer:
     """Writes a bundle in `out.partial`, continues where an earlier run stopped, then renames it."""
 
     def __init__(
-        self, source: Source, out: Path, precision: Precision, block_size: int, progress: Progress
+        self,
+        source: Source,
+        place: Workplace,
+        precision: Precision,
+        block_size: int,
+        progress: Progress,
     ) -> None:
         self.source = source
-        self.out = out
-        # holds the journal, which a kill at any moment must not leave in a finished bundle
-        self.place = out.with_name(out.name + ".partial")
-        self.folder = self.place / "bundle"
+        self.place = place
+        self.out, self.folder = place.out, place.folder
         self.precision = precision
         self.block_size = block_size
         self.progress = progress
@@ -263,33 +269,24 @@ class _Writer:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """The place to write in, held by this process alone, cleared if another export's."""
-        lock = FileLock(f"{self.place}.lock", timeout=0)
         try:
-            self.place.mkdir(parents=True, exist_ok=True)
-            with lock:
-                try:
-                    self._begin()
-                    yield
-                finally:
-                    Path(lock.lock_file).unlink(missing_ok=True)
-        except Timeout:
-            raise BundleError(
-                f"{self.out}: another export is writing it; wait for it or choose another --out"
-            ) from None
+            with self.place.held():
+                self._begin()
+                yield
         except OSError as e:
             if e.errno != errno.ENOSPC:
                 raise BundleError(
-                    f"{self.place}: cannot be written ({e.strerror or e}): "
+                    f"{self.place.path}: cannot be written ({e.strerror or e}): "
                     "check the folder's permissions or choose another --out"
                 ) from e
             raise BundleError(
-                f"{self.place}: the disk is full; the weights take {human(self.size)}: "
+                f"{self.place.path}: the disk is full; the weights take {human(self.size)}: "
                 "free some space and run the same command again, it continues where it stopped"
             ) from e
 
     def plan(self, vision: nn.Module | None, vision_precision: str) -> ExportPlan:
         """What is left to do will take this; raises MemoryPlanError or BundleError if it cannot."""
-        lm, done = self.source.config, self._journal()["done"]
+        lm, done = self.source.config, self._done()
         numbers = sum(p.numel() for p in vision.parameters()) if vision else 0
         parts = Parts(
             weights=self.size,
@@ -313,13 +310,13 @@ class _Writer:
             check_room(plan, lm, self.precision, out=self.out)
         except SeechatError:
             if not done:
-                self.discard()
+                self.place.discard()
             raise
         return plan
 
     def weights(self) -> None:
         """The decoder's weights file, tensor by tensor, then its graph."""
-        done = self._journal()["done"]
+        done = self._done()
         log.info("%s: %d of %d tensors are there already", self.folder, done, len(self.items))
         path = self.folder / WEIGHTS
         with path.open("r+b" if path.exists() else "w+b") as f:
@@ -382,30 +379,16 @@ class _Writer:
             f.write(manifest.to_json())
             f.flush()
             os.fsync(f.fileno())
-        self.folder.rename(self.out)
-        shutil.rmtree(self.place)
+        self.place.deliver()
         return manifest
-
-    def discard(self) -> None:
-        """Remove what was written: it is complete and wrong, continuing it would help nobody."""
-        shutil.rmtree(self.place)
 
     def _begin(self) -> None:
         """Keep what an earlier run of the same export wrote; anything else of ours is cleared."""
-        journal = self._journal()
-        if not journal and any(f.name != NEW_JOURNAL for f in self.place.iterdir()):
-            raise BundleError(
-                f"{self.place}: not made by an export, yet the export would write there: "
-                "move it away or choose another --out"
-            )
-        weights = self.folder / WEIGHTS
-        if journal.get("fingerprint") != self._fingerprint() or not weights.exists():
+        same = self.place.journal().get("fingerprint") == self._fingerprint()
+        keep = same and (self.folder / WEIGHTS).exists()
+        if not keep:
             self._record(0)  # first: whatever is left when this is cut short counts as nothing
-            weights.unlink(missing_ok=True)
-        self.folder.mkdir(exist_ok=True)
-        for file in self.folder.iterdir():  # all but the weights is quick to write again
-            if file != weights:
-                file.unlink()
+        self.place.clear(*([WEIGHTS] if keep else []))  # the rest is quick to write again
 
     def _fingerprint(self) -> str:
         """What must be the same for a run to continue an earlier one's tensors."""
@@ -419,17 +402,14 @@ class _Writer:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def _journal(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.place / JOURNAL).read_text("utf-8"))
-        except (OSError, ValueError):
-            return {}
+    def _done(self) -> int:
+        """How many tensors are on the disk."""
+        done = self.place.journal().get("done")
+        return done if isinstance(done, int) and 0 <= done <= len(self.items) else 0
 
     def _record(self, done: int) -> None:
-        """Note that the first `done` tensors are on the disk; atomic, so never half a note."""
-        new = self.place / NEW_JOURNAL
-        new.write_text(json.dumps({"fingerprint": self._fingerprint(), "done": done}), "utf-8")
-        new.replace(self.place / JOURNAL)
+        """Note that the first `done` tensors are on the disk."""
+        self.place.record(fingerprint=self._fingerprint(), done=done)
 
 
 def save_graphs(

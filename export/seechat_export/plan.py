@@ -28,7 +28,8 @@ from seechat_weights.precisions import PRECISIONS, Precision
 
 PROCESS = 260_000_000  # bytes of Python, torch and ONNX Runtime themselves
 SAMPLE = 1 << 23  # weights converted to see how long it takes
-PROBE = 1 << 26  # bytes written to see how fast the disk is
+PROBE_BYTES = 1 << 26  # written to see how fast the disk is
+PROBE = "probe.new"  # the file of that
 CHECK_TOKENS = 29  # of the prompt that the check runs
 SESSION = 1.2  # times what torch takes to run a layer: ONNX Runtime's preparing and running it
 
@@ -198,8 +199,8 @@ def _measure(
     arrays = convert(0)  # once before it is timed: the first call starts threads
     check(0)
     data = arrays[0].numpy().tobytes()
-    data = (data * (PROBE // len(data) + 1))[: min(PROBE, limit)]
-    probe = folder / "probe.new"
+    data = (data * (PROBE_BYTES // len(data) + 1))[: min(PROBE_BYTES, limit)]
+    probe = folder / PROBE
     speed = _Speed(
         convert=_time(convert, 1, 2) / (rows * inputs),
         write=_time(write, 1, 2) / len(data),

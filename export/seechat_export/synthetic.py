@@ -6,7 +6,7 @@ vanishing ones become denormal numbers, which make processors several times slow
 """
 
 import json
-import shutil
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +17,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from seechat_export.export import EMBEDDINGS, GRAPH, TOKENIZER, WEIGHTS, Progress, save_graphs
+from seechat_export.export import (
+    EMBEDDINGS,
+    FILES,
+    GRAPH,
+    TOKENIZER,
+    WEIGHTS,
+    Progress,
+    save_graphs,
+)
+from seechat_export.workplace import Workplace
 from seechat_lite.nn.attention import vit_settings
 from seechat_weights.bundle import (
     MANIFEST,
@@ -53,7 +62,7 @@ def write_synthetic(
     index, config.json, and a tokenizer of the ICE layout whose ids are the published ones. With all
     28 layers it takes 13.4 GB. Raises CheckpointError if the folder is there already.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise CheckpointError(f"{folder}: exists already; remove it or choose another --out")
     config = LMConfig(num_layers=layers)
     generator = torch.Generator().manual_seed(seed)
@@ -222,40 +231,42 @@ def write_synthetic_bundle(
     """
     config, form = replace(shape, num_layers=layers), PRECISIONS[precision]
     block_size = block_size if form.block else 0
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_graphs(partial, config, form, block_size)
-    items = decoder_layout(config, form, block_size)
-    size = items[-1].end
-    generator = np.random.default_rng(0)
-    with (partial / WEIGHTS).open("wb") as f:
-        for item in items:
-            progress("weights", item.stored[0].offset, size)
-            for stored in item.stored:
-                f.seek(stored.offset)
-                for block in _random_blocks(stored, item, form, generator):
-                    f.write(block)
-        f.truncate(size)
-    progress("weights", size, size)
-    table = generator.standard_normal((1024, config.hidden_size), np.float32)
-    rows = (table * (2 * config.hidden_size**-0.5)).astype(np.float16)
-    with (partial / EMBEDDINGS).open("wb") as f:
-        for start in range(0, config.vocab_size, len(rows)):
-            f.write(rows[: config.vocab_size - start].data)
-    write_tokenizer(partial / TOKENIZER)
-    files = sorted(partial.iterdir())
-    manifest = Manifest(
-        name=f"synthetic chatglm-6b, {layers} layers",
-        lm=config,
-        decoder=Decoder(GRAPH, EMBEDDINGS, "float16", precision, block_size),
-        tokenizer=TokenizerConfig(TOKENIZER),
-        conversation="chatglm",
-        files={f.name: FileHash(f.stat().st_size, sha256(f)) for f in files},
-        provenance={"note": "random weights: measures speed and memory, says nothing"},
-    )
-    (partial / MANIFEST).write_text(manifest.to_json(), "utf-8")
-    partial.rename(folder)
+    place = Workplace(folder, FILES)
+    with place.held():
+        partial = place.folder
+        place.record()
+        place.clear()
+        save_graphs(partial, config, form, block_size)
+        items = decoder_layout(config, form, block_size)
+        size = items[-1].end
+        generator = np.random.default_rng(0)
+        with (partial / WEIGHTS).open("wb") as f:
+            for item in items:
+                progress("weights", item.stored[0].offset, size)
+                for stored in item.stored:
+                    f.seek(stored.offset)
+                    for block in _random_blocks(stored, item, form, generator):
+                        f.write(block)
+            f.truncate(size)
+        progress("weights", size, size)
+        table = generator.standard_normal((1024, config.hidden_size), np.float32)
+        rows = (table * (2 * config.hidden_size**-0.5)).astype(np.float16)
+        with (partial / EMBEDDINGS).open("wb") as f:
+            for start in range(0, config.vocab_size, len(rows)):
+                f.write(rows[: config.vocab_size - start].data)
+        write_tokenizer(partial / TOKENIZER)
+        files = sorted(partial.iterdir())
+        manifest = Manifest(
+            name=f"synthetic chatglm-6b, {layers} layers",
+            lm=config,
+            decoder=Decoder(GRAPH, EMBEDDINGS, "float16", precision, block_size),
+            tokenizer=TokenizerConfig(TOKENIZER),
+            conversation="chatglm",
+            files={f.name: FileHash(f.stat().st_size, sha256(f)) for f in files},
+            provenance={"note": "random weights: measures speed and memory, says nothing"},
+        )
+        (partial / MANIFEST).write_text(manifest.to_json(), "utf-8")
+        place.deliver()
 
 
 def _random_blocks(
