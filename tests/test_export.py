@@ -19,10 +19,10 @@ from reference import data
 from seechat_export import export, plan, quantize
 from seechat_export.export import export_bundle
 from seechat_export.plan import ExportPlan
-from seechat_export.quantize import rearrange_heads
 from seechat_lite.errors import BundleError, CheckpointError, MemoryPlanError, SeechatError
 from seechat_lite.nn.blocks import dequantize_blocks, quantize_blocks
 from seechat_weights.bundle import LMConfig, read_manifest, verify_hashes
+from seechat_weights.layout import head_order, inverse_order, reordered
 
 LM = data("chatglm_tiny")
 
@@ -107,13 +107,21 @@ def test_zero_and_extreme_blocks() -> None:
 def test_heads_are_rearranged_and_put_back() -> None:
     config = LMConfig(hidden_size=24, num_heads=2)  # head size 12: quarters of 3, padded to 4
     rows = torch.arange(72.0)
-    q, k, v = rearrange_heads(rows, config, "rows").unflatten(0, (3, 2, 4, 4)).unbind(0)
+    q, k, v = reordered(rows, head_order(config, "rows")).unflatten(0, (3, 2, 4, 4)).unbind(0)
     # head 0: q is rows 0-11, its quarters a1 a2 b1 b2 become a1 b1 a2 b2, each padded with a zero
     assert q[0].tolist() == [[0, 1, 2, 0], [6, 7, 8, 0], [3, 4, 5, 0], [9, 10, 11, 0]]
     assert k[0].tolist() == [[12, 13, 14, 0], [18, 19, 20, 0], [15, 16, 17, 0], [21, 22, 23, 0]]
     assert v[1].tolist() == [[60, 61, 62, 0], [63, 64, 65, 0], [66, 67, 68, 0], [69, 70, 71, 0]]
-    columns = rearrange_heads(torch.arange(24.0)[None], config, "columns")
+    columns = reordered(torch.arange(24.0)[None], head_order(config, "columns"), axis=1)
     assert columns[0, :8].tolist() == [0, 1, 2, 0, 3, 4, 5, 0]
+    for axis in ("rows", "columns", "key", "value"):
+        order = head_order(config, axis)
+        published = np.arange(1, order.max() + 2)  # no zero, which is what padding holds
+        there = reordered(published, order)
+        assert np.count_nonzero(there) == len(published) < len(there)
+        assert reordered(there, inverse_order(order)).tolist() == published.tolist()
+        unpadded = head_order(config, axis, padded=False)
+        assert unpadded.tolist() == order[order >= 0].tolist()
 
 
 # --- what is written ----------------------------------------------------------------------------
@@ -216,10 +224,8 @@ def test_a_bundle_that_disagrees_is_not_delivered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wrong rearrangement of heads is just the kind of silent error that the check is for."""
-    right = quantize.rearrange_heads
-    monkeypatch.setattr(
-        quantize, "rearrange_heads", lambda t, c, axis: right(t, c, axis).roll(1, 0)
-    )
+    right = quantize.head_order
+    monkeypatch.setattr(quantize, "head_order", lambda c, axis: np.roll(right(c, axis), 1))
     with pytest.raises(BundleError, match="layer 0 graph differs from the torch network"):
         export_bundle(lm=LM, out=tmp_path / "b", precision="fp32")
     assert not (tmp_path / "b").exists()

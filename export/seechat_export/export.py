@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from seechat_export import parity
 from seechat_export.chatglm_graph import ChatGLMGraph
 from seechat_export.plan import PROBE, ExportPlan, Parts, check_room, make_plan
-from seechat_export.quantize import rearrange_prefix, stored_arrays
+from seechat_export.quantize import stored_arrays
 from seechat_export.workplace import Workplace
 from seechat_lite.conversation import FORMATS
 from seechat_lite.eyes import GRAPH as VISION_GRAPH
@@ -46,7 +46,7 @@ from seechat_weights.bundle import (
     sha256,
 )
 from seechat_weights.errors import BundleError, SeechatError
-from seechat_weights.layout import Item, decoder_layout
+from seechat_weights.layout import Item, decoder_layout, reordered_prefix
 from seechat_weights.lm import ALL, LM, Rows, open_lm
 from seechat_weights.names import OLD_IMAGE_TOKENS, OLD_VOCABULARY
 from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS, Precision
@@ -135,7 +135,7 @@ def export_bundle(
         writer.weights()
         writer.embeddings()
         if model.prefix is not None:
-            writer.prefix(torch.from_numpy(model.prefix))
+            writer.prefix(model.prefix)
         source.write_tokenizer(writer.folder / TOKENIZER)
         if network and described:
             from seechat_export.vision_graph import export_vision  # slow to import, too
@@ -358,11 +358,10 @@ class _Writer:
                 f.write(chunk.to(dtype).contiguous().numpy().data)
                 self.progress("embeddings", f.tell(), total)
 
-    def prefix(self, prefix: Tensor) -> None:
+    def prefix(self, prefix: np.ndarray) -> None:
         """A P-tuning prefix [layers, 2, heads, tokens, head_size], raw, as the cache holds it."""
-        stored = rearrange_prefix(prefix, self.source.config)
-        stored = stored.to(getattr(torch, self.embeddings_dtype)).contiguous()
-        (self.folder / PREFIX).write_bytes(stored.numpy().data)
+        stored = reordered_prefix(prefix, self.source.config).astype(self.embeddings_dtype)
+        (self.folder / PREFIX).write_bytes(stored.tobytes())
 
     def finish(self, manifest: Manifest) -> Manifest:
         """Hash all files, write the manifest, and give the folder its final name."""

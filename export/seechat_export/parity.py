@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seechat_export.decoder_graph import cache_dtype, hidden_name
-from seechat_export.quantize import rearrange_prefix, restored_tensor
+from seechat_export.quantize import restored_tensor
 from seechat_lite.nn.chatglm import Block, prefix_mask
 from seechat_lite.prompt import position_ids
 from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_weights.bundle import LMConfig, Manifest, VisionConfig
 from seechat_weights.errors import BundleError, CheckpointError
-from seechat_weights.layout import Item
+from seechat_weights.layout import Item, reordered_prefix
 from seechat_weights.lm import ALL, LM, Rows
 from seechat_weights.precisions import PRECISIONS
 
@@ -186,8 +186,7 @@ class _Stages:
             (2, 1, self.lm.num_heads, before + tokens, self.lm.padded_head_size), self.cache
         )
         if self.prefix is not None:
-            kept = rearrange_prefix(self.prefix[i : i + 1], self.lm)[0]
-            buffers[:, 0, :, :before] = kept.numpy()
+            buffers[:, 0, :, :before] = reordered_prefix(self.prefix[i : i + 1].numpy(), self.lm)[0]
         cache = [ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in buffers]
         parts = []
         for start, end in ((0, self.context), (self.context, tokens)):

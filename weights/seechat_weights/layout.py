@@ -12,6 +12,7 @@ A head whose size is no multiple of 8, which ONNX Runtime wants, has each quarte
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -63,12 +64,46 @@ class Item:
         return self.stored[-1].end
 
 
-def head_order(config: LMConfig) -> np.ndarray:
-    """For each row of a bundle's query_key_value, unpadded, the published row; int64."""
-    quarter = config.head_size // 4
-    rows = np.arange(3 * config.hidden_size).reshape(config.num_heads, 3, 2, 2, quarter)
-    q, k, v = rows.transpose(1, 0, 2, 3, 4)
-    return np.stack([q.swapaxes(1, 2), k.swapaxes(1, 2), v]).ravel()
+def head_order(config: LMConfig, axis: str, *, padded: bool = True) -> np.ndarray:
+    """For each place of a bundle's attention tensor the published place, -1 for padding; int64.
+
+    axis: what runs over heads: "rows" of query_key_value, "columns" of the attention's dense, or
+    the numbers of one "key" or "value". padded: with heads of config.padded_head_size.
+    """
+    quarters = np.arange(config.head_size).reshape(2, 2, -1)
+    if padded:
+        more = config.padded_head_size // 4 - quarters.shape[-1]
+        quarters = np.pad(quarters, ((0, 0), (0, 0), (0, more)), constant_values=-1)
+    turned, plain = quarters.swapaxes(0, 1).ravel(), quarters.ravel()
+    if axis in ("key", "value"):
+        return turned if axis == "key" else plain
+    parts = [plain] if axis == "columns" else [turned, turned, plain]  # q, k, v
+    starts = np.arange(config.num_heads * len(parts)) * config.head_size
+    starts = starts.reshape(config.num_heads, len(parts)).T[..., None]  # [parts, heads, 1]
+    orders = np.stack(parts)[:, None]  # [parts, 1, head]
+    return np.where(orders < 0, -1, orders + starts).ravel()
+
+
+def reordered(array: Any, order: np.ndarray, axis: int = 0) -> Any:
+    """`array`, of numpy or torch, with its places along `axis` in `order`, and zeros for -1."""
+    if np.array_equal(order, np.arange(array.shape[axis])):
+        return array
+    before = (slice(None),) * (axis % array.ndim)
+    moved = array[(*before, order)]
+    if (order < 0).any():
+        moved[(*before, order < 0)] = 0
+    return moved
+
+
+def inverse_order(order: np.ndarray) -> np.ndarray:
+    """For each published place the one in a bundle: what undoes `reordered`."""
+    return order.argsort(kind="stable")[(order < 0).sum() :]
+
+
+def reordered_prefix(prefix: np.ndarray, config: LMConfig, *, padded: bool = True) -> np.ndarray:
+    """A P-tuning prefix [layers, 2 (key, value), heads, tokens, head_size] as a cache holds it."""
+    orders = [head_order(config, axis, padded=padded) for axis in ("key", "value")]
+    return np.stack([reordered(prefix[:, i], orders[i], axis=-1) for i in (0, 1)], axis=1)
 
 
 def decoder_layout(config: LMConfig, precision: Precision, block_size: int) -> list[Item]:

@@ -16,7 +16,7 @@ from seechat_lite.nn.decoder import Decoder
 from seechat_lite.nn.linears import BLOCK, CHUNK, QUANTIZATIONS, BlockLinear, bitsandbytes_linear
 from seechat_lite.rotary import rotary_tables
 from seechat_weights.bundle import MANIFEST, LMConfig, Manifest
-from seechat_weights.layout import HEAD, decoder_layout, head_order
+from seechat_weights.layout import HEAD, decoder_layout, head_order, reordered_prefix
 from seechat_weights.lm import ALL, LM, open_lm
 from seechat_weights.precisions import PRECISIONS
 
@@ -118,16 +118,13 @@ class CheckpointSource:
     def prefix(self) -> np.ndarray | None:
         if self.lm.prefix is None:
             return None
-        prefix = self.lm.prefix.copy()
-        quarters = prefix[:, 0].reshape(*prefix.shape[:1], *prefix.shape[2:4], 2, 2, -1)
-        prefix[:, 0] = quarters.swapaxes(-3, -2).reshape(prefix[:, 0].shape)
-        return prefix
+        return reordered_prefix(self.lm.prefix, self.lm.config, padded=False)
 
     def rows(self, ids: Sequence[int]) -> np.ndarray:
         return self.lm.read("word_embeddings.weight", np.asarray(ids))
 
     def tensors(self) -> Iterator[Given]:
-        order = head_order(self.lm.config)
+        order = head_order(self.lm.config, "rows", padded=False)
         for key in self.lm.shapes:
             rows, bits = order if "query_key_value" in key else ALL, self.blocks.get(key, 0)
             if bits and bits == self.lm.bits(key):
