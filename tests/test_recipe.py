@@ -140,3 +140,73 @@ def test_the_shipped_bundle_is_the_recipes_model() -> None:
         assert model.manifest.vision.tokens == TOKENS
         assert model.manifest.provenance["concepts"] == len(load_concepts())
         assert sum(f.bytes for f in model.manifest.files.values()) < 15_000_000
+
+
+# --- the thousand classes of the expert's head
+
+
+def test_photo_classes_have_names_of_their_own_in_both_languages() -> None:
+    from photo_classes import CLASSES, load_classes
+
+    classes = load_classes()
+    assert len(classes) == CLASSES
+    # two classes share a name only if they are one thing: then they share it in both languages
+    assert len({c.zh for c in classes}) == len({c.en for c in classes})
+    assert len({(c.zh, c.en) for c in classes}) == len({c.zh for c in classes})
+    for c in classes:
+        assert re.fullmatch(r"[A-Za-z][A-Za-z' -]*[A-Za-z]", c.en), c
+        assert re.fullmatch(r"(?:[\u3400-\u9fff]|CD|T(?=恤|型))+", c.zh), c
+        assert re.fullmatch(r"[\u4e00-\u9fff]", c.measure), c
+        for own, others in ((c.zh, c.also_zh), (c.en, c.also_en)):
+            assert others and own not in others and len(set(others)) == len(others), c
+            assert all(name and name == name.strip() for name in others), c
+
+
+def test_a_photo_class_and_a_drawing_of_one_name_are_one_thing() -> None:
+    from concepts import load_concepts
+    from photo_classes import PHOTO_TRAITS, load_classes, load_things
+
+    drawn = load_concepts()
+    things, of_class = load_things()
+    classes = load_classes()
+    assert things[: len(drawn)] == drawn and set(of_class) >= set(range(len(drawn), len(things)))
+    for names in ([t.zh for t in things], [t.en for t in things]):
+        assert len(set(names)) == len(things)
+    for c in classes:
+        thing = things[of_class[c.index]]
+        assert (thing.zh, thing.en) == (c.zh, c.en)
+        if thing.drawings:
+            # facts do not depend on how a thing is shown; the class may say less
+            asked = set(PHOTO_TRAITS) - thing.unasked - c.unasked - {"wheels", "big"}
+            assert {t for t in asked if (t in thing.traits) != (t in c.traits)} == set(), c
+
+
+def test_kinds_have_distinct_names_and_members() -> None:
+    from concepts import load_concepts
+    from photo_classes import load_classes, load_kinds
+
+    kinds = load_kinds().values()
+    assert {c.kind.key for c in load_classes()} == {k.key for k in kinds}
+    assert len({k.zh for k in kinds}) == len({k.en for k in kinds}) == len(kinds)
+    drawn = {c.zh: c.en for c in load_concepts()}
+    assert all(drawn.get(k.zh, k.en) == k.en for k in kinds)
+    for k in kinds:
+        assert not k.traits & k.unasked, k
+
+
+def test_a_broken_row_of_classes_is_named(tmp_path: Path) -> None:
+    from photo_classes import load_classes
+
+    text = (RECIPE / "photo_classes.tsv").read_text("utf-8")
+    line = next(line for line in text.splitlines() if line.startswith("207\t"))
+    number = text.splitlines().index(line) + 1
+    for broken, told in (
+        (line.replace("\tdog\t", "\tdoge\t"), "unknown kind 'doge'"),
+        (line.replace("\t-\t-\t", "\t-\t+glow\t"), "unknown trait 'glow'"),
+        (line.replace("golden retriever", ""), "none empty"),
+        (line.replace("207", "208"), "expected class 207, got 208"),
+    ):
+        path = tmp_path / "classes.tsv"
+        path.write_text(text.replace(line, broken), "utf-8")
+        with pytest.raises(ValueError, match=rf"{number}: .*{told}"):
+            load_classes(path)
