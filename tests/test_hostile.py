@@ -81,6 +81,46 @@ class Calls:
         return self.call
 
 
+def word(text: str) -> bytes:
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+# a tensor of one number in storage 0, put into the memo at 2
+SHARED = b"(" + word("storage") + b"ctorch\nFloatStorage\n" + word("0") + word("cpu") + b"K\1tQ"
+SHARED = b"0" + REBUILD + b"(" + SHARED + b"K\0K\1\x85K\1\x85\x89NtRq\x020"
+
+
+def modules(count: int, attributes: int, length: int) -> bytes:
+    """TorchScript of `count` modules that share one state of so many tensors."""
+    state = b"".join(word(f"{i}".ljust(length, "k")) + b"h\2" for i in range(attributes))
+    made = b"".join(word(f"{i:x}") + b"h\1)\x81h\3b" for i in range(count))
+    begin = b"\x80\2c__torch__.M\nA\nq\1" + SHARED + b"}q\3(" + state + b"u0"
+    return archive(begin + b"h\1)\x81}(" + made + b"ub.", _0=bytes(4))
+
+
+def chain(depth: int, length: int) -> bytes:
+    """TorchScript of modules in one another, whose names are long."""
+    begin = b"\x80\2c__torch__.M\nA\nq\1" + SHARED
+    made = b"h\1)\x81}" + word("t") + b"h\2sb"
+    for _ in range(depth):
+        made = b"h\1)\x81}" + word("m" * length) + made + b"sb"
+    return archive(begin + made + b".", _0=bytes(4))
+
+
+def aliases(count: int, shape: bytes) -> bytes:
+    """Many tensors in one storage that share a shape, in the memo at 3."""
+    storage = b"(" + word("storage") + b"ctorch\nFloatStorage\n" + word("0") + word("cpu")
+    begin = b"\x80\2" + shape + b"q\x030" + storage + b"K\1tQq\x040}("
+    one = REBUILD + b"(h\4K\0h\3h\3\x89NtR"
+    made = b"".join(word(f"{i}") + one for i in range(count))
+    return archive(begin + made + b"u.", _0=bytes(4))
+
+
+def laughs() -> bytes:
+    """Tuples of one tuple twice, 60 deep, where sizes are expected: 2**60 of them, written out."""
+    return aliases(1, b"K\1\x85" + b"q\5h\5\x86" * 60)
+
+
 def pickles(canary: str) -> dict[str, tuple[bytes, str]]:
     legacy = io.BytesIO()
     torch.save({"a": Calls(eval, f"open({canary!r}, 'w')")}, legacy,
@@ -129,6 +169,13 @@ def pickles(canary: str) -> dict[str, tuple[bytes, str]]:
         "names of megabytes": (archive(
             b"\x80\x04X\x09\0\0\0omegaconf\x94X" + struct.pack("<I", 16 << 20) + b"A" * (16 << 20)
             + b"\x94" + b"h\0h\1\x930" * 100_000 + b"N."), "unsafe pickle, it calls omegaconf.AAA"),
+        "shared state": (modules(8000, 8000, 20), "more than 65536 attributes of modules"),
+        "shared state of long names": (modules(100, 600, 20_000), "without a proper name"),
+        "modules in modules": (chain(30, 4000), "without a proper name"),
+        "many names of one tensor": (aliases(70_000, b"K\1\x85"), "holds 70000 tensors"),
+        "many of a shape without end": (aliases(20_000, b"(" + b"K\1" * 200_000 + b"t"),
+                                        "200000 dimensions"),
+        "laughs": (laughs(), "sizes that are no sizes"),
         "called text": (archive(b"\x80\x02" + four + b")R."), "calls what is no class"),
     }  # fmt: skip
 
@@ -253,6 +300,10 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "name that commands": (safetensors({"\x1b[2J\n": entry([4], [0, 16])}), "is called"),
     "name without end": (safetensors({"a" * 9999: entry([4], [0, 16])}), "is called aaaa"),
     "nothing": (safetensors({}, 0), "holds no tensors"),
+    "many empty ones": (
+        safetensors({f"{i}": entry([0], [0, 0]) for i in range(70_000)}, 0),
+        "holds 70000 tensors",
+    ),
 }
 
 

@@ -7,6 +7,7 @@ import math
 import mmap
 import os
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ _SAFETENSORS_DTYPES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "U16": "uint16",
     "U32": "uint32", "U64": "uint64", "F8_E4M3": "F8_E4M3", "F8_E5M2": "F8_E5M2",
 }  # fmt: skip
+MAX_TENSORS = 1 << 16  # of a checkpoint; published ones have up to 1500
+MAX_NAME = 512  # characters of a tensor's name; published ones have up to 90
 _MAX_RANK = 8  # published tensors have up to 5 dimensions
 _MAX_SIZE = 2**48
 _CHUNK = 1 << 20
@@ -62,11 +65,12 @@ class Stored:
     def check(self, name: str) -> None:
         """Raise CheckpointError unless its numbers lie in its block, no more than are there."""
         shape, strides = self.info.shape, self.strides
+        # first: one shape of a million sizes may be that of many tensors
+        if len(shape) != len(strides) or len(shape) > _MAX_RANK:
+            raise self._absurd(name, f"{len(shape)} dimensions and {len(strides)} strides")
         sizes = (self.offset, *shape, *strides)
         if any(type(n) is not int or not 0 <= n < _MAX_SIZE for n in sizes):
             raise self._absurd(name, "sizes that are no sizes")
-        if len(shape) != len(strides) or len(shape) > _MAX_RANK:
-            raise self._absurd(name, f"{len(shape)} dimensions and {len(strides)} strides")
         count, room = math.prod(shape), self.block.size // ITEM_BYTES[self.info.dtype]
         if math.prod(n for n in shape if n) >= _MAX_SIZE:  # even empty, numpy would not have it
             raise self._absurd(name, f"shape {list(shape)}")
@@ -106,6 +110,24 @@ class Stored:
         )
 
 
+def check_names(path: Path, names: Collection[str]) -> None:
+    """Raise CheckpointError for more tensors than any model has, or for names that are none.
+
+    A small file can name very many, each of which takes memory: so it comes before they are made.
+    """
+    if len(names) > MAX_TENSORS:
+        raise CheckpointError(
+            f"{path}: holds {len(names)} tensors; expected at most {MAX_TENSORS}: download it from "
+            "its publisher"
+        )
+    for name in names:
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise CheckpointError(
+                f"{path}: a tensor is called {shown(name)}; expected a name of at most {MAX_NAME} "
+                "printable characters: download it from its publisher"
+            )
+
+
 def verify(file: Path, block: Block) -> None:
     """Compare a block with its checksum; CheckpointError if they differ. Raises OSError."""
     if block.crc32 is None:
@@ -136,6 +158,7 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
         text = f.read(length)
     header = parse_json(text, f"{path}: header")
     header.pop("__metadata__", None)
+    check_names(path, header)
     base, tensors = 8 + length, {}
     for name, entry in header.items():
         tensors[name] = _described(path, name, entry, base)

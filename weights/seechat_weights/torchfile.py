@@ -14,7 +14,15 @@ from typing import Any
 
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files import line, shown
-from seechat_weights.stored import ITEM_BYTES, Block, Stored, TensorInfo
+from seechat_weights.stored import (
+    ITEM_BYTES,
+    MAX_NAME,
+    MAX_TENSORS,
+    Block,
+    Stored,
+    TensorInfo,
+    check_names,
+)
 from seechat_weights.unpickle import MAX_BYTES, Inert, Storage, Tensor, Window, unpickle
 from seechat_weights.untrusted import open_file
 
@@ -33,8 +41,9 @@ def open_torch(path: Path, *, zipped: bool) -> dict[str, Stored]:
     """
     with open_file(path) as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         loaded, blocks = _read_zip(path, data) if zipped else _read_legacy(path, data)
-    tensors = {}
-    for name, tensor in _state_dict(loaded).items():
+    tensors, state = {}, _state_dict(path, loaded)
+    check_names(path, state)
+    for name, tensor in state.items():
         storage = tensor.storage
         shape, strides = _sizes(tensor.shape), _sizes(tensor.strides)
         block = blocks.get(storage.key)
@@ -160,10 +169,10 @@ def _read_legacy(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, Block]]:
     return loaded, blocks
 
 
-def _state_dict(loaded: Any) -> dict[str, Tensor]:
+def _state_dict(path: Path, loaded: Any) -> dict[str, Tensor]:
     """Names and tensors of what was unpickled: of a dictionary, wrapped or not, or of modules."""
     if isinstance(loaded, Inert) and loaded.name.startswith("__torch__."):
-        return _of_modules(loaded)
+        return _of_modules(path, loaded)
     wrapped = _items(loaded) or {}
     inner = next((i for n in _WRAPPERS if (i := _items(wrapped.get(n))) is not None), wrapped)
     tensors = {str(k): v for k, v in inner.items() if isinstance(v, Tensor)}
@@ -181,7 +190,7 @@ def _items(value: Any) -> dict[Any, Any] | None:
     )
 
 
-def _of_modules(root: Inert) -> dict[str, Tensor]:
+def _of_modules(path: Path, root: Inert) -> dict[str, Tensor]:
     """TorchScript: attributes of nested modules, named with dots."""
     tensors: dict[str, Tensor] = {}
     todo: list[tuple[str, Any, int]] = [("", root, 0)]
@@ -189,7 +198,12 @@ def _of_modules(root: Inert) -> dict[str, Tensor]:
     while todo:
         prefix, module, depth = todo.pop()
         attributes = module.state if isinstance(module.state, dict) else {}
+        # modules may share a state, and so name each of its tensors once more
+        if len(tensors) + len(attributes) > MAX_TENSORS:
+            raise _damaged(path, f"more than {MAX_TENSORS} attributes of modules")
         for name, value in attributes.items():
+            if not isinstance(name, str) or len(prefix) + len(name) > MAX_NAME:
+                raise _damaged(path, "a module's attribute without a proper name")
             if isinstance(value, Tensor):
                 tensors[f"{prefix}{name}"] = value
             elif isinstance(value, Inert) and depth < _MAX_DEPTH and id(value) not in seen:
