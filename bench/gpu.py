@@ -357,7 +357,7 @@ class Bench:
             return None
         if not self.on_gpu:
             return "cpu"
-        import onnxruntime as ort
+        from seechat_lite.onnx_runtime import ort
 
         if "CUDAExecutionProvider" in ort.get_available_providers():
             return "cuda"

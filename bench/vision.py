@@ -22,7 +22,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from seechat_export.vision_graph import PRECISIONS, export_vision
 from seechat_lite.nn.streamed import Streamed
 from seechat_lite.nn.vision import vision_network
+from seechat_lite.onnx_runtime import ort
 from seechat_weights.bundle import VisionConfig
 from seechat_weights.published_vision import PUBLISHED_VISION
 

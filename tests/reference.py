@@ -8,7 +8,6 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -16,6 +15,7 @@ from torch import nn
 
 from seechat_lite.engines import Engine
 from seechat_lite.nn.chatglm import ChatGLM, KVCache
+from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import Prompt, context_length, position_ids
 from seechat_weights.bundle import LMConfig
 from seechat_weights.errors import CheckpointError

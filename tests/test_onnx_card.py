@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 
 import seechat_lite as sl
@@ -20,6 +19,7 @@ from seechat_lite.engines.onnx_devices import Device, find_device
 from seechat_lite.errors import EngineError, MemoryPlanError
 from seechat_lite.eyes import BlipSettings, load_clip, load_seechat
 from seechat_lite.nn.vision import streamed
+from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import Prompt
 from seechat_weights.bundle import read_manifest
 from seechat_weights.precisions import PRECISIONS

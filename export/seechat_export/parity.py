@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from seechat_export.decoder_graph import cache_dtype, hidden_name
 from seechat_export.quantize import restored_tensor
 from seechat_lite.nn.chatglm import Block, prefix_mask
+from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import position_ids
 from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_weights.bundle import LMConfig, Manifest, VisionConfig

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import onnxruntime as ort
 import psutil
 from PIL import Image
 
 from seechat_lite.chat import Model, load
 from seechat_lite.memory import MemoryPlan, cache_bytes, human, widening
+from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import Prompt
 from seechat_weights.bundle import Manifest
 from seechat_weights.precisions import PRECISIONS

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from seechat_lite.engines.allocation import trim_heap, untouched
 from seechat_lite.engines.base import (
@@ -30,6 +29,7 @@ from seechat_lite.engines.base import (
 from seechat_lite.engines.onnx_devices import Recorded, find_device, open_session, out_of_memory
 from seechat_lite.errors import EngineError, MemoryPlanError
 from seechat_lite.memory import advice, float_bytes_on_card, plan
+from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_weights.bundle import LMConfig, Manifest

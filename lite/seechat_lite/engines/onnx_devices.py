@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from seechat_lite.errors import BundleError, EngineError
 from seechat_lite.memory import CARDS
+from seechat_lite.onnx_runtime import ort
 
 # names people use for ONNX Runtime's execution providers; any provider's full name works as well
 DEVICES = {

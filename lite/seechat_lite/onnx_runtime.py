@@ -1,0 +1,20 @@
+"""The only door to ONNX Runtime: whoever needs it takes `ort` from here (a test keeps that).
+
+Its packages collect telemetry unless they are told not to before they are loaded. Importing
+seechat_lite, as whoever comes here has done, told them (see seechat_weights.telemetry).
+"""
+
+import logging
+
+import onnxruntime as ort
+
+from seechat_weights import SILENT
+
+ort.disable_telemetry_events()  # on Windows; elsewhere all that can be done when we came too late
+if not SILENT:
+    logging.getLogger(__name__).warning(
+        "ONNX Runtime was loaded before seechat_lite, with its telemetry on: import seechat_lite "
+        "first, or set ORT_DISABLE_TELEMETRY=1"
+    )
+
+__all__ = ["ort"]
