@@ -213,7 +213,7 @@ def test_a_bundle_says_what_it_is_made_of(tmp_path: Path, text_bundle: Path) -> 
     expected = "lm pytorch_model-1.bin … (8 files), adapter adapter_model.bin"
     assert facts["made from"] == expected
     assert facts["--lm"] == "THUDM/chatglm-6b at 8b7d335"
-    assert facts["licence"] == r"'ChatGLM-6B\x1b[2J'"
+    assert facts["licence"] == r"ChatGLM-6B\x1b[2J"
 
 
 def test_shards_are_missing_and_nothing_tells_whose(tmp_path: Path) -> None:

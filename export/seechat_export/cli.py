@@ -12,6 +12,7 @@ from seechat_lite.memory import human
 from seechat_lite.options import add_eye_options, eye_files
 from seechat_weights.errors import SeechatError
 from seechat_weights.identify import check_given
+from seechat_weights.plain_text import one_line
 from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS
 
 # options that name published weights: a path, or a Hub id
@@ -140,10 +141,10 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     against = report["against_checkpoint"]
     size = sum(f.bytes for f in manifest.files.values())
     print(
-        f"{args.out}: {human(size)}, agrees with the torch networks\n"
+        f"{one_line(args.out)}: {human(size)}, agrees with the torch networks\n"
         f"against the checkpoint: KL divergence {max(against['kl_divergence'], 0):.2g}, "
         f"top-1 agreement {against['top1_agreement']:.0%}\n"
-        f'try it: seechat ask --model {args.out} "你好"',
+        f'try it: seechat ask --model {one_line(args.out)} "你好"',
         file=sys.stderr,
     )
     return 0

@@ -7,7 +7,6 @@ parser to the subparsers it is given and sets `run`, called with the parsed argu
 
 import argparse
 import dataclasses
-import json
 import logging
 import shutil
 import sys
@@ -28,15 +27,19 @@ from seechat_lite.options import (
     load_options,
 )
 from seechat_lite.terminal import (
-    CONTROL,
+    Parser,
+    PlainFormatter,
     complain,
     forget_unwritable_output,
     prepare_streams,
+    print_json,
     print_stats,
     say,
     show,
+    show_traceback,
 )
 from seechat_weights.errors import SeechatError
+from seechat_weights.plain_text import one_line
 from seechat_weights.precisions import PRECISIONS
 
 if TYPE_CHECKING:
@@ -54,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = None
     try:
         args = _parse(argv)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(PlainFormatter())
         logging.basicConfig(
-            format="seechat: %(message)s",
-            level=logging.INFO if args.verbose else logging.WARNING,
-            stream=sys.stderr,
+            handlers=[handler], level=logging.INFO if args.verbose else logging.WARNING
         )
         code = args.run(args) or 0
         sys.stdout.flush()
@@ -69,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as e:
         if args and args.debug:
-            raise
-        complain(e)
+            show_traceback()
+        else:
+            complain(e)
         return 1
     finally:
         forget_unwritable_output()
@@ -90,11 +94,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
     common.add_argument("--debug", action="store_true", help="show tracebacks of errors")
 
-    model = argparse.ArgumentParser(add_help=False)
+    model = Parser(add_help=False)
     add_model_option(model)
     model.add_argument("--stats", action="store_true", help="tokens and times, on stderr")
     add = model.add_argument_group("answering").add_argument
@@ -125,7 +129,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     add_load_options(model)
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="seechat", description="Ask about pictures, in Chinese or English · 看图对话"
     )
     parser.add_argument(
@@ -214,7 +218,7 @@ def _ask(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
         if args.json:
             answer = "".join(pieces)
             report = {"answer": answer, "model": model.manifest.name, "stats": _stats(chat.stats)}
-            print(json.dumps(report, ensure_ascii=False))
+            print_json(report)
         else:
             show(pieces)
         if args.stats:
@@ -249,7 +253,7 @@ def _info(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     if args.json:
         report = vars(found) | {"path": str(folder)} | dataclasses.asdict(manifest)
         report["memory"] = dataclasses.asdict(needed) | {"total": needed.total, "free": free}
-        print(json.dumps(report, ensure_ascii=False))
+        print_json(report)
         return 0
     size = sum(f.bytes for f in manifest.files.values())
     rows: dict[str, str | list[str]] = {
@@ -274,7 +278,7 @@ def _identify(path: Path, *, as_json: bool) -> int:
 
     found = identify(path)
     if as_json:
-        print(json.dumps(vars(found) | {"path": str(path)}, ensure_ascii=False))
+        print_json(vars(found) | {"path": str(path)})
         return 0 if found.usable else 1
     rows: dict[str, str | list[str]] = {"what": found.title, "path": str(path), **found.facts}
     if found.missing:
@@ -298,7 +302,7 @@ def _bench(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     report = measure(folder, options=options, repeat=args.repeat, turns=args.turns, say=say)
     say("")
     if args.json:
-        print(json.dumps(dataclasses.asdict(report), ensure_ascii=False))
+        print_json(dataclasses.asdict(report))
     else:
         _print_table(rows(report))
     return 0
@@ -316,7 +320,7 @@ def _synthetic(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
         raise SeechatError(
             f'{e.name} is not installed; --synthetic needs it: pip install "seechat-lite[export]"'
         ) from None
-    print(f"writing random weights to {folder}", file=sys.stderr)
+    print(one_line(f"writing random weights to {folder}"), file=sys.stderr)
     write(
         folder,
         precision=args.precision,
@@ -335,7 +339,7 @@ def _print_table(rows: Mapping[str, str | list[str]]) -> None:
             part
             for text in ([value] if isinstance(value, str) else value)
             for part in textwrap.wrap(
-                text.translate(CONTROL),
+                one_line(text),
                 max(columns - width, 40),
                 break_long_words=False,
                 break_on_hyphens=False,  # paths and addresses are to be copied
@@ -354,7 +358,7 @@ def _load(args: argparse.Namespace, options: dict[str, Any]) -> "Model":
     def announce(plan: "MemoryPlan") -> None:
         nonlocal large
         if large := plan.total >= WORTH_A_PLAN:
-            print(f"memory: {plan}", file=sys.stderr)
+            print(one_line(f"memory: {plan}"), file=sys.stderr)
 
     def progress(stage: str, done: int, total: int) -> None:
         if large:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from seechat_lite.errors import SeechatError
 from seechat_lite.options import add_load_options, add_model_option, load_options
+from seechat_weights.plain_text import safe_json
 
 if TYPE_CHECKING:
     from seechat_lite.chat import Chat, Model
@@ -58,7 +59,7 @@ def _run(args: argparse.Namespace, options: dict[str, Any]) -> int:
             stream.reconfigure(encoding="utf-8")  # whatever the system's own is
 
     def write(message: dict[str, Any]) -> None:
-        out.write(json.dumps(message, ensure_ascii=False) + "\n")
+        out.write(safe_json(json.dumps(message, ensure_ascii=False)) + "\n")
         out.flush()
 
     def progress(stage: str, done: int, total: int) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 from seechat_lite.chat import Chat
 from seechat_lite.errors import SeechatError
 from seechat_lite.interrupts import raise_on_ctrl_c
-from seechat_lite.terminal import CONTROL, complain, print_stats, show
+from seechat_lite.terminal import complain, print_stats, show
+from seechat_weights.plain_text import one_line, spoken
 
 HELP = """\
 /image FILE   show a picture with the next question    给下一个问题附一张图片
@@ -37,7 +38,7 @@ def talk(
     raise_on_ctrl_c()
     interactive = sys.stdin is not None and sys.stdin.isatty()
     if interactive:
-        name = chat.model.manifest.name.translate(CONTROL)
+        name = one_line(chat.model.manifest.name)
         print(f"{name} · /help · Ctrl-D: exit 退出", file=sys.stderr)
     for line in _lines(interactive):
         try:
@@ -75,7 +76,7 @@ class _Talk:
             for turn in self._chat.turns:
                 pictures = "🖼 " * len(turn.images)
                 said = f"> {pictures}{turn.question}\n{turn.answer}"
-                print(said.translate(CONTROL), file=sys.stderr)
+                print(spoken(said), file=sys.stderr)
         elif command == "/help":
             print(HELP, file=sys.stderr)
         elif command.startswith("/"):

@@ -1,18 +1,51 @@
 """Printing for people: a terminal may lack Chinese, be closed or full, or obey escapes."""
 
+import argparse
 import io
+import json
+import logging
 import os
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import traceback
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from seechat_weights.errors import SeechatError
+from seechat_weights.plain_text import many_lines, one_line, safe_json, spoken
 
 if TYPE_CHECKING:
     from seechat_lite.chat import Stats
 
-# a model may say anything: control characters, escape sequences among them, stay off the terminal
-CONTROL = {i: None for i in [*range(32), 127, *range(128, 160)] if chr(i) not in "\n\t"}
+
+class PlainFormatter(logging.Formatter):
+    """Log lines for people: one a record, then its traceback."""
+
+    def __init__(self) -> None:
+        super().__init__("seechat: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  its name there
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return many_lines(super().formatException(ei))
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with arguments, file names among them, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
+
+
+def show_traceback() -> None:
+    """Show the exception being handled, with where it came from."""
+    print(many_lines(traceback.format_exc()), end="", file=sys.stderr)
+
+
+def print_json(report: Mapping[str, Any]) -> None:
+    """One JSON object on stdout."""
+    print(safe_json(json.dumps(report, ensure_ascii=False)))
 
 
 def prepare_streams() -> None:
@@ -44,9 +77,7 @@ def complain(error: Exception) -> None:
         message = f"{where}: {error.strerror or error}"
     else:  # our mistake
         message = f"{type(error).__name__}: {error} (please report it, with --debug's output)"
-    # file names may hold anything, line breaks and escape sequences too
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-    print(f"seechat: {line}", file=sys.stderr)
+    print(f"seechat: {one_line(message)}", file=sys.stderr)
 
 
 def show(pieces: Iterable[str]) -> None:
@@ -54,7 +85,7 @@ def show(pieces: Iterable[str]) -> None:
     terminal, said = sys.stdout.isatty(), False
     try:
         for piece in pieces:
-            print(piece.translate(CONTROL) if terminal else piece, end="", flush=True)
+            print(spoken(piece) if terminal else piece, end="", flush=True)
             said = True
     except SeechatError:
         if said:

@@ -12,9 +12,14 @@
 Every message has three parts: what was read, what was expected, what to do.
 """
 
+from seechat_weights.plain_text import one_line
+
 
 class SeechatError(Exception):
-    """Base of all errors raised on purpose; the command line shows them as one line."""
+    """Base of all errors raised on purpose; as text it is one line, whatever files had in it."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class BundleError(SeechatError):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seechat_weights.errors import CheckpointError
+from seechat_weights.plain_text import one_line
 from seechat_weights.untrusted import open_file, read_file
 
 LFS_POINTER = b"version https://git-lfs"
@@ -82,12 +83,12 @@ def decoded(text: bytes) -> str:
 def line(error: Exception) -> str:
     """An error's first line, short and printable."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return "".join(c if c.isprintable() else "?" for c in lines[0][:160])
+    return one_line(lines[0][:160])
 
 
 def shown(name: object) -> str:
     """A name from a file, for a message: one line, short, nothing that commands a terminal."""
-    text = ascii(name) if not isinstance(name, str) else name if name.isprintable() else ascii(name)
+    text = one_line(name[:200]) if isinstance(name, str) else ascii(name)
     return text if len(text) <= 100 else text[:100] + "…"
 
 

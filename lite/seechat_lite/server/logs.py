@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from seechat_lite.chat import Stats
 from seechat_lite.server.metrics import Metrics
+from seechat_weights.plain_text import many_lines, one_line
 
 log = logging.getLogger("seechat_lite.requests")
 
@@ -107,5 +108,7 @@ class _Text(logging.Formatter):
         fields: dict[str, Any] = getattr(record, "fields", {})
         message = " ".join(f"{k}={v}" for k, v in fields.items()) or record.getMessage().strip()
         # paths hold whatever a client sent, line breaks and escape sequences too
-        line = "seechat: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        line = one_line(f"seechat: {message}")
+        if not record.exc_info:
+            return line
+        return f"{line}\n{many_lines(self.formatException(record.exc_info))}"
