@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import seechat_lite as sl
-from seechat_export.export import TOKENIZER, WEIGHTS, Source, export_bundle
+from seechat_export.export import TOKENIZER, Source, export_bundle
 from seechat_export.quantize import restored_tensor
 from seechat_lite.conversation import FORMATS, Turn, render
 from seechat_lite.nn.blocks import dequantize_blocks, quantize_blocks
@@ -36,7 +36,7 @@ from seechat_lite.nn.chatglm import ChatGLM, prefix_mask
 from seechat_lite.prompt import Prompt, build, position_ids
 from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle import LMConfig, read_manifest
-from seechat_weights.layout import decoder_layout
+from seechat_weights.bundle_arrays import BundleArrays
 from seechat_weights.lm import open_lm
 from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS
 
@@ -127,13 +127,9 @@ def state_of(folder: Path) -> tuple[LMConfig, dict[str, Tensor]]:
 def shipped_state() -> tuple[LMConfig, dict[str, Tensor]]:
     """The built-in model's weights as its 8 bits give them."""
     manifest = read_manifest(BUILTIN)
-    lm, decoder = manifest.lm, manifest.decoder
-    form = PRECISIONS[decoder.precision]
-    items = decoder_layout(lm, form, decoder.block_size)
-    data = np.memmap(BUILTIN / WEIGHTS, mode="r")
-    state = {item.key: restored_tensor(item, data, lm, form) for item in items}
-    table = np.fromfile(BUILTIN / decoder.embeddings, decoder.embeddings_dtype)
-    state["word_embeddings.weight"] = torch.from_numpy(table).float().view(lm.vocab_size, -1)
+    arrays, lm = BundleArrays(BUILTIN, manifest), manifest.lm
+    state = {i.key: restored_tensor(i, arrays.stored(i), lm) for i in arrays.items}
+    state["word_embeddings.weight"] = torch.from_numpy(arrays.embeddings.copy()).float()
     return lm, state
 
 

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from seechat_lite.nn.blocks import dequantize_blocks
 from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.prompt import Prompt
 from seechat_weights.bundle import LMConfig, Manifest, read_manifest
+from seechat_weights.bundle_arrays import BundleArrays
 from seechat_weights.layout import Item, Stored, decoder_layout
 from seechat_weights.lm import open_lm
 from seechat_weights.names import lm_config, lm_shapes
@@ -44,11 +44,9 @@ TOKENIZER = TINY / "ice_text.model"
 
 def bundle_tensor(folder: Path, manifest: Manifest, key: str) -> np.ndarray:
     """One of our tensors as a bundle holds it, float32."""
-    form = replace(PRECISIONS[manifest.decoder.precision], head_bits=manifest.decoder.head_bits)
-    items = decoder_layout(manifest.lm, form, manifest.decoder.block_size)
-    item = next(i for i in items if i.key == key)
-    data = np.memmap(folder / f"{manifest.decoder.graph}.data", mode="r")
-    return restored_tensor(item, data, manifest.lm, form).numpy()
+    arrays = BundleArrays(folder, manifest)
+    item = next(i for i in arrays.items if i.key == key)
+    return restored_tensor(item, arrays.stored(item), manifest.lm).numpy()
 
 
 @pytest.mark.parametrize("form", ["int8", "int4", "int4-qe"])
@@ -122,19 +120,16 @@ def test_heads_of_odd_sizes_keep_their_integers(tmp_path: Path) -> None:
     config = LMConfig(hidden_size=24, num_heads=2, num_layers=1, inner_size=8, vocab_size=16)
     form = PRECISIONS["int4"]
     items = decoder_layout(config, form, 32)
-    size = items[-1].stored[-1].end
     for item in items:
         if item.heads and item.kind == "linear":
             rows = lm_shapes(config)[item.key][0]
             codes = np.random.default_rng(1).integers(-8, 8, (rows, 24), dtype=np.int8)
             scales = np.linspace(1, 2, rows, dtype=np.float32)
             weight = Quantized(pack(codes, bits=4), scales, 4)
-            file = np.zeros(size, np.uint8)
-            arrays = stored_arrays(item, weight, config, form, 32)
+            arrays = [a.numpy() for a in stored_arrays(item, weight, config, form, 32)]
             for stored, array in zip(item.stored, arrays, strict=True):
-                raw = array.contiguous().numpy().tobytes()
-                file[stored.offset : stored.offset + stored.nbytes] = np.frombuffer(raw, np.uint8)
-            found = restored_tensor(item, file, config, form)
+                assert (stored.shape, stored.dtype) == (array.shape, array.dtype)
+            found = restored_tensor(item, arrays, config)
             np.testing.assert_array_equal(found.numpy(), weight.dequantized())
 
 

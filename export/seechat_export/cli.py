@@ -13,7 +13,7 @@ from seechat_lite.options import add_eye_options, eye_files
 from seechat_weights.errors import SeechatError
 from seechat_weights.identify import check_given
 from seechat_weights.plain_text import one_line
-from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS
+from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS, VISION_PRECISIONS
 
 # options that name published weights: a path, or a Hub id
 _PUBLISHED = (
@@ -46,7 +46,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     add(
         "--vision-precision",
-        choices=("fp32", "fp16", "int8"),
+        choices=VISION_PRECISIONS,
         help="(fp16; fp32 with --precision fp32)",
     )
     add("--format", choices=FORMATS, help="of conversations (by what the model sees)")

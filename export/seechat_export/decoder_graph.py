@@ -32,7 +32,7 @@ MICROSOFT = "com.microsoft"
 
 def cache_dtype(precision: Precision) -> ir.DataType:
     """What the key/value cache holds."""
-    return ir.DataType.FLOAT if precision.exact else ir.DataType.FLOAT16
+    return ir.DataType.from_numpy(np.dtype(precision.cache_dtype))
 
 
 def hidden_name(layer: int) -> str:

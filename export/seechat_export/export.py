@@ -49,7 +49,7 @@ from seechat_weights.errors import BundleError, SeechatError
 from seechat_weights.layout import Item, decoder_layout, reordered_prefix
 from seechat_weights.lm import ALL, LM, Rows, open_lm
 from seechat_weights.names import OLD_IMAGE_TOKENS, OLD_VOCABULARY
-from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS, Precision
+from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS, VISION_PRECISIONS, Precision
 from seechat_weights.quantized import Quantized
 from seechat_weights.tokenizer_file import MAX_BYTES, completed, is_first_form
 from seechat_weights.untrusted import read_file
@@ -62,7 +62,6 @@ TOKENIZER, PARITY = "ice_text.model", "parity.json"
 FILES = (GRAPH, half_graph(GRAPH), WEIGHTS, EMBEDDINGS, PREFIX, TOKENIZER, PARITY, MANIFEST, PROBE)
 VISION_FILES = (VISION_GRAPH, f"{VISION_GRAPH}.data", half_graph(VISION_GRAPH))
 ROWS = 4096  # rows of the embedding table written at a time
-VISION_BITS = {"fp32": 32, "fp16": 16, "int8": 9}  # with the blocks' scales
 VISION_WORK = 450_000_000  # bytes; EVA ViT-g at fp16 was measured to take 400 MB
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
@@ -109,7 +108,7 @@ def export_bundle(
         raise BundleError(f"format {conversation!r}; expected one of {', '.join(FORMATS)}")
     if os.path.lexists(out) or out.name in ("", ".."):  # a broken link, too
         raise BundleError(f"{out}: exists already; remove it or choose another --out")
-    vision_precision = vision_precision or ("fp32" if precision == "fp32" else "fp16")
+    vision_precision = vision_precision or ("fp32" if PRECISIONS[precision].exact else "fp16")
     model = open_lm(Path(lm), checkpoint=checkpoint, adapter=adapter, prefix=prefix)
     source = Source(model, tokenizer)
     if conversation is None:
@@ -169,7 +168,7 @@ def export_bundle(
             },
         )
         try:
-            report = parity.check(source, writer.folder, manifest, writer.items, eye, progress)
+            report = parity.check(source, writer.folder, manifest, eye, progress)
         except BundleError:
             writer.place.discard()
             raise
@@ -287,11 +286,12 @@ class _Writer:
     def plan(self, vision: nn.Module | None, vision_precision: str) -> ExportPlan:
         """What is left to do will take this; raises MemoryPlanError or BundleError if it cannot."""
         lm, done = self.source.config, self._done()
+        form = VISION_PRECISIONS[vision_precision]
         numbers = sum(p.numel() for p in vision.parameters()) if vision else 0
         parts = Parts(
             weights=self.size,
             embeddings=lm.vocab_size * lm.hidden_size * np.dtype(self.embeddings_dtype).itemsize,
-            vision=numbers * VISION_BITS[vision_precision] // 8,
+            vision=numbers * form.bits // 8,
         )
         plan = make_plan(
             self.source,
@@ -302,9 +302,7 @@ class _Writer:
             parts=parts,
             done=done,
             # traced, written and run a layer at a time; only int8 is held whole by its kernels
-            vision_memory=VISION_WORK + (parts.vision if vision_precision == "int8" else 0)
-            if vision
-            else 0,
+            vision_memory=VISION_WORK + (parts.vision if form.integers else 0) if vision else 0,
         )
         try:
             check_room(plan, lm, self.precision, out=self.out)

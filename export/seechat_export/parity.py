@@ -16,26 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seechat_export.decoder_graph import cache_dtype, hidden_name
+from seechat_export.decoder_graph import hidden_name
 from seechat_export.quantize import restored_tensor
 from seechat_lite.nn.chatglm import Block, prefix_mask
 from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import position_ids
 from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_weights.bundle import LMConfig, Manifest, VisionConfig
+from seechat_weights.bundle_arrays import BundleArrays
 from seechat_weights.errors import BundleError, CheckpointError
-from seechat_weights.layout import Item, reordered_prefix
+from seechat_weights.layout import reordered_prefix
 from seechat_weights.lm import ALL, LM, Rows
-from seechat_weights.precisions import PRECISIONS
+from seechat_weights.precisions import PRECISIONS, VISION_PRECISIONS
 
 CONTEXT, ANSWER = 22, 5  # tokens of the check's prompt before [gMASK], and after <sop>
 HEAD_ROWS = 8192  # rows of lm_head multiplied at a time
-
-# Largest difference allowed, relative to the standard deviation of the torch result. Quantized
-# products also round their inputs to 8 bits a block, fp16 rounds what the cache holds, and fp16
-# vision its weights.
-TOLERANCE = {"fp32": 2e-3, "fp16": 1e-2, "int8": 0.5, "int4": 0.5}
-VISION_TOLERANCE = {"fp32": 2e-3, "fp16": 5e-2, "int8": 0.5}
 
 
 class Weights(Protocol):
@@ -69,7 +64,8 @@ class VisionCheck:
     def report(self, path: Path, precision: str) -> dict[str, float]:
         """Compare with what the written graph makes of the same picture."""
         options = ort.SessionOptions()
-        if precision != "int8":
+        form = VISION_PRECISIONS[precision]
+        if not form.integers:
             # as written: weights stay in their mapped file, and are widened one matrix at a time.
             # Not int8, of which onnxruntime 1.31 then makes numbers that have nothing to do with it
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -77,15 +73,14 @@ class VisionCheck:
         options.enable_cpu_mem_arena = False
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         (found,) = session.run(["image_embeds"], {"pixel_values": self.pixels.numpy()})
-        tolerance = VISION_TOLERANCE[precision]
-        return _compare("vision", torch.from_numpy(np.asarray(found)), self.expected, tolerance)
+        result = torch.from_numpy(np.asarray(found))
+        return _compare("vision", result, self.expected, form.tolerance)
 
 
 def check(
     source: Weights,
     folder: Path,
     manifest: Manifest,
-    items: Sequence[Item],
     vision: VisionCheck | None,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
@@ -102,18 +97,19 @@ def check(
     words = generator.integers(5, min(lm.gmask_id, lm.mask_id), CONTEXT + ANSWER).tolist()
     ids = [*words[:CONTEXT], lm.gmask_id, lm.bos_id, *words[CONTEXT:]]
     prefix = None if source.lm.prefix is None else torch.from_numpy(source.lm.prefix).float()
-    cache = cache_dtype(PRECISIONS[decoder.precision]).numpy()
+    precision = PRECISIONS[decoder.precision]
+    cache = np.dtype(precision.cache_dtype)
     stages = _Stages(folder / decoder.graph, lm, ids, prefix, cache)
-    by_key = {item.key: item for item in items}
-    data = np.memmap(folder / f"{decoder.graph}.data", mode="r")
+    arrays = BundleArrays(folder, manifest)
+    by_key = {item.key: item for item in arrays.items}
 
     def stored(key: str, rows: slice = ALL) -> Tensor:
-        return restored_tensor(by_key[key], data, lm, PRECISIONS[decoder.precision], rows=rows)
+        return restored_tensor(by_key[key], arrays.stored(by_key[key]), lm, rows=rows)
 
     def original(key: str, rows: slice = ALL) -> Tensor:
         return source.tensor(key, rows).float()
 
-    tolerance = TOLERANCE[decoder.precision]
+    tolerance = precision.tolerance
     embeds = source.tensor("word_embeddings.weight", np.array(ids)).float()[None]
     found = x_stored = x_original = embeds  # [1, tokens, hidden]
     report["layers"] = []

@@ -24,7 +24,7 @@ from seechat_weights.bundle import LMConfig
 from seechat_weights.errors import BundleError, MemoryPlanError
 from seechat_weights.layout import Item, decoder_layout
 from seechat_weights.lm import ALL, Rows
-from seechat_weights.precisions import PRECISIONS, Precision
+from seechat_weights.precisions import Precision, smaller_precisions
 
 PROCESS = 260_000_000  # bytes of Python, torch and ONNX Runtime themselves
 SAMPLE = 1 << 23  # weights converted to see how long it takes
@@ -121,8 +121,7 @@ def memory_bytes(config: LMConfig, items: Sequence[Item], precision: Precision) 
     # the check holds one layer in float32 while its largest weight is still being worked out
     check = 4 * sum(map(_weights, layer)) + 2 * max(map(_weights, layer))
     # ONNX Runtime keeps a product's weights in an order of its own, and widens float16 before
-    widened = {"float32": 1, "float16": 4}[precision.dtype]
-    head = stored["lm_head.weight"] * (1 if precision.block else widened)
+    head = stored["lm_head.weight"] * precision.widening**2
     return PROCESS + max(write, check, head)
 
 
@@ -139,14 +138,13 @@ def check_room(plan: ExportPlan, config: LMConfig, precision: Precision, *, out:
     else:
         return
     there = plan.parts.total - plan.disk  # other options would begin anew
-    for name in list(PRECISIONS)[list(PRECISIONS).index(precision.name) + 1 :]:
-        form = PRECISIONS[name]
+    for form in smaller_precisions(precision.name):
         items = decoder_layout(config, form, 128 if form.block else 0)
         parts = replace(plan.parts, weights=items[-1].end)
         memory = memory_bytes(config, items, form)
         if memory <= plan.free_memory and parts.total <= plan.free_disk + there:
             small = f"{human(memory)} of memory, {human(parts.total)} on the disk"
-            advice += f", or use --precision {name} ({small})"
+            advice += f", or use --precision {form.name} ({small})"
             break
     raise error(f"{out}: the export needs {needs}; {human(free)} are free: {advice}")
 

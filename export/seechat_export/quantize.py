@@ -3,6 +3,7 @@
 Blocks, and how a weight becomes codes and scales of them, are in seechat_lite.nn.blocks.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,15 +67,12 @@ def stored_arrays(
 
 
 def restored_tensor(
-    item: Item, data: np.ndarray, config: LMConfig, precision: Precision, *, rows: slice = ALL
+    item: Item, stored: Sequence[np.ndarray], config: LMConfig, *, rows: slice = ALL
 ) -> Tensor:
-    """Our tensor of `item`, float32, from a weights file's bytes: the inverse of stored_arrays.
+    """Our tensor of `item`, float32, from its arrays in a bundle: the inverse of stored_arrays.
 
     rows: only these rows of a linear weight whose heads are in the published order.
     """
-    stored = [
-        data[s.offset : s.offset + s.nbytes].view(s.dtype).reshape(s.shape) for s in item.stored
-    ]
     transposed = item.kind == "linear" and not item.bits
     arrays = [torch.from_numpy((a[:, rows] if transposed else a[rows]).copy()) for a in stored]
     if item.kind == "vector":

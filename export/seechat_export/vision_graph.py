@@ -24,10 +24,10 @@ from seechat_lite.eyes import BLOCK_SIZE, CODES, HALF, SCALES, TRANSPOSED
 from seechat_lite.nn.blocks import quantize_blocks
 from seechat_lite.nn.streamed import Streamed
 from seechat_weights.bundle import VisionConfig
-from seechat_weights.errors import CheckpointError
+from seechat_weights.errors import CheckpointError, OptionError
+from seechat_weights.precisions import VISION_PRECISIONS
 
 OPSET = 21  # opset 23's Attention measured no faster and runs on fewer devices
-PRECISIONS = ("fp32", "fp16", "int8")
 ACCURACY_LEVEL = 4
 
 Values = Callable[[], np.ndarray]  # float32 or float16
@@ -42,22 +42,24 @@ def export_vision(module: nn.Module, config: VisionConfig, path: Path, *, precis
     VisionConfig.weights; with fp16 and int8 a second graph of that file, VisionConfig.half,
     computes in float16, for GPUs. The weights of another network are kept in the one graph.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"vision precision is {precision!r}; expected {', '.join(PRECISIONS)}")
+    if precision not in VISION_PRECISIONS:
+        known = ", ".join(VISION_PRECISIONS)
+        raise OptionError(f"vision precision is {precision!r}; expected {known}: name one of them")
+    form = VISION_PRECISIONS[precision]
     with _quiet():
         if isinstance(module, Streamed):
             model = _trace_streamed(module, config)
         else:
             model = _trace(module, config, optimize=True)
         ClearMetadataAndDocStringPass()(model)  # traces of the exporting machine's source files
-        if precision == "int8":
+        if form.integers:
             _store_as_int8(model.graph)
-        if precision != "fp32":
+        if not form.exact:
             _store_as_fp16(model.graph)
         if isinstance(module, Streamed):
             _write_weights(model.graph, path.with_name(config.weights))
         ir.save(model, path)
-        if isinstance(module, Streamed) and precision != "fp32":
+        if isinstance(module, Streamed) and not form.exact:
             _compute_in_fp16(model.graph)
             ir.save(model, path.with_name(config.half))
 

@@ -26,7 +26,7 @@ import psutil
 from PIL import Image
 
 from seechat_lite.chat import Model, load
-from seechat_lite.memory import MemoryPlan, cache_bytes, human, widening
+from seechat_lite.memory import MemoryPlan, cache_bytes, human
 from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import Prompt
 from seechat_weights.bundle import Manifest
@@ -139,7 +139,7 @@ def measure(
             report.decode[length] = _decode(model, length, repeat, bandwidth)
         if bandwidth:
             form = PRECISIONS[precision]
-            weights = manifest.files[f"{manifest.decoder.graph}.data"].bytes * widening(form)
+            weights = manifest.files[f"{manifest.decoder.graph}.data"].bytes * form.widening
             for length in report.decode:
                 cached = cache_bytes(manifest.lm, form, length + repeat * STEPS // 2)
                 report.token_bytes[length] = weights + cached

@@ -16,11 +16,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from seechat_lite.errors import MemoryPlanError, OptionError
 from seechat_weights.bundle import LMConfig, Manifest
-from seechat_weights.precisions import PRECISIONS, Precision
+from seechat_weights.precisions import (
+    PRECISIONS,
+    VISION_PRECISIONS,
+    Precision,
+    smaller_precisions,
+)
 
 CARDS = ("cuda", "dml")  # devices with a memory of their own, and how their names begin
 MIN_CONTEXT = 16  # tokens; less holds no question and answer
@@ -108,19 +114,19 @@ def plan(
 
     vision = 0
     if manifest.vision:
-        file, seen = stored(manifest.vision.graph), manifest.vision.precision
+        file, form = stored(manifest.vision.graph), VISION_PRECISIONS[manifest.vision.precision]
         half = vision_card == 2 and manifest.vision.half in manifest.files
-        vision = file * (1 if half or seen == "fp32" else 2)  # prepared for speed
+        vision = file * (1 if half else form.widening)  # prepared for speed
         if keep_vision is None:
             keep_vision = bool(vision_card) or vision <= KEPT_VISION
         if bool(vision_card) != bool(card):
             vision = 0
-        elif not keep_vision and seen != "int8" and not card:  # mapped, widened a layer at a time
+        elif not (keep_vision or form.integers or card):  # mapped, widened a layer at a time
             vision = VISION_WORKSPACE
     # what a layer of the longest prompt holds at once, as measured: the MLP's and the attention's,
     # and what an arena leaves between them
     activations = context * (2 * lm.inner_size + 18 * lm.hidden_size) * (card or 4)
-    weights = stored(manifest.decoder.graph) * (1 if card == 2 else widening(precision))
+    weights = stored(manifest.decoder.graph) * (1 if card == 2 else precision.widening)
     if precision.block and not card:  # the kernels add the sum of every block to its scale
         weights += weights * 4 // (manifest.decoder.block_size * precision.bits // 8 + 4)
     return MemoryPlan(
@@ -145,14 +151,9 @@ def float_bytes_on_card(manifest: Manifest, device: str, dtype: str | None) -> i
     return 2 if dtype != "fp32" and manifest.decoder.half in manifest.files else 4
 
 
-def widening(precision: Precision) -> int:
-    """How many times its stored size a weight takes: floats are computed with in float32."""
-    return 2 if precision.dtype == "float16" else 1
-
-
 def cache_bytes(lm: LMConfig, precision: Precision, tokens: int) -> int:
     """Bytes of the keys and values of `tokens` tokens: float16 but in a float32 model."""
-    number = 4 if precision.exact else 2
+    number = np.dtype(precision.cache_dtype).itemsize
     return 2 * lm.num_layers * lm.hidden_size * tokens * number
 
 
@@ -203,8 +204,8 @@ def advice(needed: MemoryPlan, manifest: Manifest, room: int, *, last: str) -> s
         return "load it with keep_vision=False (--no-keep-vision)"
     if smaller:
         return f"load it with context={smaller} (--context {smaller})"
-    lower = {"fp32": "fp16", "fp16": "int8", "int8": "int4"}.get(manifest.decoder.precision)
-    return f"export it with --precision {lower}, or {last}" if lower else last
+    lower = smaller_precisions(manifest.decoder.precision)
+    return f"export it with --precision {lower[0].name}, or {last}" if lower else last
 
 
 def smaller_context(context: int, fits: Callable[[int], bool]) -> int | None:

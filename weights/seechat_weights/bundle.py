@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from seechat_weights.errors import BundleError
 from seechat_weights.files import MAX_JSON, decoded, line
-from seechat_weights.precisions import PRECISIONS
+from seechat_weights.precisions import PRECISIONS, VISION_PRECISIONS
 from seechat_weights.untrusted import open_file, read_file
 
 MANIFEST = "seechat.json"
@@ -269,6 +269,8 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
     if manifest.vision:
         vision, pixels = manifest.vision, manifest.vision.pixels
         yield "vision.tokens", vision.tokens, vision.tokens > 0, "a positive number"
+        seen, known = vision.precision, ", ".join(VISION_PRECISIONS)
+        yield "vision.precision", seen, seen in VISION_PRECISIONS, f"one of {known}"
         side, what = pixels.image_size, f"1 to {MAX_IMAGE_SIZE}"
         yield "pixels.image_size", side, 0 < side <= MAX_IMAGE_SIZE, what
         how = pixels.resize

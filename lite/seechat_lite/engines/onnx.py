@@ -33,6 +33,8 @@ from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_weights.bundle import LMConfig, Manifest
+from seechat_weights.bundle_arrays import BundleArrays
+from seechat_weights.precisions import VISION_PRECISIONS, stored_precision
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class OnnxEngine:
         self._device = find_device(options.device)
         self._vision = OnnxVision(folder, manifest, options)
         lm, decoder = manifest.lm, manifest.decoder
+        precision = stored_precision(decoder.precision, head_bits=decoder.head_bits)
         card = float_bytes_on_card(manifest, self._device.kind, options.dtype)
         self._plan = plan(
             manifest,
@@ -64,7 +67,7 @@ class OnnxEngine:
                 f"{' or '.join(dtypes)}: choose that, or export it again"
             )
         half = card == 2 or options.dtype == "fp16"
-        if card and decoder.precision == "fp32":  # GroupQueryAttention is for half precision there
+        if card and precision.exact:  # GroupQueryAttention is for half precision there
             log.warning(
                 "%s: a card leaves attention in float32 to the CPU, which is slow: "
                 "export at another precision, or use the torch engine",
@@ -81,20 +84,17 @@ class OnnxEngine:
                     "logits": (None, lm.vocab_size),
                 },
                 threads=options.threads,
-                exact=options.dtype == "fp32" or decoder.precision == "fp32",
+                exact=options.dtype == "fp32" or precision.exact,
                 record=self._records,
                 limit=options.max_memory and options.max_memory - self._plan.cache,
             )
-        self._embeddings: np.memmap | None = np.memmap(
-            folder / manifest.decoder.embeddings,
-            dtype=manifest.decoder.embeddings_dtype,
-            mode="r",
-            shape=(lm.vocab_size, lm.hidden_size),
-        )
+        arrays = BundleArrays(folder, manifest)
+        self._embeddings: np.ndarray | None = arrays.embeddings
         self._rotary = rotary_tables(lm.head_size, context + 1)
         cache = next(i for i in self._opened().get_inputs() if i.name == "past_key_0")
         self._head = cache.shape[3]
-        self._prefix = _prefix(folder, manifest, self._head)
+        prefix = arrays.prefix  # from here on [tokens, layers, key and value, heads, head]
+        self._prefix = np.empty((0,)) if prefix is None else np.moveaxis(prefix, 3, 0)
         self._cache_dtype = np.dtype({"tensor(float)": "f4", "tensor(float16)": "f2"}[cache.type])
         self._dtype = np.dtype("f2" if half else "f4")  # of the decoder's other inputs
         self._cache: dict[str, ort.OrtValue] = {}  # by the graph's names of the past
@@ -106,8 +106,7 @@ class OnnxEngine:
         self._length = 0  # tokens in the cache, those of a prefix included
         self._next_position = np.zeros((2, 1), np.int64)  # of the token that the next step appends
         # for more, the card would make floats of all weights of 8 bits: 1.1 GB for the head
-        in_bytes = decoder.precision == "int8" or decoder.head_bits == 8
-        self._at_once = 4 if self._device.on_card and in_bytes else context
+        self._at_once = 4 if self._device.on_card and precision.in_bytes else context
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         self._opened()
@@ -326,13 +325,14 @@ class OnnxVision:
         """Embeddings of pictures: float32 [n, 3, S, S] to float32 [n, tokens, hidden]."""
         vision, exact = self._manifest.vision, self._options.dtype == "fp32"
         assert vision is not None
+        precision = VISION_PRECISIONS[vision.precision]
         half = self.device.on_card and not exact and vision.half in self._manifest.files
         size = vision.pixels.image_size
         # for one picture, preparing the weights takes longer than it saves, and twice the memory;
         # int8 products need it
         mapped = (
             not self._options.keep_vision
-            and vision.precision in ("fp16", "fp32")
+            and not precision.integers
             and self.device.provider == "CPUExecutionProvider"
         )
         with self._lock:
@@ -345,7 +345,7 @@ class OnnxVision:
                 },
                 threads=self._options.threads,
                 as_written=mapped,
-                exact=exact or vision.precision == "fp32",
+                exact=exact or precision.exact,
                 limit=self._options.max_memory,
             )
             self._session = session if self._options.keep_vision else None
@@ -366,16 +366,6 @@ class OnnxVision:
 def _cache_names(lm: LMConfig) -> list[str]:
     """The graph's names of the past's buffers: key and value of every layer in turn."""
     return [f"past_{part}_{i}" for i in range(lm.num_layers) for part in ("key", "value")]
-
-
-def _prefix(folder: Path, manifest: Manifest, head: int) -> np.ndarray:
-    """A P-tuning prefix, [tokens, layers, key and value, heads, head]; no tokens without one."""
-    lm, decoder = manifest.lm, manifest.decoder
-    shape = (lm.num_layers, 2, lm.num_heads, decoder.prefix_tokens, head)
-    if not decoder.prefix:
-        return np.empty((0,), np.float32)
-    stored = np.fromfile(folder / decoder.prefix, decoder.embeddings_dtype).reshape(shape)
-    return np.moveaxis(stored, 3, 0)
 
 
 def _run_options(*, return_memory: bool = False) -> ort.RunOptions:

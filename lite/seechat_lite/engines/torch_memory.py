@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 from seechat_lite.memory import MemoryPlan, smaller_context
 from seechat_lite.nn.linears import BLOCK, CHUNK, QUANTIZATIONS
 from seechat_weights.bundle import Manifest
 from seechat_weights.layout import HEAD, decoder_layout
-from seechat_weights.precisions import PRECISIONS
+from seechat_weights.precisions import stored_precision
 
 RUNTIME = 150 << 20  # cuBLAS' workspaces, recorded steps, what an allocator cannot use
 
@@ -31,7 +30,7 @@ def device_plan(
     """
     blocks = blocks or {}
     lm, decoder = manifest.lm, manifest.decoder
-    precision = replace(PRECISIONS[decoder.precision], head_bits=decoder.head_bits)
+    precision = stored_precision(decoder.precision, head_bits=decoder.head_bits)
     weights = 0.0
     for item in decoder_layout(lm, precision, decoder.block_size):
         if item.bits:

@@ -1,7 +1,8 @@
 """Weights for nn.decoder, tensor by tensor onto the device: from a bundle or a checkpoint."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -16,9 +17,9 @@ from seechat_lite.nn.decoder import Decoder
 from seechat_lite.nn.linears import BLOCK, CHUNK, QUANTIZATIONS, BlockLinear, bitsandbytes_linear
 from seechat_lite.rotary import rotary_tables
 from seechat_weights.bundle import MANIFEST, LMConfig, Manifest
-from seechat_weights.layout import HEAD, decoder_layout, head_order, reordered_prefix
+from seechat_weights.bundle_arrays import BundleArrays
+from seechat_weights.layout import HEAD, head_order, reordered_prefix
 from seechat_weights.lm import ALL, LM, open_lm
-from seechat_weights.precisions import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -66,34 +67,20 @@ class BundleSource:
     def head(self) -> int:
         return self.manifest.lm.padded_head_size
 
+    @cached_property
+    def _arrays(self) -> BundleArrays:
+        return BundleArrays(self.folder, self.manifest)
+
     @property
     def prefix(self) -> np.ndarray | None:
-        lm, decoder = self.manifest.lm, self.manifest.decoder
-        if not decoder.prefix:
-            return None
-        shape = (lm.num_layers, 2, lm.num_heads, decoder.prefix_tokens, self.head)
-        stored = np.fromfile(self.folder / decoder.prefix, decoder.embeddings_dtype)
-        return stored.reshape(shape)
+        return self._arrays.prefix
 
     def rows(self, ids: Sequence[int]) -> np.ndarray:
-        lm, decoder = self.manifest.lm, self.manifest.decoder
-        shape = (lm.vocab_size, lm.hidden_size)
-        file = self.folder / decoder.embeddings
-        return np.memmap(file, decoder.embeddings_dtype, "r", shape=shape)[ids]
+        return self._arrays.embeddings[ids]
 
     def tensors(self) -> Iterator[Given]:
-        decoder = self.manifest.decoder
-        path = self.folder / f"{decoder.graph}.data"
-        data = np.memmap(path, np.uint8, "c")  # torch wants arrays that could be written
-        precision = replace(PRECISIONS[decoder.precision], head_bits=decoder.head_bits)
-        items = decoder_layout(self.manifest.lm, precision, decoder.block_size)
-        if data.size < items[-1].end:
-            raise EngineError(
-                f"{path}: {data.size} bytes; expected {items[-1].end} for the sizes in "
-                "the manifest: export the bundle again"
-            )
-        for item in items:
-            arrays = [data[s.offset : s.end].view(s.dtype).reshape(s.shape) for s in item.stored]
+        for item in self._arrays.items:
+            arrays = self._arrays.stored(item)
             if item.kind == "linear" and not item.bits:  # stored transposed
                 arrays = [arrays[0].T]
             yield Given(item.key, arrays, item.bits)
