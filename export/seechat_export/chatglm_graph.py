@@ -59,7 +59,7 @@ class ChatGLMGraph(DecoderGraph):
         tape, prefix = self.tape, f"layers.{layer}.attention"
         fused = self.weights.linear(x, f"{prefix}.query_key_value")
         q, k, v = tape.op_multi_out("Split", [fused], {"axis": -1, "num_outputs": 3}, num_outputs=3)
-        q, k = (self.rotated(t, self.config.num_heads) for t in (q, k))
+        q, k = (self.rotated(t, self.heads) for t in (q, k))
         past = self.declare_past(layer)
         full = self._full_attention(q, k, v, past)
         if self.half:
@@ -94,7 +94,7 @@ class ChatGLMGraph(DecoderGraph):
                 after = [self._heads_first(t, x) for x in seen]
                 both = zip(before, after, strict=True)
                 seen = [t.op("Concat", parts, {"axis": 2}) for parts in both]
-            attributes = {"num_heads": self.config.num_heads, "scale": self.config.head_size**-0.5}
+            attributes = {"num_heads": self.heads, "scale": self.config.head_size**-0.5}
             return t.op("MultiHeadAttention", [q, *seen], attributes, domain=MICROSOFT)
 
         return full
@@ -108,7 +108,7 @@ class ChatGLMGraph(DecoderGraph):
         ]
 
     def _heads_first(self, t: Tape, x: ir.Value) -> ir.Value:  # [1, heads, s, head]
-        shape = _constant(t, 1, -1, self.config.num_heads, self.head)
+        shape = _constant(t, 1, -1, self.heads, self.head)
         return t.op("Transpose", [t.op("Reshape", [x, shape])], {"perm": (0, 2, 1, 3)})
 
 

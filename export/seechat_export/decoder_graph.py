@@ -118,7 +118,7 @@ class DecoderGraph:
     inputs_embeds number [1, s, hidden] · rotary_cos, rotary_sin number [s, head / 2] ·
     last_index int32 [1] = t - 1 · total_length int32 [] = t · the family's own `extra_inputs` ·
     logit_rows int64 [r]: of which of the new tokens logits are wanted ·
-    past_key_i, past_value_i cache_dtype [1, heads, capacity, head], with `head` as padded_head_size
+    past_key_i, past_value_i cache_dtype [1, kv_heads, capacity, head]: `head` is padded_head_size
 
     Outputs: logits float32 [r, vocab]; present_key_i, present_value_i, to be bound to the very
     buffers of the past.
@@ -140,7 +140,8 @@ class DecoderGraph:
         self.dtype = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT  # what is computed in
         self.kind = cache_dtype(precision)
         self.head = config.padded_head_size
-        self.cache_shape = [1, config.num_heads, "capacity", self.head]
+        self.heads, self.kv_heads = config.num_heads, config.kv_heads
+        self.cache_shape = [1, self.kv_heads, "capacity", self.head]
         opsets = {"": HALF_OPSET if half else OPSET, MICROSOFT: 1}
         self.graph = ir.Graph((), (), nodes=(), opset_imports=opsets, name="decoder")
         self.tape = Tape(self.graph)
@@ -225,7 +226,6 @@ class DecoderGraph:
         self, tape: Tape, q: ir.Value, k: ir.Value, v: ir.Value, past: list[ir.Value]
     ) -> list[ir.Value]:
         """Causal attention behind the cache, which it appends to: output, key, value."""
-        kv_heads = self.cache_shape[1]
         out, *present = tape.op_multi_out(
             "GroupQueryAttention",
             [
@@ -235,8 +235,8 @@ class DecoderGraph:
                 self.total_length,
             ],
             {
-                "num_heads": self.config.num_heads,
-                "kv_num_heads": kv_heads,
+                "num_heads": self.heads,
+                "kv_num_heads": self.kv_heads,
                 "scale": self.config.head_size**-0.5,
             },
             num_outputs=3,

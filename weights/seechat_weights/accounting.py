@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from seechat_weights.bundle import MAX_LAYERS
+from seechat_weights.config import MAX_LAYERS
 from seechat_weights.errors import CheckpointError
 
 Shape = tuple[int, ...]

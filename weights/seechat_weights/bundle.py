@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from seechat_weights.config import MAX_LAYERS, LMConfig
 from seechat_weights.errors import BundleError
 from seechat_weights.files import MAX_JSON, decoded, line
+from seechat_weights.lm_families import LM_FAMILIES
 from seechat_weights.precisions import PRECISIONS, VISION_PRECISIONS
 from seechat_weights.untrusted import open_file, read_file
 
@@ -30,34 +32,6 @@ RESIZES = ("squash", "crop", "pad")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 _HASHED_AT_ONCE = 1 << 22  # bytes
 MAX_IMAGE_SIZE = 4096  # pixels; vision towers take a few hundred
-MAX_LAYERS = 1024  # of any network; more would fill the memory with names before it is refused
-
-
-@dataclass(frozen=True)
-class LMConfig:
-    """Shape of a ChatGLM-6B (v1) decoder; the defaults are the published model's."""
-
-    vocab_size: int = 130528
-    hidden_size: int = 4096
-    num_layers: int = 28
-    num_heads: int = 32
-    inner_size: int = 16384
-    layernorm_epsilon: float = 1e-5
-    max_sequence_length: int = 2048
-    pad_id: int = 3
-    mask_id: int = 130000
-    gmask_id: int = 130001
-    bos_id: int = 130004  # <sop>: the first token of an answer
-    eos_id: int = 130005  # <eop>: ends an answer
-
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def padded_head_size(self) -> int:
-        """Size of a head in a bundle and its cache: the next multiple of 8, as runtimes want it."""
-        return -(-self.head_size // 8) * 8
 
 
 @dataclass(frozen=True)
@@ -233,9 +207,17 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
         value = getattr(lm, name)
         yield f"lm.{name}", value, 0 <= value < lm.vocab_size, f"0 to {lm.vocab_size - 1}"
     yield "lm.num_layers", lm.num_layers, lm.num_layers <= MAX_LAYERS, f"at most {MAX_LAYERS}"
-    # rotary embeddings turn two halves of a head, each in pairs
-    fits = lm.hidden_size % lm.num_heads == 0 and lm.head_size % 4 == 0
-    yield "lm.num_heads", lm.num_heads, fits, f"{lm.hidden_size} to split into multiples of 4"
+    known = ", ".join(LM_FAMILIES)
+    yield "lm.family", lm.family, lm.family in LM_FAMILIES, f"one of {known}"
+    pieces = len(LM_FAMILIES[lm.family].turned)
+    fits = lm.hidden_size % lm.num_heads == 0 and lm.head_size % pieces == 0
+    what = f"{lm.hidden_size} to split into multiples of {pieces}"
+    yield "lm.num_heads", lm.num_heads, fits, what
+    fits = lm.num_kv_heads >= 0 and lm.num_heads % lm.kv_heads == 0
+    yield "lm.num_kv_heads", lm.num_kv_heads, fits, f"0, or to divide {lm.num_heads}"
+    for name in ("rope_theta", "rope_factor"):
+        value = getattr(lm, name)
+        yield f"lm.{name}", value, 0 < value < 1e12, "a positive number"
     epsilon = lm.layernorm_epsilon
     yield "lm.layernorm_epsilon", epsilon, 0 < epsilon < 1, "between 0 and 1"
     dtype, known = decoder.embeddings_dtype, ", ".join(EMBEDDINGS_DTYPES)

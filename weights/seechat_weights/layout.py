@@ -1,12 +1,13 @@
 """Where each tensor of the decoder lies in a bundle's weights file, and in what form.
 
 The file is what `seechat export` writes beside the decoder's graph: the tensors one after another,
-in the order of the network, each at the start of a page. Two rearrangements happen to the
-attention's heads; both leave every product as it was:
-- the published order [head][q | k | v][head_size] becomes [q | k | v][head][head_size];
-- within a head of q and k, the quarters [a1 a2 b1 b2] become [a1 b1 a2 b2], which makes the
-  two-dimensional rotary embedding one ordinary rotation whose angles come from two positions.
-A head whose size is no multiple of 8, which ONNX Runtime wants, has each quarter padded with zeros.
+in the order of the network, each at the start of a page. Attention's heads are rearranged where a
+family needs it, which leaves every product as it was:
+- ChatGLM's published order [head][q | k | v][head_size] becomes [q | k | v][head][head_size];
+- within a head of its q and k, the quarters [a1 a2 b1 b2] become [a1 b1 a2 b2], which makes the
+  two-dimensional rotary embedding one ordinary rotation whose angles come from two positions;
+- a head whose size is no multiple of 8, which ONNX Runtime wants, has each of its pieces (quarters,
+  or LLaMA's halves) padded with zeros.
 """
 
 import math
@@ -16,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from seechat_weights.bundle import LMConfig
+from seechat_weights.config import LMConfig
+from seechat_weights.lm_families import LM_FAMILIES, LMTensor
 from seechat_weights.precisions import Precision
 
 HEAD = "lm_head.weight"
@@ -70,18 +72,24 @@ def head_order(config: LMConfig, axis: str, *, padded: bool = True) -> np.ndarra
     axis: what runs over heads: "rows" of query_key_value, "columns" of the attention's dense, or
     the numbers of one "key" or "value". padded: with heads of config.padded_head_size.
     """
-    quarters = np.arange(config.head_size).reshape(2, 2, -1)
+    family = LM_FAMILIES[config.family]
+    pieces = np.arange(config.head_size).reshape(len(family.turned), -1)
     if padded:
-        more = config.padded_head_size // 4 - quarters.shape[-1]
-        quarters = np.pad(quarters, ((0, 0), (0, 0), (0, more)), constant_values=-1)
-    turned, plain = quarters.swapaxes(0, 1).ravel(), quarters.ravel()
+        more = config.padded_head_size // len(pieces) - pieces.shape[1]
+        pieces = np.pad(pieces, ((0, 0), (0, more)), constant_values=-1)
+    turned, plain = pieces[list(family.turned)].ravel(), pieces.ravel()
     if axis in ("key", "value"):
         return turned if axis == "key" else plain
-    parts = [plain] if axis == "columns" else [turned, turned, plain]  # q, k, v
-    starts = np.arange(config.num_heads * len(parts)) * config.head_size
-    starts = starts.reshape(config.num_heads, len(parts)).T[..., None]  # [parts, heads, 1]
-    orders = np.stack(parts)[:, None]  # [parts, 1, head]
-    return np.where(orders < 0, -1, orders + starts).ravel()
+    heads, kv_heads = config.num_heads, config.kv_heads
+    # published heads in the order of a bundle: [q | k | v][head]
+    published = np.arange(heads + 2 * kv_heads)
+    if family.by_head:
+        published = published.reshape(heads, 3).T.ravel()
+    orders = [turned] * (heads + kv_heads) + [plain] * kv_heads
+    if axis == "columns":
+        published, orders = np.arange(heads), [plain] * heads
+    within = np.stack(orders)
+    return np.where(within < 0, -1, within + published[:, None] * config.head_size).ravel()
 
 
 def reordered(array: Any, order: np.ndarray, axis: int = 0) -> Any:
@@ -115,7 +123,8 @@ def decoder_layout(config: LMConfig, precision: Precision, block_size: int) -> l
     """
     items: list[Item] = []
     end = 0
-    for key, shape, heads, bits in _tensors(config, precision):
+    for tensor in _tensors(config):
+        key, shape, bits = tensor.key, tensor.shape, _bits(tensor, precision)
         kind = "linear"
         arrays: list[tuple[str, str, tuple[int, ...]]]
         arrays = [(f"{key}_t", precision.dtype, shape[::-1])]
@@ -132,32 +141,17 @@ def decoder_layout(config: LMConfig, precision: Precision, block_size: int) -> l
         for name, dtype, size in arrays:
             stored.append(Stored(name, dtype, size, -(-end // ALIGN) * ALIGN))
             end = stored[-1].end
-        items.append(Item(key, kind, shape, heads, tuple(stored), bits))
+        items.append(Item(key, kind, shape, tensor.heads, tuple(stored), bits))
     return items
 
 
-def _tensors(
-    config: LMConfig, precision: Precision
-) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
-    """Key, shape, heads and bits of every tensor."""
-    hidden, inner = config.hidden_size, config.inner_size
-    width = config.num_heads * config.padded_head_size
-    bits = precision.bits if precision.block else 0
-    for i in range(config.num_layers):
-        layer = f"layers.{i}"
-        yield f"{layer}.input_layernorm.weight", (hidden,), "", 0
-        yield f"{layer}.input_layernorm.bias", (hidden,), "", 0
-        yield f"{layer}.attention.query_key_value.weight", (3 * width, hidden), "rows", bits
-        yield f"{layer}.attention.query_key_value.bias", (3 * width,), "rows", 0
-        yield f"{layer}.attention.dense.weight", (hidden, width), "columns", bits
-        yield f"{layer}.attention.dense.bias", (hidden,), "", 0
-        yield f"{layer}.post_attention_layernorm.weight", (hidden,), "", 0
-        yield f"{layer}.post_attention_layernorm.bias", (hidden,), "", 0
-        yield f"{layer}.mlp.dense_h_to_4h.weight", (inner, hidden), "", bits
-        yield f"{layer}.mlp.dense_h_to_4h.bias", (inner,), "", 0
-        yield f"{layer}.mlp.dense_4h_to_h.weight", (hidden, inner), "", bits
-        yield f"{layer}.mlp.dense_4h_to_h.bias", (hidden,), "", 0
-    yield "final_layernorm.weight", (hidden,), "", 0
-    yield "final_layernorm.bias", (hidden,), "", 0
-    head_bits = (precision.head_bits or bits) if precision.block else 0
-    yield HEAD, (config.vocab_size, hidden), "", head_bits
+def _tensors(config: LMConfig) -> Iterator[LMTensor]:
+    yield from LM_FAMILIES[config.family].layout(config)
+    yield LMTensor(HEAD, (config.vocab_size, config.hidden_size))
+
+
+def _bits(tensor: LMTensor, precision: Precision) -> int:
+    """Bits of the integers in blocks that a tensor is stored as; 0 where it is not."""
+    if not precision.block or len(tensor.shape) == 1:
+        return 0
+    return (precision.head_bits or precision.bits) if tensor.key == HEAD else precision.bits

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from seechat_weights.accounting import Shape, Shapes, account, check_shapes
-from seechat_weights.bundle import MAX_LAYERS, LMConfig
+from seechat_weights.config import MAX_LAYERS, LMConfig
 from seechat_weights.errors import CheckpointError
 
 OLD_VOCABULARY = 150528  # releases before April 2023: image tokens come before the text's
