@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-from PIL import Image
 
 from seechat_lite import history
 from seechat_lite.conversation import FORMATS, CleanStream, Format, Turn
@@ -25,7 +24,15 @@ from seechat_lite.engines.base import Cancelled
 from seechat_lite.errors import BundleError, ContextError, EngineError, OptionError
 from seechat_lite.eyes import EyeFiles
 from seechat_lite.generate import generate
-from seechat_lite.images import load_image, pixels
+from seechat_lite.images import (
+    ImageSource,
+    PreparedImage,
+    load_image,
+    pixels,
+    prepared,
+    prepared_pixels,
+    several,
+)
 from seechat_lite.memory import MIN_CONTEXT, MemoryPlan, check_memory, float_bytes_on_card, plan
 from seechat_lite.prompt import Prompt
 from seechat_lite.published import model_manifest
@@ -35,11 +42,10 @@ from seechat_lite.text_stream import TextStream
 from seechat_lite.tokenizer import Tokenizer
 from seechat_lite.verified import verify_once
 from seechat_weights.builtin import BUILTIN
-from seechat_weights.bundle import Manifest
+from seechat_weights.bundle import Manifest, PixelSpec
 
 log = logging.getLogger(__name__)
 
-ImageSource = str | Path | bytes | Image.Image
 Progress = Callable[[str, int, int], None]
 IMAGE_CACHE = 64 << 20  # bytes
 
@@ -187,30 +193,70 @@ class Model:
             )
         return Chat(self, FORMATS[name])
 
-    def encode_image(self, source: ImageSource, *, exact: bool = False) -> tuple[str, np.ndarray]:
+    def encode_image(
+        self,
+        source: ImageSource,
+        *,
+        exact: bool = False,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> tuple[str, np.ndarray]:
         """A picture's key and its embeddings, float32 [tokens, hidden], from memory if known.
 
-        exact: prepare it as the published code does (see PixelSpec.exact).
+        exact: prepare it as the published code does (see PixelSpec.exact). stopped: asked while
+        the picture is decoded, which may take seconds; ends it with Cancelled.
         Raises ImageError, and EngineError for a text-only bundle.
         """
-        vision = self.manifest.vision
-        picture = load_image(source)
-        key = picture.key + ("-exact" if exact else "")
+        spec = self._pixel_spec(exact)
+        known = source if isinstance(source, PreparedImage) else load_image(source)
+        key = known.key + ("-exact" if exact else "")
+        if (embeds := self._remembered(key)) is not None:
+            return key, embeds
+        if isinstance(known, PreparedImage):
+            values = prepared_pixels(known, spec, stopped=stopped)
+        else:
+            values = pixels(known.image, spec, stopped=stopped)
         with self._images_lock:  # also keeps two threads from encoding the same picture
             if key in self._images:
                 self._images.move_to_end(key)
                 return key, self._images[key]
-            if vision is None:
-                raise EngineError(
-                    f"{self.manifest.name}: a text-only model, it cannot see pictures: "
-                    "ask without one, or load a bundle that was exported with a vision tower"
-                )
-            spec = replace(vision.pixels, exact=exact or vision.pixels.exact)
-            embeds = self.engine.encode_image(pixels(picture.image, spec)[None])[0]
+            embeds = self.engine.encode_image(values[None])[0]
             self._images[key] = embeds
             while sum(e.nbytes for e in self._images.values()) > self._image_cache:
                 self._images.popitem(last=False)
             return key, embeds
+
+    def prepare_image(
+        self,
+        source: ImageSource,
+        *,
+        exact: bool = False,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> PreparedImage:
+        """Decode a picture ahead, in any thread; what comes back is a picture to ask about.
+
+        Arguments and errors as for encode_image. Nothing is decoded that the model remembers.
+        """
+        spec = self._pixel_spec(exact)
+        picture = load_image(source)
+        if self._remembered(picture.key + ("-exact" if exact else "")) is not None:
+            return PreparedImage(picture.key, spec, None, picture.image)
+        return prepared(picture, spec, stopped=stopped)
+
+    def _pixel_spec(self, exact: bool) -> PixelSpec:
+        """How pictures become pixels. Raises EngineError for a text-only bundle."""
+        vision = self.manifest.vision
+        if vision is None:
+            raise EngineError(
+                f"{self.manifest.name}: a text-only model, it cannot see pictures: "
+                "ask without one, or load a bundle that was exported with a vision tower"
+            )
+        return replace(vision.pixels, exact=exact or vision.pixels.exact)
+
+    def _remembered(self, key: str) -> np.ndarray | None:
+        with self._images_lock:
+            if key in self._images:
+                self._images.move_to_end(key)
+            return self._images.get(key)
 
     def close(self) -> None:
         """Release the engine; any later use of the model raises EngineError."""
@@ -472,13 +518,12 @@ class Chat:
 
         stopped: asked before each picture, which may take seconds; Cancelled is raised if so.
         """
-        sources = [] if image is None else [image] if isinstance(image, ImageSource) else image
         embeds: list[tuple[str, np.ndarray]] = []
-        for source in sources:
+        for source in several(image):
             if stopped():
                 raise Cancelled("stopped while its pictures were read")
             # the published demo's answers are compared on the published demo's pixels
-            embeds.append(self.model.encode_image(source, exact=self.format.demo))
+            embeds.append(self.model.encode_image(source, exact=self.format.demo, stopped=stopped))
         return Turn(question, images=tuple(key for key, _ in embeds)), dict(embeds)
 
     def _fit(

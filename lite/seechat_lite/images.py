@@ -1,314 +1,503 @@
-"""Pictures: from a path, bytes or a PIL image to the pixels that a vision tower was trained on.
+"""Pictures: from whatever people pass to the pixels that a vision tower was trained on.
 
-A picture is refused before it is decoded if its header promises too many pixels, and decoded once.
-How it becomes pixels is the bundle's `PixelSpec`: either what the published code does to the last
-bit, for comparisons, or the same resize of a picture that was first turned upright, laid on a
-background where it is transparent, and scaled down to 8 bits where it has more.
+What a file is, is said by its first bytes, and only the formats of pictures/formats.py are opened.
+A picture that costs little for certain is decoded here; all others in a process of their own, which
+is bounded in memory and time and ended when nobody waits (pictures/pool.py).
 """
 
 import hashlib
-import io
-from dataclasses import dataclass
+import inspect
+import os
+import stat
+from base64 import b64decode
+from binascii import Error as Base64Error
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, TypeAlias
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile
 
+from seechat_lite.pictures import decode, headers, pool
+from seechat_lite.pictures.decode import Opened
+from seechat_lite.pictures.formats import HEAD, identify
+from seechat_lite.pictures.reduce import (
+    BAND_PIXELS,
+    FILTERS,
+    MAX_PIXELS,
+    check_size,
+    reduce,
+    thumbnail,
+)
 from seechat_weights.bundle import PixelSpec
-from seechat_weights.errors import BundleError, ImageError
-from seechat_weights.files import LFS_POINTER
+from seechat_weights.errors import BundleError, EngineError, ImageError
 
-MAX_PIXELS = 112_000_000  # a 108-megapixel phone photo passes; decoded, this is 450 MB
-BAND_PIXELS = 16_000_000  # larger ones become pixels some rows at a time: no second half gigabyte
+__all__ = ["MAX_BYTES", "MAX_PIXELS", "ImageSource", "load_image", "pixels", "several"]
+
 MAX_BYTES = 256 << 20  # of a picture's file
 
-_ORIENTATION = 0x0112  # the EXIF tag
-_VECTOR_FORMATS = ("EPS", "WMF")  # Pillow would start another program to draw them
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+Stopped = Callable[[], bool]
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """A picture's file, which is decoded when its pixels are asked for."""
+
+    data: bytes
+    name: str  # for messages
+    format: str  # as formats.identify says
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, not turned. Raises ImageError."""
+        return self._about[1]
+
+    @property
+    def mode(self) -> str:
+        """Pillow's name of the colour mode. Raises ImageError."""
+        return self._about[0]
+
+    @cached_property
+    def _about(self) -> tuple[str, tuple[int, int]]:
+        found = _decoded(self, {"do": "describe", "spec": None}, _never)
+        return found.mode, found.size
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture and the name of its content: the same content has the same key."""
+    """A picture and the name of its content: the same content has the same key."""
 
-    image: Image.Image
+    image: Image.Image | EncodedImage
     key: str  # sha256, hexadecimal: of the file's bytes, or of a PIL image's pixels and palette
 
 
-def load_image(source: str | Path | bytes | Image.Image) -> Picture:
-    """Read and decode a picture; of an animation the first frame.
+@dataclass(frozen=True)
+class PreparedImage:
+    """A picture whose pixels have been made ahead, for one model; see Model.prepare_image."""
 
-    Raises ImageError: missing, empty, truncated, no picture, or more than MAX_PIXELS pixels.
+    key: str
+    spec: PixelSpec
+    levels: np.ndarray | None  # uint8 [image_size, image_size, 3]; None if the model knows it
+    image: Image.Image | EncodedImage | None  # where there are no levels
+
+
+# One picture: the path of a file or the text of a data: URL; the bytes of a file; an open binary
+# file, read from its beginning where it can be; a PIL image; levels, [height, width] or
+# [height, width, 1 | 3 | 4], RGB.
+ImageSource: TypeAlias = (
+    str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | IO[bytes]
+    | Image.Image
+    | np.ndarray
+    | PreparedImage
+)
+
+
+def several(image: Any) -> Iterator[ImageSource]:
+    """One picture or several, as the methods of Chat take them, one after the other.
+
+    Raises ImageError for what is neither.
     """
+    if image is None:
+        return
+    if _is_one(image):
+        yield image
+        return
+    if not isinstance(image, Iterable) or isinstance(image, dict):
+        raise _wrong_type(image)
+    for one in image:
+        if not _is_one(one):
+            raise _wrong_type(one)
+        yield one
+
+
+def load_image(source: ImageSource) -> Picture:
+    """Read a picture's file and say what it is; it is decoded when its pixels are asked for.
+
+    Raises ImageError: missing, empty, too large, of a wrong type, or no picture.
+    """
+    if isinstance(source, np.ndarray) or hasattr(source, "__array__"):
+        array = np.asarray(source)
+        if array.ndim != 1 or array.dtype != np.uint8:
+            return _from_pil(_from_array(array))
+        source = array.tobytes()  # a file's bytes, as cv2.imencode gives them
     if isinstance(source, Image.Image):
-        return _from_pil(source)
-    if isinstance(source, bytes):
-        return _from_bytes(source, "image bytes")
-    path = Path(source)
+        return _from_opened(source)
+    if isinstance(source, PreparedImage):
+        raise ImageError("a prepared picture; expected one that is not: pass it to its model")
+    if isinstance(source, str):
+        if source[:5].lower() == "data:":
+            return _from_bytes(_from_data_url(source), "data: URL")
+        return _from_path(_path(source))
+    if isinstance(source, os.PathLike):
+        return _from_path(_fspath(source))
+    if hasattr(source, "read"):
+        return _from_file(source)
     try:
-        if path.exists() and not path.is_file():
-            raise ImageError(f"{path}: not a file; expected a picture: name one picture file")
-        if path.stat().st_size > MAX_BYTES:
-            raise ImageError(
-                f"{path}: {path.stat().st_size >> 20} MB; expected a picture of at most "
-                f"{MAX_BYTES >> 20} MB: make it smaller"
-            )
-        with path.open("rb") as f:
-            # the header first: a picture that is none, or too large, is not read to the end
-            _open(f, str(path))
-            f.seek(0)
-            data = f.read()
-    except FileNotFoundError:
-        raise ImageError(f"{path}: no such file; expected a picture: check the path") from None
-    except (OSError, ValueError) as e:  # ValueError: a null character in the path
-        raise ImageError(f"{path}: cannot be read ({e}); expected a picture: check it") from None
-    return _from_bytes(data, str(path))
+        view = memoryview(source)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise _wrong_type(source) from None
+    if view.nbytes > MAX_BYTES:
+        raise _too_many_bytes("image bytes", view.nbytes)
+    return _from_bytes(view.tobytes(), "image bytes")
 
 
-def pixels(image: Image.Image, spec: PixelSpec) -> np.ndarray:
+def pixels(
+    image: Image.Image | EncodedImage, spec: PixelSpec, *, stopped: Stopped = _never
+) -> np.ndarray:
     """A vision graph's input: float32 [3, image_size, image_size], normalized as `spec` says.
 
-    Raises ImageError for a colour space that Pillow cannot convert, BundleError for an unknown
-    resize or interpolation.
+    stopped: asked while the picture is decoded, which may take seconds; ends it.
+    Raises ImageError (damaged, takes too much, a colour space that Pillow cannot convert),
+    BundleError (unknown resize or interpolation), Cancelled.
     """
-    if spec.resize not in ("squash", "crop", "pad") or spec.interpolation not in _FILTERS:
+    return normalized(levels(image, spec, stopped=stopped), spec)
+
+
+def levels(
+    image: Image.Image | EncodedImage, spec: PixelSpec, *, stopped: Stopped = _never
+) -> np.ndarray:
+    """The same before it is normalized: uint8 [image_size, image_size, 3]."""
+    if spec.resize not in ("squash", "crop", "pad") or spec.interpolation not in FILTERS:
         raise BundleError(
             f"pixels: resize {spec.resize!r} with {spec.interpolation!r}; expected squash, crop or "
-            f"pad with one of {', '.join(_FILTERS)}: export the model again"
+            f"pad with one of {', '.join(FILTERS)}: export the model again"
         )
-    if spec.exact:
-        if image.mode.startswith("I;16"):
-            image = image.convert("I")  # from where 16 bits saturate at 255, as published
-        if spec.rgb_first:
-            image = _convert(image, "RGB")
-    else:
-        if _orientation(image) != 1:
-            image = ImageOps.exif_transpose(image)
-        if not _in_bands(image, spec):
-            image = _sensible_rgb(image, spec.background)
-    if spec.resize == "squash":
-        image = _resize(image, (spec.image_size, spec.image_size), spec)
-    elif spec.resize == "crop":
-        image = _resize_and_crop(image, spec)
-    else:
-        image = image if _in_bands(image, spec) else _convert(image, "RGB")
-        image = _resize_and_pad(image, spec)
-    levels = np.asarray(_convert(image, "RGB"), dtype=np.float32) / np.float32(255)
+    if isinstance(image, Image.Image):
+        try:
+            small = reduce(image, spec, orientation=_orientation(image))
+        except (ImageError, MemoryError):
+            raise
+        except Exception as e:  # of what its owner did to it
+            raise decode.undecodable(e) from None
+        return np.asarray(small)
+    settings = {f.name: getattr(spec, f.name) for f in fields(spec)}
+    found = _decoded(image, {"do": "levels", "spec": settings}, stopped, spec)
+    size = spec.image_size
+    return np.frombuffer(found.data, np.uint8).reshape(size, size, 3)
+
+
+def normalized(levels: np.ndarray, spec: PixelSpec) -> np.ndarray:
+    """uint8 [size, size, 3] to float32 [3, size, size]."""
+    scaled = levels.astype(np.float32) / np.float32(255)
     mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
-    normal = (levels - mean) / std  # [S, S, 3]
-    return np.ascontiguousarray(normal.transpose(2, 0, 1))
+    return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
 
 
-def _from_pil(image: Image.Image) -> Picture:
-    _check_size(image, "PIL image")
+def small_picture(source: ImageSource, size: tuple[int, int] = (320, 320)) -> Image.Image:
+    """A picture to be shown: upright, opaque RGB, at most as large as `size`, width and height.
+
+    Decoded within the same bounds, and by the same formats, as the pictures that a model sees.
+    Raises ImageError.
+    """
+    if len(size) != 2 or not all(isinstance(n, int) and 0 < n <= 4096 for n in size):
+        raise ImageError(f"a size of {size!r:.40}; expected width and height, 1 to 4096 each")
+    image = load_image(source).image
+    if isinstance(image, Image.Image):
+        return thumbnail(image, size, orientation=_orientation(image))
+    found = _decoded(image, {"do": "thumbnail", "spec": None, "size": size}, _never)
+    return Image.frombytes(found.mode, found.size, found.data)
+
+
+def _decoded(
+    image: EncodedImage, request: dict[str, Any], stopped: Stopped, spec: PixelSpec | None = None
+) -> pool.Answer:
+    """Decode here what costs little, everything else in a process of its own."""
     try:
-        image = image.copy()  # the caller may go on drawing on its own
-        content = image.tobytes()
-    except Exception as e:
-        raise _undecodable("PIL image", e) from None
-    palette = image.getpalette("RGB") if image.mode in ("P", "PA") else None
-    meaning = (image.mode, image.size, palette, image.info.get("transparency"), _orientation(image))
-    digest = hashlib.sha256(repr(meaning).encode())
-    digest.update(content)
-    return Picture(image, digest.hexdigest())
+        header = decode.read_header(image.data, image.format)
+        if header:
+            check_size(header.size, "RGB")
+        easy = decode.is_easy(header)
+        if not easy:
+            try:
+                return pool.ask(request | {"format": image.format}, image.data, stopped=stopped)
+            except pool.NoWorker:
+                pass  # its bounds are those that its header allows to know
+        opened = decode.open_picture(image.data, image.format, header=header)
+        if request["do"] == "describe":
+            return pool.Answer(opened.image.mode, opened.image.size, b"")
+        small = _made(opened, request, spec)
+        return pool.Answer(small.mode, small.size, small.tobytes())
+    except ImageError as e:
+        raise ImageError(f"{image.name}: {e}") from None
+
+
+def _made(opened: Opened, request: dict[str, Any], spec: PixelSpec | None) -> Image.Image:
+    image = decode.load(opened)
+    try:
+        if spec is None:
+            return thumbnail(
+                image, request["size"], orientation=opened.orientation, white=opened.white
+            )
+        return reduce(image, spec, orientation=opened.orientation, white=opened.white)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as e:  # damage that shows only when it is converted
+        raise decode.undecodable(e) from None
+
+
+# --- one or several
+
+
+def _is_one(image: object) -> bool:
+    kinds = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | PreparedImage
+    return isinstance(image, kinds) or hasattr(image, "read") or hasattr(image, "__array__")
+
+
+def _wrong_type(given: object) -> ImageError:
+    return ImageError(
+        f"a picture given as {type(given).__name__}; expected a path, the bytes of a file, an open "
+        "binary file, a PIL image, a numpy array [height, width, 3], or a list of these: pass one"
+    )
+
+
+# --- files
+
+
+def _path(text: str) -> str:
+    """The path that a text names. Raises ImageError for an address."""
+    scheme = text.partition(":")[0].lower()
+    if scheme in ("http", "https", "ftp"):
+        raise ImageError(
+            f"{text[:200]}: an address; expected a file, for nothing is fetched here: download "
+            "the picture and name its file"
+        )
+    if scheme == "file" and text[5:7] == "//":
+        parts = urlsplit(text)
+        return url2pathname(parts.path)
+    return text
+
+
+def _fspath(source: os.PathLike[str]) -> str:
+    try:
+        path = os.fspath(source)
+        return os.fsdecode(path)
+    except Exception as e:  # of a class that is not ours
+        raise ImageError(f"a path that cannot be read ({e}); expected a text: check it") from None
+
+
+def _from_path(path: str) -> Picture:
+    shown = path if len(path) <= 300 else f"{path[:40]}… ({len(path)} characters)"
+    try:
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"{shown}: not a file; expected a picture: name one picture file")
+        if status.st_size > MAX_BYTES:
+            raise _too_many_bytes(shown, status.st_size)
+        with Path(path).open("rb") as f:
+            # what it is comes first: a file that is no picture is not read to its end
+            head = f.read(HEAD)
+            f.seek(max(0, status.st_size - 32))
+            _identify(head, f.read(32), shown)
+            f.seek(0)
+            data = f.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise ImageError(f"{shown}: no such file; expected a picture: {_advice(path)}") from None
+    except (OSError, ValueError) as e:  # ValueError: a null character in the path
+        why = e.strerror if isinstance(e, OSError) and e.strerror else e
+        raise ImageError(
+            f"{shown}: cannot be read ({why}); expected a picture: {_advice(path)}"
+        ) from None
+    return _from_bytes(data, shown)
+
+
+def _advice(path: str) -> str:
+    """What may have been meant by a path that is none."""
+    if len(path) > 300 or path.startswith(("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")):
+        return "if it is the text of base64, decode it and pass the bytes"
+    return "check the path"
+
+
+def _from_data_url(url: str) -> bytes:
+    head, comma, content = url.partition(",")
+    if not comma:
+        raise ImageError("data: URL: no comma; expected data:image/png;base64,…: check it")
+    if len(content) > MAX_BYTES * 4 // 3:
+        raise _too_many_bytes("data: URL", len(content) * 3 // 4)
+    if "base64" not in head.lower().split(";"):
+        return unquote_to_bytes(content)
+    try:
+        return b64decode("".join(content.split()), validate=True)
+    except (Base64Error, ValueError):
+        raise ImageError(
+            "data: URL: its base64 is damaged; expected data:image/png;base64,…: check it"
+        ) from None
+
+
+def _from_file(file: Any) -> Picture:
+    """An open file: from its beginning where it can be, and left where it was."""
+    name = getattr(file, "name", None)
+    name = name if isinstance(name, str) and name else "an open file"
+    try:
+        at = file.tell() if file.seekable() else None
+    except Exception:  # a reader may have no more than read()
+        at = None
+    data = b""
+    try:
+        if at is not None:
+            file.seek(0)
+        while part := file.read(min(MAX_BYTES + 1 - len(data), 1 << 24) if data else 1 << 24):
+            if inspect.iscoroutine(part):
+                part.close()
+            if not isinstance(part, bytes | bytearray | memoryview):
+                kind = "text" if isinstance(part, str) else type(part).__name__
+                raise ImageError(
+                    f"{name}: gives {kind}; expected bytes: open it as a binary file, as "
+                    'open(path, "rb") does'
+                )
+            data += part
+            if len(data) > MAX_BYTES:
+                raise _too_many_bytes(name, len(data))
+        if at is not None:
+            file.seek(at)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as e:  # of a class that is not ours
+        raise ImageError(
+            f"{name}: cannot be read ({str(e).strip() or type(e).__name__}); expected an open "
+            "binary file: check it"
+        ) from None
+    return _from_bytes(data, name)
 
 
 def _from_bytes(data: bytes, name: str) -> Picture:
-    image = _open(io.BytesIO(data), name)
+    if len(data) > MAX_BYTES:
+        raise _too_many_bytes(name, len(data))
+    found = _identify(data[:HEAD], data[-32:], name)
+    return Picture(EncodedImage(data, name, found), hashlib.sha256(data).hexdigest())
+
+
+def _identify(head: bytes, end: bytes, name: str) -> str:
     try:
-        image.load()
-    # Pillow's decoders fail with almost any exception on damaged data
-    except Exception as e:
-        raise _undecodable(name, e) from None
-    return Picture(image, hashlib.sha256(data).hexdigest())
+        return identify(head, end)
+    except ImageError as e:
+        unfinished = name.endswith((".part", ".crdownload", ".download", ".partial", ".aria2"))
+        more = " (a download that has not been finished)" if unfinished else ""
+        raise ImageError(f"{name}: {e}{more}") from None
 
 
-def _open(file: BinaryIO, name: str) -> Image.Image:
-    """Read a picture's header and refuse what must not be decoded."""
-    head = file.read(len(LFS_POINTER))
-    file.seek(0)
-    if not head:
-        raise ImageError(f"{name}: empty; expected a picture: check the file")
-    if head == LFS_POINTER:
-        raise ImageError(
-            f"{name}: a Git LFS pointer, not the picture itself; expected a picture: "
-            "run `git lfs pull`"
-        )
-    try:
-        image = Image.open(file)
-    except UnidentifiedImageError:
-        raise ImageError(
-            f"{name}: not a picture; expected PNG, JPEG, WebP, BMP, GIF, TIFF or another format "
-            "that Pillow reads: check the file or convert it"
-        ) from None
-    # the second is a warning that the host application has made an error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _too_large(name, "too many") from None
-    except Exception as e:
-        raise _undecodable(name, e) from None
-    _check_size(image, name)
-    if image.format in _VECTOR_FORMATS:
-        raise ImageError(
-            f"{name}: a vector drawing ({image.format}); expected a picture made of pixels: "
-            "save it as PNG"
-        )
-    return image
-
-
-def _check_size(image: Image.Image, name: str) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise _too_large(name, f"{width}×{height}")
-    if image.mode in ("I", "F") and width * height > BAND_PIXELS:
-        raise ImageError(
-            f"{name}: {width}×{height} pixels of 32 bits; expected at most "
-            f"{BAND_PIXELS // 10**6} million of these: make the picture smaller"
-        )
-    if not width or not height:
-        raise ImageError(f"{name}: {width}×{height} pixels; expected a picture: choose another")
-
-
-def _too_large(name: str, size: str) -> ImageError:
+def _too_many_bytes(name: str, size: int) -> ImageError:
     return ImageError(
-        f"{name}: {size} pixels; expected at most {MAX_PIXELS // 10**6} million: "
-        "make the picture smaller"
+        f"{name}: {size >> 20} MB; expected a picture of at most {MAX_BYTES >> 20} MB: "
+        "make it smaller"
     )
 
 
-def _undecodable(name: str, error: Exception) -> ImageError:
-    why = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-    return ImageError(
-        f"{name}: damaged or truncated ({why}); expected a whole picture: get the file again"
-    )
+# --- what is decoded already
 
 
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == mode:
-        return image
+def _from_opened(image: Image.Image) -> Picture:
+    """A PIL image; one that was opened and not loaded is read as its file would be."""
+    opened = isinstance(image, ImageFile.ImageFile)
+    if opened and (getattr(image, "tile", None) or getattr(image, "_im", None) is None):
+        try:
+            decode.check_opened(image)
+            file = getattr(image, "fp", None)
+            if file is not None and image.tell() == 0:
+                return _from_file(file)
+        except ImageError as e:
+            raise ImageError(f"PIL image: {e}") from None
+        except Exception as e:
+            raise ImageError(f"PIL image: {decode.undecodable(e)}") from None
+    return _from_pil(image)
+
+
+def _from_pil(image: Image.Image) -> Picture:
     try:
-        return image.convert(mode)
-    except ValueError:
-        raise ImageError(
-            f"a picture in colour mode {image.mode}; expected one that converts to {mode}: "
-            "save it as RGB"
-        ) from None
+        check_size(image.size, image.mode)
+        if image.width * image.height <= BAND_PIXELS:
+            image = image.copy()  # the caller may go on drawing on its own
+        else:
+            image.load()
+        palette = image.getpalette("RGB") if image.mode in ("P", "PA") else None
+        transparency = image.info.get("transparency")
+        meaning = (image.mode, image.size, palette, transparency, _orientation(image))
+        digest = hashlib.sha256(repr(meaning).encode())
+        rows = max(1, (1 << 22) // image.width)
+        for top in range(0, image.height, rows):
+            bottom = min(top + rows, image.height)
+            digest.update(image.crop((0, top, image.width, bottom)).tobytes())
+    except ImageError as e:
+        raise ImageError(f"PIL image: {e}") from None
+    except Exception as e:
+        raise ImageError(f"PIL image: {decode.undecodable(e)}") from None
+    return Picture(image, digest.hexdigest())
 
 
 def _orientation(image: Image.Image) -> int:
+    """What the metadata of a PIL image says, whatever else of it is damaged."""
     try:
-        return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # a damaged EXIF block says nothing about the picture
-        return 1
+        found = image.getexif().get(0x0112, 1)
+        return found if isinstance(found, int) and 1 <= found <= 8 else 1
+    except Exception:
+        block = image.info.get("exif")
+        found = headers.orientation_of_exif(block) if isinstance(block, bytes) else None
+        return found or 1
 
 
-def _sensible_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """8 bits, opaque RGB."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return _to_8_bits(image).convert("RGB")
-    if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, (*background, 255))
-        image = Image.alpha_composite(canvas, _convert(image, "RGBA"))
-    return _convert(image, "RGB")
+def _from_array(array: np.ndarray) -> Image.Image:
+    """Levels as a picture: [height, width] or [height, width, 1 | 2 | 3 | 4]. Raises ImageError."""
+    said = f"array: {array.dtype} {list(array.shape)}"
+    expected = "expected [height, width] or [height, width, 1, 3 or 4]"
+    if array.ndim == 4:
+        raise ImageError(f"{said}; {expected}: pass the pictures of a batch as a list")
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.ndim not in (2, 3) or not 1 <= channels <= 4:
+        first = array.ndim == 3 and array.shape[0] in (1, 3, 4)
+        advice = "transpose(1, 2, 0) puts the channels last" if first else "check its shape"
+        raise ImageError(f"{said}; {expected}: {advice}")
+    check_size((array.shape[1], array.shape[0]), "RGB")
+    if array.dtype.kind not in "buif":
+        raise ImageError(f"{said}; expected numbers, best uint8 of 0 to 255: check its values")
+    if array.dtype != np.uint8:
+        array = _to_uint8(array, said)
+    if array.ndim == 3 and channels == 1:
+        array = array[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits or of floats to 8 bits.
-
-    Integers that fit 16 bits have that range; for others, whose range no file states, black is the
-    smallest and white the largest value.
-    """
-    grey = np.asarray(image, dtype=np.float64)  # [height, width]
-    grey = np.nan_to_num(grey, posinf=0, neginf=0)
-    low, high = grey.min(), grey.max()
-    if image.mode != "F" and low >= 0 and high < 65536:
-        low, high = 0, 65535
-    scaled = (grey - low) / ((high - low) or 1) * 255
-    return Image.fromarray(scaled.round().astype(np.uint8))
-
-
-def _resize(
-    image: Image.Image,
-    size: tuple[int, int],
-    spec: PixelSpec,
-    box: tuple[float, float, float, float] | None = None,
-) -> Image.Image:
-    """Resize the part `box` of an image, the horizontal pass first.
-
-    Pillow rounds to 8 bits between its two passes, and newer versions start with the vertical one
-    for some shapes: on hard edges that is up to 10 levels off the published pixels. Two resizes
-    along one axis each give the same on every version.
-    """
-    resample = _FILTERS[spec.interpolation]
-    if _in_bands(image, spec):
-        return _resize_in_bands(image, size, spec, box or (0, 0, *image.size))
-    # bilevel and palette pictures cannot be averaged: Pillow takes the nearest pixel
-    if image.mode in ("1", "P") or resample == Image.Resampling.NEAREST:
-        return image.resize(size, Image.Resampling.NEAREST, box)
-    # colours are averaged by their opacity, which Pillow does within a single resize
-    premultiplied = {"RGBA": "RGBa", "LA": "La"}.get(image.mode)
-    if premultiplied:
-        return _resize(image.convert(premultiplied), size, spec, box).convert(image.mode)
-    left, top, right, bottom = box or (0, 0, *image.size)
-    if size[0] * image.height > MAX_PIXELS:  # a thread of a picture would grow without bound
-        image = image.resize((image.width, size[1]), resample, (0, top, image.width, bottom))
-        return image.resize(size, resample, (left, 0, right, size[1]))
-    image = image.resize((size[0], image.height), resample, (left, 0, right, image.height))
-    return image.resize(size, resample, (0, top, size[0], bottom))
+def _to_uint8(array: np.ndarray, said: str) -> np.ndarray:
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    low, high = (float(f(array)) for f in (np.min, np.max))
+    if not low >= 0 or not np.isfinite(high):
+        raise ImageError(
+            f"{said}, values {low:.4g} to {high:.4g}; expected 0 to 255, or 0 to 1: scale them"
+        )
+    if array.dtype.kind == "f":
+        whites: tuple[float, ...] = (1, 255, 65535)
+    else:
+        whites = (255, 1023, 4095, 16383, 65535)
+    white = next((w for w in whites if high <= w), None)
+    if white is None:
+        raise ImageError(f"{said}, values up to {high:.4g}; expected 0 to 255: scale them")
+    return (array.astype(np.float32) * np.float32(255 / white)).round().astype(np.uint8)
 
 
-def _in_bands(image: Image.Image, spec: PixelSpec) -> bool:
-    """Whether a picture is too large for copies of it, and not so thin that bands are no help."""
-    large = image.width * image.height > BAND_PIXELS
-    return large and not spec.exact and spec.image_size * image.height <= MAX_PIXELS
+def prepared(picture: Picture, spec: PixelSpec, *, stopped: Stopped = _never) -> PreparedImage:
+    """Make a picture's levels ahead. Raises as pixels() does."""
+    return PreparedImage(picture.key, spec, levels(picture.image, spec, stopped=stopped), None)
 
 
-def _resize_in_bands(
-    image: Image.Image, size: tuple[int, int], spec: PixelSpec, box: tuple[float, ...]
-) -> Image.Image:
-    """The same for a picture whose copies would fill the memory: some rows at a time.
-
-    The horizontal pass takes every row by itself, so that the pixels are the same.
-    """
-    resample = _FILTERS[spec.interpolation]
-    left, top, right, bottom = box
-    rows = max(1, BAND_PIXELS // 16 // image.width)
-    narrow = Image.new("RGB", (size[0], image.height))
-    for y in range(0, image.height, rows):
-        band = image.crop((0, y, image.width, min(y + rows, image.height)))
-        band = _sensible_rgb(band, spec.background)
-        part = (left, 0, right, band.height)
-        narrow.paste(band.resize((size[0], band.height), resample, part), (0, y))
-    return narrow.resize(size, resample, (0, top, size[0], bottom))
-
-
-def _resize_and_crop(image: Image.Image, spec: PixelSpec) -> Image.Image:
-    """Shorter side to image_size, then the centre (torchvision's Resize and CenterCrop)."""
-    size, (width, height) = spec.image_size, image.size
-    short = min(width, height)
-    new = (int(size * width / short), int(size * height / short))
-    left, top = (round((side - size) / 2) for side in new)
-    # Resizing only what remains differs by float32 rounding of the box, and keeps a picture of
-    # 1 x 5000 pixels from growing to 224 x 1120000 first
-    if spec.exact and max(new) <= 64 * size:
-        return _resize(image, new, spec).crop((left, top, left + size, top + size))
-    x, y = width / new[0], height / new[1]  # source pixels of one new pixel
-    right, bottom = min(width, (left + size) * x), min(height, (top + size) * y)
-    return _resize(image, (size, size), spec, (left * x, top * y, right, bottom))
-
-
-def _resize_and_pad(image: Image.Image, spec: PixelSpec) -> Image.Image:
-    """Longer side to image_size, in the middle of a square of the background colour."""
-    size, long = spec.image_size, max(image.size)
-    new = (
-        max(1, round(size * image.width / long)),
-        max(1, round(size * image.height / long)),
-    )
-    square = Image.new("RGB", (size, size), spec.background)
-    square.paste(_resize(image, new, spec), ((size - new[0]) // 2, (size - new[1]) // 2))
-    return square
+def prepared_pixels(
+    image: PreparedImage, spec: PixelSpec, *, stopped: Stopped = _never
+) -> np.ndarray:
+    """As pixels(). Raises EngineError for what was prepared for another model."""
+    if image.spec != spec:
+        raise EngineError("a picture prepared for another model; expected its own: prepare anew")
+    if image.levels is not None:
+        return normalized(image.levels, spec)
+    assert image.image is not None
+    return pixels(image.image, spec, stopped=stopped)

@@ -1,0 +1,266 @@
+"""Opens and decodes a picture within bounds of memory, in this process.
+
+worker.py calls this in a process of its own; the runtime for pictures whose cost is certain by
+their header alone, and where no process can be started.
+"""
+
+import importlib
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageFile
+
+from seechat_lite.pictures import headers
+from seechat_lite.pictures.formats import ALIASES, EXPECTED, HEIF, PLUGINS, heif_missing
+from seechat_lite.pictures.headers import Header
+from seechat_lite.pictures.reduce import MAX_PIXELS, check_size, too_large
+from seechat_weights.errors import ImageError
+
+BUDGET = 360_000_000  # bytes that decoding one picture may take, its file aside
+# the number of pixels passed over by all scans of a JPEG; 17 passes of the largest picture
+MAX_SCANNED = 2_000_000_000
+EASY_PIXELS = 16_000_000  # of a baseline JPEG or plain PNG: a quarter of a second, 64 MB
+
+# bytes a pixel that a decoder holds beside Pillow's own copy, measured (docs/decisions/vision.md)
+_DECODER_BYTES = {"WEBP": 13, "AVIF": 14, HEIF: 14, "QOI": 5, "ICO": 5, "CUR": 5}
+_JPEG2000_BYTES = 5.5  # the same, of each component
+_PIXEL_BYTES = {"1": 1, "L": 1, "P": 1}  # of Pillow's copy by mode; I;16 takes 2, all others 4
+_TILE_WIDTH, _TILE_LENGTH, _ROWS_PER_STRIP = 322, 323, 278
+_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _ORIENTATION = 258, 277, 274
+_MAX_SAMPLE_VALUE, _PLANAR = 281, 284
+
+
+@dataclass
+class Opened:
+    """A picture whose header has been read and found to be within bounds."""
+
+    image: Image.Image
+    orientation: int = 1  # 1 to 8, as EXIF has it
+    white: float | None = None  # the value of white in grey of more than 8 bits
+    needs: int = 0  # bytes that decoding takes
+
+
+def is_easy(header: Header | None) -> bool:
+    """Whether a picture costs little for certain: that of a JPEG or PNG decoded in one pass."""
+    return (
+        header is not None
+        and header.whole
+        and header.pixels <= EASY_PIXELS
+        and header.bits <= 16
+        and min(header.size) > 0
+    )
+
+
+def read_header(data: bytes, format: str) -> Header | None:
+    """What a JPEG or PNG says of itself; None for other formats. Raises ImageError."""
+    if format == "JPEG":
+        return headers.read_jpeg(data)
+    return headers.read_png(data) if format == "PNG" else None
+
+
+def open_picture(
+    data: bytes,
+    format: str,
+    *,
+    header: Header | None = None,
+    budget: int = BUDGET,
+    least: int | None = None,
+) -> Opened:
+    """Read a picture's header; what is in bounds may then be loaded.
+
+    data: the file. format: as formats.identify says. header: what read_header() said, if asked.
+    budget: bytes that decoding may take. least: pixels a side that are enough, so that a large JPEG
+    may be decoded at half its size or less; None for all of them.
+    Raises ImageError without the file's name.
+    """
+    header = header or read_header(data, format)
+    if header:
+        check_size(header.size, "RGB")
+        data = b"".join(header.parts)
+    if format == "WEBP" and (size := headers.webp_size(data)):
+        check_size(size, "RGB")
+        _check_needs(size, "RGBA", format, size[0] * size[1] * (4 + _DECODER_BYTES[format]), budget)
+    if format == "JPEG" and header and headers.scans_of(data) * header.pixels > MAX_SCANNED:
+        raise ImageError(
+            f"a JPEG of {headers.scans_of(data)} scans; expected a dozen: save it again"
+        )
+    try:
+        image = _open(data, format)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise too_large("too many pixels", f"{MAX_PIXELS // 10**6} million") from None
+    except MemoryError:
+        raise _too_much_memory() from None
+    except Exception as e:  # a plugin fails with almost any exception on damaged data
+        raise undecodable(e) from None
+    check_size(image.size, image.mode)
+    opened = Opened(image)
+    if header:
+        opened.orientation = header.orientation
+        if header.significant_bits and image.mode == "I;16":
+            opened.white = _white(header.significant_bits, header.bits, image.mode)
+    elif isinstance(block := image.info.get("exif"), bytes):
+        opened.orientation = headers.orientation_of_exif(block) or 1
+    if opened.orientation == 1 and isinstance(xmp := image.info.get("xmp"), bytes):
+        opened.orientation = headers.orientation_of_xmp(xmp) or 1
+    if format == "TIFF":
+        _look_at_tiff(opened)
+    if format == "JPEG" and header:
+        _choose_scale(opened, header, budget=budget, least=least)
+    opened.needs = max(opened.needs, _needs(image, format, header))
+    _check_needs(image.size, image.mode, format, opened.needs, budget)
+    return opened
+
+
+def _check_needs(size: tuple[int, int], mode: str, format: str, needs: int, budget: int) -> None:
+    if needs > budget:
+        raise too_large(
+            f"{size[0]}×{size[1]} pixels take {needs // 10**6} MB to decode ({format}, {mode})",
+            f"{budget // 10**6} MB",
+        )
+
+
+def load(opened: Opened) -> Image.Image:
+    """Decode. Raises ImageError without the file's name."""
+    try:
+        opened.image.load()
+    except (MemoryError, Image.DecompressionBombError):
+        raise _too_much_memory() from None
+    except Exception as e:  # Pillow's decoders fail with almost any exception on damaged data
+        raise undecodable(e) from None
+    # an icon may hold a picture of another size than it says
+    check_size(opened.image.size, opened.image.mode)
+    return opened.image
+
+
+def check_opened(image: Image.Image) -> None:
+    """Refuse what somebody else has opened and not loaded, and what would take too much.
+
+    Raises ImageError without the file's name.
+    """
+    format = ALIASES.get(image.format or "", image.format or "")
+    if format not in (*PLUGINS, HEIF):
+        raise ImageError(f"opened as {format or 'nothing'}; expected {EXPECTED}: save it as PNG")
+    check_size(image.size, image.mode)
+    opened = Opened(image)
+    if format == "TIFF":
+        _look_at_tiff(opened)
+    needs = max(opened.needs, _needs(image, format, None))
+    _check_needs(image.size, image.mode, format, needs, BUDGET)
+
+
+def undecodable(error: Exception) -> ImageError:
+    why = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    if "out of memory" in why:
+        return _too_much_memory()
+    return headers.damaged("".join(c if c.isprintable() else "?" for c in why))
+
+
+def _too_much_memory() -> ImageError:
+    return too_large(
+        f"decoding takes more than {BUDGET // 10**6} MB", f"{MAX_PIXELS // 10**6} million pixels"
+    )
+
+
+def _open(data: bytes, format: str) -> ImageFile.ImageFile:
+    file = io.BytesIO(data)
+    if format == HEIF:
+        return _open_heif(file)
+    plugin: Any = importlib.import_module(f"PIL.{PLUGINS[format]}")
+    if format == "JPEG":  # not by jpeg_factory, which looks for further pictures in the metadata
+        return plugin.JpegImageFile(file, "")
+    if format == "AVIF":
+        if not plugin.SUPPORTED:
+            raise ImageError(
+                "an AVIF picture, which this Pillow was built without; expected another format: "
+                "save it as PNG, or install a Pillow that reads AVIF"
+            )
+        plugin.DEFAULT_MAX_THREADS = 2
+    if format not in Image.OPEN:
+        raise ImageError(f"a {format} picture, which this Pillow does not read; save it as PNG")
+    factory = Image.OPEN[format][0]
+    return factory(file, "")  # pyright: ignore[reportReturnType]
+
+
+def _open_heif(file: io.BytesIO) -> ImageFile.ImageFile:
+    try:
+        from pillow_heif import HeifImageFile  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise heif_missing() from None
+    return HeifImageFile(file, "")
+
+
+def _needs(image: Image.Image, format: str, header: Header | None) -> int:
+    """Bytes that decoding takes, about."""
+    mode = image.mode
+    each = 2 if mode.startswith("I;16") else _PIXEL_BYTES.get(mode, 4)
+    each += _DECODER_BYTES.get(format, 0)
+    if format in ("JPEG2000", "ICNS"):
+        each += _JPEG2000_BYTES * len(image.getbands())
+    coefficients = header.coefficients if header else 0
+    return int(image.width * image.height * each) + coefficients
+
+
+def _choose_scale(opened: Opened, header: Header, *, budget: int, least: int | None) -> None:
+    """Have a JPEG decoded at a half, a quarter or an eighth, if it would not fit otherwise."""
+    image = opened.image
+    width, height = image.size
+    if least is None or image.mode not in ("L", "RGB"):
+        return
+    for scale in (1, 2, 4, 8):
+        small = math.ceil(width / scale), math.ceil(height / scale)
+        if scale > 1 and min(small) < 2 * least:
+            return
+        each = _PIXEL_BYTES.get(image.mode, 4)
+        if small[0] * small[1] * each + header.coefficients <= budget:
+            if scale > 1:
+                image.draft(image.mode, small)
+            return
+
+
+def _white(bits: int, depth: int, mode: str) -> float | None:
+    """White of grey samples of which `bits` of `depth` count, as PNG's sBIT says.
+
+    PNG has samples scaled up to the full depth, so that white stays where it is; what is found to
+    be smaller was not scaled.
+    """
+    return None if bits >= depth else float(2**bits - 1)
+
+
+def _look_at_tiff(opened: Opened) -> None:
+    """The buffer of a tile or strip, which may be larger than the picture; and what is white."""
+    image: Any = opened.image
+    tags = image.tag_v2
+
+    def number(tag: int, default: int) -> int:
+        value = tags.get(tag, default)
+        if isinstance(value, tuple):
+            value = max((v for v in value if isinstance(v, int)), default=default)
+        return value if isinstance(value, int) else default
+
+    width, height = image._tile_size if hasattr(image, "_tile_size") else image.size
+    if _TILE_WIDTH in tags or _TILE_LENGTH in tags:
+        tile = number(_TILE_WIDTH, width) * number(_TILE_LENGTH, height)
+    else:
+        tile = width * min(height, number(_ROWS_PER_STRIP, height))
+    samples = number(_SAMPLES_PER_PIXEL, 1)
+    bits = number(_BITS_PER_SAMPLE, 1)
+    # a tile as it is stored, or as libtiff makes RGBA of it
+    buffer = tile * max(4 if image.mode in ("RGB", "RGBA") else 1, samples * ((bits + 7) // 8))
+    opened.needs = buffer + _needs(image, "TIFF", None)
+    # Pillow turns a TIFF upright while it loads it, in a copy
+    orientation = tags.get(_ORIENTATION)
+    if isinstance(orientation, int) and 2 <= orientation <= 8:
+        opened.needs += _needs(image, "TIFF", None)
+    opened.orientation = 1
+    if image.mode.startswith("I") or image.mode == "F":
+        stated = tags.get(_MAX_SAMPLE_VALUE)
+        if isinstance(stated, tuple):
+            stated = stated[0] if stated else None
+        if isinstance(stated, int | float) and stated > 0:
+            opened.white = float(stated)
+        elif image.mode.startswith("I;16") and 8 < bits < 16:
+            opened.white = float(2**bits - 1)

@@ -1,0 +1,342 @@
+"""From a decoded picture to the square of levels that a vision tower was trained on.
+
+How is the bundle's `PixelSpec`: either what the published code does to the last bit, for
+comparisons, or the same resize of a picture that was first turned upright, laid on a background
+where it is transparent, and scaled to 8 bits where it has more.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from PIL import Image
+
+from seechat_weights.errors import ImageError
+
+MAX_PIXELS = 112_000_000  # a 108-megapixel phone photo passes
+BAND_PIXELS = 16_000_000  # larger ones become levels some rows at a time: no copies of them
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+# what makes a picture upright, by its EXIF orientation
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# largest values of samples that cameras, scanners and detectors make
+_WHITES = (255, 1023, 4095, 16383, 65535)
+
+Box = tuple[float, float, float, float]
+
+
+class Spec(Protocol):
+    """What is read here of bundle.PixelSpec."""
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def resize(self) -> str: ...
+    @property
+    def interpolation(self) -> str: ...
+    @property
+    def background(self) -> tuple[int, int, int]: ...
+    @property
+    def exact(self) -> bool: ...
+    @property
+    def rgb_first(self) -> bool: ...
+
+
+def reduce(
+    image: Image.Image, spec: Spec, *, orientation: int = 1, white: float | None = None
+) -> Image.Image:
+    """The picture as RGB, spec.image_size a side.
+
+    orientation: 1 to 8, as EXIF has it; ignored if spec.exact. white: the value of white in grey of
+    more than 8 bits, where the file says one.
+    Raises ImageError for a colour space that Pillow cannot convert.
+    """
+    check_size(image.size, image.mode)
+    if spec.exact:
+        if image.mode.startswith("I;16"):
+            image = image.convert("I")  # from where 16 bits saturate at 255, as published
+        if spec.rgb_first:
+            image = convert(image, "RGB")
+        return convert(_Resizing(spec)(image), "RGB")
+    sensible = _sensible(image, spec.background, white)
+    if _in_bands(image, spec):
+        whole: Image.Image | _Large = _Large(image, orientation, sensible)
+    else:
+        whole = sensible(turned(image, orientation))
+    return convert(_Resizing(spec)(whole), "RGB")
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def check_size(size: tuple[int, int], mode: str) -> None:
+    """Raises ImageError, without the file's name, for more pixels than are read."""
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise too_large(f"{width}×{height} pixels", f"{MAX_PIXELS // 10**6} million")
+    if mode in ("I", "F") and width * height > BAND_PIXELS:
+        raise too_large(
+            f"{width}×{height} pixels of 32 bits", f"{BAND_PIXELS // 10**6} million of these"
+        )
+    if not width or not height:
+        raise ImageError(f"{width}×{height} pixels; expected a picture: choose another")
+
+
+def too_large(what: str, limit: str) -> ImageError:
+    return ImageError(f"{what}; expected at most {limit}: make the picture smaller")
+
+
+def convert(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == mode:
+        return image
+    try:
+        if image.mode == "LAB":
+            return _from_lab(image).convert(mode)
+        return image.convert(mode)
+    # a palette that is missing or short raises others than ValueError
+    except (ValueError, KeyError, AttributeError, TypeError, ImportError, OSError):
+        raise ImageError(
+            f"a picture in colour mode {image.mode}; expected one that converts to {mode}: "
+            "save it as RGB"
+        ) from None
+
+
+def _from_lab(image: Image.Image) -> Image.Image:
+    from PIL import ImageCms
+
+    lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+    assert converted is not None  # it is not in place
+    return converted
+
+
+class _Large:
+    """A picture too large for copies of it, as if it were turned upright."""
+
+    def __init__(
+        self,
+        image: Image.Image,
+        orientation: int,
+        sensible: Callable[[Image.Image], Image.Image],
+    ) -> None:
+        self._image = image
+        self._orientation = orientation
+        self._sensible = sensible
+        width, height = image.size
+        self.width, self.height = (height, width) if orientation >= 5 else (width, height)
+        self.size = self.width, self.height
+
+    def rows(self, top: int, bottom: int) -> Image.Image:
+        """Rows of the upright picture, RGB."""
+        width, height = self._image.size
+        box = {
+            3: (0, height - bottom, width, height - top),
+            4: (0, height - bottom, width, height - top),
+            5: (top, 0, bottom, height),
+            6: (top, 0, bottom, height),
+            7: (width - bottom, 0, width - top, height),
+            8: (width - bottom, 0, width - top, height),
+        }.get(self._orientation, (0, top, width, bottom))
+        return self._sensible(turned(self._image.crop(box), self._orientation))
+
+
+def _in_bands(image: Image.Image, spec: Spec) -> bool:
+    """Whether a picture is too large for copies of it, and not so thin that bands are no help."""
+    large = image.width * image.height > BAND_PIXELS
+    return large and spec.image_size * max(image.size) <= MAX_PIXELS
+
+
+def _sensible(
+    image: Image.Image, background: tuple[int, int, int], white: float | None
+) -> Callable[[Image.Image], Image.Image]:
+    """What makes a part of this image opaque RGB of 8 bits."""
+    if image.mode.startswith("I") or image.mode == "F":
+        low, high = _range(image, white)
+        return lambda part: _to_8_bits(part, low, high).convert("RGB")
+
+    def rgb(part: Image.Image) -> Image.Image:
+        if part.has_transparency_data:
+            canvas = Image.new("RGBA", part.size, (*background, 255))
+            part = Image.alpha_composite(canvas, convert(part, "RGBA"))
+        return convert(part, "RGB")
+
+    return rgb
+
+
+def _range(image: Image.Image, white: float | None) -> tuple[float, float]:
+    """The values of black and white in grey of more than 8 bits.
+
+    Integers that fit 16 bits are as wide as the file says, else as the smallest usual width that
+    holds them: twelve bits are often kept in sixteen. Floats are 0 to 1 or 0 to 255 where they fill
+    that. Of all others, whose range nothing states, black is the smallest and white the largest.
+    """
+    if image.mode == "F":
+        low, high = _finite_range(image)
+        if white and low >= 0 and high <= white:
+            return 0.0, white
+        for usual in (1.0, 255.0):
+            if low >= 0 and usual / 16 <= high <= usual:
+                return 0.0, usual
+        return low, high
+    smallest, largest = image.getextrema()  # of one band
+    low, high = float(smallest), float(largest)  # pyright: ignore[reportArgumentType]
+    if low < 0 or high > 65535:
+        return low, high
+    if white and high <= white:
+        return 0.0, white
+    return 0.0, next(float(w) for w in _WHITES if high <= w)
+
+
+def _finite_range(image: Image.Image) -> tuple[float, float]:
+    """Smallest and largest of floats, without those that are no numbers."""
+    import numpy as np  # getextrema() does not heed them
+
+    low, high = math.inf, -math.inf
+    for _, part in _bands(image):
+        grey = np.asarray(part)  # [rows, width]
+        finite = grey[np.isfinite(grey)]
+        if finite.size:
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    return (low, high) if low <= high else (0.0, 0.0)
+
+
+def _to_8_bits(image: Image.Image, low: float, high: float) -> Image.Image:
+    """Grey of more than 8 bits to L, some rows at a time."""
+    levels = Image.new("L", image.size)
+    span = (high - low) or 1
+    if image.mode != "F" and low == 0 and high <= 65535:
+        table = [round(min(v, high) / span * 255) for v in range(65536)]
+        for top, part in _bands(image):
+            levels.paste(part.convert("I").point(table, "L"), (0, top))
+        return levels
+    import numpy as np
+
+    for top, part in _bands(image):
+        grey = np.asarray(part, dtype=np.float64)  # [rows, width]
+        grey = np.nan_to_num(grey, nan=low, posinf=high, neginf=low)
+        scaled = (np.clip(grey, low, high) - low) / span * 255
+        levels.paste(Image.fromarray(scaled.round().astype(np.uint8)), (0, top))
+    return levels
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """A picture's parts, some rows each, and where they begin."""
+    rows = max(1, BAND_PIXELS // 16 // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+class _Resizing:
+    """The three ways to make a picture square."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+
+    def __call__(self, image: "Image.Image | _Large") -> Image.Image:
+        spec = self._spec
+        if spec.resize == "squash":
+            return self._resize(image, (spec.image_size, spec.image_size))
+        if spec.resize == "crop":
+            return self._crop(image)
+        return self._pad(image)
+
+    def _resize(
+        self, image: "Image.Image | _Large", size: tuple[int, int], box: Box | None = None
+    ) -> Image.Image:
+        """Resize the part `box` of an image, the horizontal pass first.
+
+        Pillow rounds to 8 bits between its two passes, and newer versions start with the vertical
+        one for some shapes: on hard edges that is up to 10 levels off the published pixels. Two
+        resizes along one axis each give the same on every version.
+        """
+        resample = FILTERS[self._spec.interpolation]
+        left, top, right, bottom = box or (0, 0, *image.size)
+        if isinstance(image, _Large):
+            # the same some rows at a time: the horizontal pass takes every row by itself
+            step = max(1, BAND_PIXELS // 16 // image.width)
+            narrow = Image.new("RGB", (size[0], image.height))
+            for y in range(0, image.height, step):
+                rows = image.rows(y, min(y + step, image.height))
+                part = (left, 0, right, rows.height)
+                narrow.paste(rows.resize((size[0], rows.height), resample, part), (0, y))
+            return narrow.resize(size, resample, (0, top, size[0], bottom))
+        # bilevel and palette pictures cannot be averaged: Pillow takes the nearest pixel
+        if image.mode in ("1", "P") or resample == Image.Resampling.NEAREST:
+            return image.resize(size, Image.Resampling.NEAREST, box)
+        # colours are averaged by their opacity, which Pillow does within a single resize
+        premultiplied = {"RGBA": "RGBa", "LA": "La"}.get(image.mode)
+        if premultiplied:
+            return self._resize(image.convert(premultiplied), size, box).convert(image.mode)
+        if size[0] * image.height > MAX_PIXELS:  # a thread of a picture would grow without bound
+            image = image.resize((image.width, size[1]), resample, (0, top, image.width, bottom))
+            return image.resize(size, resample, (left, 0, right, size[1]))
+        image = image.resize((size[0], image.height), resample, (left, 0, right, image.height))
+        return image.resize(size, resample, (0, top, size[0], bottom))
+
+    def _crop(self, image: "Image.Image | _Large") -> Image.Image:
+        """Shorter side to image_size, then the centre (torchvision's Resize and CenterCrop)."""
+        size, (width, height) = self._spec.image_size, image.size
+        short = min(width, height)
+        new = (int(size * width / short), int(size * height / short))
+        left, top = (round((side - size) / 2) for side in new)
+        # Resizing only what remains differs by float32 rounding of the box, and keeps a picture of
+        # 1 x 5000 pixels from growing to 224 x 1120000 first
+        if self._spec.exact and max(new) <= 64 * size:
+            return self._resize(image, new).crop((left, top, left + size, top + size))
+        x, y = width / new[0], height / new[1]  # source pixels of one new pixel
+        right, bottom = min(width, (left + size) * x), min(height, (top + size) * y)
+        return self._resize(image, (size, size), (left * x, top * y, right, bottom))
+
+    def _pad(self, image: "Image.Image | _Large") -> Image.Image:
+        """Longer side to image_size, in the middle of a square of the background colour."""
+        if isinstance(image, Image.Image):
+            image = convert(image, "RGB")
+        size, long = self._spec.image_size, max(image.size)
+        new = (
+            max(1, round(size * image.width / long)),
+            max(1, round(size * image.height / long)),
+        )
+        square = Image.new("RGB", (size, size), self._spec.background)
+        square.paste(self._resize(image, new), ((size - new[0]) // 2, (size - new[1]) // 2))
+        return square
+
+
+def thumbnail(
+    image: Image.Image, size: tuple[int, int], *, orientation: int = 1, white: float | None = None
+) -> Image.Image:
+    """The picture upright, as RGB on white, at most as large as `size`; never enlarged."""
+    width, height = image.size
+    if orientation >= 5:
+        width, height = height, width
+    scale = min(1.0, size[0] / width, size[1] / height)
+    new = max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
+    if orientation >= 5:
+        new = new[1], new[0]
+    reduced = _reduced(image, new)
+    rgb = _sensible(reduced, (255, 255, 255), white)(reduced)
+    return turned(rgb.resize(new, Image.Resampling.BICUBIC), orientation)
+
+
+def _reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A large picture brought near `size` by whole factors: what follows makes copies of it."""
+    if image.width * image.height <= BAND_PIXELS // 16:
+        return image
+    if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK"):
+        factor = min(image.width // size[0], image.height // size[1]) // 2
+        return image.reduce(factor) if factor > 1 else image
+    near = min(image.width, 4 * size[0]), min(image.height, 4 * size[1])
+    return image.resize(near, Image.Resampling.NEAREST)
