@@ -1,16 +1,18 @@
-"""Settings and fixtures shared by all tests."""
+"""Settings, markers and fixtures shared by all tests; importing it needs no torch."""
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from reference import data, load_chatglm
-from seechat_export.export import export_bundle
-from seechat_lite.eyes import load_clip
-from seechat_lite.nn.chatglm import ChatGLM
+import lanes
+from reference import data
 from seechat_lite.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from seechat_lite.nn.chatglm import ChatGLM
 
 # the same examples in every run and on every machine, however slow it is
 settings.register_profile(
@@ -24,19 +26,48 @@ settings.register_profile(
 settings.load_profile("fixed")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import a file of which no test is wanted, or which needs what is not installed."""
+    if not lanes.is_test_file(collection_path):
+        return None
+    needs = lanes.needs_of_file(collection_path)
+    return (
+        not lanes.may_be_wanted(needs, config.option.markexpr) or bool(lanes.lacks(needs)) or None
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    lacking = lanes.lacks(lanes.REQUIRES)
+    return [f"not installed, so tests of {', '.join(lacking)} are left out"] if lacking else []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with what it needs: see lanes.py."""
+    for item in items:
+        needs = lanes.needs_of_item(item)
+        for name in sorted(needs):
+            item.add_marker(name)
+        if lacking := lanes.lacks(needs):
+            item.add_marker(pytest.mark.skip(reason=f"needs what is not installed: {lacking}"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer(data("chatglm_tiny/ice_text.model"))
 
 
 @pytest.fixture(scope="session")
-def chatglm_tiny() -> ChatGLM:
+def chatglm_tiny() -> "ChatGLM":
+    from networks import load_chatglm
+
     return load_chatglm("chatglm_tiny")
 
 
 @pytest.fixture(scope="session")
 def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny ChatGLM at fp32, without eyes; copy it before changing anything in it."""
+    """The tiny ChatGLM at fp32, without vision; copy it before changing anything in it."""
+    from seechat_export.export import export_bundle
+
     out = tmp_path_factory.mktemp("bundles") / "tiny-text"
     export_bundle(lm=data("chatglm_tiny"), out=out, precision="fp32")
     return out
@@ -45,6 +76,9 @@ def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def vision_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny ChatGLM at fp32 behind a tiny CLIP (56 x 56 pixels to 16 tokens)."""
+    from seechat_export.export import export_bundle
+    from seechat_lite.eyes import load_clip
+
     out = tmp_path_factory.mktemp("bundles") / "tiny-vision"
     vision = load_clip(
         clip=data("vision/clip_open_clip"), projector=data("vision/mm_projector_linear.bin")

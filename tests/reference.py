@@ -1,26 +1,22 @@
-"""Reading the golden data under tests/data, and a tiny engine over the torch network."""
+"""Reading the golden data under tests/data, and comparing with it; needs no torch."""
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
-from torch import nn
 
 from seechat_lite.engines import Engine
-from seechat_lite.nn.chatglm import ChatGLM, KVCache
 from seechat_lite.onnx_runtime import ort
-from seechat_lite.prompt import Prompt, context_length, position_ids
+from seechat_lite.prompt import Prompt, position_ids
 from seechat_weights.bundle import LMConfig
 from seechat_weights.errors import CheckpointError
-from seechat_weights.lm import LM, open_lm
-from seechat_weights.names import lm_config
+from seechat_weights.lm import open_lm
 
 DATA = Path(__file__).parent / "data"
 
@@ -36,29 +32,6 @@ def load_json(path: str) -> Any:
 def tensors(path: str) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file under tests/data."""
     return load_file(data(path))
-
-
-def load_chatglm(folder: str) -> ChatGLM:
-    """A fixture model in float32, ready to run."""
-    config = lm_config(load_json(f"{folder}/config.json"))
-    with torch.device("meta"):
-        model = ChatGLM(config)
-    state = {
-        key.removeprefix("transformer."): torch.from_numpy(value).float()
-        for key, value in tensors(f"{folder}/model.safetensors").items()
-        if not key.endswith("rotary_emb.inv_freq")
-    }
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
-
-
-def chatglm_of(lm: LM) -> ChatGLM:
-    """The network in float32 over the weights of an opened checkpoint."""
-    with torch.device("meta"):
-        model = ChatGLM(lm.config)
-    state = {key: torch.from_numpy(lm.read(key)).float() for key in lm.shapes}
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
 
 
 def greedy(engine: Engine, ids: list[int], count: int) -> list[int]:
@@ -98,76 +71,10 @@ def positions(ids: list[int], config: LMConfig) -> np.ndarray:
     return position_ids(ids, gmask_id=config.gmask_id, mask_id=config.mask_id, bos_id=config.bos_id)
 
 
-class TorchEngine:
-    """The engine protocol over the torch network: no mask anywhere, as the runtime's engines."""
-
-    def __init__(self, model: ChatGLM, prefix: np.ndarray | None = None) -> None:
-        self.model = model
-        self.prefix = prefix
-        self.context = model.config.max_sequence_length
-        self.steps = 0
-        self.cache: KVCache | None = None
-
-    def encode_image(self, pixels: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
-
-    def prefill(self, prompt: Prompt) -> np.ndarray:
-        config, ids = self.model.config, prompt.ids
-        self.cache = KVCache.empty(self.model, self.context)
-        if self.prefix is not None:
-            prefix = torch.from_numpy(self.prefix)
-            capacity = self.context + prefix.shape[3]
-            self.cache = KVCache.prefixed(self.model, capacity, prefix)
-        self.position = positions(ids, config)
-        embeds = self.model.word_embeddings(torch.tensor(ids)).clone()
-        for start, image in prompt.images:
-            embeds[start : start + len(image)] = torch.from_numpy(image)
-        context = context_length(ids, bos_id=config.bos_id)
-        self._forward(embeds[:context], self.position[:, :context])
-        for i in range(context, len(ids)):
-            logits = self._forward(embeds[i : i + 1], self.position[:, i : i + 1])
-        return logits
-
-    def step(self, token_id: int) -> np.ndarray:
-        self.steps += 1
-        self.position = self.position[:, -1:] + [[0], [1]]
-        return self._forward(self.model.word_embeddings(torch.tensor([token_id])), self.position)
-
-    def extend(self, token_ids: Sequence[int]) -> np.ndarray:
-        return np.stack([self.step(token) for token in token_ids])
-
-    def forget(self, tokens: int) -> None:
-        self.cache.length -= tokens
-        self.position = self.position[:, -1:] - [[0], [tokens]]
-
-    def cancel(self) -> None:
-        pass
-
-    def reset(self) -> None:
-        self.cache = None
-
-    def close(self) -> None:
-        self.cache = None
-
-    def _forward(self, embeds: torch.Tensor, position: np.ndarray) -> np.ndarray:
-        if not len(embeds):
-            return np.empty(0, np.float32)
-        logits = self.model(
-            embeds[None], torch.from_numpy(position)[None], cache=self.cache, last_only=True
-        )
-        return logits[0, 0].numpy()
-
-
 def manifest(name: str) -> dict[str, tuple[tuple[int, ...], str]]:
     """Names, shapes and dtypes of a checkpoint at its published size."""
     published = load_json(f"manifests/{name}.json")["tensors"]
     return {key: (tuple(entry[0]), entry[1]) for key, entry in published.items()}
-
-
-def run_torch(module: nn.Module, pixels: np.ndarray) -> np.ndarray:
-    """What a vision network makes of pixels [n, 3, S, S]."""
-    with torch.inference_mode():
-        return module(torch.from_numpy(pixels)).numpy()
 
 
 def run_onnx(path: Path, pixels: np.ndarray) -> np.ndarray:

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import seechat_lite as sl
-from reference import data, load_json, manifest, run_onnx, run_torch, tensors
+from networks import run_torch
+from reference import data, load_json, manifest, run_onnx, tensors
 from seechat_export.export import export_bundle
 from seechat_export.vision_graph import export_vision
 from seechat_lite.eyes import PUBLISHED, Eyes, _blip, load_seechat, load_visualglm

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from reference import TorchEngine, load_chatglm, load_json, positions, tensors
+from networks import TorchEngine, load_chatglm
+from reference import load_json, positions, tensors
 from seechat_lite.nn.chatglm import ALPHA, ChatGLM, prefix_mask
 from seechat_lite.prompt import Prompt, context_length
 from seechat_weights.bundle import LMConfig

@@ -14,15 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 import seechat_lite as sl
-from reference import (
-    TorchEngine,
-    check_recorded,
-    data,
-    greedy,
-    load_chatglm,
-    load_json,
-    tensors,
-)
+from networks import TorchEngine, load_chatglm
+from reference import check_recorded, data, greedy, load_json, tensors
 from seechat_export.export import export_bundle
 from seechat_lite.engines import ENGINES, Engine, EngineOptions, create
 from seechat_lite.engines.base import Cancelled

@@ -12,16 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from reference import (
-    TorchEngine,
-    chatglm_of,
-    check_recorded,
-    data,
-    greedy,
-    load_json,
-    random_array,
-    tensors,
-)
+from networks import TorchEngine, chatglm_of
+from reference import check_recorded, data, greedy, load_json, random_array, tensors
 from seechat_export.export import export_bundle
 from seechat_export.quantize import restored_tensor, stored_arrays
 from seechat_lite.engines import create

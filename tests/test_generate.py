@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from reference import TorchEngine, load_json, tensors
+from networks import TorchEngine
+from reference import load_json, tensors
 from seechat_lite.errors import EngineError, OptionError
 from seechat_lite.generate import generate
 from seechat_lite.nn.chatglm import ChatGLM

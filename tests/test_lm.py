@@ -11,15 +11,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from reference import (
-    TorchEngine,
-    chatglm_of,
-    data,
-    greedy,
-    lm_error,
-    load_json,
-    tensors,
-)
+from networks import TorchEngine, chatglm_of
+from reference import data, greedy, lm_error, load_json, tensors
 from seechat_lite.prompt import Prompt
 from seechat_weights.lm import open_lm
 from seechat_weights.quantized import Quantized, pack

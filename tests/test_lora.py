@@ -10,14 +10,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from reference import (
-    TorchEngine,
-    chatglm_of,
-    data,
-    lm_error,
-    random_array,
-    tensors,
-)
+from networks import TorchEngine, chatglm_of
+from reference import data, lm_error, random_array, tensors
 from seechat_lite.prompt import Prompt
 from seechat_weights.lm import open_lm
 from seechat_weights.names import lm_shapes

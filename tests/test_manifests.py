@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reference import lm_error, manifest, random_array, run_onnx, run_torch
+from networks import run_torch
+from reference import lm_error, manifest, random_array, run_onnx
 from seechat_export.export import export_bundle
 from seechat_export.synthetic import write_tokenizer
 from seechat_export.vision_graph import export_vision

@@ -10,7 +10,8 @@ import onnx_ir as ir
 import pytest
 
 import seechat_lite as sl
-from reference import data, greedy, load_json, random_array, run_onnx, run_torch, tensors
+from networks import run_torch
+from reference import data, greedy, load_json, random_array, run_onnx, tensors
 from seechat_export.export import export_bundle
 from seechat_export.vision_graph import export_vision
 from seechat_lite.engines import Engine, EngineOptions, create, onnx_devices

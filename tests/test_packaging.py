@@ -149,7 +149,7 @@ def test_the_wheel_is_small_and_whole(tmp_path: Path) -> None:
 
 
 def test_the_tree_is_formatted_and_typed() -> None:
-    """The same checks an editor runs; pyright looks after the runtime's two packages."""
+    """The same checks an editor runs; pyright looks after the three packages."""
     offline = os.environ | {"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}  # nor looks for a newer one
     for command in (
         ["ruff", "check"],

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import seechat_lite as sl
-from reference import check_recorded, data, greedy, load_chatglm, load_json, positions, tensors
+from networks import load_chatglm
+from reference import check_recorded, data, greedy, load_json, positions, tensors
 from seechat_export.export import export_bundle
 from seechat_lite import options
 from seechat_lite.cli import main

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from reference import data, load_json, run_onnx, run_torch, tensors
+from networks import run_torch
+from reference import data, load_json, run_onnx, tensors
 from seechat_export.parity import VisionCheck
 from seechat_export.vision_graph import export_vision
 from seechat_lite.clip_settings import clip_settings

@@ -45,7 +45,7 @@ def fetch(given: Path, *, offline: bool = False) -> tuple[Path, dict[str, str] |
             patterns = [file] if file else []  # no pattern: the folder, whatever is in it
             folder = hub.snapshot_download(**ask, local_files_only=True, allow_patterns=patterns)
         else:
-            info = hub.HfApi(library_name="seechat-lite").repo_info(repo, revision=revision)
+            info = hub.HfApi(library_name="seechat-lite").model_info(repo, revision=revision)
             names = [s.rfilename for s in info.siblings or []]
             folder = hub.snapshot_download(
                 **ask, allow_patterns=[file] if file else _needed(names, repo)

@@ -229,9 +229,9 @@ class _Stages:
     @torch.inference_mode()
     def torch_head(self, x: Tensor, read: Callable[..., Tensor]) -> Tensor:
         """The torch network's logits [1 + ANSWER, vocab], some rows of lm_head at a time."""
-        norm = [read(f"final_layernorm.{part}") for part in ("weight", "bias")]
+        weight, bias = (read(f"final_layernorm.{part}") for part in ("weight", "bias"))
         width, epsilon = (self.lm.hidden_size,), self.lm.layernorm_epsilon
-        last = F.layer_norm(x[0, self.context :], width, *norm, epsilon)
+        last = F.layer_norm(x[0, self.context :], width, weight, bias, epsilon)
         starts = range(0, self.lm.vocab_size, HEAD_ROWS)
         head = "lm_head.weight"
         return torch.cat([last @ read(head, slice(i, i + HEAD_ROWS)).t() for i in starts], -1)

@@ -5,6 +5,7 @@ bundle answers depends on shapes alone. Weights are drawn so that activations st
 vanishing ones become denormal numbers, which make processors several times slower.
 """
 
+import importlib
 import json
 import os
 from collections.abc import Iterator
@@ -80,8 +81,8 @@ def write_tokenizer(path: Path) -> None:
     Its pieces are ASCII characters, Chinese characters and pairs of them, so that ordinary Chinese
     takes about as many tokens as with the real model.
     """
-    from sentencepiece import sentencepiece_model_pb2 as pb
-
+    # protobuf makes these classes when they are imported: type checkers cannot see them
+    pb: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     kinds = pb.ModelProto.SentencePiece
     control = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
     pieces = [("<unk>", 0.0, kinds.UNKNOWN), ("<s>", 0.0, kinds.CONTROL)]

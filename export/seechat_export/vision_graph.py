@@ -70,19 +70,22 @@ def _write_weights(graph: ir.Graph, path: Path) -> None:
     ONNX Runtime finds them by their place, everybody else (seechat_lite.eyes) by their names.
     """
     kinds = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.UINT8: "U8"}
-    values = [v for v in graph.initializers.values() if isinstance(v.const_value, ir.LazyTensor)]
+    lazy = [
+        (name, value, value.const_value)
+        for name, value in graph.initializers.items()
+        if isinstance(value.const_value, ir.LazyTensor)
+    ]
     order: dict[str, int] = {}  # a matrix' codes and scales are made at once: side by side
 
-    def place(value: ir.Value) -> tuple[bool, int]:
-        name = value.name.partition(CODES)[0].partition(SCALES)[0]
+    def place(entry: tuple[str, ir.Value, ir.LazyTensor]) -> tuple[bool, int]:
+        name = entry[0].partition(CODES)[0].partition(SCALES)[0]
         # float32 first: what comes after it needs less alignment
-        return value.dtype != ir.DataType.FLOAT, order.setdefault(name, len(order))
+        return entry[2].dtype != ir.DataType.FLOAT, order.setdefault(name, len(order))
 
-    values.sort(key=place)
+    lazy.sort(key=place)
     header, at = {}, 0
-    for value in values:
-        tensor = value.const_value
-        header[value.name] = {
+    for name, _, tensor in lazy:
+        header[name] = {
             "dtype": kinds[tensor.dtype],
             "shape": list(tensor.shape.numpy()),
             "data_offsets": [at, at + tensor.nbytes],
@@ -92,16 +95,16 @@ def _write_weights(graph: ir.Graph, path: Path) -> None:
     text += b" " * (-(8 + len(text)) % 64)
     with path.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for value in values:
-            tensor, offset = value.const_value, f.tell()
+        for name, value, tensor in lazy:
+            offset = f.tell()
             f.write(tensor.numpy().data)
             value.const_value = ir.ExternalTensor(
                 path.name,
                 offset,
                 tensor.nbytes,
                 tensor.dtype,
-                shape=tensor.shape,
-                name=value.name,
+                shape=ir.Shape(tensor.shape),
+                name=name,
                 base_dir=path.parent,
             )
 
@@ -178,7 +181,7 @@ def _initializer(
 def _lazy(
     name: str, shape: tuple[int, ...], read: Values, dtype: ir.DataType = ir.DataType.FLOAT
 ) -> ir.LazyTensor:
-    def tensor() -> ir.Tensor:
+    def tensor() -> ir.TensorProtocol:
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(read(), dtype.numpy())
         if dtype == ir.DataType.FLOAT16 and not np.isfinite(array).all():
@@ -250,7 +253,7 @@ def _store_as_int8(graph: ir.Graph) -> None:
             "MatMulNBits", [node.inputs[0], codes, scales], attributes, domain="com.microsoft"
         )
         (new,), (old,) = product.outputs, node.outputs
-        new.name, new.dtype, new.shape = old.name, old.dtype, old.shape
+        new.name, new.type, new.shape = old.name, old.type, old.shape
         graph.insert_before(node, product)
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
