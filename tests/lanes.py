@@ -35,6 +35,7 @@ def is_test_file(path: Path) -> bool:
 def needs_of_item(item: pytest.Item) -> frozenset[str]:
     """The markers among REQUIRES that a collected test gets."""
     needs = set(needs_of_file(item.path))
+    needs |= {name for name in REQUIRES if item.get_closest_marker(name)}
     functions = _functions(TESTS / "conftest.py") | _functions(item.path)
     names = [getattr(item, "originalname", item.name), *getattr(item, "fixturenames", ())]
     seen: set[str] = set()
@@ -45,7 +46,7 @@ def needs_of_item(item: pytest.Item) -> frozenset[str]:
             used, imported = functions[name]
             names += used
             needs |= imported
-    return frozenset(needs)
+    return _whole(needs)
 
 
 @cache
@@ -126,6 +127,11 @@ def _needs(names: Iterable[str]) -> frozenset[str]:
             left += _imported(_parsed(file).body)
         if "." in name:
             left.append(name.rpartition(".")[0])
+    return _whole(needs)
+
+
+def _whole(needs: set[str]) -> frozenset[str]:
+    """The export needs torch."""
     return frozenset(needs | ({"torch"} if "export" in needs else set()))
 
 

@@ -55,6 +55,7 @@ def test_the_command_prints_a_table_or_one_json_line(text_bundle: Path) -> None:
     assert json.loads(line.stdout)["encode_image"] is None
 
 
+@pytest.mark.torch
 def test_the_torch_engine_is_called_by_its_name(capfd: pytest.CaptureFixture[str]) -> None:
     """Published weights as well; no share of a bandwidth that they may not be read with."""
     command = ["bench", "--model", str(data("chatglm_tiny")), "--engine", "torch", "--json"]
@@ -68,6 +69,7 @@ def test_the_torch_engine_is_called_by_its_name(capfd: pytest.CaptureFixture[str
     assert not {"bandwidth", "planned"} & shown.keys()
 
 
+@pytest.mark.export
 def test_a_synthetic_model_is_written_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

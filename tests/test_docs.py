@@ -63,7 +63,7 @@ def test_every_option_of_the_server_is_documented() -> None:
     assert options and not [o for o in options if o not in text]
 
 
-DOCUMENTS = [*ROOT.glob("README*.md"), *ROOT.glob("docs/**/*.md")]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

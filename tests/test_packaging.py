@@ -118,6 +118,7 @@ def test_the_quick_start_is_what_it_says(readme: str) -> None:
     assert f"\n{run.stdout.strip()}\n" in text, f"{readme} shows another answer: {run.stdout}"
 
 
+@pytest.mark.slow
 def test_the_pictures_of_the_readme_are_answered_as_it_says() -> None:
     """The table of pictures in docs/images/README.md: file, question, answer."""
     text = (ROOT / "docs/images/README.md").read_text("utf-8")
@@ -148,6 +149,7 @@ def test_the_wheel_is_small_and_whole(tmp_path: Path) -> None:
     assert not [n for n in names if n.startswith(("tests", "recipes", "docs"))]
 
 
+@pytest.mark.slow
 def test_the_tree_is_formatted_and_typed() -> None:
     """The same checks an editor runs; pyright looks after the three packages."""
     offline = os.environ | {"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}  # nor looks for a newer one

@@ -20,6 +20,7 @@ import pytest
 from reference import data
 from serving import IMAGES, PATIENCE, asking, data_url, serving, wait_until
 
+pytestmark = pytest.mark.slow  # each starts a process
 posix = pytest.mark.skipif(os.name != "posix", reason="signals of Unix")
 SEECHAT = [sys.executable, "-m", "seechat_lite", "serve"]
 
@@ -92,6 +93,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 'pip install "seechat-lite[server]"' in done.stderr
 
 
+@pytest.mark.torch
 def test_published_weights_are_served() -> None:
     tiny = str(data("chatglm_tiny"))
     with serving("--engine", "torch", "--device", "cpu", "--model", tiny) as (_, url):

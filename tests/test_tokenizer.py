@@ -160,6 +160,7 @@ def interesting_ids(name: str) -> st.SearchStrategy[list[int]]:
     return st.lists(one, max_size=14).map(lambda parts: [i for part in parts for i in part])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(st.data())
 def test_stream_equals_decode_cut_at_the_first_stop(name: str, data: st.DataObject) -> None:

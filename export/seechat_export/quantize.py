@@ -55,15 +55,14 @@ def stored_arrays(
     """
     if isinstance(tensor, Quantized):
         return _published_blocks(item, tensor, config, block_size)
-    if item.heads:
-        tensor = _reordered(tensor, item, config)
+    weight: Tensor = _reordered(tensor, item, config) if item.heads else tensor
     if item.kind == "vector":
-        return [tensor.float()]
+        return [weight.float()]
     if item.bits:
-        return list(quantize_blocks(tensor, bits=item.bits, block_size=block_size))
+        return list(quantize_blocks(weight, bits=item.bits, block_size=block_size))
     # copied into place: transposing and converting one after the other would take twice the memory
-    turned = torch.empty(tensor.shape[::-1], dtype=getattr(torch, precision.dtype))
-    return [turned.copy_(tensor.t())]
+    turned = torch.empty(weight.shape[::-1], dtype=getattr(torch, precision.dtype))
+    return [turned.copy_(weight.t())]
 
 
 def restored_tensor(

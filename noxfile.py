@@ -1,0 +1,48 @@
+"""All checks, in the environment that nox runs in: `nox` for the fast ones, `nox -s all` for all.
+
+Sessions make no environments of their own: `pip install -e ".[dev]"` has made one already, and
+torch takes minutes to install. `nox -l` lists them; words after `--` go to pytest.
+"""
+
+import sys
+
+import nox
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "types", "fast"]
+
+FAST = "not slow and not browser and not export and not torch"
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and common mistakes (ruff); `nox -s format` mends what can be mended."""
+    session.run(sys.executable, "-m", "ruff", "check")
+    session.run(sys.executable, "-m", "ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types of weights, lite and export (pyright)."""
+    # it would ask the registry for a newer version of itself at every run
+    env = {"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
+    session.run(sys.executable, "-m", "pyright", "--pythonpath", sys.executable, env=env)
+
+
+@nox.session
+def fast(session: nox.Session) -> None:
+    """The tests that need neither torch nor a browser and take no seconds each."""
+    session.run(sys.executable, "-m", "pytest", "-q", "-m", FAST, *session.posargs)
+
+
+@nox.session(default=False)
+def all(session: nox.Session) -> None:
+    """Every test, some minutes; those of which something is not installed are skipped."""
+    session.run(sys.executable, "-m", "pytest", "-q", *session.posargs)
+
+
+@nox.session(default=False)
+def format(session: nox.Session) -> None:
+    """Rewrite files as ruff wants them."""
+    session.run(sys.executable, "-m", "ruff", "check", "--fix")
+    session.run(sys.executable, "-m", "ruff", "format")
