@@ -210,3 +210,230 @@ def test_a_broken_row_of_classes_is_named(tmp_path: Path) -> None:
         path.write_text(text.replace(line, broken), "utf-8")
         with pytest.raises(ValueError, match=rf"{number}: .*{told}"):
             load_classes(path)
+
+
+# --- photographs: the head's verdicts, and what the decoder is shown
+
+
+def toy_head(**options):
+    """A head over four features, which stand for tabby, golden retriever, beagle and nothing."""
+    from verdict import Head
+
+    weight = torch.zeros(1000, 4)
+    for feature, cls in enumerate((281, 207, 162)):
+        weight[cls, feature] = 1.0
+    return Head(weight, torch.zeros(1000), **options)
+
+
+def test_verdicts_number_every_thing_kind_and_category_once() -> None:
+    from photo_classes import load_classes, load_things
+    from verdict import load_verdicts
+
+    verdicts, classes, (things, of_class) = load_verdicts(), load_classes(), load_things()
+    assert sorted(verdicts.order) == list(range(len(classes)))
+    assert sum(verdicts.levels) + 1 == len(verdicts.meanings) and verdicts.meanings[-1] is None
+    assert verdicts.unsure == sum(verdicts.levels)
+    for (start, end), meaning in zip(verdicts.spans, verdicts.meanings, strict=False):
+        for i in verdicts.order[start:end]:
+            c = classes[i]
+            assert meaning in (things[of_class[i]], c.kind, c.kind.category)
+    by_level = np.split(np.array([e - s for s, e in verdicts.spans]), np.cumsum(verdicts.levels))
+    assert [int(level.sum()) for level in by_level[:3]] == [1000, 1000, 1000]
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ((20.0, 0, 0, 0), "tabby cat"),
+        ((0, 15.0, 15.2, 0), "beagle"),  # 45 and 55 %
+        ((14.0, 14.0, 14.0, 0), "dog"),  # a third each: two of three are dogs
+        ((7.8, 7.53, 6.84, 0), "mammal"),  # 39 % a cat, 45 % one of two dogs
+        ((0, 0, 0, 9.0), None),
+    ],
+)
+def test_the_narrowest_level_that_is_sure_is_named(features, expected) -> None:
+    head = toy_head()
+    verdict, best = head(torch.tensor([features]))
+    meaning = head.verdicts.meanings[int(verdict)]
+    assert (meaning.en if meaning else None) == expected
+    assert int(best) == int(head.linear(torch.tensor([features])).argmax())
+
+
+def test_shares_of_a_level_are_the_classes_probabilities_summed() -> None:
+    head = toy_head()
+    features = torch.randn(3, 12, 4, generator=torch.Generator().manual_seed(0)) * 8
+    shares = head.shares(features)
+    first = 0
+    for size in head.verdicts.levels:
+        assert torch.allclose(shares[..., first : first + size].sum(-1), torch.ones(3, 12))
+        first += size
+    # twice the same thing in the head's list is one thing: both pairs of sunglasses
+    at = [i for i, m in enumerate(head.verdicts.meanings) if m and m.en == "sunglasses"]
+    assert len(at) == 1
+    p = head.linear(features).softmax(-1)
+    both = [k for k, i in enumerate(head.verdicts.order) if i in (836, 837)]
+    assert torch.allclose(shares[..., at[0]], p[..., both].sum(-1), atol=1e-6)
+
+
+def photo_network(hidden: int = 8):
+    """Vision with the way of photographs, of random weights, the router set by hand."""
+    from sights import Looker, PhotoBridge, Photos, Router
+    from tower import FEATURES, EfficientNetLite0
+    from verdict import Head
+    from vision import Bridge, Features, Vision
+
+    torch.manual_seed(0)
+    head = Head(torch.randn(1000, FEATURES), torch.zeros(1000))
+    photos = Photos(Looker(head), Router(), PhotoBridge(len(head.verdicts.meanings), hidden))
+    network = Vision(Features(EfficientNetLite0()), Bridge(hidden, width=16), photos)
+    return network.eval().requires_grad_(False)
+
+
+def test_the_router_chooses_between_drawings_photographs_and_nothing() -> None:
+    from sights import DRAWING, NOTHING, PHOTO
+    from vision import TOKENS, Vision
+
+    network = photo_network()
+    photos = network.photos
+    pixels = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    cells = network.features.cells(pixels)
+    sights = photos.looker(pixels, cells)
+    unsure = photos.looker.head.verdicts.unsure
+    nothing = torch.cat([torch.full_like(sights[:, :TOKENS], unsure), sights[:, TOKENS:]], 1)
+    expected = {
+        DRAWING: Vision(network.features, network.bridge)(pixels),
+        PHOTO: photos.bridge(sights),
+        NOTHING: photos.bridge(nothing),
+    }
+    for kind, embeds in expected.items():
+        torch.nn.init.zeros_(photos.router.linear.weight)
+        photos.router.linear.bias.data = torch.eye(3)[kind] * 9
+        assert torch.equal(network(pixels), embeds)
+
+
+def test_the_router_learns_to_tell_its_examples_apart() -> None:
+    from sights import Router
+    from tower import FEATURES
+
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(3, FEATURES, generator=generator)
+    examples = [c + torch.randn(40 + 20 * i, FEATURES, generator=generator) for i, c in
+                enumerate(centres)]  # fmt: skip
+    router = Router()
+    router.fit(*examples)
+    for number, x in enumerate(examples):
+        assert router(x).argmax(-1).eq(number).float().mean() > 0.95
+
+
+def test_a_sight_tells_the_colours_of_thing_and_surroundings() -> None:
+    from colours import COLOURS
+    from sights import GRID, LIGHTS, NO_COLOUR, Looker, Sight
+    from tower import FEATURES, MEAN, STD
+    from verdict import Head
+
+    head = Head(torch.eye(1000, FEATURES), torch.zeros(1000))
+    looker = Looker(head)
+    # class 207 is seen in the middle cells; they are red, everything else is green
+    cells = torch.zeros(1, GRID, GRID, FEATURES)
+    cells[0, 2:5, 2:5, 207] = 300.0
+    rgb = torch.tensor((0.2, 0.7, 0.2)).expand(224, 224, 3).clone()
+    rgb[64:160, 64:160] = torch.tensor((0.8, 0.1, 0.1))
+    pixels = ((rgb.permute(2, 0, 1) - MEAN) / STD)[None]
+    sight = Sight.of(looker(pixels, cells.flatten(1, 2))[0].tolist())
+    names = [key for key, *_ in COLOURS]
+    assert names[sight.colour] == "red" and names[sight.ground] == "green"
+    assert head.verdicts.meanings[sight.verdicts[0]].en == "golden retriever"
+    assert LIGHTS[sight.light][0] == "medium"
+    assert Sight.of(sight.numbers()) == sight
+    for quarter, shade in enumerate(((0.2, 0.2, 0.8), (0.8, 0.2, 0.2), (0.9, 0.9, 0.1))):
+        y, x = divmod(quarter, 2)
+        rgb[y * 112 : y * 112 + 112, x * 112 : x * 112 + 112] = torch.tensor(shade)
+    pixels = ((rgb.permute(2, 0, 1) - MEAN) / STD)[None]
+    sight = Sight.of(looker(pixels, cells.flatten(1, 2))[0].tolist())
+    assert sight.colour == sight.ground == NO_COLOUR
+
+
+def test_the_graph_with_photographs_computes_what_torch_does(tmp_path: Path) -> None:
+    import onnxruntime as ort
+    from publish import PIXELS, VISION_GRAPH, round_to_int8, store_as_int8
+    from vision import TOKENS
+
+    from seechat_export.vision_graph import export_vision
+    from seechat_weights.bundle import VisionConfig
+
+    network = photo_network()
+    round_to_int8(network)
+    config = VisionConfig(
+        graph=VISION_GRAPH, tokens=TOKENS, tower="efficientnet-lite0",
+        bridge="regions + verdicts", pixels=PIXELS,
+    )  # fmt: skip
+    path = tmp_path / VISION_GRAPH
+    export_vision(network, config, path, precision="fp32")
+    store_as_int8(path)
+    session = ort.InferenceSession(path)
+    pixels = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    (embeds,) = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+    assert embeds.shape == (2, TOKENS, 8)
+    np.testing.assert_allclose(embeds, network(pixels).numpy(), atol=2e-3)
+
+
+# --- what counts as right
+
+
+def test_answers_are_read_as_what_they_name_first() -> None:
+    from evaluate_photos import what_was_said
+
+    for answer, expected in {
+        "这是金毛寻回犬。": "golden retriever",
+        "这是一种狗。": "dog",
+        "This is a kind of dog.": "dog",
+        "These are sunglasses.": "sunglasses",
+        "I see strawberries.": "strawberry",
+        "图里有猫和狗。": "cat",
+        "It is a cat, category mammal.": "cat",
+        "This is a catamaran.": "catamaran",
+        "我不确定这是什么。": None,
+        "I am not sure.": None,
+        "": None,
+    }.items():
+        said = what_was_said(answer)
+        assert (said.en if said else None) == expected, answer
+
+
+@pytest.mark.parametrize(
+    ("names", "answer", "outcome"),
+    [
+        ("dog", "这是金毛寻回犬。", "right"),
+        ("golden retriever", "这是一种狗。", "right kind"),
+        ("golden retriever", "这是狗。", "right kind"),
+        ("golden retriever", "这是拉布拉多犬。", "right kind"),
+        ("golden retriever", "这是虎斑猫。", "wrong"),
+        ("bird", "这是一种鸟。", "right"),
+        ("owl", "这是猫头鹰。", "right"),
+        ("orange", "This is a tangerine.", "right"),
+        ("car", "这是出租车。", "right"),
+        ("car", "我不确定。", "refused"),
+    ],
+)
+def test_less_exact_names_are_not_wrong(names: str, answer: str, outcome: str) -> None:
+    from evaluate_photos import what_was_said
+    from photo_truth import truth
+
+    assert truth(names, "-").judge(what_was_said(answer)) == outcome
+
+
+def test_every_line_of_labels_can_be_judged(tmp_path: Path) -> None:
+    from photo_truth import labels, pictures, truth
+
+    lines = {name: labels(name) for name in ("photos", "scenes", "stamps")}
+    assert all(len({p for p, _ in found}) == len(found) > 5 for found in lines.values())
+    assert sum("/" in p for p, _ in lines["stamps"]) == len(lines["stamps"]) >= 150
+    with pytest.raises(ValueError, match="nothing is called"):
+        truth("gryphon", "-")
+    for name in ("cat_3.jpg", "cat_7.png", "animals/birds/owl.png", "owl.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = {f.name: t for f, t in pictures(tmp_path, "photos")}
+    assert set(found) == {"cat_3.jpg", "cat_7.png", "owl.png"}
+    assert "lynx" in found["cat_3.jpg"].names and "lynx" not in found["cat_7.png"].names
+    assert [f.name for f, _ in pictures(tmp_path, "stamps")] == ["owl.png"]

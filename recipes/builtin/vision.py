@@ -41,6 +41,20 @@ def region_weights(grid: int) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
+def foreground(rgb: Tensor) -> Tensor:
+    """1 where rgb [n, 3, 56, 56] differs from a plane through its corners: [n, 1, 56, 56]."""
+
+    def corner(y: int, x: int) -> Tensor:
+        return rgb[:, :, y : y + 3, x : x + 3].mean((2, 3))[:, :, None, None]
+
+    ramp = torch.linspace(0, 1, rgb.shape[-1])
+    down, across = ramp[:, None], ramp[None, :]
+    top = corner(0, 0) * (1 - across) + corner(0, 53) * across
+    bottom = corner(53, 0) * (1 - across) + corner(53, 53) * across
+    behind = top * (1 - down) + bottom * down
+    return ((rgb - behind).abs().amax(1, keepdim=True) > 0.07).to(rgb.dtype)
+
+
 class Features(nn.Module):
     """pixel_values [n, 3, 224, 224] to features [n, 12, 1280] and statistics [n, 12, LOW]."""
 
@@ -49,22 +63,18 @@ class Features(nn.Module):
         self.expert = expert
         self.register_buffer("pool7", region_weights(7))
         self.register_buffer("pool8", region_weights(CELLS))
-        ramp = torch.linspace(0, 1, 56)
-        self.register_buffer("ramp", ramp)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        seen = self.expert(pixel_values).flatten(2).transpose(1, 2)  # [n, 49, 1280]
-        return self.pool7 @ seen, self.statistics(pixel_values)
+        return self.pool7 @ self.cells(pixel_values), self.statistics(pixel_values)
+
+    def cells(self, pixel_values: Tensor) -> Tensor:
+        """What the expert sees, [n, 49, 1280]."""
+        return self.expert(pixel_values).flatten(2).transpose(1, 2)
 
     def statistics(self, pixel_values: Tensor) -> Tensor:
         """Colours of the foreground: whatever differs from a plane through the four corners."""
         rgb = F.avg_pool2d(pixel_values * STD + MEAN, 4)  # [n, 3, 56, 56]
-        corner = lambda y, x: rgb[:, :, y : y + 3, x : x + 3].mean((2, 3))[:, :, None, None]  # noqa: E731
-        down, across = self.ramp[:, None], self.ramp[None, :]
-        top = corner(0, 0) * (1 - across) + corner(0, 53) * across
-        bottom = corner(53, 0) * (1 - across) + corner(53, 53) * across
-        behind = top * (1 - down) + bottom * down
-        front = ((rgb - behind).abs().amax(1) > 0.07).to(rgb.dtype)[..., None]  # [n, 56, 56, 1]
+        front = foreground(rgb).permute(0, 2, 3, 1)
         rgb = rgb.permute(0, 2, 3, 1)
         maps = torch.cat([colour_masks(rgb) * front, rgb * front, front], -1)
         cells = F.avg_pool2d(maps.permute(0, 3, 1, 2), 56 // CELLS).flatten(2).transpose(1, 2)
@@ -120,11 +130,16 @@ class Bridge(nn.Module):
 
 
 class Vision(nn.Module):
-    """The exported graph: pixel_values [n, 3, 224, 224] to image_embeds [n, 12, hidden]."""
+    """The exported graph: pixel_values [n, 3, 224, 224] to image_embeds [n, 12, hidden].
 
-    def __init__(self, features: Features, bridge: Bridge) -> None:
+    photos: what sees to photographs (sights.Photos); without it every picture counts as a drawing.
+    """
+
+    def __init__(self, features: Features, bridge: Bridge, photos: nn.Module | None = None) -> None:
         super().__init__()
-        self.features, self.bridge = features, bridge
+        self.features, self.bridge, self.photos = features, bridge, photos
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.bridge(*self.features(pixel_values))
+        cells = self.features.cells(pixel_values)
+        drawn = self.bridge(self.features.pool7 @ cells, self.features.statistics(pixel_values))
+        return drawn if self.photos is None else self.photos(pixel_values, cells, drawn)

@@ -1,0 +1,162 @@
+"""What the decoder is shown of a photograph: verdicts by region, colours and light.
+
+A picture that does not look like a drawing goes this way: the expert's head says what the whole
+and every region show (verdict.py), and the pixels say which colour the thing has, which its
+surroundings, and how light the picture is. Each of these is a number, and each number an embedding
+of a learned table. So training deals sights out of the head's own list and sees no photograph.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from colours import COLOURS, DOMINANT, colour_masks
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tower import FEATURES, MEAN, STD
+from verdict import Head
+from vision import TOKENS, foreground, region_weights
+
+DRAWING, PHOTO, NOTHING = range(3)  # what a picture can be
+MARGIN = (0.5, 0.0, 0.0)  # how much surer the router must be of a drawing than of the others
+GRID = 7  # the expert's cells
+NO_COLOUR = len(COLOURS)  # no colour has enough of it
+GROUND = 0.4  # a background "has" a colour where this share of it does
+LIGHTS = (("dark", "暗", 0.25), ("medium", "适中", 0.7), ("bright", "亮", 1.0))  # below which mean
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One photograph as the decoder is shown it."""
+
+    verdicts: tuple[int, ...]  # numbers of Verdicts, one a region (vision.REGIONS)
+    colour: int = NO_COLOUR  # of the thing: index of COLOURS, or NO_COLOUR
+    ground: int = NO_COLOUR  # of what surrounds it
+    light: int = 1  # index of LIGHTS
+
+    def numbers(self) -> list[int]:
+        return [*self.verdicts, self.colour, self.ground, self.light]
+
+    @classmethod
+    def of(cls, numbers: list[int]) -> "Sight":
+        return cls(tuple(numbers[:TOKENS]), *numbers[TOKENS:])
+
+
+class Looker(nn.Module):
+    """Pixel values [n, 3, 224, 224] and cells of the expert [n, 49, 1280] to sights [n, 15]."""
+
+    pool: Tensor
+    limits: Tensor
+
+    def __init__(self, head: Head) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("pool", region_weights(GRID))
+        self.register_buffer("limits", torch.tensor([limit for *_, limit in LIGHTS[:-1]]))
+
+    def forward(self, pixel_values: Tensor, cells: Tensor) -> Tensor:
+        verdicts, best = self.head(self.pool @ cells)  # [n, 12] each
+        # where the class is that the head finds most likely: the cells that speak for it
+        row = self.head.linear.weight[best[:, 0]]  # [n, 1280]
+        speaks = (cells @ row[..., None])[..., 0]  # [n, 49]
+        middle = (speaks.amax(-1, keepdim=True) + speaks.amin(-1, keepdim=True)) / 2
+        inside = (speaks >= middle).to(cells.dtype)[:, None]  # [n, 1, 49]
+
+        rgb = F.avg_pool2d(pixel_values * STD + MEAN, 4)  # [n, 3, 56, 56]
+        light = rgb.mean((1, 2, 3))[:, None]
+        masks = colour_masks(rgb.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # [n, 11, 56, 56]
+        by_cell = F.avg_pool2d(masks, 56 // GRID).flatten(2).transpose(1, 2)  # [n, 49, 11]
+        front = foreground(rgb)  # [n, 1, 56, 56]
+        thing = F.avg_pool2d(torch.cat([masks * front, front], 1), 56 // GRID)
+        thing = (inside @ thing.flatten(2).transpose(1, 2))[:, 0]  # [n, 12]
+        colour = self._named(thing[:, :-1] / (thing[:, -1:] + 1e-3), DOMINANT)
+        around = ((1 - inside) @ by_cell)[:, 0] / ((1 - inside).sum(-1) + 1e-3)
+        ground = self._named(around, GROUND)
+        shade = (light >= self.limits).sum(-1)
+        return torch.cat([verdicts, torch.stack([colour, ground, shade], -1)], -1)
+
+    @staticmethod
+    def _named(shares: Tensor, enough: float) -> Tensor:
+        share, colour = shares.max(-1)
+        return torch.where(share >= enough, colour, NO_COLOUR)
+
+
+class Router(nn.Module):
+    """What a picture is: logits of DRAWING, PHOTO and NOTHING from features of the whole.
+
+    Features [n, 1280] to [n, 3]. It is a plain regression, because it must carry over to
+    photographs of which it has seen none: it is fitted on crops of a few, whole and cut out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(FEATURES, 3)
+
+    def forward(self, whole: Tensor) -> Tensor:
+        return self.linear(whole)
+
+    def fit(self, *examples: Tensor, decay: float = 0.2) -> None:
+        """Features [n, 1280] of drawings, of photographs, of nothing; each weighs the same.
+
+        decay: how much large weights cost; with little of it, unknown photographs are lost.
+        """
+        x = torch.cat(examples)
+        mean, scale = x.mean(0), 1 / (x.std(0) + 0.05)
+        x = (x - mean) * scale
+        sizes = torch.tensor([len(e) for e in examples])
+        target = torch.arange(len(examples)).repeat_interleave(sizes)
+        weight = (1 / sizes / len(sizes)).repeat_interleave(sizes)
+        w = torch.zeros(len(examples), x.shape[1], requires_grad=True)
+        b = torch.zeros(len(examples), requires_grad=True)
+        optimizer = torch.optim.LBFGS([w, b], max_iter=300, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = (F.cross_entropy(x @ w.t() + b, target, reduction="none") * weight).sum()
+            value = value + decay * w.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        with torch.no_grad():
+            self.linear.weight.copy_(w * scale)
+            self.linear.bias.copy_(b - w @ (mean * scale))
+
+
+class PhotoBridge(nn.Module):
+    """Sights, int64 [n, 15], to embeddings [n, 12, hidden]."""
+
+    def __init__(self, verdicts: int, hidden: int) -> None:
+        super().__init__()
+        self.verdict = nn.Embedding(verdicts, hidden)
+        self.colour = nn.Embedding(NO_COLOUR + 1, hidden)
+        self.ground = nn.Embedding(NO_COLOUR + 1, hidden)
+        self.light = nn.Embedding(len(LIGHTS), hidden)
+        self.place = nn.Parameter(torch.zeros(TOKENS, hidden))
+        for table in (self.verdict, self.colour, self.ground, self.light):
+            nn.init.normal_(table.weight, std=0.1)
+
+    def forward(self, sights: Tensor) -> Tensor:
+        what = self.verdict(sights[:, :TOKENS]) + self.place
+        colour, ground, light = sights[:, TOKENS:].unbind(-1)
+        shade = self.colour(colour) + self.ground(ground) + self.light(light)
+        # the shades belong to the whole picture, the first token
+        return torch.cat([what[:, :1] + shade[:, None], what[:, 1:]], 1)
+
+
+class Photos(nn.Module):
+    """The way of photographs: where the router says so, it takes the place of the drawings'."""
+
+    def __init__(self, looker: Looker, router: Router, bridge: PhotoBridge) -> None:
+        super().__init__()
+        self.looker, self.router, self.bridge = looker, router, bridge
+
+    def forward(self, pixel_values: Tensor, cells: Tensor, drawn: Tensor) -> Tensor:
+        """Pixels, cells [n, 49, 1280], embeddings of a drawing [n, 12, hidden]: the embeddings."""
+        sights = self.looker(pixel_values, cells)
+        logits = self.router(cells.mean(1))
+        logits = logits - logits.new_tensor(MARGIN)
+        kind = logits.argmax(-1)[:, None]  # [n, 1]
+        unsure = self.looker.head.verdicts.unsure
+        verdicts = torch.where(kind == NOTHING, unsure, sights[:, :TOKENS])
+        shown = self.bridge(torch.cat([verdicts, sights[:, TOKENS:]], 1))
+        return torch.where(kind[..., None] == DRAWING, drawn, shown)
