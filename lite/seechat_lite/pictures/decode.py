@@ -15,6 +15,7 @@ from PIL import Image, ImageFile
 from seechat_lite.pictures import headers
 from seechat_lite.pictures.formats import ALIASES, EXPECTED, HEIF, PLUGINS, heif_missing
 from seechat_lite.pictures.headers import Header
+from seechat_lite.pictures.png_bands import PngBands
 from seechat_lite.pictures.reduce import MAX_PIXELS, check_size, too_large
 from seechat_weights.errors import ImageError
 
@@ -36,7 +37,7 @@ _MAX_SAMPLE_VALUE, _PLANAR = 281, 284
 class Opened:
     """A picture whose header has been read and found to be within bounds."""
 
-    image: Image.Image
+    image: Image.Image | PngBands
     orientation: int = 1  # 1 to 8, as EXIF has it
     white: float | None = None  # the value of white in grey of more than 8 bits
     needs: int = 0  # bytes that decoding takes
@@ -79,6 +80,8 @@ def open_picture(
     if header:
         check_size(header.size, "RGB")
         data = b"".join(header.parts)
+    if format == "PNG" and header and (large := _in_bands(header, budget, least)):
+        return large
     if format == "WEBP" and (size := headers.webp_size(data)):
         check_size(size, "RGB")
         _check_needs(size, "RGBA", format, size[0] * size[1] * (4 + _DECODER_BYTES[format]), budget)
@@ -115,6 +118,16 @@ def open_picture(
     return opened
 
 
+def _in_bands(header: Header, budget: int, least: int | None) -> Opened | None:
+    """A PNG that would not fit, some rows at a time, if that is possible."""
+    if header.pixels * 4 <= budget or least is None or not PngBands.possible(header):
+        return None
+    # not a thread of a picture, and turned in no other way than left to right
+    if max(header.size) * least > MAX_PIXELS or header.orientation > 2:
+        return None
+    return Opened(PngBands(header), header.orientation)
+
+
 def _check_needs(size: tuple[int, int], mode: str, format: str, needs: int, budget: int) -> None:
     if needs > budget:
         raise too_large(
@@ -123,8 +136,10 @@ def _check_needs(size: tuple[int, int], mode: str, format: str, needs: int, budg
         )
 
 
-def load(opened: Opened) -> Image.Image:
+def load(opened: Opened) -> Image.Image | PngBands:
     """Decode. Raises ImageError without the file's name."""
+    if isinstance(opened.image, PngBands):
+        return opened.image
     try:
         opened.image.load()
     except (MemoryError, Image.DecompressionBombError):
@@ -208,7 +223,7 @@ def _choose_scale(opened: Opened, header: Header, *, budget: int, least: int | N
     """Have a JPEG decoded at a half, a quarter or an eighth, if it would not fit otherwise."""
     image = opened.image
     width, height = image.size
-    if least is None or image.mode not in ("L", "RGB"):
+    if least is None or image.mode not in ("L", "RGB") or isinstance(image, PngBands):
         return
     for scale in (1, 2, 4, 8):
         small = math.ceil(width / scale), math.ceil(height / scale)

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from seechat_lite.pictures.png_bands import PngBands
 from seechat_weights.errors import ImageError
 
 MAX_PIXELS = 112_000_000  # a 108-megapixel phone photo passes
@@ -55,7 +56,7 @@ class Spec(Protocol):
 
 
 def reduce(
-    image: Image.Image, spec: Spec, *, orientation: int = 1, white: float | None = None
+    image: Image.Image | PngBands, spec: Spec, *, orientation: int = 1, white: float | None = None
 ) -> Image.Image:
     """The picture as RGB, spec.image_size a side.
 
@@ -64,6 +65,9 @@ def reduce(
     Raises ImageError for a colour space that Pillow cannot convert.
     """
     check_size(image.size, image.mode)
+    if isinstance(image, PngBands):
+        rgb = _sensible(None, spec.background, white)
+        return convert(_Resizing(spec)(_Large(image, orientation, rgb)), "RGB")
     if spec.exact:
         if image.mode.startswith("I;16"):
             image = image.convert("I")  # from where 16 bits saturate at 255, as published
@@ -129,7 +133,7 @@ class _Large:
 
     def __init__(
         self,
-        image: Image.Image,
+        image: Image.Image | PngBands,
         orientation: int,
         sensible: Callable[[Image.Image], Image.Image],
     ) -> None:
@@ -140,7 +144,18 @@ class _Large:
         self.width, self.height = (height, width) if orientation >= 5 else (width, height)
         self.size = self.width, self.height
 
-    def rows(self, top: int, bottom: int) -> Image.Image:
+    def resize(self, size: tuple[int, int], resample: Image.Resampling, box: Box) -> Image.Image:
+        """Some rows at a time: the horizontal pass takes every row by itself."""
+        left, top, right, bottom = box
+        step = max(1, BAND_PIXELS // 16 // self.width)
+        narrow = Image.new("RGB", (size[0], self.height))
+        for y in range(0, self.height, step):
+            rows = self._rows(y, min(y + step, self.height))
+            part = (left, 0, right, rows.height)
+            narrow.paste(rows.resize((size[0], rows.height), resample, part), (0, y))
+        return narrow.resize(size, resample, (0, top, size[0], bottom))
+
+    def _rows(self, top: int, bottom: int) -> Image.Image:
         """Rows of the upright picture, RGB."""
         width, height = self._image.size
         box = {
@@ -161,10 +176,10 @@ def _in_bands(image: Image.Image, spec: Spec) -> bool:
 
 
 def _sensible(
-    image: Image.Image, background: tuple[int, int, int], white: float | None
+    image: Image.Image | None, background: tuple[int, int, int], white: float | None
 ) -> Callable[[Image.Image], Image.Image]:
-    """What makes a part of this image opaque RGB of 8 bits."""
-    if image.mode.startswith("I") or image.mode == "F":
+    """What makes a part of this image, None for one of 8 bits, opaque RGB of 8 bits."""
+    if image and (image.mode.startswith("I") or image.mode == "F"):
         low, high = _range(image, white)
         return lambda part: _to_8_bits(part, low, high).convert("RGB")
 
@@ -266,14 +281,7 @@ class _Resizing:
         resample = FILTERS[self._spec.interpolation]
         left, top, right, bottom = box or (0, 0, *image.size)
         if isinstance(image, _Large):
-            # the same some rows at a time: the horizontal pass takes every row by itself
-            step = max(1, BAND_PIXELS // 16 // image.width)
-            narrow = Image.new("RGB", (size[0], image.height))
-            for y in range(0, image.height, step):
-                rows = image.rows(y, min(y + step, image.height))
-                part = (left, 0, right, rows.height)
-                narrow.paste(rows.resize((size[0], rows.height), resample, part), (0, y))
-            return narrow.resize(size, resample, (0, top, size[0], bottom))
+            return image.resize(size, resample, (left, top, right, bottom))
         # bilevel and palette pictures cannot be averaged: Pillow takes the nearest pixel
         if image.mode in ("1", "P") or resample == Image.Resampling.NEAREST:
             return image.resize(size, Image.Resampling.NEAREST, box)
@@ -316,7 +324,11 @@ class _Resizing:
 
 
 def thumbnail(
-    image: Image.Image, size: tuple[int, int], *, orientation: int = 1, white: float | None = None
+    image: Image.Image | PngBands,
+    size: tuple[int, int],
+    *,
+    orientation: int = 1,
+    white: float | None = None,
 ) -> Image.Image:
     """The picture upright, as RGB on white, at most as large as `size`; never enlarged."""
     width, height = image.size
@@ -326,6 +338,10 @@ def thumbnail(
     new = max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
     if orientation >= 5:
         new = new[1], new[0]
+    if isinstance(image, PngBands):
+        large = _Large(image, 1, _sensible(None, (255, 255, 255), white))
+        box = (0, 0, image.width, image.height)
+        return turned(large.resize(new, Image.Resampling.BICUBIC, box), orientation)
     reduced = _reduced(image, new)
     rgb = _sensible(reduced, (255, 255, 255), white)(reduced)
     return turned(rgb.resize(new, Image.Resampling.BICUBIC), orientation)
