@@ -47,12 +47,13 @@ from seechat_lite.engines import Engine, create  # noqa: E402
 from seechat_lite.engines.base import EngineOptions  # noqa: E402
 from seechat_lite.engines.torch import TorchEngine  # noqa: E402
 from seechat_lite.engines.torch_vision import TorchVision  # noqa: E402
-from seechat_lite.engines.torch_weights import CheckpointSource, Given, Source  # noqa: E402
+from seechat_lite.engines.torch_weights import CheckpointWeights, Given, Weights  # noqa: E402
 from seechat_lite.eyes import Eyes, load_clip, load_seechat, vision_sizes  # noqa: E402
 from seechat_lite.nn.blocks import quantize_blocks  # noqa: E402
 from seechat_lite.nn.chatglm import ALPHA  # noqa: E402
 from seechat_lite.nn.linears import Linear  # noqa: E402
 from seechat_lite.prompt import Prompt  # noqa: E402
+from seechat_lite.source import Source, open_source  # noqa: E402
 from seechat_lite.speculation import LONGEST  # noqa: E402
 from seechat_weights.blip_names import BlipSettings  # noqa: E402
 from seechat_weights.builtin import BUILTIN  # noqa: E402
@@ -224,25 +225,27 @@ class Bench:
         lm = open_lm(DATA / "chatglm_tiny")
         files = [DATA / f"chatglm_tiny/case_{name}.safetensors" for name in ("p1", "p8_long")]
         cases = [open_checkpoint(file).read("input_ids")[0].tolist() for file in files]
-        rows: list[tuple[str, Source, dict[str, Any], float]] = [
-            ("fp32", CheckpointSource(lm), {"dtype": "fp32"}, 5e-4),
-            ("fp16", CheckpointSource(lm), {"dtype": "fp16"}, 0.1),
-            ("bf16", CheckpointSource(lm), {"dtype": "bf16"}, 0.6),
+        rows: list[tuple[str, Weights, dict[str, Any], float]] = [
+            ("fp32", CheckpointWeights(lm), {"dtype": "fp32"}, 5e-4),
+            ("fp16", CheckpointWeights(lm), {"dtype": "fp16"}, 0.1),
+            ("bf16", CheckpointWeights(lm), {"dtype": "bf16"}, 0.6),
         ]
         for bits in (8, 4):
-            blocks = Blocks(CheckpointSource(lm), bits)
+            blocks = Blocks(CheckpointWeights(lm), bits)
             rows.append((f"int{bits} fp32", blocks, {"dtype": "fp32"}, 5e-4))
             rows.append((f"int{bits} fp16", blocks, {"dtype": "fp16"}, 0.1))
-        rows.append(("quantize int4", CheckpointSource(lm), {"quantize": "int4"}, 0.1))
+        rows.append(("quantize int4", CheckpointWeights(lm), {"quantize": "int4"}, 0.1))
         # 4 bits are few for a model of width 64, whose logits deviate by 2.5
         for kind, bar in (("int8", 1.0), ("nf4", 6.0), ("fp4", 8.0)):
             if self.installed(f"bitsandbytes {kind}"):
-                rows.append((f"bitsandbytes {kind}", CheckpointSource(lm), {"quantize": kind}, bar))
+                rows.append(
+                    (f"bitsandbytes {kind}", CheckpointWeights(lm), {"quantize": kind}, bar)
+                )
         if find_spec("transformers"):
             yield from self.pictures()
         manifest = manifest_of(lm.config, "fp16")
-        for name, source, chosen, bar in rows:
-            row = self.tried(name, lambda s=source, c=chosen: self.compared(manifest, s, c, cases))
+        for name, weights, chosen, bar in rows:
+            row = self.tried(name, lambda w=weights, c=chosen: self.compared(manifest, w, c, cases))
             if row:
                 yield {"what": name, **row, "bar": bar, "ok": row["error"] <= bar}
 
@@ -273,15 +276,16 @@ class Bench:
                     yield {"what": what, "error": error, "bar": bar, "ok": error <= bar}
 
     def compared(
-        self, manifest: Manifest, source: Source, chosen: dict[str, Any], cases: list[list[int]]
+        self, manifest: Manifest, weights: Weights, chosen: dict[str, Any], cases: list[list[int]]
     ) -> dict[str, float]:
         """How far an engine on the device is from float32 on the CPU, on the same weights."""
         errors, same = [], []
+        source = Source(ROOT, manifest, ROOT)
         # our own blocks are the same everywhere; bitsandbytes' are set against the float weights
         same_blocks = "int4" if chosen.get("quantize") == "int4" else None
         for ids in cases:
             expected, found = (
-                answers(TorchEngine(ROOT, manifest, context=300, options=o, source=source), ids)
+                answers(TorchEngine(source, context=300, options=o, weights=weights), ids)
                 for o in (
                     EngineOptions(device="cpu", dtype="fp32", quantize=same_blocks),
                     EngineOptions(device=self.device.type, **chosen),
@@ -407,13 +411,13 @@ class Bench:
     def open(self, form: str, *, context: int = 0, budget: int | None = None) -> TorchEngine:
         precision, quantize, _ = FORMS[form]
         config = self.shape.config
+        vision = self.eyes.config if self.eyes else None
+        manifest = replace(manifest_of(config, precision), vision=vision)
         return TorchEngine(
-            ROOT,
-            replace(manifest_of(config, precision), vision=self.eyes.config if self.eyes else None),
+            Source(ROOT, manifest, ROOT, published_vision=self.eyes),
             context=context or self.shape.context,
             options=EngineOptions(device=self.device.type, quantize=quantize, max_memory=budget),
-            source=RandomSource(config, precision, self.device),
-            eyes=self.eyes,
+            weights=RandomWeights(config, precision, self.device),
         )
 
     def model(self, form: str, card: dict[str, float]) -> dict[str, Any]:
@@ -526,7 +530,9 @@ class Bench:
                 free = torch.cuda.mem_get_info()[0] if self.on_gpu else 0
                 manifest, options = read_manifest(folder), EngineOptions(device=device)
                 start = time.perf_counter()
-                engine = create(name, folder, manifest, context=self.shape.context, options=options)
+                engine = create(
+                    name, open_source(folder), context=self.shape.context, options=options
+                )
                 self.wait()
                 found[name] = {"load seconds": time.perf_counter() - start}
                 if name == "onnx":
@@ -589,7 +595,7 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class RandomSource:
+class RandomWeights:
     """Weights that keep the scale of what they take, made on the device as they are asked for."""
 
     config: LMConfig
@@ -653,22 +659,22 @@ def picture(config: VisionConfig) -> np.ndarray:
 class Blocks:
     """Another source's linears in blocks of 32, as an export would store them."""
 
-    source: Source
+    weights: Weights
     bits: int
 
     @property
     def head(self) -> int:
-        return self.source.head
+        return self.weights.head
 
     @property
     def prefix(self) -> np.ndarray | None:
-        return self.source.prefix
+        return self.weights.prefix
 
     def rows(self, ids: Sequence[int]) -> np.ndarray:
-        return self.source.rows(ids)
+        return self.weights.rows(ids)
 
     def tensors(self) -> Iterator[Given]:
-        for given in self.source.tensors():
+        for given in self.weights.tensors():
             array = np.array(given.arrays[0], np.float32)
             if array.ndim < 2:
                 yield given

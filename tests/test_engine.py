@@ -23,7 +23,8 @@ from seechat_lite.errors import ContextError, EngineError
 from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_rows, rotary_tables
-from seechat_weights.bundle import LMConfig, read_manifest
+from seechat_lite.source import open_source
+from seechat_weights.bundle import LMConfig
 
 TOLERANCE = 5e-4
 CASES = ["p0", "p1", "p2", "p3_mask", "p4_continue", "p5_both", "p6_infill", "p7_len1", "p8_long"]
@@ -53,7 +54,7 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
 def open_engine(
     folder: Path, name: str = "onnx", context: int = 300, options: EngineOptions | None = None
 ) -> Engine:
-    return create(name, folder, read_manifest(folder), context=context, options=options)
+    return create(name, open_source(folder), context=context, options=options)
 
 
 @pytest.fixture(scope="module", params=["torch reference", *ENGINES])

@@ -21,6 +21,7 @@ from seechat_lite.eyes import load_clip
 from seechat_lite.nn.blocks import dequantize_blocks
 from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.prompt import Prompt
+from seechat_lite.source import open_source
 from seechat_weights.bundle import LMConfig, Manifest, read_manifest
 from seechat_weights.bundle_arrays import BundleArrays
 from seechat_weights.layout import Item, Stored, decoder_layout
@@ -45,8 +46,8 @@ def bundle_tensor(folder: Path, manifest: Manifest, key: str) -> np.ndarray:
 def test_quantized_reference(tmp_path: Path, form: str) -> None:
     """At fp32 the bundle answers as the reference's quantized network does."""
     source = data(f"quantized/{form}")
-    manifest = export_bundle(lm=source, tokenizer=TOKENIZER, out=tmp_path / "b", precision="fp32")
-    engine = create("onnx", tmp_path / "b", manifest, context=200)
+    export_bundle(lm=source, tokenizer=TOKENIZER, out=tmp_path / "b", precision="fp32")
+    engine = create("onnx", open_source(tmp_path / "b"), context=200)
     for name, recorded in load_json(f"quantized/{form}/cases.json")["cases"].items():
         case = tensors(f"quantized/{form}/case_{name}.safetensors")
         check_recorded(engine, case, recorded, atol=TOLERANCE)
@@ -249,8 +250,8 @@ def test_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["embed", "proj"])
 def test_prefix_reference(tmp_path: Path, name: str) -> None:
     prefix = TINY / f"ptuning_{name}_pytorch_model.bin"
-    manifest = export_bundle(lm=TINY, prefix=prefix, out=tmp_path / "b", precision="fp32")
-    engine = create("onnx", tmp_path / "b", manifest, context=200)
+    export_bundle(lm=TINY, prefix=prefix, out=tmp_path / "b", precision="fp32")
+    engine = create("onnx", open_source(tmp_path / "b"), context=200)
     case = tensors(f"chatglm_tiny/case_prefix_{name}.safetensors")
     ids = case["input_ids"][0].tolist()
     recorded = load_json("chatglm_tiny/cases.json")["cases"][f"prefix_{name}"]["greedy"]
@@ -263,8 +264,8 @@ def test_prefix_reference(tmp_path: Path, name: str) -> None:
 
 def test_prefix_before_pictures(tmp_path: Path) -> None:
     prefix = TINY / "ptuning_embed_pytorch_model.bin"
-    manifest = export_bundle(lm=TINY, prefix=prefix, out=tmp_path / "b", precision="fp32")
-    engine = create("onnx", tmp_path / "b", manifest, context=200)
+    export_bundle(lm=TINY, prefix=prefix, out=tmp_path / "b", precision="fp32")
+    engine = create("onnx", open_source(tmp_path / "b"), context=200)
     case = tensors("chatglm_tiny/case_seechat_embeds_prefix.safetensors")
     ids = case["input_ids"][0].tolist()
     start, end = ids.index(0), len(ids) - ids[::-1].index(0)
@@ -283,8 +284,8 @@ def test_prefix_before_pictures(tmp_path: Path) -> None:
 def test_a_prefix_at_every_precision(tmp_path: Path, precision: str, tolerance: float) -> None:
     """Without the prefix a logit would be 11 away."""
     prefix = TINY / "ptuning_proj_pytorch_model.bin"
-    manifest = export_bundle(lm=TINY, prefix=prefix, out=tmp_path / "b", precision=precision)
-    engine = create("onnx", tmp_path / "b", manifest, context=200)
+    export_bundle(lm=TINY, prefix=prefix, out=tmp_path / "b", precision=precision)
+    engine = create("onnx", open_source(tmp_path / "b"), context=200)
     case = tensors("chatglm_tiny/case_prefix_proj.safetensors")
     logits = engine.prefill(Prompt(case["input_ids"][0].tolist()))
     np.testing.assert_allclose(logits, case["logits_last"][0], rtol=0, atol=tolerance)
@@ -310,10 +311,10 @@ def test_a_prefix_in_padded_heads(tmp_path: Path) -> None:
     }
     state["transformer.prefix_encoder.embedding.weight"] = random_array(3, 240)
     save_file(state, source / "model.safetensors")
-    manifest = export_bundle(lm=source, tokenizer=TOKENIZER, out=tmp_path / "b", precision="fp32")
+    export_bundle(lm=source, tokenizer=TOKENIZER, out=tmp_path / "b", precision="fp32")
     lm = open_lm(source)
     reference = TorchEngine(chatglm_of(lm), lm.prefix)
-    engine = create("onnx", tmp_path / "b", manifest, context=60)
+    engine = create("onnx", open_source(tmp_path / "b"), context=60)
     prompt = Prompt([*range(40, 60), lm.config.gmask_id, lm.config.bos_id, 7, 8])
     expected = [reference.prefill(prompt), reference.step(9), reference.step(10)]
     found = [engine.prefill(prompt), engine.step(9), engine.step(10)]

@@ -25,6 +25,7 @@ from seechat_lite.engines.torch_vision import TorchVision
 from seechat_lite.errors import BundleError, CheckpointError, EngineError, MemoryPlanError
 from seechat_lite.eyes import EyeFiles, Eyes, bundle_eyes, load_clip, load_seechat
 from seechat_lite.nn.vision import streamed, vision_network
+from seechat_lite.source import open_source
 from seechat_weights.blip_names import BlipSettings
 from seechat_weights.bundle import MANIFEST, Manifest, VisionConfig, read_manifest
 
@@ -126,7 +127,7 @@ def test_a_bundle_keeps_its_weights_under_their_names(
 
 def engine(folder: Path, **chosen: Any) -> TorchEngine:
     options = EngineOptions(device="cpu", **chosen)
-    made = create("torch", folder, read_manifest(folder), context=300, options=options)
+    made = create("torch", open_source(folder), context=300, options=options)
     assert isinstance(made, TorchEngine)
     return made
 
@@ -139,7 +140,7 @@ def test_pictures_of_a_bundle_need_no_onnxruntime(vision_bundle: Path) -> None:
     sees = engine(vision_bundle)
     assert isinstance(sees._vision, TorchVision)
     found = sees.encode_image(random_pixels())
-    expected = create("onnx", vision_bundle, read_manifest(vision_bundle), context=300)
+    expected = create("onnx", open_source(vision_bundle), context=300)
     np.testing.assert_allclose(found, expected.encode_image(random_pixels()), rtol=0, atol=5e-4)
     sees.close()
     assert sees._vision._network is None

@@ -231,21 +231,21 @@ def test_steps_of_the_engine(form: str, tmp_path: Path, monkeypatch: pytest.Monk
     from seechat_lite.engines import EngineOptions
     from seechat_lite.engines.torch import TorchEngine
     from seechat_lite.prompt import Prompt
-    from seechat_lite.published import published_manifest
+    from seechat_lite.source import open_source
 
     if form == "published":  # a scale a row
         folder = data("quantized/int4")
-        manifest = published_manifest(folder)
     else:
         folder = tmp_path / "b"
         tiny = data("chatglm_tiny")
-        manifest = export_bundle(lm=tiny, out=folder, precision=form, block_size=32)
-    lm = manifest.lm
+        export_bundle(lm=tiny, out=folder, precision=form, block_size=32)
+    source = open_source(folder)
+    lm = source.manifest.lm
     ids = [40, 41, 42, lm.gmask_id, lm.bos_id]  # few: a long prompt takes the interpreter long
 
     def logits(device: str) -> list[np.ndarray]:
         options = EngineOptions(device=device, dtype="fp32")
-        engine = TorchEngine(folder, manifest, context=60, options=options)
+        engine = TorchEngine(source, context=60, options=options)
         found = []
         for turn in range(2):  # recorded steps serve the next prompt as well
             found += [engine.prefill(Prompt(ids[turn:])), engine.step(7)]

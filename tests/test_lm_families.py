@@ -147,7 +147,7 @@ def test_sat_holds_the_same_model(write_sat: Callable[..., Path]) -> None:
             np.testing.assert_array_equal(lm.read(key, slice(5, 40)), plain.read(key)[5:40])
         assert lm.vision_keys == {"lm": list(eyes)}
         assert set(lm.ignored["lm"]) == {*position, "mixins.chatglm-attn.rotary_emb.inv_freq"}
-        assert (lm.conversation, lm.folder) == ("visualglm", folder)
+        assert (lm.conversation, lm.tokenizer) == ("visualglm", folder / "ice_text.model")
 
 
 def test_sat_exports_to_the_same_bundle(write_sat: Callable[..., Path], tmp_path: Path) -> None:

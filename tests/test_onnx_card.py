@@ -22,6 +22,7 @@ from seechat_lite.eyes import BlipSettings, load_clip, load_seechat
 from seechat_lite.nn.vision import streamed
 from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import Prompt
+from seechat_lite.source import open_source
 from seechat_weights.bundle import read_manifest
 from seechat_weights.precisions import PRECISIONS
 
@@ -59,9 +60,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(folder: Path, engine: str = "onnx", **options: Any) -> Engine:
-    return create(
-        engine, folder, read_manifest(folder), context=300, options=EngineOptions(**options)
-    )
+    return create(engine, open_source(folder), context=300, options=EngineOptions(**options))
 
 
 def answers(engine: Engine, name: str) -> np.ndarray:
@@ -285,8 +284,7 @@ def test_steps_that_come_out_otherwise_are_not_recorded(
 def test_a_card_without_memory_says_what_would_fit(bundles: Path, card: Card, said: str) -> None:
     engine = create(
         "onnx",
-        bundles / "int4",
-        read_manifest(bundles / "int4"),
+        open_source(bundles / "int4"),
         context=1024,
         options=EngineOptions(device="cuda"),
     )

@@ -20,7 +20,7 @@ from seechat_lite.engines.torch_graphs import Recorder
 from seechat_lite.errors import MemoryPlanError
 from seechat_lite.eyes import EyeFiles
 from seechat_lite.prompt import Prompt
-from seechat_lite.published import published_manifest
+from seechat_lite.source import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 VISION = data("vision")
@@ -85,18 +85,15 @@ def test_answers_are_those_of_the_cpu(
         eyes = EyeFiles(
             clip=VISION / "clip_open_clip", projector=VISION / "mm_projector_linear.bin"
         )
-    if form in ("published", "eyes"):
-        manifest = published_manifest(folder, eyes)
-    else:
+    if form not in ("published", "eyes"):
         prefix = tiny / "ptuning_embed_pytorch_model.bin" if form == "prefix" else None
         folder, precision = tmp_path / "b", "fp32" if form == "prefix" else form
-        manifest = export_bundle(
-            lm=tiny, prefix=prefix, out=folder, precision=precision, block_size=32
-        )
+        export_bundle(lm=tiny, prefix=prefix, out=folder, precision=precision, block_size=32)
+    source = open_source(folder, vision=eyes)
 
     def run(device: str, dtype: str) -> list[np.ndarray]:
-        options = EngineOptions(device=device, dtype=dtype, eyes=eyes)
-        engine = TorchEngine(folder, manifest, context=60, options=options)
+        options = EngineOptions(device=device, dtype=dtype)
+        engine = TorchEngine(source, context=60, options=options)
         return answers(engine, picture=eyes is not None)
 
     expected = run("cpu", "fp32")
@@ -115,7 +112,7 @@ def test_a_refused_budget_is_not_in_force_afterwards(
     for budget in (1000, 12 << 30, None):
         options = EngineOptions(device="cuda", max_memory=budget)
         with pytest.raises(MemoryPlanError) if budget == 1000 else nullcontext():
-            TorchEngine(folder, published_manifest(folder), context=60, options=options)
+            TorchEngine(open_source(folder), context=60, options=options)
     assert shares == [0.5, 1.0]
 
 

@@ -24,9 +24,9 @@ from seechat_lite.errors import EngineError, MemoryPlanError
 from seechat_lite.nn.chatglm import KVCache
 from seechat_lite.nn.linears import QUANTIZATIONS, BlockLinear
 from seechat_lite.prompt import Prompt
-from seechat_lite.published import published_manifest
 from seechat_lite.rotary import rotary_tables
-from seechat_weights.bundle import Decoder, LMConfig, Manifest, TokenizerConfig, read_manifest
+from seechat_lite.source import open_source
+from seechat_weights.bundle import Decoder, LMConfig, Manifest, TokenizerConfig
 
 TINY = data("chatglm_tiny")
 TOLERANCE = 5e-4
@@ -42,7 +42,7 @@ def ids_of(name: str) -> list[int]:
 def direct(folder: Path = TINY, **chosen: object) -> TorchEngine:
     """Published weights, loaded as they are, on the CPU."""
     settings = EngineOptions(device="cpu", **chosen)  # type: ignore[arg-type]
-    return TorchEngine(folder, published_manifest(folder), context=300, options=settings)
+    return TorchEngine(open_source(folder), context=300, options=settings)
 
 
 def answers(engine: Engine, name: str = "p1") -> np.ndarray:
@@ -52,9 +52,10 @@ def answers(engine: Engine, name: str = "p1") -> np.ndarray:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_a_bundle_answers_alike_in_both_engines(precision: str, tmp_path: Path) -> None:
-    manifest = export_bundle(lm=TINY, out=tmp_path / "b", precision=precision, block_size=32)
+    export_bundle(lm=TINY, out=tmp_path / "b", precision=precision, block_size=32)
     found, expected = (
-        answers(create(name, tmp_path / "b", manifest, context=300)) for name in ("torch", "onnx")
+        answers(create(name, open_source(tmp_path / "b"), context=300))
+        for name in ("torch", "onnx")
     )
     if precision.startswith("fp"):  # ONNX Runtime's cache is float16 with the weights
         atol = {"fp32": TOLERANCE, "fp16": 5e-3}[precision]
@@ -76,7 +77,7 @@ def test_blocks_are_multiplied_exactly(precision: str, tmp_path: Path) -> None:
         if key != "word_embeddings.weight"
     }
     model.load_state_dict(state, strict=False)
-    engine, ids = create("torch", tmp_path / "b", manifest, context=300), ids_of("p1")
+    engine, ids = create("torch", open_source(tmp_path / "b"), context=300), ids_of("p1")
     cache, at = KVCache.empty(model, 300), torch.from_numpy(positions(ids, model.config))[None]
     embeds = model.word_embeddings(torch.tensor([ids]))
     model(embeds[:, :-1], at[..., :-1], cache=cache)
@@ -85,8 +86,8 @@ def test_blocks_are_multiplied_exactly(precision: str, tmp_path: Path) -> None:
 
 
 def test_published_weights_answer_as_their_export(tmp_path: Path) -> None:
-    manifest = export_bundle(lm=TINY, out=tmp_path / "b", precision="fp32")
-    expected = answers(create("torch", tmp_path / "b", manifest, context=300))
+    export_bundle(lm=TINY, out=tmp_path / "b", precision="fp32")
+    expected = answers(create("torch", open_source(tmp_path / "b"), context=300))
     np.testing.assert_allclose(answers(direct()), expected, rtol=0, atol=1e-5)
 
 
@@ -121,9 +122,8 @@ def test_published_integers_answer_as_their_export(form: str, tmp_path: Path) ->
     folder = quantized_folder(form, tmp_path)
     engine = direct(folder, dtype="bf16")
     export_bundle(lm=folder, out=tmp_path / "b", precision=form[:4])
-    manifest = read_manifest(tmp_path / "b")
     chosen = EngineOptions(dtype="bf16")
-    exported = create("torch", tmp_path / "b", manifest, context=300, options=chosen)
+    exported = create("torch", open_source(tmp_path / "b"), context=300, options=chosen)
     assert isinstance(exported, TorchEngine)
     assert in_blocks(engine) == in_blocks(exported)
     np.testing.assert_array_equal(answers(engine), answers(exported))
@@ -153,12 +153,12 @@ def test_fewer_bits_are_made_of_published_integers(tmp_path: Path) -> None:
 
 def test_int4_is_what_an_export_makes(tmp_path: Path) -> None:
     """Of a checkpoint, and of a bundle at fp32."""
-    made = export_bundle(lm=TINY, out=tmp_path / "b", precision="int4")
-    expected = answers(create("torch", tmp_path / "b", made, context=300))
+    export_bundle(lm=TINY, out=tmp_path / "b", precision="int4")
+    expected = answers(create("torch", open_source(tmp_path / "b"), context=300))
     np.testing.assert_array_equal(answers(direct(quantize="int4")), expected)
-    wide = export_bundle(lm=TINY, out=tmp_path / "wide", precision="fp32")
+    export_bundle(lm=TINY, out=tmp_path / "wide", precision="fp32")
     chosen = EngineOptions(quantize="int4")
-    found = create("torch", tmp_path / "wide", wide, context=300, options=chosen)
+    found = create("torch", open_source(tmp_path / "wide"), context=300, options=chosen)
     np.testing.assert_array_equal(answers(found), expected)
 
 
@@ -176,8 +176,8 @@ def test_a_prefix(published: bool, tmp_path: Path, base: Path) -> None:
         save_file(load_file(base / "model.safetensors") | encoder, base / "model.safetensors")
         engine: Engine = direct(base)
     else:
-        manifest = export_bundle(lm=TINY, prefix=prefix, out=tmp_path / "b", precision="fp32")
-        engine = create("torch", tmp_path / "b", manifest, context=300)
+        export_bundle(lm=TINY, prefix=prefix, out=tmp_path / "b", precision="fp32")
+        engine = create("torch", open_source(tmp_path / "b"), context=300)
     case = tensors("chatglm_tiny/case_prefix_embed.safetensors")
     recorded = load_json("chatglm_tiny/cases.json")["cases"]["prefix_embed"]["greedy"]
     for _ in range(2):  # the second prompt finds the prefix as the first did
@@ -199,10 +199,10 @@ def test_bitsandbytes(kind: str, least: float) -> None:
 
 @needs_bitsandbytes
 def test_bundles_in_blocks_are_not_quantized_again(tmp_path: Path) -> None:
-    manifest = export_bundle(lm=TINY, out=tmp_path / "b", precision="int4", block_size=32)
+    export_bundle(lm=TINY, out=tmp_path / "b", precision="int4", block_size=32)
     chosen = EngineOptions(quantize="nf4")
     with pytest.raises(EngineError, match="int4 already"):
-        create("torch", tmp_path / "b", manifest, context=300, options=chosen)
+        create("torch", open_source(tmp_path / "b"), context=300, options=chosen)
 
 
 def test_bf16_is_offered_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -323,8 +323,7 @@ def test_devices_that_are_not_there() -> None:
         with pytest.raises(EngineError, match=f"device '{name}' is not there"):
             create(
                 "torch",
-                TINY,
-                published_manifest(TINY),
+                open_source(TINY),
                 context=20,
                 options=EngineOptions(device=name),
             )

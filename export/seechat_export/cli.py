@@ -10,8 +10,11 @@ from typing import Any
 from seechat_lite.conversation import FORMATS
 from seechat_lite.memory import human
 from seechat_lite.options import add_eye_options, eye_files
+from seechat_weights.checkpoints import Opener
 from seechat_weights.errors import SeechatError
+from seechat_weights.files import local_path
 from seechat_weights.identify import check_given
+from seechat_weights.model_files import Openings
 from seechat_weights.plain_text import one_line
 from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS, VISION_PRECISIONS
 
@@ -91,7 +94,7 @@ def _synthetic(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fetch(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+def _fetch(args: argparse.Namespace, opener: Opener) -> dict[str, dict[str, str]]:
     """Put downloads in the place of Hub ids, each seen to be for its option; tells their origin."""
     from seechat_export.download import fetch
 
@@ -101,8 +104,8 @@ def _fetch(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     for option in _PUBLISHED:
         given = getattr(args, option)
         if given:
-            path, source = fetch(given, offline=args.offline)
-            check_given(option, path)
+            path, source = fetch(local_path(given), offline=args.offline)
+            check_given(option, path, opener=opener)
             setattr(args, option, path)
             sources |= {option: source} if source else {}
     return sources
@@ -110,24 +113,30 @@ def _fetch(args: argparse.Namespace) -> dict[str, dict[str, str]]:
 
 def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     eye_files(args, parser.error)  # before anything is fetched
-    downloads = _fetch(args)
+    openings = Openings()
+    downloads = _fetch(args, openings)
     try:
         from seechat_export.bars import Bars
         from seechat_export.export import export_bundle
-        from seechat_lite.eyes import EyeFiles
+        from seechat_lite.source import open_source
     except ImportError as e:
         raise SeechatError(
             f'{e.name} is not installed; export needs it: pip install "seechat-lite[export]"'
         ) from None
+    source = open_source(
+        args.lm,
+        vision=eye_files(args, parser.error),
+        adapter=args.adapter,
+        prefix=args.prefix,
+        tokenizer=args.tokenizer,
+        opener=openings,
+    )
+    out = local_path(args.out)
     with Bars() as bars:
         manifest = export_bundle(
-            lm=args.lm,
-            checkpoint=args.checkpoint,
-            adapter=args.adapter,
-            prefix=args.prefix,
-            tokenizer=args.tokenizer,
-            out=args.out,
-            vision=(eye_files(args, parser.error) or EyeFiles()).open(args.lm),
+            lm=source,
+            out=out,
+            vision=source.vision,
             precision=args.precision,
             block_size=args.block_size,
             vision_precision=args.vision_precision,
@@ -137,14 +146,14 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             provenance={"downloads": downloads} if downloads else None,
             progress=bars,
         )
-    report = json.loads((args.out / "parity.json").read_text("utf-8"))
+    report = json.loads((out / "parity.json").read_text("utf-8"))
     against = report["against_checkpoint"]
     size = sum(f.bytes for f in manifest.files.values())
     print(
-        f"{one_line(args.out)}: {human(size)}, agrees with the torch networks\n"
+        f"{one_line(out)}: {human(size)}, agrees with the torch networks\n"
         f"against the checkpoint: KL divergence {max(against['kl_divergence'], 0):.2g}, "
         f"top-1 agreement {against['top1_agreement']:.0%}\n"
-        f'try it: seechat ask --model {one_line(args.out)} "你好"',
+        f'try it: seechat ask --model {one_line(out)} "你好"',
         file=sys.stderr,
     )
     return 0

@@ -32,7 +32,8 @@ from seechat_lite.eyes import GRAPH as VISION_GRAPH
 from seechat_lite.eyes import Eyes
 from seechat_lite.memory import human
 from seechat_lite.nn.blocks import FRACTIONS
-from seechat_lite.published import spoken_format
+from seechat_lite.source import Source as ModelSource
+from seechat_lite.source import spoken_format
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.bundle import (
     MANIFEST,
@@ -45,7 +46,8 @@ from seechat_weights.bundle import (
     half_graph,
     sha256,
 )
-from seechat_weights.errors import BundleError, SeechatError
+from seechat_weights.errors import BundleError, CheckpointError, SeechatError
+from seechat_weights.files import local_path
 from seechat_weights.layout import Item, decoder_layout, reordered_prefix
 from seechat_weights.lm import ALL, LM, Rows, open_lm
 from seechat_weights.names import OLD_IMAGE_TOKENS, OLD_VOCABULARY
@@ -69,12 +71,12 @@ Progress = Callable[[str, int, int], None]  # what is being done, bytes done, by
 
 def export_bundle(
     *,
-    lm: Path,
-    out: Path,
-    checkpoint: Path | None = None,
-    adapter: Path | None = None,
-    prefix: Path | None = None,
-    tokenizer: Path | None = None,
+    lm: str | Path | ModelSource,
+    out: str | Path,
+    checkpoint: str | Path | None = None,
+    adapter: str | Path | None = None,
+    prefix: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     vision: Eyes | tuple[nn.Module, VisionConfig] | None = None,
     precision: str = "int4",
     block_size: int = 128,
@@ -87,8 +89,8 @@ def export_bundle(
 ) -> Manifest:
     """Write the bundle `out` from the checkpoint `lm` and, optionally, a vision network.
 
-    lm, checkpoint, adapter, prefix: as seechat_weights.lm.open_lm takes them. tokenizer: the
-    ice_text.model, if it is not beside the weights.
+    lm, checkpoint, adapter, prefix: as seechat_weights.lm.open_lm takes them; or lm is what
+    open_source made of them. tokenizer: the ice_text.model, if it is not beside the weights.
     vision: eyes, or a module in eval mode, float32 pixels [n, 3, S, S] to embeddings [n, tokens,
     hidden], and its description. vision_precision: "fp32", "fp16" or "int8"; by default fp32 in an
     fp32 bundle, else fp16. conversation: the default format; "visualglm" for VisualGLM-6B, else
@@ -98,7 +100,7 @@ def export_bundle(
     Raises CheckpointError (sources), BundleError (`out` exists or cannot be written, the disk is
     too small, or the finished bundle does not agree with the torch networks), MemoryPlanError.
     """
-    out = Path(out)
+    out = local_path(out)
     if precision not in PRECISIONS:
         raise BundleError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
     if PRECISIONS[precision].block and block_size not in BLOCK_SIZES:
@@ -109,7 +111,15 @@ def export_bundle(
     if os.path.lexists(out) or out.name in ("", ".."):  # a broken link, too
         raise BundleError(f"{out}: exists already; remove it or choose another --out")
     vision_precision = vision_precision or ("fp32" if PRECISIONS[precision].exact else "fp16")
-    model = open_lm(Path(lm), checkpoint=checkpoint, adapter=adapter, prefix=prefix)
+    if not isinstance(lm, ModelSource):
+        model = open_lm(lm, checkpoint=checkpoint, adapter=adapter, prefix=prefix)
+    elif lm.lm:
+        model, tokenizer = lm.lm, lm.tokenizer
+    else:
+        raise CheckpointError(
+            f"{lm.path}: a bundle, which is exported already; expected published weights: name "
+            "those that it was made from"
+        )
     source = Source(model, tokenizer)
     if conversation is None:
         conversation = spoken_format(model, seeing=vision is not None)
@@ -182,10 +192,10 @@ class Source:
     Raises CheckpointError or BundleError (tokenizer) for whatever does not fit.
     """
 
-    def __init__(self, lm: LM, tokenizer: Path | None = None) -> None:
+    def __init__(self, lm: LM, tokenizer: str | Path | None = None) -> None:
         self.lm = lm
         self.config: LMConfig = lm.config
-        self.tokenizer = tokenizer or lm.folder / TOKENIZER
+        self.tokenizer = local_path(tokenizer) if tokenizer else lm.tokenizer
         old = self.config.vocab_size == OLD_VOCABULARY
         self.num_image_tokens = OLD_IMAGE_TOKENS if old else 0
         Tokenizer(self.tokenizer, num_image_tokens=self.num_image_tokens).check(self.config)

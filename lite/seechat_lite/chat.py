@@ -35,13 +35,12 @@ from seechat_lite.images import (
 )
 from seechat_lite.memory import MIN_CONTEXT, MemoryPlan, check_memory, float_bytes_on_card, plan
 from seechat_lite.prompt import Prompt
-from seechat_lite.published import model_manifest
 from seechat_lite.sampling import Sampling
+from seechat_lite.source import Source, open_source
 from seechat_lite.speculation import PromptLookup
 from seechat_lite.text_stream import TextStream
 from seechat_lite.tokenizer import Tokenizer
 from seechat_lite.verified import verify_once
-from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle import Manifest, PixelSpec
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ IMAGE_CACHE = 64 << 20  # bytes
 
 
 def load(
-    path: str | Path | None = None,
+    path: str | Path | Source | None = None,
     *,
     engine: str = "auto",
     device: str = "auto",
@@ -93,12 +92,15 @@ def load(
     weights), EngineError (engine or device), MemoryPlanError (would not fit), ContextError (context
     too small to be of use).
     """
-    folder = BUILTIN if path is None else Path(path)
     if context < MIN_CONTEXT:
         raise ContextError(
             f"context is {context} tokens; expected at least {MIN_CONTEXT}: choose more"
         )
-    manifest = model_manifest(folder, engine=engine, eyes=eyes)
+    if isinstance(path, Source):
+        source = path
+    else:
+        source = open_source(path, vision=eyes, only_bundles=engine != "torch")
+    folder, manifest = source.path, source.manifest
     if manifest.conversation not in FORMATS:
         raise BundleError(
             f"{folder}: conversation format {manifest.conversation!r} is unknown; expected one of "
@@ -119,9 +121,7 @@ def load(
         keep_vision = needed.keep_vision
     if manifest.files:  # a bundle's
         verify_once(folder, manifest, partial(progress, "checking") if progress else None)
-    tokenizer = Tokenizer(
-        folder / manifest.tokenizer.file, num_image_tokens=manifest.tokenizer.num_image_tokens
-    )
+    tokenizer = Tokenizer(source.tokenizer, num_image_tokens=manifest.tokenizer.num_image_tokens)
     tokenizer.check(manifest.lm)
     if progress:
         progress("loading", 0, 1)
@@ -134,9 +134,8 @@ def load(
         quantize=quantize,
         max_memory=max_memory,
         rounded_rotary=rounded_rotary,
-        eyes=eyes,
     )
-    executor = create(engine, folder, manifest, context=context, options=options)
+    executor = create(engine, source, context=context, options=options)
     model = Model(manifest, tokenizer, executor, image_cache=image_cache)
     try:
         if progress:

@@ -238,18 +238,21 @@ def _chat(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
 
 def _info(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     from seechat_lite.memory import available_memory, human, plan
-    from seechat_weights.builtin import BUILTIN
-    from seechat_weights.bundle import MANIFEST, read_manifest, verify_hashes
-    from seechat_weights.identify import identify
+    from seechat_lite.source import open_source
+    from seechat_weights.bundle import verify_hashes
+    from seechat_weights.files import local_path
+    from seechat_weights.identify import describe_bundle
+    from seechat_weights.model_files import is_bundle
 
     check_context(args, usage_error)
-    folder = args.model or BUILTIN
-    if not (folder / MANIFEST).exists():
-        return _identify(folder, as_json=args.json)
-    manifest = read_manifest(folder)
+    path = local_path(args.model) if args.model else None
+    if path and not is_bundle(path):
+        return _identify(path, as_json=args.json)
+    source = open_source(path)
+    folder, manifest = source.path, source.manifest
     verify_hashes(folder, manifest)
     needed = plan(manifest, context=args.context, keep_vision=args.keep_vision)
-    found, free = identify(folder), available_memory()
+    found, free = describe_bundle(folder, manifest), available_memory()
     if args.json:
         report = vars(found) | {"path": str(folder)} | dataclasses.asdict(manifest)
         report["memory"] = dataclasses.asdict(needed) | {"total": needed.total, "free": free}

@@ -27,8 +27,9 @@ from seechat_weights.blip_names import (
     visualglm_overlay,
 )
 from seechat_weights.bundle import Manifest, PixelSpec, VisionConfig, VisionNetwork
-from seechat_weights.checkpoints import Checkpoint, open_checkpoint, read_json
-from seechat_weights.lm import SAT_CONFIG, sat_file
+from seechat_weights.checkpoints import Checkpoint, Opener, open_checkpoint, read_json
+from seechat_weights.files import local_path
+from seechat_weights.model_files import find_model
 from seechat_weights.vision_names import Part, bridge_sizes, clip_sizes, map_bridge, map_clip
 
 PUBLISHED = BlipSettings()
@@ -70,12 +71,12 @@ class EyeFiles:
     files that do not go together.
     """
 
-    clip: Path | None = None
-    projector: Path | None = None
+    clip: str | Path | None = None
+    projector: str | Path | None = None
     clip_activation: str | None = None
-    eva: Path | None = None
-    qformer: Path | None = None
-    checkpoint: Path | None = None
+    eva: str | Path | None = None
+    qformer: str | Path | None = None
+    checkpoint: str | Path | None = None
     image_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -86,11 +87,18 @@ class EyeFiles:
         if self.image_size and not (self.eva or self.qformer):
             raise SeechatError("--image-size goes with --eva: give both")
 
-    def open(self, lm: Path) -> Eyes | None:
-        """Eyes for the published language model `lm`, if there are any. Raises CheckpointError."""
+    def open(self, lm: str | Path, *, opener: Opener = open_checkpoint) -> Eyes | None:
+        """Eyes for the published language model `lm`, if there are any.
+
+        opener: opens checkpoints, such as an Openings, where others read the same files. Raises
+        CheckpointError.
+        """
         if self.clip and self.projector:
             return load_clip(
-                clip=self.clip, projector=self.projector, activation=self.clip_activation
+                clip=self.clip,
+                projector=self.projector,
+                activation=self.clip_activation,
+                opener=opener,
             )
         if self.eva or self.qformer:
             return load_seechat(
@@ -98,8 +106,9 @@ class EyeFiles:
                 qformer=self.qformer,
                 checkpoint=self.checkpoint,
                 image_size=self.image_size,
+                opener=opener,
             )
-        return load_visualglm(lm)
+        return load_visualglm(lm, opener=opener)
 
 
 def bundle_eyes(folder: Path, manifest: Manifest) -> Eyes | None:
@@ -177,16 +186,23 @@ def vision_sizes(config: VisionConfig, outputs: int) -> dict[str, Shape]:
     return {CLIP + k: s for k, s in tower.items()} | {BRIDGE + k: s for k, s in bridge.items()}
 
 
-def load_clip(*, clip: Path, projector: Path, activation: str | None = None) -> Eyes:
+def load_clip(
+    *,
+    clip: str | Path,
+    projector: str | Path,
+    activation: str | None = None,
+    opener: Opener = open_checkpoint,
+) -> Eyes:
     """A CLIP vision tower and a projector.
 
     clip: a folder or file of open_clip, Hugging Face or OpenAI; its configuration lies beside it.
     projector: a file of a linear or MLP bridge. activation: "quick_gelu" or "gelu", for a CLIP
     file without configuration. Raises CheckpointError.
     """
-    checkpoint, file = open_checkpoint(Path(clip)), open_checkpoint(Path(projector))
+    clip, projector = local_path(clip), local_path(projector)
+    checkpoint, file = opener(clip), opener(projector)
     names = map_clip(checkpoint.shapes, where=str(clip))
-    settings = clip_settings(Path(clip), names, activation)
+    settings = clip_settings(clip, names, activation)
     bridge = map_bridge(file.shapes, where=str(projector))
     if bridge.inputs != names.width:
         raise CheckpointError(
@@ -214,11 +230,12 @@ def load_clip(*, clip: Path, projector: Path, activation: str | None = None) -> 
 
 def load_seechat(
     *,
-    eva: Path | None = None,
-    qformer: Path | None = None,
-    checkpoint: Path | None = None,
+    eva: str | Path | None = None,
+    qformer: str | Path | None = None,
+    checkpoint: str | Path | None = None,
     settings: BlipSettings = PUBLISHED,
     image_size: int | None = None,
+    opener: Opener = open_checkpoint,
 ) -> Eyes:
     """SEEChat's vision: EVA ViT-g, ln_vision, Q-Former and projector, each in the file loaded last.
 
@@ -228,25 +245,27 @@ def load_seechat(
     embeddings are resized for it. Raises CheckpointError.
     """
     given = {"eva": eva, "qformer": qformer, "checkpoint": checkpoint}
-    opened = {role: open_checkpoint(Path(p)) if p else None for role, p in given.items()}
+    opened = {role: opener(local_path(p)) if p else None for role, p in given.items()}
     source = seechat_overlay(**opened)
     names = map_seechat(source, blocks=settings.blocks)
     return _blip(source, names, settings, image_size)
 
 
-def load_visualglm(path: Path, *, settings: BlipSettings | None = None) -> Eyes | None:
+def load_visualglm(
+    path: str | Path,
+    *,
+    settings: BlipSettings | None = None,
+    opener: Opener = open_checkpoint,
+) -> Eyes | None:
     """VisualGLM-6B's vision, from its Hugging Face folder or SAT file; None if `path` has none.
 
     settings: default, what the configuration beside the weights says. Raises CheckpointError.
     """
-    path = Path(path)
-    published = path.is_dir() and (path / "config.json").exists()
-    file = path if published else sat_file(path)
-    source = visualglm_overlay(open_checkpoint(file))
+    files = find_model(path)
+    source = visualglm_overlay(opener(files.weights))
     if source is None:
         return None
-    places = [path / "config.json"] if published else [d / SAT_CONFIG for d in file.parents[:2]]
-    config = next((read_json(p) for p in places if p.exists()), {})
+    config = read_json(files.config) if files.config else {}
     if settings is None:
         settings = BlipSettings(
             heads=_heads(config, "eva", PUBLISHED.heads),

@@ -9,16 +9,25 @@ not needed.
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from seechat_weights.errors import CheckpointError
-from seechat_weights.files import first_bytes, line, read_json, shown, unreadable
+from seechat_weights.files import first_bytes, line, local_path, read_json, shown, unreadable
 from seechat_weights.stored import MAX_TENSORS, Block, Stored, TensorInfo, open_safetensors, verify
 from seechat_weights.torchfile import open_torch
 
-__all__ = ["STEMS", "Checkpoint", "NoWeightsError", "TensorInfo", "open_checkpoint", "read_json"]
+__all__ = [
+    "STEMS",
+    "Checkpoint",
+    "NoWeightsError",
+    "Opener",
+    "TensorInfo",
+    "open_checkpoint",
+    "read_json",
+]
 
 # what a folder's weights are called, first choice first: safetensors before pickles
 STEMS = (
@@ -93,7 +102,10 @@ class Checkpoint:
             ) from None
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+Opener = Callable[[Path], Checkpoint]  # open_checkpoint, or what calls it
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint folder or file; reads headers only.
 
     A folder that holds safetensors and .bin is read from safetensors. Sizes stated in an index are
@@ -101,7 +113,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises CheckpointError: nothing there, Git LFS pointer, truncated file, missing shard, a shard
     that lacks what the index names, a tensor in two shards, a pickle that would run code.
     """
-    path = Path(path)
+    path = local_path(path)
     try:
         path.stat()
     except FileNotFoundError:

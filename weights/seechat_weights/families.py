@@ -10,8 +10,8 @@ from typing import Any
 from seechat_weights.checkpoints import TensorInfo
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files import first_bytes
+from seechat_weights.model_files import CONFIG, TOKENIZER, sat_folders
 
-TOKENIZER = "ice_text.model"
 CHATGLM_HUB = "https://huggingface.co/THUDM/chatglm-6b"
 VISUALGLM_HUB = "https://huggingface.co/THUDM/visualglm-6b"
 _LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
@@ -80,9 +80,9 @@ def _lm(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Identity | Non
     quantized = re.match(r"int[48]", facts["precision"])
     form = f"-{quantized[0]}{'-qe' * ('(qe)' in facts['precision'])}" if quantized else ""
     hub = VISUALGLM_HUB if seeing else CHATGLM_HUB + form
-    if not sat and not (home / "config.json").is_file():
-        missing["config.json"] = hub
-    if not any(whole(f / TOKENIZER) for f in ((home, home.parent) if sat else (home,))):
+    if not sat and not (home / CONFIG).is_file():
+        missing[CONFIG] = hub
+    if not any(whole(f / TOKENIZER) for f in (sat_folders(home) if sat else (home,))):
         missing[TOKENIZER] = hub
     title = f"{family}, SwissArmyTransformer's file" if sat else family
     kind = "visualglm" if seeing else "chatglm"

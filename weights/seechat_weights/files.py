@@ -5,6 +5,7 @@ What is no file, too large or malformed is refused before anything is made of it
 
 import codecs
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,17 @@ from seechat_weights.untrusted import open_file, read_file
 
 LFS_POINTER = b"version https://git-lfs"
 MAX_JSON = 8 << 20  # bytes; the largest published index has 40 kB
+
+
+def local_path(given: str | Path) -> Path:
+    """A path as people write it: `~` is their home, unless something here is called so."""
+    path = Path(given)
+    if not str(given).startswith("~") or os.path.lexists(path):
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:  # a user who is not known
+        return path
 
 
 def first_bytes(path: Path, count: int = len(LFS_POINTER)) -> bytes:

@@ -11,25 +11,25 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from seechat_weights.bundle import MANIFEST, read_manifest
-from seechat_weights.checkpoints import NoWeightsError, open_checkpoint
+from seechat_weights.bundle import MANIFEST, Manifest, read_manifest
+from seechat_weights.checkpoints import NoWeightsError, Opener, open_checkpoint
 from seechat_weights.errors import CheckpointError
 from seechat_weights.families import (
     CHATGLM_HUB,
     RECOGNIZERS,
-    TOKENIZER,
     VISUALGLM_HUB,
     Identity,
     later,
     need,
     whole,
 )
-from seechat_weights.files import LFS_POINTER, first_bytes, read_json, shown, unreadable
+from seechat_weights.files import LFS_POINTER, first_bytes, local_path, read_json, shown, unreadable
+from seechat_weights.model_files import CONFIG, TOKENIZER, is_bundle, sat_files
 from seechat_weights.stored import ITEM_BYTES
 from seechat_weights.tokenizer_file import MAX_BYTES, completed
 from seechat_weights.untrusted import open_file, read_file
 
-__all__ = ["Identity", "check_given", "identify"]
+__all__ = ["Identity", "check_given", "describe_bundle", "identify"]
 
 # options of `seechat export`: what each takes; the first one that takes a kind is the one for it
 _OPTIONS = {
@@ -44,16 +44,19 @@ _OPTIONS = {
     "projector": ("a projector", ("projector", "seechat")),
 }
 _ROLES = ("lm", "checkpoint", "adapter", "prefix", "vision", "tokenizer")  # of a bundle's sources
-_SAT_FILE = "mp_rank_00_model_states.pt"
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 
 
-def identify(path: Path) -> Identity:
-    """Say what a file or folder is. Raises CheckpointError: unreadable, damaged or unsafe."""
-    path = Path(path)
+def identify(path: str | Path, *, opener: Opener = open_checkpoint) -> Identity:
+    """Say what a file or folder is.
+
+    opener: opens checkpoints, such as an Openings, where others go on to read the same files.
+    Raises CheckpointError: unreadable, damaged or unsafe.
+    """
+    path = local_path(path)
     try:
         if path.is_dir():
-            return _identify_folder(path)
+            return _identify_folder(path, opener)
     except OSError as e:  # no permission to look into it
         raise unreadable(path, e) from None
     try:
@@ -66,10 +69,10 @@ def identify(path: Path) -> Identity:
         return pieces
     if head.lstrip().startswith(b"{"):
         return _by_config(path, read_json(path), {})
-    return _by_tensors(path, {})
+    return _by_tensors(path, {}, opener)
 
 
-def check_given(option: str, path: Path) -> None:
+def check_given(option: str, path: Path, *, opener: Opener = open_checkpoint) -> None:
     """See that what `seechat export` is given for --`option` is not a thing for another option.
 
     What is not known passes: the option's own reader tells more. Raises CheckpointError.
@@ -82,7 +85,7 @@ def check_given(option: str, path: Path) -> None:
         )
     if option == "adapter" and (path / "adapter_config.json").is_file():
         return  # whatever else a training run left in its folder
-    found = identify(path)
+    found = identify(path, opener=opener)
     owner = next((name for name, (_, own) in _OPTIONS.items() if found.kind in own), None)
     if found.kind == "bundle":
         do = "a bundle is exported already, give it to --model of ask, chat or serve"
@@ -95,31 +98,29 @@ def check_given(option: str, path: Path) -> None:
     raise CheckpointError(f"{path}: is {found.title}; expected {expected} for --{option}: {do}")
 
 
-def _identify_folder(folder: Path) -> Identity:
-    if (folder / MANIFEST).is_file():
-        return _bundle(folder)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+def _identify_folder(folder: Path, opener: Opener) -> Identity:
+    if is_bundle(folder):
+        return describe_bundle(folder, read_manifest(folder))
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     lost = _lost_shards(folder)
     if lost:
         found = _by_config(folder, config, {})
         hub = _hub(config) if found.usable else "its publisher"
         if not config:
-            found = _with(
-                found, title="weights of which some are missing", missing={"config.json": hub}
-            )
+            found = _with(found, title="weights of which some are missing", missing={CONFIG: hub})
         return _with(found, missing=dict.fromkeys(lost, hub) | found.missing)
     try:
-        return _by_tensors(folder, config)
+        return _by_tensors(folder, config, opener)
     except NoWeightsError:
         pass  # some other arrangement
     if (folder / "adapter_config.json").is_file():  # beside an optimizer and the like
         adapters = [p for p in folder.glob("adapter_model.*") if p.suffix in _WEIGHTS]
         if adapters:
-            return _with(_by_tensors(adapters[0], config), path=folder)
-    sat = [p for p in (folder / _SAT_FILE, *sorted(folder.glob(f"*/{_SAT_FILE}"))) if p.is_file()]
+            return _with(_by_tensors(adapters[0], config, opener), path=folder)
+    sat = sat_files(folder)
     files = sat or sorted(p for p in folder.iterdir() if p.suffix in _WEIGHTS and p.is_file())
     if len(files) == 1:
-        return _with(_by_tensors(files[0], config), path=folder)
+        return _with(_by_tensors(files[0], config, opener), path=folder)
     if files:
         names = ", ".join(shown(f.name) for f in files[:8])
         return Identity(
@@ -140,12 +141,12 @@ def _identify_folder(folder: Path) -> Identity:
 def _inner_folders(folder: Path) -> list[Path]:
     """Folders one or two levels down that hold something to look at."""
     looked_at = islice(chain(folder.glob("*/"), folder.glob("*/*/")), 1000)
-    names = (MANIFEST, "config.json", TOKENIZER)
+    names = (MANIFEST, CONFIG, TOKENIZER)
     return [inner for inner in looked_at if any((inner / name).is_file() for name in names)]
 
 
-def _bundle(folder: Path) -> Identity:
-    manifest = read_manifest(folder)
+def describe_bundle(folder: Path, manifest: Manifest) -> Identity:
+    """A bundle, as its manifest has it."""
     lm, decoder, vision, said = manifest.lm, manifest.decoder, manifest.vision, manifest.provenance
     facts = {
         "language model": f"{lm.num_layers} layers, hidden {lm.hidden_size}, {lm.vocab_size} ids",
@@ -183,8 +184,8 @@ def _names(files: Any) -> list[str]:
     return names if len(names) < 4 else [f"{names[0]} … ({len(names)} files)"]
 
 
-def _by_tensors(path: Path, config: Mapping[str, Any]) -> Identity:
-    checkpoint = open_checkpoint(path)
+def _by_tensors(path: Path, config: Mapping[str, Any], opener: Opener) -> Identity:
+    checkpoint = opener(path)
     shapes = checkpoint.shapes
     files = {checkpoint.source(k) for k in shapes}
     sizes: Counter[str] = Counter()

@@ -18,10 +18,11 @@ import numpy as np
 
 from seechat_weights.accounting import account, few, part
 from seechat_weights.bundle import LMConfig
-from seechat_weights.checkpoints import Checkpoint, TensorInfo, open_checkpoint, read_json
+from seechat_weights.checkpoints import Checkpoint, Opener, TensorInfo, open_checkpoint, read_json
 from seechat_weights.errors import CheckpointError
-from seechat_weights.files import first_bytes
+from seechat_weights.files import local_path
 from seechat_weights.lora import LoRA, check_pairs, open_adapter
+from seechat_weights.model_files import SAT_CONFIG, SAT_FILE, find_model
 from seechat_weights.names import FORMS, LMNames, Published, lm_config, lm_shapes, map_lm
 from seechat_weights.prefixes import read_prefix
 from seechat_weights.quantized import Quantized
@@ -29,7 +30,6 @@ from seechat_weights.quantized import Quantized
 ALL = slice(None)
 Rows = slice | np.ndarray  # rows of a tensor: a slice, or their numbers
 
-SAT_FILE, SAT_CONFIG = "mp_rank_00_model_states.pt", "model_config.json"
 # what stands before a prefix encoder's tensors in the file of a P-tuning run
 _ENCODERS = ("transformer.prefix_encoder.", "prefix_encoder.")
 
@@ -49,14 +49,14 @@ class LM:
     """ChatGLM-6B out of one or several checkpoints. Made by `open_lm`.
 
     config: its shape. prefix: float32 [layers, 2 (key, value), heads, tokens, head_size], heads as
-    published, or None. conversation: the format its family speaks. folder: where its tokenizer
-    should be. sources: role ("lm", "checkpoint", "adapter", "prefix") -> files read. ignored:
+    published, or None. conversation: the format its family speaks. tokenizer: the file it should
+    have. sources: role ("lm", "checkpoint", "adapter", "prefix") -> files read. ignored:
     role -> tensor -> reason. vision_keys: role -> tensors that belong to a vision tower.
     """
 
-    def __init__(self, config: LMConfig, *, folder: Path, conversation: str) -> None:
+    def __init__(self, config: LMConfig, *, tokenizer: Path, conversation: str) -> None:
         self.config = config
-        self.folder = folder
+        self.tokenizer = tokenizer
         self.conversation = conversation
         self.prefix: np.ndarray | None = None
         self.sources: dict[str, list[Path]] = {}
@@ -123,25 +123,27 @@ class LM:
 
 
 def open_lm(
-    path: Path,
+    path: str | Path,
     *,
-    checkpoint: Path | None = None,
-    adapter: Path | None = None,
-    prefix: Path | None = None,
+    checkpoint: str | Path | None = None,
+    adapter: str | Path | None = None,
+    prefix: str | Path | None = None,
+    opener: Opener = open_checkpoint,
 ) -> LM:
     """Open ChatGLM-6B and account for every tensor; only headers and a prefix are read.
 
     path: a Hugging Face folder, or SAT's mp_rank_00_model_states.pt or its folder. checkpoint: a
     checkpoint_N.pth of SEEChat. adapter: a PEFT folder. prefix: a file or folder of a P-tuning run.
+    opener: opens them, such as an Openings, where others read the same files.
 
     Raises CheckpointError for whatever is missing, surplus, of another shape or not supported.
     """
-    lm, base, names, settings = _open_base(Path(path))
+    lm, base, names, settings = _open_base(local_path(path), opener)
     _check_tokens(base, names.prefix, settings, str(path))
     # role, checkpoint, the encoder's tensors, where: the last prefix counts
     prefixes = [("lm", base, names.prefix, str(path))]
     if checkpoint is not None:
-        laid = open_checkpoint(checkpoint)
+        laid = opener(local_path(checkpoint))
         ours = part(laid.shapes, "lm", where=str(checkpoint))
         names = map_lm(ours, lm.config, where=str(checkpoint), form="seechat")
         lm.vision_keys["checkpoint"] = [key for key in laid.shapes if key not in ours]
@@ -149,12 +151,12 @@ def open_lm(
         lm._lay("checkpoint", laid, names.used)
         prefixes.append(("checkpoint", laid, names.prefix, str(checkpoint)))
     if adapter is not None:
-        tuned = open_adapter(Path(adapter), lm.config)
+        tuned = open_adapter(local_path(adapter), lm.config, opener=opener)
         lm._lay("adapter", tuned.checkpoint, {k: Published(v) for k, v in tuned.replaced.items()})
         lm._merge(tuned.loras)
         lm._note("adapter", set(tuned.files))
     if prefix is not None:
-        prefixes.append(_open_prefix(Path(prefix)))
+        prefixes.append(_open_prefix(local_path(prefix), opener))
     prefixes = [row for row in prefixes if row[2]]
     for role, _, keys, _ in prefixes[:-1]:
         reason = f"the prefix in {prefixes[-1][3]} takes its place"
@@ -173,19 +175,15 @@ def open_lm(
     return lm
 
 
-def _open_base(path: Path) -> tuple[LM, Checkpoint, LMNames, dict[str, Any]]:
+def _open_base(path: Path, opener: Opener) -> tuple[LM, Checkpoint, LMNames, dict[str, Any]]:
     """The LM with its base laid, that checkpoint, what was found in it, and its settings."""
-    if path.is_dir() and (path / "config.json").exists():
-        folder, file, form = path, path, "huggingface"
-        settings, where = read_json(path / "config.json"), str(path / "config.json")
-    else:
-        file, form = sat_file(path), "sat"
-        found = [f for f in (file.parent, file.parent.parent) if (f / SAT_CONFIG).exists()]
-        folder = found[0] if found else file.parent
-        settings = _sat_settings(folder / SAT_CONFIG) if found else {"model_type": "chatglm"}
-        where = str(folder / SAT_CONFIG)
-    config = lm_config(settings, where=where)
-    checkpoint = open_checkpoint(file)
+    files = find_model(path)
+    file, form = files.weights, files.form
+    settings: dict[str, Any] = {"model_type": "chatglm"}
+    if files.config:
+        settings = read_json(files.config) if form == "huggingface" else _sat_settings(files.config)
+    config = lm_config(settings, where=str(files.config or file.parent / SAT_CONFIG))
+    checkpoint = opener(file)
     if form == "sat" and FORMS["sat"].head not in checkpoint.shapes:
         beside = (file.parent / "config.json").exists()
         do = f"name the folder, {file.parent}" if beside else "name the folder it is of"
@@ -196,7 +194,8 @@ def _open_base(path: Path) -> tuple[LM, Checkpoint, LMNames, dict[str, Any]]:
     ours = part(checkpoint.shapes, "lm", where=str(file))
     names = map_lm(ours, config, where=str(file), form=form)
     eyes = [key for key in checkpoint.shapes if key not in ours]
-    lm = LM(config, folder=folder, conversation="visualglm" if eyes else "chatglm")
+    conversation = "visualglm" if eyes else "chatglm"
+    lm = LM(config, tokenizer=files.tokenizer, conversation=conversation)
     lm.vision_keys["lm"] = eyes
     lm.ignored["lm"] = names.ignored
     lm._lay("lm", checkpoint, names.used)
@@ -211,29 +210,6 @@ def _open_base(path: Path) -> tuple[LM, Checkpoint, LMNames, dict[str, Any]]:
             loras[key] = LoRA(checkpoint, tuple(pairs), 1 / rank)  # SAT's alpha is 1
         lm._merge(loras)
     return lm, checkpoint, names, settings if form == "huggingface" else {}
-
-
-def sat_file(path: Path) -> Path:
-    """SAT's one file, from itself or a folder that holds it: [latest,] [N/]mp_rank_00_..."""
-    if path.is_file():
-        return path
-    found = [p for p in (path / SAT_FILE, *sorted(path.glob(f"*/{SAT_FILE}"))) if p.exists()]
-    if len(found) > 1 and (path / "latest").is_file():  # names the iteration to take
-        latest = first_bytes(path / "latest", 64).decode("utf-8", "replace").strip()
-        found = [p for p in found if p.parent.name == latest] or found
-    if len(found) == 1:
-        if list(found[0].parent.glob("mp_rank_01_*")):
-            raise CheckpointError(
-                f"{found[0].parent}: the model is split over several files (mp_rank_01_...); "
-                "expected one: save it with SAT in one process (model_parallel_size 1)"
-            )
-        return found[0]
-    what = f"holds {len(found)} {SAT_FILE} and no config.json"
-    raise CheckpointError(
-        f"{path}: {what if path.exists() else 'no such folder'}; expected a ChatGLM-6B folder with "
-        f"config.json, weights and ice_text.model, or one {SAT_FILE}: name such a folder, or "
-        "download what it lacks (`seechat info` says where)"
-    )
 
 
 def _sat_settings(path: Path) -> dict[str, Any]:
@@ -253,9 +229,9 @@ def _rows_by_head(config: LMConfig) -> np.ndarray:
     return rows.transpose(1, 0, 2).ravel()
 
 
-def _open_prefix(path: Path) -> tuple[str, Checkpoint, dict[str, str], str]:
+def _open_prefix(path: Path, opener: Opener) -> tuple[str, Checkpoint, dict[str, str], str]:
     """What a P-tuning run saved: the prefix encoder's tensors and nothing else."""
-    checkpoint, where = open_checkpoint(path), str(path)
+    checkpoint, where = opener(path), str(path)
     keys = list(checkpoint.shapes)
     encoder = next((e for e in _ENCODERS if any(k.startswith(e) for k in keys)), None)
     if encoder is None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from seechat_weights.accounting import Shape, account, check_shapes
 from seechat_weights.bundle import LMConfig
-from seechat_weights.checkpoints import Checkpoint, open_checkpoint, read_json
+from seechat_weights.checkpoints import Checkpoint, Opener, open_checkpoint, read_json
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files import shown
 from seechat_weights.names import FORMS, lm_shapes
@@ -91,7 +91,7 @@ def check_pairs(
     return rank
 
 
-def open_adapter(folder: Path, config: LMConfig) -> Adapter:
+def open_adapter(folder: Path, config: LMConfig, *, opener: Opener = open_checkpoint) -> Adapter:
     """Open a PEFT LoRA adapter for ChatGLM-6B.
 
     Raises CheckpointError: no adapter, another method than LoRA, tensors that are missing, surplus
@@ -105,7 +105,7 @@ def open_adapter(folder: Path, config: LMConfig) -> Adapter:
         )
     settings = read_json(folder / ADAPTER_CONFIG)
     _refuse_other_methods(settings, str(folder / ADAPTER_CONFIG))
-    checkpoint, where = open_checkpoint(names[0]), str(names[0])
+    checkpoint, where = opener(names[0]), str(names[0])
     expected, form = lm_shapes(config), FORMS["huggingface"]
     published = {form.head if k == "lm_head.weight" else form.body + k: k for k in expected}
     matrices: dict[str, dict[str, str]] = {}

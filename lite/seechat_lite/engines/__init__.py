@@ -5,11 +5,10 @@ contract test. Its module is imported only when it is asked for.
 """
 
 from importlib import import_module
-from pathlib import Path
 
 from seechat_lite.engines.base import Engine, EngineOptions
 from seechat_lite.errors import EngineError
-from seechat_weights.bundle import Manifest
+from seechat_lite.source import Source
 
 ENGINES = {
     "onnx": ("seechat_lite.engines.onnx", "OnnxEngine"),
@@ -20,13 +19,12 @@ DEFAULT = "onnx"
 
 def create(
     name: str,
-    folder: Path,
-    manifest: Manifest,
+    source: Source,
     *,
     context: int,
     options: EngineOptions | None = None,
 ) -> Engine:
-    """Load the bundle in `folder` with the engine called `name` ("auto" takes the default).
+    """Load what `source` is with the engine called `name` ("auto" takes the default).
 
     Raises EngineError for an unknown engine or device, or when the graphs cannot be loaded.
     """
@@ -41,7 +39,7 @@ def create(
             f"{e.name} is not installed; the engine {name!r} needs it: "
             f'pip install "seechat-lite[{name}]"'
         ) from None
-    return engine(folder, manifest, context=context, options=options or EngineOptions())
+    return engine(source, context=context, options=options or EngineOptions())
 
 
 __all__ = ["ENGINES", "Engine", "EngineOptions", "create"]

@@ -8,7 +8,6 @@ from typing import Protocol
 import numpy as np
 
 from seechat_lite.errors import ContextError, EngineError
-from seechat_lite.eyes import EyeFiles
 from seechat_lite.prompt import Prompt, context_length, position_ids
 from seechat_weights.bundle import LMConfig, VisionConfig
 
@@ -26,7 +25,6 @@ class EngineOptions:
     # the rest is for the torch engine, and keep_vision=None, for what suits the device
     quantize: str | None = None  # a name of nn.linears.QUANTIZATIONS
     rounded_rotary: bool = False  # angles as the published code rounds them in half precision
-    eyes: EyeFiles | None = None  # what published weights are to see with
 
 
 class Cancelled(EngineError):  # noqa: N818 (an event, not a fault)

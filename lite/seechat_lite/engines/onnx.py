@@ -14,7 +14,6 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 
@@ -32,7 +31,8 @@ from seechat_lite.memory import advice, float_bytes_on_card, plan
 from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_rows, rotary_tables
-from seechat_weights.bundle import LMConfig, Manifest
+from seechat_lite.source import Source
+from seechat_weights.bundle import LMConfig
 from seechat_weights.bundle_arrays import BundleArrays
 from seechat_weights.precisions import VISION_PRECISIONS, stored_precision
 
@@ -42,14 +42,13 @@ log = logging.getLogger(__name__)
 class OnnxEngine:
     """See engines.base.Engine; devices as onnx_devices.find_device takes them."""
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, *, context: int, options: EngineOptions
-    ) -> None:
+    def __init__(self, source: Source, *, context: int, options: EngineOptions) -> None:
+        folder, manifest = source.path, source.manifest
         self.context = context
         self._folder = folder
         self._manifest = manifest
         self._device = find_device(options.device)
-        self._vision = OnnxVision(folder, manifest, options)
+        self._vision = OnnxVision(source, options)
         lm, decoder = manifest.lm, manifest.decoder
         precision = stored_precision(decoder.precision, head_bits=decoder.head_bits)
         card = float_bytes_on_card(manifest, self._device.kind, options.dtype)
@@ -313,9 +312,9 @@ class OnnxEngine:
 class OnnxVision:
     """A bundle's vision graph, loaded with the first picture: text alone needs none of it."""
 
-    def __init__(self, folder: Path, manifest: Manifest, options: EngineOptions) -> None:
-        self._folder = folder
-        self._manifest = manifest
+    def __init__(self, source: Source, options: EngineOptions) -> None:
+        self._folder = source.path
+        self._manifest = source.manifest
         self._options = options
         self.device = find_device(options.vision_device or options.device)
         self._session: ort.InferenceSession | None = None

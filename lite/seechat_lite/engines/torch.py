@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,9 +30,8 @@ from seechat_lite.engines.base import (
 from seechat_lite.engines.torch_graphs import Recorder
 from seechat_lite.engines.torch_memory import advice, device_plan
 from seechat_lite.engines.torch_vision import TorchVision
-from seechat_lite.engines.torch_weights import CheckpointSource, Source, build, open_source
+from seechat_lite.engines.torch_weights import CheckpointWeights, Weights, build, weights_of
 from seechat_lite.errors import EngineError, MemoryPlanError
-from seechat_lite.eyes import EyeFiles, Eyes, bundle_eyes
 from seechat_lite.memory import available_memory, human
 from seechat_lite.nn.decoder import (
     Cache,
@@ -44,7 +42,7 @@ from seechat_lite.nn.decoder import (
 )
 from seechat_lite.nn.linears import FEW, QUANTIZATIONS, fused
 from seechat_lite.prompt import Prompt
-from seechat_weights.bundle import MANIFEST, Manifest
+from seechat_lite.source import Source
 
 if TYPE_CHECKING:
     from seechat_lite.engines.onnx import OnnxVision
@@ -57,26 +55,23 @@ NO_MEMORY = re.compile("out of memory|ALLOC_FAILED|can't allocate", re.IGNORECAS
 
 
 class TorchEngine:
-    """See engines.base.Engine; devices are torch's: "cpu", "cuda", "cuda:1". `path` is a bundle,
-    or whatever seechat_weights.lm.open_lm reads.
+    """See engines.base.Engine; devices are torch's: "cpu", "cuda", "cuda:1".
 
     Raises EngineError (device, dtype, quantization), CheckpointError and MemoryPlanError.
     """
 
     def __init__(
         self,
-        path: Path,
-        manifest: Manifest,
+        source: Source,
         *,
         context: int,
         options: EngineOptions,
-        source: Source | None = None,
-        eyes: Eyes | None = None,
+        weights: Weights | None = None,
     ) -> None:
-        """source, eyes: of the weights and of the vision network's, if not those in `path`."""
+        """weights: if not those of `source`, such as a benchmark's."""
         self.context = context
-        self._path = path
-        self._manifest = manifest
+        self._source = source
+        self._manifest = manifest = source.manifest
         self._options = options
         self._device = _device(options.device)
         self._dtype = _dtype(options.dtype, self._device)
@@ -89,22 +84,18 @@ class TorchEngine:
                 f"quantize is {options.quantize!r}; expected one of {', '.join(QUANTIZATIONS)}: "
                 "choose one"
             )
-        self._source = source or open_source(
-            path,
-            manifest,
-            quantize=options.quantize,
-            exact=self._dtype == torch.float32,
-            checkpoint=options.eyes.checkpoint if options.eyes else None,
+        self._weights = weights or weights_of(
+            source, quantize=options.quantize, exact=self._dtype == torch.float32
         )
-        blocks = self._source.blocks if isinstance(self._source, CheckpointSource) else {}
+        blocks = self._weights.blocks if isinstance(self._weights, CheckpointWeights) else {}
         in_bits = manifest.decoder.block_size or options.quantize or 4 in blocks.values()
         self._quantizable = not in_bits
-        prefix = self._source.prefix
+        prefix = self._weights.prefix
         self._prefix = None if prefix is None else torch.from_numpy(prefix)
         self._before = 0 if prefix is None else prefix.shape[3]  # tokens of the prefix
         # held while a picture is read, and while a step is recorded
         self._device_lock = threading.Lock()
-        self._vision = self._eyes(eyes)
+        self._vision = self._sight()
         held = 0
         if isinstance(self._vision, TorchVision) and self._vision.device == self._device:
             held = self._vision.held
@@ -125,7 +116,7 @@ class TorchEngine:
         with self._memory_planned():
             self._decoder: Decoder | None = build(
                 manifest.lm,
-                self._source,
+                self._weights,
                 positions=context + 1,
                 dtype=self._dtype,
                 device=self._device,
@@ -138,7 +129,7 @@ class TorchEngine:
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         self._opened()
-        check_pixels(pixels, self._manifest.vision, self._path)
+        check_pixels(pixels, self._manifest.vision, self._source.path)
         assert self._vision
         with self._device_lock, self._memory_planned(self._vision.close):
             return self._vision.encode(pixels)
@@ -147,7 +138,7 @@ class TorchEngine:
     def prefill(self, prompt: Prompt) -> np.ndarray:
         self._opened()
         embeds, positions, split = embedded(
-            prompt, self._manifest.lm, context=self.context, rows=self._source.rows
+            prompt, self._manifest.lm, context=self.context, rows=self._weights.rows
         )
         with self._memory_planned():
             self._begin()
@@ -176,7 +167,7 @@ class TorchEngine:
         rows = len(token_ids)
         positions = self._next.repeat(rows, axis=1)
         positions[1] += np.arange(rows)
-        embeds = torch.from_numpy(self._source.rows(token_ids))
+        embeds = torch.from_numpy(self._weights.rows(token_ids))
         self._raise_if_cancelled()
         with self._memory_planned():
             if self._records and rows <= FEW:
@@ -215,27 +206,24 @@ class TorchEngine:
             self._vision.close()
         self._return_memory()
 
-    def _eyes(self, eyes: Eyes | None) -> "TorchVision | OnnxVision | None":
+    def _sight(self) -> "TorchVision | OnnxVision | None":
         """What reads pictures, where there is something: a graph that none of our networks is the
         same as, such as the built-in model's, is left to ONNX Runtime."""
-        chosen, bundle = self._options, (self._path / MANIFEST).is_file()
+        chosen = self._options
         if self._manifest.vision is None:
             return None
-        if eyes is None:
-            files = chosen.eyes or EyeFiles()
-            eyes = bundle_eyes(self._path, self._manifest) if bundle else files.open(self._path)
-        if eyes is None:
+        if (vision := self._source.vision) is None:
             # imported here: nothing else needs ONNX Runtime
             from seechat_lite.engines.onnx import OnnxVision
 
             keep, device = chosen.keep_vision is not False, chosen.vision_device or "cpu"
             chosen = replace(chosen, keep_vision=keep, vision_device=device)
-            return OnnxVision(self._path, self._manifest, chosen)
+            return OnnxVision(self._source, chosen)
         device = _device(chosen.vision_device) if chosen.vision_device else self._device
         # as they were published and trained, however few bits the language model has
         half = device.type == "cuda" and self._dtype != torch.float32
         dtype = torch.float16 if half else torch.float32
-        return TorchVision(eyes, device=device, dtype=dtype, keep=chosen.keep_vision)
+        return TorchVision(vision, device=device, dtype=dtype, keep=chosen.keep_vision)
 
     def _opened(self) -> Decoder:
         if self._decoder is None:
@@ -254,7 +242,7 @@ class TorchEngine:
         if self._cache is None:
             self._cache = Cache.empty(
                 self._manifest.lm,
-                self._source.head,
+                self._weights.head,
                 self._before + self.context,
                 dtype=self._dtype,
                 device=self._device,

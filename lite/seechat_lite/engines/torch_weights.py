@@ -16,10 +16,11 @@ from seechat_lite.nn.blocks import quantize_blocks
 from seechat_lite.nn.decoder import Decoder
 from seechat_lite.nn.linears import BLOCK, CHUNK, QUANTIZATIONS, BlockLinear, bitsandbytes_linear
 from seechat_lite.rotary import rotary_tables
-from seechat_weights.bundle import MANIFEST, LMConfig, Manifest
+from seechat_lite.source import Source
+from seechat_weights.bundle import LMConfig, Manifest
 from seechat_weights.bundle_arrays import BundleArrays
 from seechat_weights.layout import HEAD, head_order, reordered_prefix
-from seechat_weights.lm import ALL, LM, open_lm
+from seechat_weights.lm import ALL, LM
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Given:
     bits: int = 0
 
 
-class Source(Protocol):
+class Weights(Protocol):
     """Where the weights of a decoder come from, heads in a bundle's order."""
 
     @property
@@ -57,7 +58,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class BundleSource:
+class BundleWeights:
     """The weights file, embeddings and prefix of a bundle, all mapped."""
 
     folder: Path
@@ -87,7 +88,7 @@ class BundleSource:
 
 
 @dataclass(frozen=True)
-class CheckpointSource:
+class CheckpointWeights:
     """Published weights, put into a bundle's order as they are read.
 
     blocks: bits of the tensors that are to be in blocks: the integers of their authors, where these
@@ -121,24 +122,17 @@ class CheckpointSource:
                 yield Given(key, [self.lm.read(key, rows)], bits)
 
 
-def open_source(
-    path: Path,
-    manifest: Manifest,
-    *,
-    quantize: str | None,
-    exact: bool,
-    checkpoint: Path | None = None,
-) -> Source:
-    """The weights of a bundle, or of whatever open_lm reads, with a `checkpoint` of SEEChat's.
+def weights_of(source: Source, *, quantize: str | None, exact: bool) -> Weights:
+    """The weights of a bundle or of published files.
 
     Integers that a checkpoint's authors made stay what they are. With them goes a head that was
     left as floats, which gets 8 bits, as in an export, unless all is to be `exact`. Only more bits
-    than `quantize` makes can be quantized. Raises CheckpointError and EngineError.
+    than `quantize` makes can be quantized. Raises EngineError.
     """
-    stored = manifest.decoder.precision if manifest.decoder.block_size else ""
-    source: Source = BundleSource(path, manifest)
-    if not (path / MANIFEST).is_file():
-        lm = open_lm(path, checkpoint=checkpoint)
+    decoder, lm = source.manifest.decoder, source.lm
+    stored = decoder.precision if decoder.block_size else ""
+    weights: Weights = BundleWeights(source.path, source.manifest)
+    if lm:
         bits = {key: lm.bits(key) for key in lm.shapes if key != "word_embeddings.weight"}
         blocks = {key: n for key, n in bits.items() if n}
         if quantize and blocks:
@@ -146,18 +140,18 @@ def open_source(
             stored = f"int{most}" if most < QUANTIZATIONS[quantize] else ""
         elif blocks and not exact:
             blocks = {HEAD: 8, **blocks}
-        source = CheckpointSource(lm, {} if quantize else blocks)
+        weights = CheckpointWeights(lm, {} if quantize else blocks)
     if quantize and stored:
         raise EngineError(
-            f"{path}: its weights are {stored} already; expected more bits to make {quantize} of: "
-            "load it without quantize"
+            f"{source.path}: its weights are {stored} already; expected more bits to make "
+            f"{quantize} of: load it without quantize"
         )
-    return source
+    return weights
 
 
 def build(
     config: LMConfig,
-    source: Source,
+    weights: Weights,
     *,
     positions: int,
     dtype: torch.dtype,
@@ -170,9 +164,9 @@ def build(
     quantize: a name of nn.linears.QUANTIZATIONS, of float weights. Raises EngineError.
     """
     tables = torch.from_numpy(rotary_tables(config.head_size, positions, rounded=rounded_rotary))
-    padding = source.head // 4 - tables.shape[-1]  # rotates zeros
+    padding = weights.head // 4 - tables.shape[-1]  # rotates zeros
     with torch.device("meta"):
-        decoder = Decoder(config, source.head, torch.empty(0))
+        decoder = Decoder(config, weights.head, torch.empty(0))
     decoder.rotary = F.pad(tables, (0, padding)).to(device)
     few_bits = bitsandbytes_linear(quantize, dtype) if quantize not in (None, "int4") else None
 
@@ -192,7 +186,7 @@ def build(
             made[:, i : i + columns] = stored[:, i : i + columns].to(device)
         return made
 
-    for given in source.tensors():
+    for given in weights.tensors():
         name, _, kind = given.key.rpartition(".")
         module = decoder.get_submodule(name)
         linear, bits = len(given.arrays[0].shape) > 1, given.bits

@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +73,9 @@ def _serve(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     if key is not None and not (key.strip() and key.isascii() and key.isprintable()):
         usage_error("the API key: expected printable ASCII characters")
     options = load_options(args, usage_error)
-    from seechat_lite.chat import load
+    from seechat_lite.chat import Model, load
     from seechat_lite.conversation import FORMATS
-    from seechat_lite.published import model_manifest
-    from seechat_weights.builtin import BUILTIN
+    from seechat_lite.source import open_source
 
     if args.format not in (None, *FORMATS):
         usage_error(f"--format is {args.format}; expected one of {', '.join(FORMATS)}")
@@ -109,9 +107,17 @@ def _serve(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
             file=sys.stderr,
         )
 
+    source = open_source(args.model, vision=options["eyes"], only_bundles=args.engine != "torch")
+    opened = [source]
+
+    def load_model() -> Model:
+        # the first time what was just opened; when it was unloaded since, it may have changed
+        found = opened.pop() if opened else args.model
+        return load(found, image_cache=int(args.image_cache * 1e6), **options)
+
     return serve(
-        partial(load, args.model, image_cache=int(args.image_cache * 1e6), **options),
-        model_manifest(args.model or BUILTIN, engine=args.engine, eyes=options["eyes"]),
+        load_model,
+        source.manifest,
         settings=settings,
         host=args.host,
         port=args.port,

@@ -1,0 +1,105 @@
+"""What a path that somebody gives for a model stands for: a bundle, or one of two published forms.
+
+It is decided here, once, by the names of files; of the weights nothing is read.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from seechat_weights.bundle import MANIFEST
+from seechat_weights.checkpoints import Checkpoint, open_checkpoint
+from seechat_weights.errors import CheckpointError
+from seechat_weights.files import first_bytes, local_path
+
+CONFIG, TOKENIZER = "config.json", "ice_text.model"
+SAT_FILE, SAT_CONFIG = "mp_rank_00_model_states.pt", "model_config.json"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A published language model.
+
+    form: how its tensors are called. weights: what open_checkpoint opens. config: its settings, if
+    they are there. folders: where its tokenizer may lie, the first choice first.
+    """
+
+    form: Literal["huggingface", "sat"]
+    weights: Path
+    config: Path | None
+    folders: tuple[Path, ...]
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's file, or where it is missing."""
+        places = [folder / TOKENIZER for folder in self.folders]
+        return next((place for place in places if place.exists()), places[0])
+
+
+class Openings:
+    """Opens checkpoints for one command: each file is read once, however many ask for it."""
+
+    def __init__(self) -> None:
+        self._opened: dict[str, Checkpoint] = {}
+
+    def __call__(self, path: Path) -> Checkpoint:
+        """What open_checkpoint(path) gives, and the same again. Raises what that raises."""
+        key = os.path.realpath(path)
+        if key not in self._opened:
+            self._opened[key] = open_checkpoint(path)
+        return self._opened[key]
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether `path` is a folder that an export wrote, in whatever state it is now."""
+    return (path / MANIFEST).exists()
+
+
+def find_model(path: str | Path) -> ModelFiles:
+    """The files of a published language model.
+
+    path: a Hugging Face folder, or SAT's file or a folder that holds it. Raises CheckpointError.
+    """
+    path = local_path(path)
+    if path.is_dir() and (path / CONFIG).exists():
+        return ModelFiles("huggingface", path, path / CONFIG, (path,))
+    file = _sat_file(path)
+    folders = sat_folders(file.parent)
+    config = next((f / SAT_CONFIG for f in folders if (f / SAT_CONFIG).exists()), None)
+    if config:  # the model's own folder, where its weights may be one below
+        folders = (config.parent, *(f for f in folders if f != config.parent))
+    return ModelFiles("sat", file, config, folders)
+
+
+def sat_folders(folder: Path) -> tuple[Path, Path]:
+    """Where the settings and the tokenizer of SAT's file in `folder` may lie: there, or above."""
+    return folder, folder.resolve().parent  # of "." that is no part of its name
+
+
+def sat_files(folder: Path) -> list[Path]:
+    """SAT's files in a folder: [N/]mp_rank_00_model_states.pt; N is an iteration."""
+    return [p for p in (folder / SAT_FILE, *sorted(folder.glob(f"*/{SAT_FILE}"))) if p.is_file()]
+
+
+def _sat_file(path: Path) -> Path:
+    """SAT's one file, from itself or a folder that holds it."""
+    if path.is_file():
+        return path
+    found = sat_files(path)
+    if len(found) > 1 and (path / "latest").is_file():  # names the iteration to take
+        latest = first_bytes(path / "latest", 64).decode("utf-8", "replace").strip()
+        found = [p for p in found if p.parent.name == latest] or found
+    if len(found) == 1:
+        if list(found[0].parent.glob("mp_rank_01_*")):
+            raise CheckpointError(
+                f"{found[0].parent}: the model is split over several files (mp_rank_01_...); "
+                "expected one: save it with SAT in one process (model_parallel_size 1)"
+            )
+        return found[0]
+    what = f"holds {len(found)} {SAT_FILE} and no config.json"
+    raise CheckpointError(
+        f"{path}: {what if path.exists() else 'no such folder'}; expected a ChatGLM-6B folder with "
+        f"config.json, weights and ice_text.model, or one {SAT_FILE}: name such a folder, or "
+        "download what it lacks (`seechat info` says where)"
+    )
