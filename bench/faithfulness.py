@@ -30,9 +30,9 @@ from torch.nn import functional as F
 import seechat_lite as sl
 from seechat_export.export import TOKENIZER, Source, export_bundle
 from seechat_export.quantize import restored_tensor
+from seechat_export.reference_chatglm import ChatGLM, prefix_mask
 from seechat_lite.conversation import FORMATS, Turn, render
 from seechat_lite.nn.blocks import dequantize_blocks, quantize_blocks
-from seechat_lite.nn.chatglm import ChatGLM, prefix_mask
 from seechat_lite.prompt import Prompt, build, position_ids
 from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle import LMConfig, read_manifest

@@ -50,7 +50,6 @@ from seechat_lite.engines.torch_vision import TorchVision  # noqa: E402
 from seechat_lite.engines.torch_weights import CheckpointWeights, Given, Weights  # noqa: E402
 from seechat_lite.eyes import Eyes, load_clip, load_seechat, vision_sizes  # noqa: E402
 from seechat_lite.nn.blocks import quantize_blocks  # noqa: E402
-from seechat_lite.nn.chatglm import ALPHA  # noqa: E402
 from seechat_lite.nn.linears import Linear  # noqa: E402
 from seechat_lite.prompt import Prompt  # noqa: E402
 from seechat_lite.source import Source, open_source  # noqa: E402
@@ -58,6 +57,7 @@ from seechat_lite.speculation import LONGEST  # noqa: E402
 from seechat_weights.blip_names import BlipSettings  # noqa: E402
 from seechat_weights.builtin import BUILTIN  # noqa: E402
 from seechat_weights.bundle import (  # noqa: E402
+    ALPHA,
     Decoder,
     LMConfig,
     Manifest,

@@ -12,7 +12,7 @@ from reference import data
 from seechat_lite.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from seechat_lite.nn.chatglm import ChatGLM
+    from seechat_export.reference_chatglm import ChatGLM
 
 # the same examples in every run and on every machine, however slow it is
 settings.register_profile(

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from reference import load_json, positions, tensors
-from seechat_lite.nn.chatglm import ChatGLM, KVCache
+from seechat_export.reference_chatglm import ChatGLM, KVCache
+from seechat_lite.engines.onnx import OnnxEngine
 from seechat_lite.prompt import Prompt, context_length
 from seechat_weights.lm import LM
 from seechat_weights.names import lm_config
@@ -42,6 +43,23 @@ def run_torch(module: nn.Module, pixels: np.ndarray) -> np.ndarray:
         return module(torch.from_numpy(pixels)).numpy()
 
 
+def prefixed_cache(model: ChatGLM, capacity: int, prefix: torch.Tensor) -> KVCache:
+    """A cache that begins with a P-tuning prefix, which no position counts.
+
+    prefix: [layers, 2 (key, value), heads, tokens, head_size]; capacity includes its tokens.
+    """
+    cache, tokens = KVCache.empty(model, capacity), prefix.shape[3]
+    for i, (key, value) in enumerate(prefix):
+        cache.keys[i][:, :, :tokens], cache.values[i][:, :, :tokens] = key, value
+    cache.length = tokens
+    return cache
+
+
+def cached(engine: OnnxEngine, part: str, layer: int) -> np.ndarray:
+    """What an engine's cache holds, [heads, tokens, head]; part is "key" or "value"."""
+    return engine._cache[f"past_{part}_{layer}"].numpy()[0, :, : engine._length]
+
+
 class TorchEngine:
     """The engine protocol over the torch network: no mask anywhere, as the runtime's engines."""
 
@@ -61,7 +79,7 @@ class TorchEngine:
         if self.prefix is not None:
             prefix = torch.from_numpy(self.prefix)
             capacity = self.context + prefix.shape[3]
-            self.cache = KVCache.prefixed(self.model, capacity, prefix)
+            self.cache = prefixed_cache(self.model, capacity, prefix)
         self.position = positions(ids, config)
         embeds = self.model.word_embeddings(torch.tensor(ids)).clone()
         for start, image in prompt.images:
@@ -96,7 +114,5 @@ class TorchEngine:
     def _forward(self, embeds: torch.Tensor, position: np.ndarray) -> np.ndarray:
         if not len(embeds):
             return np.empty(0, np.float32)
-        logits = self.model(
-            embeds[None], torch.from_numpy(position)[None], cache=self.cache, last_only=True
-        )
-        return logits[0, 0].numpy()
+        logits = self.model(embeds[None], torch.from_numpy(position)[None], cache=self.cache)
+        return logits[0, -1].numpy()

@@ -187,12 +187,12 @@ def recorded(graph: Graph, *unused: Any, **options: Any) -> Iterator[None]:
 
 def few_large_programs(patch: pytest.MonkeyPatch) -> None:
     """Which Triton's interpreter is faster with."""
-    from seechat_lite.nn import linear_kernels, step_kernels
+    from seechat_lite.nn.kernels import attention, linear
 
-    patch.setattr(linear_kernels, "OUTPUTS", 1024)
-    patch.setattr(linear_kernels, "OUTPUTS_OF_ROWS", 512)
-    patch.setattr(linear_kernels, "PROGRAMS", 2)
-    patch.setattr(step_kernels, "SPLITS", 2)
+    patch.setattr(linear, "OUTPUTS", 1024)
+    patch.setattr(linear, "OUTPUTS_OF_ROWS", 512)
+    patch.setattr(linear, "PROGRAMS", 2)
+    patch.setattr(attention, "SPLITS", 2)
 
 
 @contextmanager
@@ -221,16 +221,16 @@ def pretend_card(patch: pytest.MonkeyPatch, *, triton: bool) -> Iterator[None]:
     }.items():
         patch.setattr(torch.cuda, name, value)
     if triton:
-        from seechat_lite.nn import linear_kernels, step_kernels
+        from seechat_lite.nn.kernels import attention, linear
 
         few_large_programs(patch)
-        for module in (linear_kernels, step_kernels):
+        for module in (linear, attention):
             for name in KERNELS & vars(module).keys():
                 patch.setattr(module, name, Kernel(getattr(module, name)))
     from seechat_lite.engines import torch as engine
-    from seechat_lite.nn import linears
+    from seechat_lite.nn import kernels
 
-    for module in (engine, linears):
+    for module in (engine, kernels):
         patch.setattr(module, "fused", lambda device: triton and device.type == "cuda")
     try:
         with Card():

@@ -6,9 +6,9 @@ import torch
 
 from networks import TorchEngine, load_chatglm
 from reference import load_json, positions, tensors
-from seechat_lite.nn.chatglm import ALPHA, ChatGLM, prefix_mask
+from seechat_export.reference_chatglm import ChatGLM, prefix_mask
 from seechat_lite.prompt import Prompt, context_length
-from seechat_weights.bundle import LMConfig
+from seechat_weights.config import ALPHA, LMConfig
 
 TOLERANCE = 5e-4
 CASES = ["p0", "p1", "p2", "p3_mask", "p4_continue", "p5_both", "p6_infill", "p7_len1", "p8_long"]

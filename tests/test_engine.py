@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 import seechat_lite as sl
-from networks import TorchEngine, load_chatglm
+from networks import TorchEngine, cached, load_chatglm
 from reference import check_recorded, data, greedy, load_json, tensors
 from seechat_export.export import export_bundle
+from seechat_export.reference_chatglm import ChatGLM
 from seechat_lite.engines import ENGINES, Engine, EngineOptions, create
 from seechat_lite.engines.base import Cancelled
 from seechat_lite.errors import ContextError, EngineError
-from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_lite.source import open_source
@@ -126,7 +126,7 @@ def test_the_cache_holds_the_published_keys_and_values(bundle_of: Callable[..., 
     for layer in range(3):
         for part in ("key", "value"):
             published = case[f"prefill.past.{layer}.{part}"][:, 0]  # [length, heads, head]
-            kept = engine.cached(part, layer).transpose(1, 0, 2)
+            kept = cached(engine, part, layer).transpose(1, 0, 2)
             if part == "key":
                 a1, b1, a2, b2 = np.split(kept, 4, axis=-1)
                 kept = np.concatenate([a1, a2, b1, b2], axis=-1)
@@ -358,8 +358,8 @@ def test_the_cache_is_half_precision_but_in_full_precision_bundles(
 ) -> None:
     engine = open_engine(bundle_of("chatglm_tiny", precision))
     engine.prefill(Prompt([40, 41, 2001, 2004]))
-    assert engine.cached("key", 0).dtype == ("f4" if precision == "fp32" else "f2")
-    assert engine.cached("value", 2).shape[1] == 4
+    assert cached(engine, "key", 0).dtype == ("f4" if precision == "fp32" else "f2")
+    assert cached(engine, "value", 2).shape[1] == 4
 
 
 @pytest.mark.parametrize("name", ["embed", "proj"])

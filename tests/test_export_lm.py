@@ -16,10 +16,10 @@ from networks import TorchEngine, chatglm_of
 from reference import check_recorded, data, greedy, load_json, random_array, tensors
 from seechat_export.export import export_bundle
 from seechat_export.quantize import restored_tensor, stored_arrays
+from seechat_export.reference_chatglm import ChatGLM
 from seechat_lite.engines import create
 from seechat_lite.eyes import load_clip
 from seechat_lite.nn.blocks import dequantize_blocks
-from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.prompt import Prompt
 from seechat_lite.source import open_source
 from seechat_weights.bundle import LMConfig, Manifest, read_manifest

@@ -7,9 +7,9 @@ import pytest
 
 from networks import TorchEngine
 from reference import load_json, tensors
+from seechat_export.reference_chatglm import ChatGLM
 from seechat_lite.errors import EngineError, OptionError
 from seechat_lite.generate import generate
-from seechat_lite.nn.chatglm import ChatGLM
 from seechat_lite.prompt import Prompt
 from seechat_lite.sampling import Sampling
 

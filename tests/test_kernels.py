@@ -49,11 +49,11 @@ def test_compiles_without_a_gpu(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from seechat_lite.nn import linear_kernels, step_kernels
+    from seechat_lite.nn.kernels import attention, linear
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel, launches = (vars(linear_kernels) | vars(step_kernels))[name], []
-    for module in (linear_kernels, step_kernels):
+    kernel, launches = (vars(linear) | vars(attention))[name], []
+    for module in (linear, attention):
         for other in KERNELS & vars(module).keys():
             monkeypatch.setattr(module, other, Noted(launches if other == name else []))
     run_at_full_size()
@@ -102,27 +102,27 @@ def kind(value: torch.Tensor | int | float) -> str:
 
 def run_at_full_size() -> None:
     """Everything that launches a kernel, with ChatGLM-6B's sizes and without numbers."""
-    from seechat_lite.nn import linear_kernels, step_kernels
+    from seechat_lite.nn.kernels import attention, linear
 
     def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     bias = empty(12288)
-    linear_kernels.linear(empty(1, 4096), empty(12288, 4096), bias, gelu=True)
+    linear.linear(empty(1, 4096), empty(12288, 4096), bias, gelu=True)
     for bits, block in ((4, 128), (8, 32)):
         codes = empty(12288, 4096 // block, block * bits // 8, dtype=torch.uint8)
         scales = empty(12288, 4096 // block, dtype=torch.float32)
         for rows in (1, 13):
             weight = codes, scales if bits == 4 else scales[:, :1].expand(scales.shape)
-            linear_kernels.block_linear(empty(rows, 4096), *weight, bias, bits=bits, gelu=True)
-            linear_kernels.block_linear(empty(rows, 4096), *weight, None, bits=bits)
-        linear_kernels.dequantized(codes, scales, bits=bits, inputs=4096, dtype=torch.float16)
+            linear.block_linear(empty(rows, 4096), *weight, bias, bits=bits, gelu=True)
+            linear.block_linear(empty(rows, 4096), *weight, None, bits=bits)
+        linear.dequantized(codes, scales, bits=bits, inputs=4096, dtype=torch.float16)
     x, norm = empty(1, 4096), torch.nn.LayerNorm(4096, device="meta", dtype=torch.float16)
-    step_kernels.add_norm(x, x, norm, alpha=7.5)
+    attention.add_norm(x, x, norm, alpha=7.5)
     keys, length = empty(32, 2048, 128), empty(1, dtype=torch.int32)
     rotary, at = empty(2, 2049, 32, dtype=torch.float32), empty(2, 1, dtype=torch.int64)
-    queries = step_kernels.append(empty(1, 3, 32, 128), rotary, at, length, keys, keys)
-    step_kernels.attend(queries, keys, keys, length, scale=0.1)
+    queries = attention.append(empty(1, 3, 32, 128), rotary, at, length, keys, keys)
+    attention.attend(queries, keys, keys, length, scale=0.1)
 
 
 needs_interpreter = pytest.mark.skipif(
@@ -144,7 +144,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
     ],
 )
 def test_blocks(rows: int, inputs: int, outputs: int, block: int, shared: bool, bits: int) -> None:
-    from seechat_lite.nn import linear_kernels as kernels
+    from seechat_lite.nn.kernels import linear as kernels
 
     torch.manual_seed(inputs)
     codes, scales = quantize_blocks(torch.randn(outputs, inputs), bits=bits, block_size=block)
@@ -169,22 +169,23 @@ def test_blocks(rows: int, inputs: int, outputs: int, block: int, shared: bool, 
 @needs_interpreter
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 5), (700, 20)])
 def test_one_row_of_floats(inputs: int, outputs: int) -> None:
-    from seechat_lite.nn import linear_kernels
+    from seechat_lite.nn.kernels import linear
 
     torch.manual_seed(inputs)
     x, weight, bias = torch.randn(1, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
     there = [t.to(DEVICE) for t in (x, weight, bias)]
-    found = linear_kernels.linear(*there, gelu=True)
+    found = linear.linear(*there, gelu=True)
     expected = F.gelu(F.linear(x, weight, bias), approximate="tanh")
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-4)
-    found = linear_kernels.linear(*there[:2], None)
+    found = linear.linear(*there[:2], None)
     torch.testing.assert_close(found.cpu(), F.linear(x, weight), rtol=1e-5, atol=1e-4)
 
 
 @needs_interpreter
 @pytest.mark.parametrize(("rows", "hidden"), [(1, 64), (3, 100)])
 def test_a_sum_and_its_norm(rows: int, hidden: int) -> None:
-    from seechat_lite.nn import decoder, step_kernels
+    from seechat_lite.nn import decoder
+    from seechat_lite.nn.kernels import attention
 
     torch.manual_seed(hidden)
     norm = torch.nn.LayerNorm(hidden, 1e-3)
@@ -192,7 +193,7 @@ def test_a_sum_and_its_norm(rows: int, hidden: int) -> None:
     torch.nn.init.normal_(norm.bias)
     norm, branch, x = norm.requires_grad_(False), *torch.randn(2, rows, hidden)
     expected = decoder.add_norm(branch, x, norm, alpha=7.5)
-    found = step_kernels.add_norm(branch.to(DEVICE), x.to(DEVICE), norm.to(DEVICE), alpha=7.5)
+    found = attention.add_norm(branch.to(DEVICE), x.to(DEVICE), norm.to(DEVICE), alpha=7.5)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -200,7 +201,7 @@ def test_a_sum_and_its_norm(rows: int, hidden: int) -> None:
 @pytest.mark.parametrize(("rows", "heads", "head", "length"), [(1, 3, 16, 0), (3, 2, 24, 45)])
 def test_a_step_of_attention(rows: int, heads: int, head: int, length: int) -> None:
     from seechat_lite.nn import decoder
-    from seechat_lite.nn import step_kernels as kernels
+    from seechat_lite.nn.kernels import attention as kernels
 
     torch.manual_seed(length)
     capacity, scale = 60, head**-0.5
@@ -266,7 +267,7 @@ def test_without_triton_a_log_line_says_so(caplog: pytest.LogCaptureFixture) -> 
     """Here there is no GPU, or Triton is missing: plain torch it is."""
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
-    from seechat_lite.nn.linears import fused
+    from seechat_lite.nn.kernels import fused
 
     fused.cache_clear()
     assert not fused(torch.device("cpu"))

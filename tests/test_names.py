@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reference import data, load_json, manifest
-from seechat_lite.nn.chatglm import ChatGLM
+from seechat_export.reference_chatglm import ChatGLM
 from seechat_weights.accounting import Shapes
 from seechat_weights.bundle import LMConfig
 from seechat_weights.checkpoints import open_checkpoint

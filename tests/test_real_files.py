@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 
+from networks import prefixed_cache
 from reference import data, manifest
 from seechat_export.export import export_bundle
-from seechat_lite.nn.chatglm import ChatGLM, KVCache
+from seechat_export.reference_chatglm import ChatGLM, KVCache
 from seechat_lite.prompt import position_ids
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.blip_names import map_visualglm, visualglm_overlay
@@ -324,7 +325,7 @@ def test_chatglm_cpp(prefix: bool) -> None:
             ids.tolist(), gmask_id=config.gmask_id, mask_id=config.mask_id, bos_id=config.bos_id
         )
     )
-    cache = KVCache.empty(model, 5) if before is None else KVCache.prefixed(model, 10, before)
+    cache = KVCache.empty(model, 5) if before is None else prefixed_cache(model, 10, before)
     found = []
     for start, end in ((0, 2), (2, 3), (3, 4), (4, 5)):  # the context, and what follows
         x = model.word_embeddings(ids[start:end])[None]

@@ -14,6 +14,7 @@ import seechat_lite as sl
 from networks import load_chatglm
 from reference import check_recorded, data, greedy, load_json, positions, tensors
 from seechat_export.export import export_bundle
+from seechat_export.reference_chatglm import KVCache
 from seechat_lite import options
 from seechat_lite.cli import main
 from seechat_lite.engines import Engine, EngineOptions, create
@@ -21,7 +22,6 @@ from seechat_lite.engines.base import Cancelled
 from seechat_lite.engines.torch import DTYPES, TorchEngine
 from seechat_lite.engines.torch_memory import device_plan
 from seechat_lite.errors import EngineError, MemoryPlanError
-from seechat_lite.nn.chatglm import KVCache
 from seechat_lite.nn.linears import QUANTIZATIONS, BlockLinear
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_tables

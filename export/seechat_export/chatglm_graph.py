@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from seechat_export.decoder_graph import MICROSOFT, DecoderGraph, branch
-from seechat_lite.nn.chatglm import ALPHA
+from seechat_weights.config import ALPHA
 
 
 class ChatGLMGraph(DecoderGraph):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from seechat_export.decoder_graph import hidden_name
 from seechat_export.quantize import restored_tensor
-from seechat_lite.nn.chatglm import Block, prefix_mask
+from seechat_export.reference_chatglm import Block, prefix_mask
 from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import position_ids
 from seechat_lite.rotary import rotary_rows, rotary_tables

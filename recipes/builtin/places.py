@@ -18,7 +18,7 @@ from scenes import Picture
 from torch import Tensor
 from vision import TOKENS, Bridge
 
-from seechat_lite.nn.chatglm import ChatGLM
+from seechat_export.reference_chatglm import ChatGLM
 from seechat_lite.tokenizer import Tokenizer
 
 # which token shows a thing at a place, by layout

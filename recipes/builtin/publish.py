@@ -16,7 +16,7 @@ from tower import MEAN, STD, load_expert
 from vision import TOKENS, Bridge, Features, Vision
 
 from seechat_export.export import export_bundle
-from seechat_lite.nn.chatglm import ChatGLM
+from seechat_export.reference_chatglm import ChatGLM
 from seechat_weights.bundle import MANIFEST, FileHash, PixelSpec, VisionConfig, sha256
 
 VISION_GRAPH = "vision.onnx"

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from vision import CELLS, TOKENS, Bridge
 
-from seechat_lite.nn.chatglm import ChatGLM, prefix_mask
+from seechat_export.reference_chatglm import ChatGLM, prefix_mask
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle import LMConfig

@@ -1,8 +1,14 @@
 """The shapes of networks, as manifests and checkpoints state them."""
 
+import math
 from dataclasses import dataclass
 
 MAX_LAYERS = 1024  # of any network; more would fill the memory with names before it is refused
+
+
+# the residual of ChatGLM's layers is scaled by it; the published code uses 28 layers, however many
+# there are
+ALPHA = math.sqrt(2 * 28)
 
 
 @dataclass(frozen=True)

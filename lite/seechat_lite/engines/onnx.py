@@ -168,10 +168,6 @@ class OnnxEngine:
         self._length = 0
         trim_heap()
 
-    def cached(self, part: str, layer: int) -> np.ndarray:
-        """What the cache holds, [heads, tokens, head]; part is "key" or "value"."""
-        return self._cache[f"past_{part}_{layer}"].numpy()[0, :, : self._length]
-
     def close(self) -> None:
         self.reset()
         self._on_card.clear()

@@ -2,7 +2,7 @@
 
 The key/value cache is one buffer per layer and part, of the context's length. A prompt is one
 forward of known size: its context sees itself both ways without a mask, what follows is causal. A
-step on a GPU is a recorded CUDA graph of Triton kernels (nn.*_kernels), which reads how many tokens
+step on a GPU is a recorded CUDA graph of Triton kernels (nn.kernels), which reads how many tokens
 there are on the device; elsewhere it is plain torch. The embedding table is never loaded: the few
 rows a prompt needs are read from the mapped file.
 """
@@ -40,7 +40,8 @@ from seechat_lite.nn.decoder import (
     PromptKernelPlace,
     TorchPlace,
 )
-from seechat_lite.nn.linears import FEW, QUANTIZATIONS, fused
+from seechat_lite.nn.kernels import KERNEL_ROWS, fused
+from seechat_lite.nn.linears import QUANTIZATIONS
 from seechat_lite.prompt import Prompt
 from seechat_lite.source import Source
 
@@ -170,7 +171,7 @@ class TorchEngine:
         embeds = torch.from_numpy(self._weights.rows(token_ids))
         self._raise_if_cancelled()
         with self._memory_planned():
-            if self._records and rows <= FEW:
+            if self._records and rows <= KERNEL_ROWS:
                 if self._recorder is None:
                     self._recorder = Recorder(
                         self._opened(), self._cache, vocab_size=self._manifest.lm.vocab_size

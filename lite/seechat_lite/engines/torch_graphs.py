@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seechat_lite.nn.decoder import Cache, Decoder, KernelPlace
-from seechat_lite.nn.linears import FEW
+from seechat_lite.nn.kernels import KERNEL_ROWS
 
 RECORDING = threading.Lock()  # CUDA records one graph at a time in a process
 
@@ -25,7 +25,7 @@ class Recorder:
         like = cache.keys[0]
         self._decoder, self._cache = decoder, cache
         # of steps of any number of tokens, there and here
-        self._logits = like.new_empty((FEW, vocab_size), dtype=torch.float32)
+        self._logits = like.new_empty((KERNEL_ROWS, vocab_size), dtype=torch.float32)
         self._answer = torch.empty(self._logits.shape, pin_memory=True)
         self._stream = torch.cuda.Stream(like.device)
         self._pool = torch.cuda.graph_pool_handle()
@@ -38,7 +38,7 @@ class Recorder:
     def run(self, embeds: Tensor, positions: np.ndarray, length: int) -> np.ndarray:
         """Logits, float32 [rows, vocab], of tokens [rows, hidden] behind `length` others.
 
-        At most FEW rows.
+        At most KERNEL_ROWS rows.
         """
         rows = len(embeds)
         step = self._steps.get(rows) or _Step(self._decoder, self._cache, self._logits[:rows])

@@ -1,8 +1,8 @@
 """ChatGLM-6B as the torch engine runs it: one prompt, one answer, a cache of fixed size.
 
-The network of nn.chatglm with the heads in a bundle's order (see seechat_weights.layout), so that
+ChatGLM-6B's network with the heads in a bundle's order (see seechat_weights.layout), so that
 the weights of a bundle are used as they lie, and with nothing in it whose size changes from step to
-step. On a GPU, steps run the kernels of nn.linear_kernels and nn.step_kernels; `add_norm`, `append`
+step. On a GPU, steps run the kernels of nn.kernels; `add_norm`, `append`
 and `attend` are the latter in torch.
 """
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seechat_lite.nn.chatglm import ALPHA
+from seechat_lite.nn import kernels
 from seechat_lite.nn.linears import Linear, with_gelu
-from seechat_weights.bundle import LMConfig
+from seechat_weights.config import ALPHA, LMConfig
 
 
 @dataclass
@@ -78,19 +78,13 @@ class KernelPlace:
     length: Tensor
 
     def add_norm(self, branch: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        from seechat_lite.nn import step_kernels
-
-        return step_kernels.add_norm(branch, x, norm, alpha=ALPHA)
+        return kernels.attention.add_norm(branch, x, norm, alpha=ALPHA)
 
     def append(self, qkv: Tensor, rotary: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        from seechat_lite.nn import step_kernels
-
-        return step_kernels.append(qkv, rotary, self.positions, self.length, keys, values)
+        return kernels.attention.append(qkv, rotary, self.positions, self.length, keys, values)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        from seechat_lite.nn import step_kernels
-
-        return step_kernels.attend(queries, keys, values, self.length, scale=scale)
+        return kernels.attention.attend(queries, keys, values, self.length, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -151,7 +145,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings of new tokens to logits. Parameter names are those of nn.chatglm."""
+    """Embeddings of new tokens to logits, with the parameter names of seechat_weights.layout."""
 
     def __init__(self, config: LMConfig, head: int, rotary: Tensor) -> None:
         """head: size of a head of the weights. rotary: float32 [2, positions, head / 4]."""

@@ -1,8 +1,6 @@
 """Linears over weights of few bits: the blocks of a bundle, and bitsandbytes' modules."""
 
-import logging
 from collections.abc import Callable
-from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -11,11 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seechat_lite.errors import EngineError
+from seechat_lite.nn import kernels
 from seechat_lite.nn.blocks import dequantize_blocks
 
-log = logging.getLogger(__name__)
-
-FEW = 16  # rows that the kernels multiply by codes; of more, the weight is made first
 CHUNK = 1 << 26  # weights that are numbers at the same time when many rows are multiplied
 
 
@@ -23,10 +19,8 @@ class Linear(nn.Linear):
     """A linear of floats; a step's one row is multiplied by a kernel, where these run."""
 
     def forward(self, input: Tensor, *, gelu: bool = False) -> Tensor:
-        if len(input) == 1 and fused(input.device):
-            from seechat_lite.nn import linear_kernels
-
-            return linear_kernels.linear(input.contiguous(), self.weight, self.bias, gelu=gelu)
+        if len(input) == 1 and kernels.fused(input.device):
+            return kernels.linear.linear(input.contiguous(), self.weight, self.bias, gelu=gelu)
         y = super().forward(input)
         return F.gelu(y, approximate="tanh") if gelu else y
 
@@ -46,25 +40,18 @@ class BlockLinear(nn.Module):
         self.bits = bits
         self.codes: Tensor
         self.scales: Tensor
-        self.fused = fused(codes.device)
+        self.fused = kernels.fused(codes.device)
         if self.fused:
-            from seechat_lite.nn import linear_kernels
-
-            codes = linear_kernels.interleaved(codes, bits=bits)
+            codes = kernels.linear.interleaved(codes, bits=bits)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales.expand(codes.shape[:2]))
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
-        if self.fused:
-            from seechat_lite.nn import linear_kernels
-
-            if len(x) <= FEW:
-                weight = self.codes, self.scales, self.bias
-                return linear_kernels.block_linear(
-                    x.contiguous(), *weight, bits=self.bits, gelu=gelu
-                )
+        if self.fused and len(x) <= kernels.KERNEL_ROWS:
+            weight = self.codes, self.scales, self.bias
+            return kernels.linear.block_linear(x.contiguous(), *weight, bits=self.bits, gelu=gelu)
         parts = []
         # plain torch makes the weight in float32 first, with copies of its codes
         rows = max(1, (CHUNK if self.fused else CHUNK // 8) // self.inputs)
@@ -78,9 +65,7 @@ class BlockLinear(nn.Module):
         """Rows of the weight, [rows, inputs]."""
         codes, scales = self.codes[rows], self.scales[rows]
         if self.fused:
-            from seechat_lite.nn import linear_kernels
-
-            return linear_kernels.dequantized(
+            return kernels.linear.dequantized(
                 codes, scales, bits=self.bits, inputs=self.inputs, dtype=dtype
             )
         return dequantize_blocks(codes, scales, bits=self.bits, inputs=self.inputs).to(dtype)
@@ -91,24 +76,6 @@ def with_gelu(linear: nn.Module, x: Tensor) -> Tensor:
     if isinstance(linear, Linear | BlockLinear):
         return linear(x, gelu=True)
     return F.gelu(linear(x), approximate="tanh")
-
-
-@cache
-def fused(device: torch.device) -> bool:
-    """Whether the Triton kernels run there; a log line says why not on a GPU."""
-    if device.type != "cuda":
-        return False
-    try:
-        with torch.cuda.device(device):  # without a C compiler, Triton finds out here
-            import_module("triton.runtime").driver.active.get_current_target()
-    except Exception as e:  # whatever keeps it from working
-        log.warning(
-            "Triton does not work here (%s): steps on %s run in plain torch, which is slower",
-            (str(e) or type(e).__name__).splitlines()[0],
-            device,
-        )
-        return False
-    return True
 
 
 BLOCK = 128  # inputs that share a scale in weights that are put into blocks as they are loaded

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seechat_lite.nn.linears import FEW
+from seechat_lite.nn.kernels import KERNEL_ROWS
 
 OUTPUTS = 8  # that a program computes of one row
 OUTPUTS_OF_ROWS = 32  # of several
@@ -111,8 +111,8 @@ def block_linear(
 ) -> Tensor:
     """x [rows, inputs] times the weight of interleaved codes [outputs, blocks, bytes] and scales.
 
-    At most FEW rows; else as nn.linears.BlockLinear has them. Sums are float32. Of one row every
-    number is as in the blocks; for more, weights are rounded to the type of x.
+    At most KERNEL_ROWS rows; else as nn.linears.BlockLinear has them. Sums are float32. Of one row
+    every number is as in the blocks; for more, weights are rounded to the type of x.
     """
     rows, inputs = x.shape
     outputs, blocks, width = codes.shape
@@ -148,7 +148,7 @@ def block_linear(
         **form,
         GROUP=256 // width,
         OUTPUTS=OUTPUTS_OF_ROWS,
-        ROWS=FEW,
+        ROWS=KERNEL_ROWS,
         num_warps=2,
         num_stages=1,
     )

@@ -1,10 +1,11 @@
-"""ChatGLM-6B (first generation) in torch: embeddings in, logits out, with a key/value cache.
+"""ChatGLM-6B (first generation) in torch, as published: what an export is checked against.
+
+Written apart from the runtime's networks: that both give the same numbers says something.
 
 Parameter names are the published keys without their leading "transformer.", so that a checkpoint
 and this module can be compared side by side. What sets this decoder apart:
 
-- The residual of both halves of a block starts from the layer-normed input, scaled by
-  ALPHA = sqrt(2 * 28). The published code uses 28 whatever the number of layers.
+- The residual of both halves of a block starts from the layer-normed input, scaled by ALPHA.
 - Rotary positions are two-dimensional: the first half of a head turns by the position in the
   context, the second half by the position in the answer.
 - The context is bidirectional, the answer causal. A single prompt needs no mask at all: the context
@@ -13,7 +14,6 @@ and this module can be compared side by side. What sets this decoder apart:
   cancel, so neither is done here.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seechat_lite.rotary import rotary_tables
-from seechat_weights.bundle import LMConfig
-
-ALPHA = math.sqrt(2 * 28)
+from seechat_weights.config import ALPHA, LMConfig
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -52,18 +50,6 @@ class KVCache:
         shape = (batch, c.num_heads, capacity, c.head_size)
         make = lambda: [weight.new_zeros(shape) for _ in range(c.num_layers)]  # noqa: E731
         return cls(make(), make())
-
-    @classmethod
-    def prefixed(cls, model: "ChatGLM", capacity: int, prefix: Tensor, batch: int = 1) -> "KVCache":
-        """A cache that begins with a P-tuning prefix, which no position counts.
-
-        prefix: [layers, 2 (key, value), heads, tokens, head_size]; capacity includes its tokens.
-        """
-        cache, tokens = cls.empty(model, capacity, batch), prefix.shape[3]
-        for i, (key, value) in enumerate(prefix):
-            cache.keys[i][:, :, :tokens], cache.values[i][:, :, :tokens] = key, value
-        cache.length = tokens
-        return cache
 
 
 class Attention(nn.Module):
@@ -174,11 +160,11 @@ class ChatGLM(nn.Module):
         *,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
-        last_only: bool = False,
     ) -> Tensor:
-        """Logits [batch, length, vocab], or [batch, 1, vocab] with last_only. See hidden_states."""
-        x = self.hidden_states(inputs_embeds, position_ids, mask=mask, cache=cache)[-1]
-        return self.lm_head(x[:, -1:] if last_only else x)
+        """Logits [batch, length, vocab]. See hidden_states."""
+        return self.lm_head(
+            self.hidden_states(inputs_embeds, position_ids, mask=mask, cache=cache)[-1]
+        )
 
 
 def prefix_mask(context_lengths: Tensor, length: int) -> Tensor:
