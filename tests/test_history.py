@@ -147,7 +147,9 @@ def test_a_question_that_cannot_fit_is_not_tokenized(
         raise AssertionError("tokenized")
 
     monkeypatch.setattr(tokenizer, "encode", encode)
-    with pytest.raises(ContextError, match=r"question has 12801 characters.*context of 160 tokens"):
+    with pytest.raises(
+        ContextError, match=r"question has more than 12800 characters.*context of 160 tokens"
+    ):
         fit_all([Turn("x" * 12_801)], {}, "seechat", tokenizer, 10)
 
 

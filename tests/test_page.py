@@ -251,7 +251,7 @@ def test_what_was_said_before_the_server_went_stays(open_tab: Any) -> None:
 
 
 def test_a_key_is_asked_for(browser: Any) -> None:
-    with running(Settings(api_key="sk-1")) as server:
+    with running(Settings(api_keys=("sk-1",))) as server:
         context = browser.new_context(locale="en-US")
         context.set_default_timeout(PATIENCE * 1000)
         page = context.new_page()

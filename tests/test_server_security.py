@@ -9,7 +9,8 @@ import socket
 import ssl
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import trustme
 
 from seechat_lite.server import logs
 from seechat_lite.server import run as server_run
+from seechat_lite.server.budget import Budget
 from seechat_lite.server.errors import ApiError
 from seechat_lite.server.fetch import Fetcher, is_public, resolve
 from seechat_lite.server.intake import Intake
@@ -50,11 +52,11 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(media: Path) -> Iterator[Running]:
     settings = Settings(
-        api_key=KEY,
+        api_keys=(KEY,),
         media_path=media,
         https_images=True,
         max_body=2 << 20,
-        max_bodies=3 << 20,
+        max_bodies=5 << 20,
         max_image=1 << 20,
         cors_origins=("https://good.example",),
         hosts=("seechat.home",),
@@ -198,9 +200,9 @@ def test_bodies_too_large_together(server: Running, monkeypatch: pytest.MonkeyPa
     ):
         for s in (one, two):
             s.sendall(head + bytes(held))
-        wait_until(lambda: intakes and intakes[0]._held == 2 * held)
+        wait_until(lambda: intakes and intakes[0].budget.held == 2 * held)
         assert post(server, asking("你好", data_url()))["status"] == 503
-    wait_until(lambda: not intakes[0]._held)
+    wait_until(lambda: not intakes[0].budget.held)
     assert post(server, asking("你好", data_url()))["choices"]
 
 
@@ -381,7 +383,7 @@ class Https:
         authority.configure_trust(self.client)
         self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         authority.issue_cert("pictures.example").configure_cert(self._context)
-        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port = self._socket.getsockname()[1]
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
@@ -392,7 +394,13 @@ class Https:
         self._thread.join()
 
     def fetch(
-        self, path: str, *, limit: int = 1 << 20, seconds: float = PATIENCE, **options: Any
+        self,
+        path: str,
+        *,
+        limit: int = 1 << 20,
+        seconds: float = PATIENCE,
+        hold: Callable[[int], None] = lambda size: None,
+        **options: Any,
     ) -> bytes:
         """What a Fetcher gets for which every name is this server, and this server is public."""
 
@@ -403,7 +411,7 @@ class Https:
         options = {"resolve": here, "allowed": lambda _: True} | options
         fetcher = Fetcher(seconds=seconds, context=self.client, **options)
         url = path if path.startswith("https:") else f"https://pictures.example:{self.port}{path}"
-        return asyncio.run(fetcher.fetch(url, limit=limit))
+        return asyncio.run(fetcher.fetch(url, limit=limit, hold=hold))
 
     def _serve(self) -> None:
         while True:
@@ -411,24 +419,42 @@ class Https:
                 connection, _ = self._socket.accept()
             except OSError:
                 return
-            try:
-                with self._context.wrap_socket(connection, server_side=True) as tls:
-                    request = b""
-                    while b"\r\n\r\n" not in request:
-                        request += tls.recv(4096)
-                    self.requests.append(request)
-                    answer = self.pages[request.split()[1].decode()]
-                    tls.sendall(answer)
-                    if answer.endswith(b"..."):  # and says no more
-                        tls.recv(1)  # until the other side goes
-            except OSError:
-                pass
-            finally:
-                connection.close()
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        try:
+            with self._context.wrap_socket(connection, server_side=True) as tls:
+                request = b""
+                while b"\r\n\r\n" not in request:
+                    part = tls.recv(4096)
+                    if not part:
+                        return
+                    request += part
+                self.requests.append(request)
+                answer = self.pages.get(request.split()[1].decode(), page(b"", "404 X"))
+                tls.sendall(answer)
+                if answer.endswith(b"..."):  # and says no more
+                    tls.recv(1)  # until the other side goes
+        except OSError:
+            pass
+        finally:
+            connection.close()
 
 
 def page(body: bytes, head: str = "200 OK") -> bytes:
     return f"HTTP/1.1 {head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+ODD_LOCATIONS = [
+    b"https://[::1", b"//[zz]/", b"https://pictures.example:99999/", b"https://pictures.example:-1/",
+    b"https://pictures.example:x/", "/\u00e9".encode(), b"/\xff\xfe", b"", b"https://",
+    b"https://[fe80::1%25lo]/", b"https://0.0.0.0/", b"https://.example/", b"https://a..b/",
+    b"https://" + b"a" * 70 + b".example/", b'https://pictures.exam"ple/', b"https://xn--a/",
+    b"https://user@pictures.example/", b"https:/\\\\127.0.0.1/",
+    b"https://pictures.example\\@127.0.0.1/",
+    "https://\u2100.example/".encode(), b"https://%31%32%37.0.0.1/",
+    b"javascript:1", b"/" + b"a" * 60_000,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -447,6 +473,22 @@ def public() -> Iterator[Https]:
             "/cut": b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nabc",
             "/stuck": b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n...",
             "/nonsense": b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+            "/large": page(bytes(1_000_000)),
+            "/endless": b"HTTP/1.1 200 OK\r\n\r\n" + bytes(3_000_000),
+            "/gzip": page(b"x", "200 OK\r\nContent-Encoding: gzip"),
+            "/switch": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n",
+            "/continue": b"HTTP/1.1 100 Continue\r\n\r\n" * 3 + page(b"ab"),
+            "/empty": b"HTTP/1.1 204 X\r\n\r\n",
+            "/no-location": page(b"", "302 Found"),
+            "/two-lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nabc",
+            "/long-head": b"HTTP/1.1 200 OK\r\nX: " + b"a" * 2_000_000 + b"\r\n\r\n",
+            "/long-length": b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\nab",
+            **{
+                f"/to/{i}": page(b"", "302 Found\r\nLocation: ").replace(
+                    b"Location: ", b"Location: " + location
+                )
+                for i, location in enumerate(ODD_LOCATIONS)
+            },
         }
     )  # fmt: skip
     yield there
@@ -501,6 +543,71 @@ def test_what_a_public_server_may_not_do(public: Https, path: str, why: str) -> 
 
     with pytest.raises(ApiError, match=why):
         public.fetch(path, resolve=names, allowed=allowed)
+
+
+@pytest.mark.parametrize("number", range(len(ODD_LOCATIONS)))
+def test_a_redirect_may_say_anything(public: Https, number: int) -> None:
+    """It is the picture's fault, never the server's: an ApiError of 400 and no other exception."""
+
+    async def names(host: str, port: int) -> list[Any]:
+        return (
+            [ip_address("127.0.0.1")] if host == "pictures.example" else await resolve(host, port)
+        )
+
+    def allowed(address: Any) -> bool:
+        return str(address) == "127.0.0.1" or is_public(address)
+
+    with pytest.raises(ApiError, match="the picture ") as caught:
+        public.fetch(f"/to/{number}", resolve=names, allowed=allowed)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("/switch", "cannot be fetched"),
+        ("/empty", "status 204"),
+        ("/no-location", "status 302"),
+        ("/two-lengths", "cannot be fetched"),
+        ("/long-head", "cannot be fetched"),
+        ("/long-length", "cannot be fetched"),
+        ("/endless", "larger than 1048576 bytes"),
+    ],
+)
+def test_answers_of_any_kind(public: Https, path: str, why: str) -> None:
+    with pytest.raises(ApiError, match=why) as caught:
+        public.fetch(path)
+    assert caught.value.status == 400
+
+
+def test_informational_answers_are_passed_over(public: Https) -> None:
+    assert public.fetch("/continue") == b"ab"
+
+
+def test_what_is_fetched_is_held(public: Https) -> None:
+    """It counts towards the same budget as bodies, piece by piece, and can be refused amid it."""
+    sizes: list[int] = []
+    assert len(public.fetch("/large", hold=sizes.append)) == sum(sizes) == 1_000_000
+    budget = Budget(total=300_000, request=100_000)
+    with pytest.raises(ApiError, match="too many large requests"):
+        public.fetch("/large", hold=budget.open("a").add)
+    assert 0 < budget.held <= 200_000
+
+
+def test_pictures_of_all_requests_are_bounded(public: Https) -> None:
+    """Requests of a few bytes, each with a large picture and one that never comes."""
+
+    async def here(host: str, port: int) -> list[Any]:
+        return [ip_address("127.0.0.1")]
+
+    fetcher = Fetcher(seconds=2, resolve=here, allowed=lambda _: True, context=public.client)
+    settings = Settings(https_images=True, max_bodies=3_000_000, max_body=1_500_000)
+    urls = [f"https://pictures.example:{public.port}/{name}" for name in ("large", "stuck")]
+    with running(settings, fetcher=fetcher) as server, ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(lambda _: server.post(asking("x", *urls)), range(8)))
+        statuses = [answer["status"] for answer in done]
+        assert 503 in statuses and set(statuses) <= {400, 503}
+        assert server.post(asking("x", urls[1]))["status"] == 400  # all was given back
 
 
 def test_a_fetch_is_bounded(public: Https) -> None:

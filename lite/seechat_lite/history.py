@@ -48,8 +48,8 @@ def fit(
     limit = context - min(reserve, context // 4)
     if len(turn.question) > context * MAX_CHARACTERS_PER_TOKEN:
         raise ContextError(
-            f"the question has {len(turn.question)} characters, more than the context of {context} "
-            "tokens can hold: shorten it or load the model with more context"
+            f"the question has more than {context * MAX_CHARACTERS_PER_TOKEN} characters, too many "
+            f"for a context of {context} tokens: shorten it or load the model with more context"
         )
 
     def check() -> None:

@@ -14,11 +14,12 @@ from starlette.routing import Route
 
 from seechat_lite.chat import Model
 from seechat_lite.server import openapi, page, schemas
+from seechat_lite.server.bodies import Bodies
 from seechat_lite.server.completions import Completions, json_response, unknown_model
 from seechat_lite.server.desk import Desk
 from seechat_lite.server.errors import HANDLED, handle
 from seechat_lite.server.fetch import Fetcher
-from seechat_lite.server.guard import Guard
+from seechat_lite.server.guard import Framing, Guard
 from seechat_lite.server.images import Images
 from seechat_lite.server.intake import Intake
 from seechat_lite.server.legacy import Legacy
@@ -63,9 +64,10 @@ def create_app(
         vision=f"{vision.tower} + {vision.bridge}" if vision else None,
         context=context,
     )
-    completions = Completions(desk, images, names=names)
-    legacy = Legacy(desk, images)
-    document = openapi.document(with_key=settings.api_key is not None)
+    bodies = Bodies()
+    completions = Completions(desk, bodies, images, names=names, context=context)
+    legacy = Legacy(desk, bodies, images)
+    document = openapi.document(with_key=bool(settings.api_keys))
 
     async def models(_: Request) -> Response:
         return json_response(schemas.ModelList(data=[about]))
@@ -104,9 +106,12 @@ def create_app(
         await desk.stop(0)
         loading.cancel()
         desk.close()
+        bodies.close()
+        images.close()
 
     middleware = [
         Middleware(RequestLog, metrics=metrics),
+        Middleware(Framing),
         Middleware(Guard, settings=settings, public=page.PATHS),
         Middleware(Intake, settings=settings),
     ]
@@ -117,7 +122,7 @@ def create_app(
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
-        middleware.insert(1, cors)
+        middleware.insert(2, cors)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", completions.answer, methods=["POST"]),

@@ -31,8 +31,10 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8080, metavar="N", help="0: any free one (%(default)s)")
     add(
         "--api-key",
+        action="append",
         metavar="KEY",
-        help=f"clients must send it; {KEY_VARIABLE} in the environment is seen by fewer",
+        help=f"clients must send it, or one of several; {KEY_VARIABLE} in the environment is seen "
+        "by fewer",
     )
     add("--alias", action="append", default=[], metavar="NAME", help="another name of the model")
     add(
@@ -69,8 +71,9 @@ def _serve(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
         usage_error("--keep-alive: expected 0 or more")
     if args.media_path and not args.media_path.is_dir():
         usage_error(f"--media-path: {args.media_path} is no folder")
-    key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE)
-    if key is not None and not (key.strip() and key.isascii() and key.isprintable()):
+    variable = os.environ.get(KEY_VARIABLE)
+    keys = [key.strip() for key in args.api_key or ([] if variable is None else [variable])]
+    if not all(key and key.isascii() and key.isprintable() for key in keys):
         usage_error("the API key: expected printable ASCII characters")
     options = load_options(args, usage_error)
     from seechat_lite.chat import Model, load
@@ -91,7 +94,7 @@ def _serve(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
         max_bodies=int(args.max_body * 8e6),
         https_images=args.https_images,
         media_path=args.media_path,
-        api_key=key,
+        api_keys=tuple(keys),
         cors_origins=tuple(o.rstrip("/") for o in args.cors_origin),
         hosts=tuple(args.host_name),
         aliases=tuple(args.alias),

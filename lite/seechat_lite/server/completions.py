@@ -9,15 +9,19 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from pydantic import BaseModel
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from seechat_lite.chat import Stats
+from seechat_lite.history import MAX_CHARACTERS_PER_TOKEN
 from seechat_lite.server import schemas
+from seechat_lite.server.bodies import Bodies
 from seechat_lite.server.desk import MAX_NEW_TOKENS, Ask, Desk, Turn
 from seechat_lite.server.errors import ApiError, as_api_error, unsupported
 from seechat_lite.server.guard import client_of
 from seechat_lite.server.images import Images
+from seechat_lite.server.intake import held_by
 from seechat_lite.server.logs import note
 
 log = logging.getLogger(__name__)
@@ -31,36 +35,56 @@ class _Draft:
 
     texts: list[str] = field(default_factory=list)
     urls: list[str] = field(default_factory=list)
-    answer: str | None = None
+    answers: list[str] | None = None
 
 
 class Completions:
-    """The endpoint. names: what the model may be called; the first is its own name."""
+    """The endpoint.
 
-    def __init__(self, desk: Desk, images: Images, *, names: Sequence[str]) -> None:
+    names: what the model may be called; the first is its own name. context: tokens it can hold.
+    """
+
+    def __init__(
+        self, desk: Desk, bodies: Bodies, images: Images, *, names: Sequence[str], context: int
+    ) -> None:
         self._desk = desk
+        self._bodies = bodies
         self._images = images
         self._names = names
+        self._most = context * MAX_CHARACTERS_PER_TOKEN
 
     async def answer(self, request: Request) -> Response:
-        body = schemas.ChatRequest.model_validate_json(await request.body())
-        if body.model and body.model not in self._names:
-            raise unknown_model(body.model)
-        _refuse_unsupported(body)
-        drafts = _turns(body.messages)
-        files = iter(await self._images.read([url for d in drafts for url in d.urls]))
-        *past, turn = (
-            Turn("\n".join(d.texts), tuple(next(files) for _ in d.urls), d.answer or "")
-            for d in drafts
-        )
-        ask = _ask(client_of(request), body, turn, tuple(past))
+        ask, stream, usage = await self._asked(request)
         head = _Head(self._names[0])
-        if body.stream:
-            usage = bool(body.stream_options and body.stream_options.include_usage)
+        if stream:
             return await self._stream(request, head, ask, with_usage=usage)
         text, stats = await self._desk.whole_answer(ask)
         note(request, stats)
         return json_response(head.completion(text, stats))
+
+    async def _asked(self, request: Request) -> tuple[Ask, bool, bool]:
+        """What is asked, whether as a stream, and whether with its usage.
+
+        Apart from answer(), so that the request is not held while it waits for its turn.
+        """
+        body = await self._bodies.read(request, schemas.ChatRequest)
+        if body.model and body.model not in self._names:
+            raise unknown_model(body.model)
+        _refuse_unsupported(body)
+        drafts = _turns(body.messages)
+        urls = [url for d in drafts for url in d.urls]
+        files = iter(await self._images.read(urls, held_by(request.scope)))
+        *past, turn = (
+            Turn(
+                joined(d.texts, self._most),
+                tuple(next(files) for _ in d.urls),
+                joined(d.answers or (), self._most),
+            )
+            for d in drafts
+        )
+        ask = _ask(client_of(request.scope), body, turn, tuple(past))
+        usage = bool(body.stream_options and body.stream_options.include_usage)
+        return ask, bool(body.stream), usage
 
     async def _stream(
         self, request: Request, head: "_Head", ask: Ask, *, with_usage: bool
@@ -156,8 +180,19 @@ def unknown_model(name: str) -> ApiError:
     )
 
 
+def joined(texts: Sequence[str], most: int) -> str:
+    """The texts as one; of more than `most` characters, so many that it shows."""
+    parts: list[str] = []
+    for text in texts:
+        parts.append(text[: most + 1])
+        most -= len(text)
+        if most < 0:
+            break
+    return "\n".join(parts)
+
+
 def json_response(body: BaseModel) -> Response:
-    return Response(body.model_dump_json(), media_type="application/json")
+    return Response(to_json(body), media_type="application/json")
 
 
 def _ask(client: str, body: schemas.ChatRequest, turn: Turn, past: tuple[Turn, ...]) -> Ask:
@@ -207,19 +242,19 @@ def _turns(messages: Sequence[schemas.Message]) -> list[_Draft]:
         if message.role == "assistant":
             if not turns or instructions:
                 raise _bad("an answer has no question before it", where)
-            turns[-1].answer = "\n".join(filter(None, [turns[-1].answer, *texts]))
+            turns[-1].answers = [*(turns[-1].answers or ()), *filter(None, texts)]
             continue
         if message.role != "user":
             instructions += texts
             continue
-        if not turns or turns[-1].answer is not None:
+        if not turns or turns[-1].answers is not None:
             turns.append(_Draft())
         turns[-1].texts += instructions + texts
         turns[-1].urls += urls
         instructions = []
-    if not turns or turns[-1].answer is not None or instructions:
+    if not turns or turns[-1].answers is not None or instructions:
         raise _bad("expected the last message to be the user's", "messages")
-    if not "".join(turns[-1].texts).strip():
+    if not any(map(str.strip, turns[-1].texts)):
         raise _bad("the question is empty; expected some text", "messages")
     return turns
 
@@ -235,13 +270,12 @@ def _content(message: schemas.Message, where: str) -> tuple[list[str], list[str]
     texts: list[str] = []
     urls: list[str] = []
     for part in message.content:
-        if isinstance(part, schemas.TextPart):
-            texts.append(part.text)
+        if part.type == "text":
+            texts.append(part.text or "")
         elif message.role != "user":
             raise unsupported("pictures are the user's to send", "put it there", param=where)
         else:
-            url = part.image_url
-            urls.append(url if isinstance(url, str) else url.url)
+            urls.append(part.url or "")
     return texts, urls
 
 

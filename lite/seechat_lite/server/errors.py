@@ -97,21 +97,27 @@ async def handle(request: Request, error: Exception) -> Response:
     """Starlette's exception handler for all of them."""
     answer = as_api_error(error)
     note_error(request, answer.code)
+    if answer.status < 500:
+        # Its frames hold the request, and a future in them holds the error: a circle that would
+        # keep megabytes until the garbage collector comes by.
+        error.__traceback__ = None
     return answer.response()
 
 
 def _invalid(error: ValidationError) -> ApiError:
-    """422 for JSON of the wrong shape; 400 for what is no JSON, or a kind of content unknown."""
+    """422 for JSON of the wrong shape; 400 for a kind of content unknown."""
     errors = error.errors(include_url=False, include_input=False, include_context=False)
     # of a field that may be this or that, what was nearest to being right
-    first = max(errors, key=lambda e: (e["type"] == "union_tag_invalid", len(e["loc"])))
+    first = max(errors, key=lambda e: len(e["loc"]))
     # the names of union members in a path say nothing to a client
     path = [str(p) for p in first["loc"] if not (isinstance(p, str) and not p.islower())]
-    where = ".".join(path) or None
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first['msg']}", code="invalid_json")
-    status = 400 if first["type"] == "union_tag_invalid" else 422
+    where = _short(".".join(path)) or None
+    status = 400 if "content" in path and path[-1] == "type" else 422
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return ApiError(
-        status, f"{where or 'body'}: {first['msg']}{more}", code="invalid_request", param=where
-    )
+    message = f"{where or 'body'}: {_short(first['msg'])}{more}"
+    return ApiError(status, message, code="invalid_request", param=where)
+
+
+def _short(text: str) -> str:
+    """What may hold a client's own words, which have any length."""
+    return text if len(text) <= 200 else text[:200] + "…"

@@ -9,11 +9,12 @@ written (decimal, IPv6-mapped, a name) does not matter, because what is checked 
 import asyncio
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from typing import Any, cast
 from urllib.parse import quote, urljoin, urlsplit
 
-import h11
+import httpcore
 
 from seechat_lite.server.errors import ApiError
 
@@ -22,7 +23,7 @@ Resolve = Callable[[str, int], Awaitable[list[Address]]]
 
 MAX_REDIRECTS = 3
 _REDIRECTS = (301, 302, 303, 307, 308)
-_CHUNK = 1 << 16
+_HTTP_ERRORS = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
 # IPv6 networks in which an IPv4 address is hidden, which may be a private one: 6to4, Teredo, NAT64
 _TUNNELS = tuple(map(IPv6Network, ("2002::/16", "2001::/32", "64:ff9b::/96", "64:ff9b:1::/48")))
 
@@ -43,6 +44,30 @@ def is_public(address: Address) -> bool:
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
+class _CheckedBackend(httpcore.AsyncNetworkBackend):
+    """Connects to addresses that were checked, and to nothing else."""
+
+    def __init__(self, resolve: Resolve, allowed: Callable[[Address], bool]) -> None:
+        self._resolve = resolve
+        self._allowed = allowed
+        self._backend = cast(httpcore.AsyncNetworkBackend, httpcore.AnyIOBackend())
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        addresses = await self._resolve(host, port)
+        if not addresses or not all(map(self._allowed, addresses)):
+            raise _failed("leads to an address that is not public")
+        return await self._backend.connect_tcp(
+            str(addresses[0]), port, timeout, local_address, socket_options
+        )
+
+
 class Fetcher:
     """Fetches pictures. resolve, allowed and context are there to be replaced in tests."""
 
@@ -55,86 +80,86 @@ class Fetcher:
         context: ssl.SSLContext | None = None,
     ) -> None:
         self._seconds = seconds
-        self._resolve = resolve
-        self._allowed = allowed
+        self._backend = _CheckedBackend(resolve, allowed)
         self._context = context or ssl.create_default_context()
 
-    async def fetch(self, url: str, *, limit: int) -> bytes:
+    async def fetch(
+        self, url: str, *, limit: int, hold: Callable[[int], None] = lambda size: None
+    ) -> bytes:
         """The file at an https: URL, of at most `limit` bytes.
 
+        hold: told of bytes that came, before they are kept; may raise.
         Raises ApiError 400: refused, unreachable, too slow, too large, or no success.
         """
         try:
-            async with asyncio.timeout(self._seconds):
+            async with (
+                asyncio.timeout(self._seconds),
+                httpcore.AsyncConnectionPool(
+                    ssl_context=self._context,
+                    max_keepalive_connections=0,  # every request is checked anew
+                    network_backend=self._backend,
+                ) as pool,
+            ):
                 for _ in range(MAX_REDIRECTS + 1):
-                    body, location = await self._get(url, limit)
+                    body, location = await self._get(pool, url, limit, hold)
                     if location is None:
                         return body
-                    url = urljoin(url, location)
+                    url = _follow(url, location)
         except TimeoutError:
             raise _failed(f"did not come within {self._seconds:g} s") from None
-        except (OSError, h11.RemoteProtocolError, UnicodeError) as e:
-            raise _failed(f"cannot be fetched ({type(e).__name__})") from None
+        except (OSError, UnicodeError, *_HTTP_ERRORS) as e:
+            raise _failed(f"cannot be fetched ({_cause(e)})") from None
         raise _failed(f"was redirected more than {MAX_REDIRECTS} times")
 
-    async def _get(self, url: str, limit: int) -> tuple[bytes, str | None]:
+    async def _get(
+        self,
+        pool: httpcore.AsyncConnectionPool,
+        url: str,
+        limit: int,
+        hold: Callable[[int], None],
+    ) -> tuple[bytes, bytes | None]:
         """One request: the body, or where the server says it is."""
         host, port, target = _parse(url)
-        addresses = await self._resolve(host, port)
-        if not addresses or not all(map(self._allowed, addresses)):
-            raise _failed("leads to an address that is not public")
-        reader, writer = await asyncio.open_connection(
-            str(addresses[0]), port, ssl=self._context, server_hostname=host
-        )
-        try:
-            return await self._talk(reader, writer, host, port, target, limit)
-        finally:
-            writer.transport.abort()
-
-    async def _talk(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        host: str,
-        port: int,
-        target: str,
-        limit: int,
-    ) -> tuple[bytes, str | None]:
         name = f"[{host}]" if ":" in host else host
-        request = h11.Request(
-            method="GET",
-            target=target,
-            headers=[
-                ("Host", name if port == 443 else f"{name}:{port}"),
-                ("User-Agent", "seechat-lite"),
-                ("Accept", "image/*"),
-                ("Accept-Encoding", "identity"),
-                ("Connection", "close"),
-            ],
+        headers = [
+            ("Host", name if port == 443 else f"{name}:{port}"),
+            ("User-Agent", "seechat-lite"),
+            ("Accept", "image/*"),
+            ("Accept-Encoding", "identity"),
+            ("Connection", "close"),
+        ]
+        address = httpcore.URL(
+            scheme=b"https", host=host.encode("ascii"), port=port, target=target.encode("ascii")
         )
-        connection = h11.Connection(h11.CLIENT)
-        writer.write(connection.send(request) + connection.send(h11.EndOfMessage()))
-        await writer.drain()
-        body = bytearray()
-        while True:
-            event = connection.next_event()
-            if event is h11.NEED_DATA:
-                connection.receive_data(await reader.read(_CHUNK))
-            elif isinstance(event, h11.Response):
-                if event.status_code in _REDIRECTS:
-                    for key, value in event.headers:
-                        if key == b"location":
-                            return b"", value.decode("ascii")
-                if event.status_code != 200:
-                    raise _failed(f"was answered with status {event.status_code}")
-            elif isinstance(event, h11.Data):
-                body += event.data
-                if len(body) > limit:
+        async with pool.stream("GET", address, headers=headers) as response:
+            if response.status in _REDIRECTS:
+                for key, value in response.headers:
+                    if key.lower() == b"location":
+                        return b"", value
+            if response.status != 200:
+                raise _failed(f"was answered with status {response.status}")
+            body = bytearray()
+            async for chunk in response.aiter_stream():
+                if len(body) + len(chunk) > limit:
                     raise _failed(f"is larger than {limit} bytes")
-            elif isinstance(event, h11.EndOfMessage):
-                return bytes(body), None
-            elif not isinstance(event, h11.InformationalResponse):
-                raise _failed("was not answered in full")
+                hold(len(chunk))
+                body += chunk
+            return bytes(body), None
+
+
+def _follow(url: str, location: bytes) -> str:
+    """Where a redirect leads, which any bytes may say."""
+    try:
+        return urljoin(url, location.decode("utf-8"))
+    except ValueError:
+        raise _failed("was redirected to an address that is none") from None
+
+
+def _cause(error: BaseException) -> str:
+    """The name of what went wrong, which the HTTP client wraps in errors of its own."""
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    return type(error).__name__
 
 
 def _parse(url: str) -> tuple[str, int, str]:

@@ -2,17 +2,47 @@
 
 import hashlib
 import hmac
-from ipaddress import ip_address
+import re
+from ipaddress import IPv6Address, ip_address, ip_network
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from seechat_lite.server.errors import ApiError
 from seechat_lite.server.settings import Settings
 
 OPEN = ("/health",)  # needs no key, as monitors have none
+_CLIENT = "seechat_client"  # where a request's client is kept in its scope
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s\x00-\x20\[\]@/\\?#:]+)(?::[0-9]{1,5})?", re.IGNORECASE)
+
+
+class Framing:
+    """ASGI middleware that ends connections on which it is not certain where a request ends.
+
+    A proxy before this server may have taken the other one of two lengths, and the rest of a body
+    for somebody else's request. What is merely malformed, h11 refuses by itself.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (error := self._refusal(scope)):
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        close = {"Connection": "close"}
+        if scope["http_version"] not in ("1.0", "1.1"):
+            return ApiError(505, "expected version 1.1 of HTTP", code="http_version", headers=close)
+        names = {name for name, _ in scope["headers"]}
+        old = scope["http_version"] == "1.0"
+        if b"transfer-encoding" in names and (old or b"content-length" in names):
+            text = "Transfer-Encoding with Content-Length, or in HTTP/1.0; expected one length"
+            return ApiError(400, text, code="ambiguous_length", headers=close)
+        return None
 
 
 class Guard:
@@ -28,7 +58,7 @@ class Guard:
         self._app = app
         self._hosts = {"localhost", *(h.lower() for h in settings.hosts)}
         self._origins = frozenset(settings.cors_origins)
-        self._key = _digest(settings.api_key.encode()) if settings.api_key else None
+        self._keys = [_digest(key.encode()) for key in settings.api_keys]
         self._public = public.union(OPEN)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,22 +78,22 @@ class Guard:
                 code="unknown_host",
             )
         origin = headers.get("origin")
-        if (
-            origin
-            and origin not in self._origins
-            and urlsplit(origin).netloc.lower() != host.lower()
-        ):
+        if origin and origin not in self._origins and _authority(origin) != host.lower():
             return ApiError(
                 403,
                 "web pages of other origins may not use this server: start it with --cors-origin",
                 code="unknown_origin",
             )
-        reading = scope["method"] in ("GET", "HEAD")
-        if not self._key or (scope["path"] in self._public and reading):
+        client = _network(scope)
+        scope[_CLIENT] = client
+        if not self._keys:
             return None
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        sent = _digest(key.strip().encode("latin-1")) if scheme.lower() == "bearer" else b""
-        if hmac.compare_digest(sent, self._key):
+        sent = _digest(_key(headers).encode("latin-1"))
+        right = [hmac.compare_digest(sent, key) for key in self._keys]  # all of them, in any case
+        if any(right):
+            scope[_CLIENT] = f"{client} key {right.index(True)}"
+            return None
+        if scope["path"] in self._public and scope["method"] in ("GET", "HEAD"):
             return None
         return ApiError(
             401,
@@ -73,13 +103,32 @@ class Guard:
         )
 
 
-def client_of(request: Request) -> str:
-    """Who asks, for a fair share of the answers: an address, and the key sent.
+def client_of(scope: Scope) -> str:
+    """Who asks, for a fair share of the answers: an address, and the key if one is required.
 
-    Also a key that is not required: programs of one machine differ in nothing else.
+    Only what was checked counts: whoever could make up names would be many clients.
     """
-    address = request.client.host if request.client else ""
-    return f"{address} {request.headers.get('authorization', '')}"
+    return scope.get(_CLIENT) or _network(scope)
+
+
+def _network(scope: Scope) -> str:
+    """The client's address; of IPv6 the network of 64 bits, all of which one client may use."""
+    address = (scope.get("client") or ("",))[0]
+    try:
+        ip = ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(ip, IPv6Address):
+        return str(ip.ipv4_mapped or ip_network((ip, 64), strict=False))
+    return address
+
+
+def _key(headers: Headers) -> str:
+    """The key that was sent, as OpenAI's or as Anthropic's clients send it."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return headers.get("x-api-key", "").strip()
 
 
 def _digest(key: bytes) -> bytes:
@@ -88,8 +137,15 @@ def _digest(key: bytes) -> bytes:
 
 
 def _name(host: str) -> str | None:
+    """The name in a Host header, without its port; None if it is no such header."""
+    found = _HOST.fullmatch(host)
+    return found[1].strip("[]").lower() if found else None
+
+
+def _authority(origin: str) -> str | None:
+    """Host and port of an origin, as a Host header has them; None if it is no origin."""
     try:
-        return urlsplit(f"//{host}").hostname
+        return urlsplit(origin).netloc.lower()
     except ValueError:
         return None
 

@@ -5,10 +5,20 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from seechat_lite.engines.allocation import trim_heap
+from seechat_lite.server.budget import Budget, Held
 from seechat_lite.server.errors import ApiError
+from seechat_lite.server.guard import client_of
 from seechat_lite.server.settings import Settings
 
 DRAIN_SECONDS = 2.0
+LARGE = 1 << 20  # bytes
+_HELD = "seechat_held"  # where a request's part of the budget is kept in its scope
+
+
+def held_by(scope: Scope) -> Held:
+    """What the request holds of the memory for all; to be added to for what is read for it."""
+    return scope[_HELD]
 
 
 class Intake:
@@ -22,55 +32,56 @@ class Intake:
     def __init__(self, app: ASGIApp, *, settings: Settings) -> None:
         self._app = app
         self._settings = settings
-        self._held = 0  # bytes of all bodies
+        self.budget = Budget(total=settings.max_bodies, request=settings.max_body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
-        taken = bytearray()
+        held = scope[_HELD] = self.budget.open(client_of(scope))
         try:
             try:
                 async with asyncio.timeout(self._settings.body_seconds):
-                    complete = await self._read(scope, receive, taken)
+                    body = await self._read(scope, receive, held)
             except TimeoutError:
                 raise ApiError(
                     408,
                     f"the body did not come within {self._settings.body_seconds:g} s",
                     code="request_timeout",
                 ) from None
-            if complete:
-                await self._run(scope, receive, send, taken)
+            if body is not None:
+                waiting: list[Message] = [
+                    {"type": "http.request", "body": body, "more_body": False}
+                ]
+                del body  # the application takes it over, and is done with it long before its end
+                await self._run(scope, receive, send, waiting)
         except ApiError as e:
             await self._drain(scope, receive)
             response = e.response()
             response.headers["Connection"] = "close"
             await response(scope, receive, send)
         finally:
-            self._held -= len(taken)
+            if held.release() >= LARGE:
+                trim_heap()  # else every thread that had a part of it keeps as much for later
 
-    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> bool:
-        """Fill in the body; False if the client has gone before its end."""
+    async def _read(self, scope: Scope, receive: Receive, held: Held) -> bytearray | None:
+        """The body; None if the client has gone before its end."""
+        body = bytearray()
+        size = 0
         for name, value in scope["headers"]:
             if name == b"content-length" and value.isdigit():
                 self._check(int(value))
         while True:
             message = await receive()
             if message["type"] != "http.request":
-                return False
+                return None
             chunk = message.get("body", b"")
-            self._check(len(body) + len(chunk))
-            if self._held + len(chunk) > self._settings.max_bodies:
-                raise ApiError(
-                    503,
-                    "too many large requests at once: try again later",
-                    code="overloaded",
-                    headers={"Retry-After": "5"},
-                )
+            size += len(chunk)
+            self._check(size)
+            held.add(len(chunk))
             body += chunk
-            self._held += len(chunk)
             if not message.get("more_body", False):
-                return True
+                return body
 
     async def _drain(self, scope: Scope, receive: Receive) -> None:
         """Throw away what the client still sends, for a moment.
@@ -92,15 +103,15 @@ class Intake:
                 code="body_too_large",
             )
 
-    async def _run(self, scope: Scope, receive: Receive, send: Send, body: bytearray) -> None:
+    async def _run(
+        self, scope: Scope, receive: Receive, send: Send, waiting: list[Message]
+    ) -> None:
+        """waiting: what the application will receive; this takes it out."""
         gone = asyncio.Event()
-        waiting: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
         async def replay() -> Message:
-            nonlocal waiting
             if waiting:
-                message, waiting = waiting, None
-                return message
+                return waiting.pop(0)
             await gone.wait()
             return {"type": "http.disconnect"}
 

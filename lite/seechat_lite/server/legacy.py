@@ -6,17 +6,21 @@ ignored.
 """
 
 import secrets
+from dataclasses import replace
 from datetime import datetime
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from seechat_lite.server import schemas
+from seechat_lite.server.bodies import Bodies
+from seechat_lite.server.budget import Held
 from seechat_lite.server.completions import json_response
 from seechat_lite.server.desk import Ask, Desk, Turn
 from seechat_lite.server.errors import ApiError
 from seechat_lite.server.guard import client_of
 from seechat_lite.server.images import Images
+from seechat_lite.server.intake import held_by
 from seechat_lite.server.logs import note
 
 # (temperature, top_p, top_k, repetition_penalty) of the two demos
@@ -28,12 +32,13 @@ _MAX_LENGTH = 2048
 class Legacy:
     """The endpoint."""
 
-    def __init__(self, desk: Desk, images: Images) -> None:
+    def __init__(self, desk: Desk, bodies: Bodies, images: Images) -> None:
         self._desk = desk
+        self._bodies = bodies
         self._images = images
 
     async def answer(self, request: Request) -> Response:
-        body = schemas.LegacyRequest.model_validate_json(await request.body())
+        body = await self._bodies.read(request, schemas.LegacyRequest)
         question = body.prompt if body.text is None else body.text
         if question is None or (body.prompt is not None and body.text is not None):
             raise _bad("expected either `prompt` (ChatGLM-6B) or `text` (VisualGLM-6B)", "prompt")
@@ -43,16 +48,14 @@ class Legacy:
         if any(len(pair) != 2 for pair in history):
             raise _bad("expected pairs of a question and its answer", "history")
         turns = [Turn(question=q, answer=a) for q, a in history] + [Turn(question)]
-        if image := body.image or body.image_prompt:
-            url = image if image.startswith("data:") else f"data:image/any;base64,{image}"
-            turns[0] = Turn(
-                turns[0].question, tuple(await self._images.read([url])), turns[0].answer
-            )
+        if body.image or body.image_prompt:
+            file = await self._image(body, held_by(request.scope))
+            turns[0] = replace(turns[0], images=(file,))
         temperature, top_p, top_k, penalty = _CHATGLM if body.text is None else _VISUALGLM
         if body.temperature is not None:
             temperature = body.temperature if body.temperature >= 0.001 else 0.0
         ask = Ask(
-            client_of(request),
+            client_of(request.scope),
             turns[-1],
             tuple(turns[:-1]),
             max_length=body.max_length or _MAX_LENGTH,
@@ -72,6 +75,15 @@ class Legacy:
                 time=datetime.now().strftime("%Y-%m-%d %H:%M:%S"),
             )
         )
+
+    async def _image(self, body: schemas.LegacyRequest, held: Held) -> bytes:
+        """The picture, which is then no longer in the body: it may wait long for its turn."""
+        image = body.image or body.image_prompt or ""
+        body.image = body.image_prompt = None
+        if image.startswith("data:"):
+            [file] = await self._images.read([image], held)
+            return file
+        return await self._images.decode(image)
 
 
 def _bad(why: str, where: str) -> ApiError:

@@ -27,6 +27,7 @@ _WRONG = {
     404: "no such model",
     408: "the body did not come in time",
     413: "the body is too large",
+    415: "the body is compressed",
     422: "JSON of another shape",
     500: "the server's fault",
     503: "the queue is full, or the server is loading or stopping",

@@ -4,22 +4,20 @@ Fields that the OpenAI API has and this server has no use for are ignored, unles
 would change an answer: those are refused in completions.py.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_INTEGER = 2**63 - 1
 FinishReason = Literal["stop", "length"]
+T = TypeVar("T")
+# The first wrong item is told, and the others are not looked at: a request may have very many.
+FastList = Annotated[list[T], Field(fail_fast=True)]
 
 
 class _Request(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-class TextPart(_Request):
-    type: Literal["text"]
-    text: str
 
 
 class ImageURL(_Request):
@@ -28,19 +26,29 @@ class ImageURL(_Request):
     )
 
 
-class ImagePart(_Request):
-    type: Literal["image_url"]
-    image_url: ImageURL | str
+class Part(_Request):
+    """A text or a picture. One model for both: a union would build a large picture twice."""
 
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: ImageURL | str | None = None
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if getattr(self, self.type) is None:
+            raise PydanticCustomError("empty_part", "expected the field of its type")
+        return self
+
+    @property
+    def url(self) -> str | None:
+        return self.image_url.url if isinstance(self.image_url, ImageURL) else self.image_url
 
 
 class Message(_Request):
     """One message; the text of system and developer messages precedes the next question."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: str | FastList[Part] | None = None
 
 
 def _not_zero(tokens: int) -> int:
@@ -60,7 +68,7 @@ class ChatRequest(_Request):
     """POST /v1/chat/completions, after OpenAI's; top_k and repetition_penalty are additions."""
 
     model: str | None = Field(None, description="the served model's name; may be left out")
-    messages: list[Message] = Field(min_length=1, max_length=2048)
+    messages: FastList[Message] = Field(min_length=1, max_length=2048)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Limit | None = Field(None, description="-1: as many as fit, as LM Studio has it")
@@ -72,11 +80,11 @@ class ChatRequest(_Request):
     seed: int | None = Field(
         None, ge=-MAX_INTEGER - 1, le=MAX_INTEGER, description="-1: as good as none"
     )
-    stop: str | list[str] | None = None
+    stop: str | FastList[str] | None = None
     n: int | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
     logprobs: bool | None = None
     tools: list[Any] | None = None
     functions: list[Any] | None = None
@@ -175,7 +183,7 @@ class LegacyRequest(_Request):
     text: str | None = None
     image: str | None = Field(None, description="base64")
     image_prompt: str | None = Field(None, description="base64, the older name")
-    history: list[list[str]] | None = Field(None, max_length=1024)
+    history: FastList[FastList[str]] | None = Field(None, max_length=1024)
     max_length: int | None = Field(None, ge=1, le=MAX_INTEGER)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0, le=MAX_INTEGER)

@@ -9,7 +9,7 @@ class Settings:
     """Options of `seechat serve`; sizes in bytes, times in seconds."""
 
     max_body: int = 32 << 20  # of one request
-    max_bodies: int = 256 << 20  # of all requests that are being answered or wait
+    max_bodies: int = 256 << 20  # of all that are answered or wait, and fetched pictures
     max_image: int = 20 << 20  # of one picture's file
     max_images: int = 16  # in one request
     body_seconds: float = 30.0  # a request's body must have come by then
@@ -17,7 +17,7 @@ class Settings:
     fetch_seconds: float = 15.0  # a picture's address must have answered by then
     https_images: bool = False
     media_path: Path | None = None  # file: URLs below this folder are read
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = ()  # clients send one of them; each is a client of its own
     cors_origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()  # names by which clients may call this server, besides localhost
     aliases: tuple[str, ...] = ()  # names of the model, besides its own

@@ -1,0 +1,60 @@
+"""How much of the server's memory requests may take while they are read and answered."""
+
+from collections import Counter
+
+from seechat_lite.server.errors import ApiError
+
+
+class Budget:
+    """Bytes that the requests of all clients may hold, and those of one client.
+
+    total: of all together. request: of one request. A client may take all but one request's worth,
+    so that nobody keeps everybody else out.
+    """
+
+    def __init__(self, *, total: int, request: int) -> None:
+        self._total = total
+        self._share = max(total - request, request)
+        self._clients: Counter[str] = Counter()
+        self.held = 0
+
+    def open(self, client: str) -> "Held":
+        """What a request of this client holds: nothing yet."""
+        return Held(self, client)
+
+    def _take(self, client: str, size: int) -> None:
+        if self.held + size > self._total or self._clients[client] + size > self._share:
+            raise ApiError(
+                503,
+                "too many large requests at once: try again later",
+                code="overloaded",
+                headers={"Retry-After": "5"},
+            )
+        self.held += size
+        self._clients[client] += size
+
+    def _give_back(self, client: str, size: int) -> None:
+        self.held -= size
+        self._clients[client] -= size
+        if not self._clients[client]:
+            del self._clients[client]
+
+
+class Held:
+    """One request's part of a Budget: its body, and the pictures that are fetched for it."""
+
+    def __init__(self, budget: Budget, client: str) -> None:
+        self._budget = budget
+        self._client = client
+        self._size = 0
+
+    def add(self, size: int) -> None:
+        """Hold so many bytes more. Raises ApiError 503 if that is too much now."""
+        self._budget._take(self._client, size)
+        self._size += size
+
+    def release(self) -> int:
+        """Hold nothing any more; returns how much it was."""
+        self._budget._give_back(self._client, self._size)
+        size, self._size = self._size, 0
+        return size
