@@ -243,6 +243,7 @@ def _info(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     from seechat_weights.files import local_path
     from seechat_weights.identify import describe_bundle
     from seechat_weights.model_files import is_bundle
+    from seechat_weights.onnx_graph import check_graphs
 
     check_context(args, usage_error)
     path = local_path(args.model) if args.model else None
@@ -251,6 +252,7 @@ def _info(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     source = open_source(path)
     folder, manifest = source.path, source.manifest
     verify_hashes(folder, manifest)
+    check_graphs(folder, manifest)
     needed = plan(manifest, context=args.context, keep_vision=args.keep_vision)
     found, free = describe_bundle(folder, manifest), available_memory()
     if args.json:

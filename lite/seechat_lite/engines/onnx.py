@@ -34,6 +34,7 @@ from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_lite.source import Source
 from seechat_weights.bundle import LMConfig
 from seechat_weights.bundle_arrays import BundleArrays
+from seechat_weights.onnx_graph import check_decoder, check_vision
 from seechat_weights.precisions import VISION_PRECISIONS, stored_precision
 
 log = logging.getLogger(__name__)
@@ -73,9 +74,11 @@ class OnnxEngine:
                 manifest.name,
             )
         self._records = half and self._device.kind == "cuda"
+        graph = decoder.half if half else decoder.graph
+        check_decoder(folder, manifest, graph)
         with self._memory_planned():
             self._decoder: ort.InferenceSession | None = open_session(
-                folder / (decoder.half if half else decoder.graph),
+                folder / graph,
                 self._device,
                 {
                     "inputs_embeds": (None, None, lm.hidden_size),
@@ -314,6 +317,7 @@ class OnnxVision:
         self._options = options
         self.device = find_device(options.vision_device or options.device)
         self._session: ort.InferenceSession | None = None
+        self._checked = False  # whether the graph is one that an export writes
         self._lock = threading.Lock()
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
@@ -330,9 +334,13 @@ class OnnxVision:
             and not precision.integers
             and self.device.provider == "CPUExecutionProvider"
         )
+        graph = vision.half if half else vision.graph
         with self._lock:
+            if not self._checked:
+                check_vision(self._folder, self._manifest, graph)
+            self._checked = True
             session = self._session or open_session(
-                self._folder / (vision.half if half else vision.graph),
+                self._folder / graph,
                 self.device,
                 {
                     "pixel_values": (None, 3, size, size),
