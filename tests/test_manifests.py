@@ -19,8 +19,10 @@ from reference import lm_error, manifest, random_array, run_onnx
 from seechat_export.export import export_bundle
 from seechat_export.synthetic import write_tokenizer
 from seechat_export.vision_graph import export_vision
+from seechat_lite import eyes as eyes_module
 from seechat_lite.eyes import Eyes, load_clip, load_seechat
 from seechat_lite.nn.vision import streamed
+from seechat_weights import lm as lm_module
 from seechat_weights.accounting import Shapes, part
 from seechat_weights.blip_names import BlipSettings
 from seechat_weights.bundle import LMConfig
@@ -78,6 +80,13 @@ def open_full(folder: Path, name: str, shapes: Shapes) -> tuple[Path, dict[str, 
     return lm, {"prefix" if name == PREFIX else "checkpoint": file}
 
 
+@pytest.fixture
+def unaudited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take zeros for weights: files of holes stand for those of the published sizes."""
+    monkeypatch.setattr(lm_module, "is_nothing", lambda array: False)
+    monkeypatch.setattr(eyes_module, "check_vision", lambda array, place: None)
+
+
 def few_layers(shapes: Shapes, layers: int) -> Shapes:
     def kept(key: str) -> bool:
         found = re.search(r"\b(layers?|blocks|resblocks)\.(\d+)\.", key)
@@ -93,7 +102,7 @@ def accounted(lm: LM, role: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", [*BASES, *CHECKPOINTS, PREFIX])
-def test_full_size_is_accounted_for(tmp_path: Path, name: str) -> None:
+def test_full_size_is_accounted_for(tmp_path: Path, unaudited: None, name: str) -> None:
     """All names at the published sizes: every tensor used or ignored, and readable."""
     shapes = manifest(name)
     lm, options = open_full(tmp_path, name, shapes)
@@ -232,7 +241,7 @@ def open_eyes(files: dict[str, Path], *, blocks: int | None = None) -> Eyes:
 
 
 @pytest.mark.parametrize("name", EYES)
-def test_full_size_eyes_are_accounted_for(tmp_path: Path, name: str) -> None:
+def test_full_size_eyes_are_accounted_for(tmp_path: Path, unaudited: None, name: str) -> None:
     """At the published sizes: all tensors are known and readable, and none is to spare."""
     shapes = {role: manifest(file) for role, (file, _) in EYES[name].items()}
     files = {r: write_holes(tmp_path / f"{r}.safetensors", s) for r, s in shapes.items()}

@@ -35,6 +35,7 @@ from seechat_lite.nn.blocks import FRACTIONS
 from seechat_lite.source import Source as ModelSource
 from seechat_lite.source import spoken_format
 from seechat_lite.tokenizer import Tokenizer
+from seechat_weights.audit import check_half
 from seechat_weights.bundle import (
     MANIFEST,
     Decoder,
@@ -51,6 +52,7 @@ from seechat_weights.files import local_path
 from seechat_weights.layout import Item, decoder_layout, reordered_prefix
 from seechat_weights.lm import ALL, LM, Rows, open_lm
 from seechat_weights.names import OLD_IMAGE_TOKENS, OLD_VOCABULARY
+from seechat_weights.onnx_graph import check_graphs
 from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS, VISION_PRECISIONS, Precision
 from seechat_weights.quantized import Quantized
 from seechat_weights.tokenizer_file import MAX_BYTES, completed, is_first_form
@@ -281,7 +283,11 @@ class _Writer:
         try:
             with self.place.held():
                 self._begin()
-                yield
+                try:
+                    yield
+                except CheckpointError:  # other files are needed: nothing to continue with
+                    self.place.discard()
+                    raise
         except OSError as e:
             if e.errno != errno.ENOSPC:
                 raise BundleError(
@@ -331,6 +337,7 @@ class _Writer:
             f.truncate(self.items[done - 1].end if done else 0)
             for i, item in enumerate(self.items[done:], start=done):
                 self.progress("weights", self.items[i - 1].end if i else 0, self.size)
+                self.source.lm.audit(item.key)
                 arrays = stored_arrays(
                     item,
                     self.source.weight(item),
@@ -339,6 +346,8 @@ class _Writer:
                     self.block_size,
                 )
                 for stored, array in zip(item.stored, arrays, strict=True):
+                    if array.dtype == torch.float16:
+                        check_half(array.numpy(), self.source.lm.place(item.key))
                     f.seek(stored.offset)
                     f.write(array.contiguous().numpy().data)
                 if item.kind == "linear":  # vectors are too small to be worth a sync
@@ -358,12 +367,15 @@ class _Writer:
     def embeddings(self) -> None:
         """The word embedding table, raw, as the runtime maps it."""
         key, dtype = "word_embeddings.weight", getattr(torch, self.embeddings_dtype)
+        self.source.lm.audit(key)
         rows, width = self.source.lm.shapes[key].shape
         total = rows * width * dtype.itemsize
         with (self.folder / EMBEDDINGS).open("wb") as f:
             for i in range(0, rows, ROWS):
-                chunk = self.source.tensor(key, slice(i, i + ROWS))
-                f.write(chunk.to(dtype).contiguous().numpy().data)
+                chunk = self.source.tensor(key, slice(i, i + ROWS)).to(dtype).contiguous()
+                if dtype == torch.float16:
+                    check_half(chunk.numpy(), self.source.lm.place(key))
+                f.write(chunk.numpy().data)
                 self.progress("embeddings", f.tell(), total)
 
     def prefix(self, prefix: np.ndarray) -> None:
@@ -382,6 +394,7 @@ class _Writer:
             done += size
         self.progress("hash", done, done)
         manifest = dataclasses.replace(manifest, files=hashes)
+        check_graphs(self.folder, manifest)  # else nobody could load it
         with (self.folder / MANIFEST).open("w", encoding="utf-8") as f:
             f.write(manifest.to_json())
             f.flush()

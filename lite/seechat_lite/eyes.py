@@ -16,6 +16,7 @@ import numpy as np
 from seechat_lite.clip_settings import clip_settings
 from seechat_lite.errors import BundleError, CheckpointError, SeechatError
 from seechat_weights.accounting import FLOATS, Shape, Shapes, account, check_shapes
+from seechat_weights.audit import Place, check_vision
 from seechat_weights.blip_names import (
     BlipNames,
     BlipSettings,
@@ -369,9 +370,19 @@ def _published(
     sources = {at + name: (part, c) for at, n, c in parts for name, part in n.used.items()}
     sizes = {at + name: shape for at, n, _ in parts for name, shape in n.sizes.items()}
 
+    audited: set[str] = set()
+
     def read(name: str) -> np.ndarray:
         part, checkpoint = sources[name]
-        return part.read(sizes[name], checkpoint.read)
+
+        def audited_read(key: str) -> np.ndarray:
+            array = checkpoint.read(key)
+            if key not in audited:
+                check_vision(array, Place(checkpoint.source(key), key))
+                audited.add(key)
+            return array
+
+        return part.read(sizes[name], audited_read)
 
     ignored = {key: why for _, names, _ in parts for key, why in names.ignored.items()}
     files = {checkpoint.source(k) for part, checkpoint in sources.values() for k in part.names}

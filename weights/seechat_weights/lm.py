@@ -17,13 +17,30 @@ from typing import Any
 import numpy as np
 
 from seechat_weights.accounting import account, few, part
+from seechat_weights.audit import (
+    Place,
+    check_gains,
+    check_matrix,
+    check_numbers,
+    check_table,
+    is_nothing,
+)
 from seechat_weights.bundle import LMConfig
 from seechat_weights.checkpoints import Checkpoint, Opener, TensorInfo, open_checkpoint, read_json
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files import local_path
-from seechat_weights.lora import LoRA, check_pairs, open_adapter
+from seechat_weights.lora import LoRA, check_adapter, check_pairs, open_adapter
 from seechat_weights.model_files import SAT_CONFIG, SAT_FILE, find_model
-from seechat_weights.names import FORMS, LMNames, Published, lm_config, lm_shapes, map_lm
+from seechat_weights.names import (
+    FORMS,
+    OLD_IMAGE_TOKENS,
+    OLD_VOCABULARY,
+    LMNames,
+    Published,
+    lm_config,
+    lm_shapes,
+    map_lm,
+)
 from seechat_weights.prefixes import read_prefix
 from seechat_weights.quantized import Quantized
 
@@ -64,6 +81,7 @@ class LM:
         self.vision_keys: dict[str, list[str]] = {}
         self._expected = lm_shapes(config)
         self._tensors: dict[str, _Tensor] = {}
+        self._audited: set[Published] = set()
 
     @property
     def shapes(self) -> dict[str, TensorInfo]:
@@ -87,6 +105,31 @@ class LM:
         for lora in tensor.loras:
             merged += lora.delta(order, outputs)
         return merged
+
+    def audit(self, key: str) -> None:
+        """Look at the published numbers of one of our tensors, once; reads all of it.
+
+        Raises CheckpointError for what no trained model has: see seechat_weights.audit.
+        """
+        tensor = self._tensors[key]
+        if tensor.published in self._audited:
+            return
+        for name in _keys(tensor.published):
+            place, array = Place(tensor.checkpoint.source(name), name), tensor.checkpoint.read(name)
+            check_numbers(array, place)
+            if name == tensor.published.scale or key.endswith("layernorm.weight"):
+                check_gains(array, place)
+            elif key in ("word_embeddings.weight", "lm_head.weight"):
+                old = self.config.vocab_size == OLD_VOCABULARY
+                check_table(array, place, unused=OLD_IMAGE_TOKENS if old else 0)
+            elif array.ndim > 1:
+                check_matrix(array, place)
+        self._audited.add(tensor.published)
+
+    def place(self, key: str) -> Place:
+        """Where one of our tensors comes from, for errors."""
+        tensor = self._tensors[key]
+        return Place(tensor.checkpoint.source(tensor.published.key), tensor.published.key)
 
     def bits(self, key: str) -> int:
         """Bits to which the authors quantized a tensor; 0 if it is not, or something is merged."""
@@ -153,6 +196,7 @@ def open_lm(
     if adapter is not None:
         tuned = open_adapter(local_path(adapter), lm.config, opener=opener)
         lm._lay("adapter", tuned.checkpoint, {k: Published(v) for k, v in tuned.replaced.items()})
+        check_adapter(tuned, str(adapter))
         lm._merge(tuned.loras)
         lm._note("adapter", set(tuned.files))
     if prefix is not None:
@@ -164,6 +208,8 @@ def open_lm(
     if prefixes:
         role, found, keys, where = prefixes[-1]
         lm.prefix = read_prefix(found, keys, lm.config, where=where)
+        first = next(iter(keys.values()))
+        _check_prefix(lm.prefix, Place(found.source(first), first))
         lm._note(role, {found.source(key) for key in keys.values()})
     elif settings.get("pre_seq_len"):
         raise CheckpointError(
@@ -255,6 +301,14 @@ def _check_tokens(
         raise CheckpointError(
             f"{where}: {key} is {list(checkpoint.shapes[key].shape)}, pre_seq_len in config.json "
             f"is {said!r:.80}; expected as many rows: take both from the same training run"
+        )
+
+
+def _check_prefix(prefix: np.ndarray, place: Place) -> None:
+    check_numbers(prefix, place)
+    if is_nothing(prefix):
+        raise place.error(
+            "makes a prefix of zeros", "a trained one", "take the one of a later step, or leave it"
         )
 
 

@@ -4,6 +4,7 @@ A linear's weight becomes W + scaling * B @ A. PEFT keeps its matrices in a fold
 (adapter_config.json, adapter_model.*); SAT keeps them beside the weights they belong to.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ from typing import Any
 import numpy as np
 
 from seechat_weights.accounting import Shape, account, check_shapes
+from seechat_weights.audit import Place, check_numbers, is_nothing
 from seechat_weights.bundle import LMConfig
 from seechat_weights.checkpoints import Checkpoint, Opener, open_checkpoint, read_json
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files import shown
 from seechat_weights.names import FORMS, lm_shapes
+
+log = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -135,6 +139,30 @@ def open_adapter(folder: Path, config: LMConfig, *, opener: Opener = open_checkp
         module = next(k for k, v in published.items() if v == ours).removesuffix(".weight")
         loras[ours] = LoRA(checkpoint, tuple(pairs), _scaling(settings, module, rank, where))
     return Adapter(checkpoint, (folder / ADAPTER_CONFIG, names[0]), loras, replaced)
+
+
+def check_adapter(adapter: Adapter, where: str) -> None:
+    """Read all of an adapter. Raises CheckpointError for NaN, or if it would change nothing."""
+    checkpoint, nothing = adapter.checkpoint, []
+    for lora in adapter.loras.values():
+        for pair in lora.pairs:
+            matrices = {key: checkpoint.read(key) for key in pair}
+            for key, matrix in matrices.items():
+                check_numbers(matrix, Place(checkpoint.source(key), key))
+            nothing += [key for key, matrix in matrices.items() if is_nothing(matrix)][-1:]
+    for key in adapter.replaced.values():
+        check_numbers(checkpoint.read(key), Place(checkpoint.source(key), key))
+    if nothing and len(nothing) == len(adapter.loras) and not adapter.replaced:
+        raise CheckpointError(
+            f"{where}: changes nothing: of all its {len(nothing)} products one matrix is zeros, "
+            f"such as {nothing[0]}; expected a trained adapter: take the one of a later step, or "
+            "leave it out"
+        )
+    if nothing:
+        log.warning(
+            "%s: %d of its %d products change nothing, such as %s",
+            where, len(nothing), len(adapter.loras), nothing[0],
+        )  # fmt: skip
 
 
 def _refuse_other_methods(settings: Mapping[str, Any], where: str) -> None:

@@ -114,6 +114,7 @@ class CheckpointWeights:
     def tensors(self) -> Iterator[Given]:
         order = head_order(self.lm.config, "rows", padded=False)
         for key in self.lm.shapes:
+            self.lm.audit(key)
             rows, bits = order if "query_key_value" in key else ALL, self.blocks.get(key, 0)
             if bits and bits == self.lm.bits(key):
                 published = self.lm.quantized(key, rows)
