@@ -345,7 +345,11 @@ def test_a_sight_tells_the_colours_of_thing_and_surroundings() -> None:
     assert head.verdicts.meanings[sight.verdicts[0]].en == "golden retriever"
     assert LIGHTS[sight.light][0] == "medium"
     assert Sight.of(sight.numbers()) == sight
-    for quarter, shade in enumerate(((0.2, 0.2, 0.8), (0.8, 0.2, 0.2), (0.9, 0.9, 0.1))):
+    padded = pixels.clone()
+    padded[..., :60, :] = padded[..., -60:, :] = (1 - MEAN) / STD  # as a wide photograph is
+    assert Sight.of(looker(padded, cells.flatten(1, 2))[0].tolist()).ground == sight.ground
+    shades = ((0.2, 0.2, 0.8), (0.8, 0.2, 0.2), (0.9, 0.9, 0.1), (0.2, 0.7, 0.2))
+    for quarter, shade in enumerate(shades):
         y, x = divmod(quarter, 2)
         rgb[y * 112 : y * 112 + 112, x * 112 : x * 112 + 112] = torch.tensor(shade)
     pixels = ((rgb.permute(2, 0, 1) - MEAN) / STD)[None]
@@ -437,3 +441,52 @@ def test_every_line_of_labels_can_be_judged(tmp_path: Path) -> None:
     assert set(found) == {"cat_3.jpg", "cat_7.png", "owl.png"}
     assert "lynx" in found["cat_3.jpg"].names and "lynx" not in found["cat_7.png"].names
     assert [f.name for f, _ in pictures(tmp_path, "stamps")] == ["owl.png"]
+
+
+# --- how people ask
+
+
+def as_pattern(wording: str) -> re.Pattern[str]:
+    """Everything that a line of wordings.txt can become."""
+    parts = re.split(r"\[([^\[\]]*)\]", wording)
+    for i, part in enumerate(parts):
+        choices = part.split("|") if i % 2 else [part]
+        parts[i] = "(?:" + "|".join(re.escape(plain(c)) for c in choices) + ")"
+    return re.compile("".join(parts))
+
+
+def plain(text: str) -> str:
+    return re.sub(r"[\s，,。.？?！!]", "", text).lower()
+
+
+def test_the_wordings_of_the_evaluation_are_not_trained_on() -> None:
+    from dialogues import load_wordings
+
+    trained = load_wordings()
+    apart = load_wordings(RECIPE / "untrained_wordings.txt")
+    for intent, wordings in apart.items():
+        assert len({plain(w) for w in wordings}) == len(wordings) >= 20, intent
+        patterns = [as_pattern(w) for w in trained[intent]]
+        for wording in wordings:
+            assert not re.search(r"[\[\]|]", wording)
+            assert [p.pattern for p in patterns if p.fullmatch(plain(wording))] == [], wording
+    assert len(apart["name", "zh"]) == len(apart["name", "en"]) == 40
+
+
+def test_careless_questions_still_ask_the_same() -> None:
+    import unicodedata
+
+    from careless import careless, instructions
+
+    assert not set(instructions("train")) & set(instructions("test"))
+    rng = np.random.default_rng(0)
+    seen = set()
+    for i in range(3000):
+        question = ("这是什么？", "What is this?", "第2张图里有 T恤 吗")[i % 3]
+        asked = careless(rng, question)
+        seen.add(asked)
+        before = [text for text in instructions("train") if asked.startswith(text)]
+        asked = asked.removeprefix(max(before, key=len, default=""))
+        assert plain(unicodedata.normalize("NFKC", asked)) == plain(question)
+    assert {"这是什么？", "这是什么?", "WHAT IS THIS?", "what is this?"} <= seen
+    assert any(s.endswith("\n") for s in seen) and len(seen) > 300

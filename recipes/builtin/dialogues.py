@@ -231,6 +231,8 @@ class Author:
         thing = picture.things[0]
         concept = self.concepts[thing.concept]
         roll = self.rng.random()
+        if roll < 0.05:
+            return self.ask("describe", lang), self.say_list(picture.things, lang), thing
         if roll < 0.42:
             return self.ask("name", lang), self.say_name(thing, lang), thing
         if roll < 0.52:
@@ -324,7 +326,8 @@ class Author:
         if roll < 0.70:
             return *self.count_x(picture, lang), None
         if roll < 0.81:
-            return self.ask("list", lang), self.say_list(things, lang), None
+            intent = "describe" if self.chance(0.25) else "list"
+            return self.ask(intent, lang), self.say_list(things, lang), None
         if roll < 0.90:
             return *self.exists(picture, lang), None
         if roll < 0.95:
@@ -407,6 +410,7 @@ class Author:
         intents: list[Callable[[], str]] = [
             lambda: self.ask("name", lang), lambda: self.ask("name", lang),
             lambda: self.ask("list", lang), lambda: self.ask("category", lang),
+            lambda: self.ask("describe", lang),
             lambda: self.ask("colour", lang), lambda: self.ask(self.choose(TRAITS), lang),
             lambda: self.ask("is_x", lang, x=concept.name(lang)),
             lambda: self.ask("count", lang),

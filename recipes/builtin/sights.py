@@ -9,7 +9,7 @@ of a learned table. So training deals sights out of the head's own list and sees
 from dataclasses import dataclass
 
 import torch
-from colours import COLOURS, DOMINANT, colour_masks
+from colours import COLOURS, colour_masks
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tower import FEATURES, MEAN, STD
@@ -20,6 +20,10 @@ DRAWING, PHOTO, NOTHING = range(3)  # what a picture can be
 MARGIN = (0.5, 0.0, 0.0)  # how much surer the router must be of a drawing than of the others
 GRID = 7  # the expert's cells
 NO_COLOUR = len(COLOURS)  # no colour has enough of it
+CORE = (
+    0.6  # cells belong to the thing that speak for its class at least so much, from least to most
+)
+OWN = 0.35  # a thing "has" a colour where this share of its cells does
 GROUND = 0.4  # a background "has" a colour where this share of it does
 LIGHTS = (("dark", "暗", 0.25), ("medium", "适中", 0.7), ("bright", "亮", 1.0))  # below which mean
 
@@ -41,6 +45,19 @@ class Sight:
         return cls(tuple(numbers[:TOKENS]), *numbers[TOKENS:])
 
 
+def without_padding(rgb: Tensor) -> Tensor:
+    """0 in rows and columns of rgb [n, 3, 56, 56] that are white all through: [n, 1, 56, 56].
+
+    A picture that is not square is padded with white, which is not its background. White on all
+    four sides is: then nothing is left out.
+    """
+    darkest = rgb.amin(1, keepdim=True)
+    rows = (darkest.amin(3, keepdim=True) < 0.99).to(rgb.dtype)  # [n, 1, 56, 1]
+    columns = (darkest.amin(2, keepdim=True) < 0.99).to(rgb.dtype)  # [n, 1, 1, 56]
+    cut_out = (1 - rows.amin(2, keepdim=True)) * (1 - columns.amin(3, keepdim=True))
+    return (rows * columns).maximum(cut_out)
+
+
 class Looker(nn.Module):
     """Pixel values [n, 3, 224, 224] and cells of the expert [n, 49, 1280] to sights [n, 15]."""
 
@@ -58,25 +75,32 @@ class Looker(nn.Module):
         # where the class is that the head finds most likely: the cells that speak for it
         row = self.head.linear.weight[best[:, 0]]  # [n, 1280]
         speaks = (cells @ row[..., None])[..., 0]  # [n, 49]
-        middle = (speaks.amax(-1, keepdim=True) + speaks.amin(-1, keepdim=True)) / 2
-        inside = (speaks >= middle).to(cells.dtype)[:, None]  # [n, 1, 49]
+        low, high = speaks.amin(-1, keepdim=True), speaks.amax(-1, keepdim=True)
+        inside = (speaks >= low + CORE * (high - low)).to(cells.dtype)[:, None]  # [n, 1, 49]
 
         rgb = F.avg_pool2d(pixel_values * STD + MEAN, 4)  # [n, 3, 56, 56]
-        light = rgb.mean((1, 2, 3))[:, None]
+        shown = without_padding(rgb)
         masks = colour_masks(rgb.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # [n, 11, 56, 56]
-        by_cell = F.avg_pool2d(masks, 56 // GRID).flatten(2).transpose(1, 2)  # [n, 49, 11]
-        front = foreground(rgb)  # [n, 1, 56, 56]
-        thing = F.avg_pool2d(torch.cat([masks * front, front], 1), 56 // GRID)
-        thing = (inside @ thing.flatten(2).transpose(1, 2))[:, 0]  # [n, 12]
-        colour = self._named(thing[:, :-1] / (thing[:, -1:] + 1e-3), DOMINANT)
-        around = ((1 - inside) @ by_cell)[:, 0] / ((1 - inside).sum(-1) + 1e-3)
-        ground = self._named(around, GROUND)
+        maps = torch.cat([masks, rgb.mean(1, keepdim=True), torch.ones_like(shown)], 1) * shown
+        maps = torch.cat([maps, maps * foreground(rgb)], 1)
+        cells_of = F.avg_pool2d(maps, 56 // GRID).flatten(2).transpose(1, 2)  # [n, 49, 2 * 13]
+        whole, front = cells_of.split(NO_COLOUR + 2, -1)
+        thing = (inside @ front)[:, 0]  # [n, 13]: colours, light, how much
+        around = ((1 - inside) @ whole)[:, 0]
+        thing = thing[:, :NO_COLOUR] / (thing[:, -1:] + 1e-3)
+        around = around[:, :NO_COLOUR] / (around[:, -1:] + 1e-3)
+        ground = self._named(around, around, GROUND)
+        # the leaves around a strawberry are seen in its cells as well
+        colour = self._named(thing - around / 2, thing, OWN)
+        light = whole[..., -2].sum(-1, keepdim=True) / (whole[..., -1].sum(-1, keepdim=True) + 1e-3)
         shade = (light >= self.limits).sum(-1)
         return torch.cat([verdicts, torch.stack([colour, ground, shade], -1)], -1)
 
     @staticmethod
-    def _named(shares: Tensor, enough: float) -> Tensor:
-        share, colour = shares.max(-1)
+    def _named(scores: Tensor, shares: Tensor, enough: float) -> Tensor:
+        """The best colour of [n, 11] if its share is enough, else NO_COLOUR."""
+        colour = scores.argmax(-1)
+        share = shares.gather(-1, colour[:, None])[:, 0]
         return torch.where(share >= enough, colour, NO_COLOUR)
 
 

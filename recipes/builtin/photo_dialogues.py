@@ -1,0 +1,383 @@
+"""Dialogues about photographs: sights dealt out of the head's list, and what follows from them.
+
+What holds for drawings holds here: every answer follows from what the decoder is shown, one plain
+form each. New is that it may be shown less than a name: a kind ("这是一种狗。"), a category, or
+nothing sure, and then it says so, and which colour the picture mostly has.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from colours import COLOURS
+from concepts import Category, Concept
+from dialogues import Author, Round
+from photo_classes import PHOTO_TRAITS, Kind, load_classes, load_things
+from phrases import PLACES, YES_NO_ZH, join, noun
+from scenes import Thing
+from sights import LIGHTS, NO_COLOUR, Sight
+from verdict import load_verdicts
+from vision import TOKENS
+
+Meaning = Concept | Kind | Category | None
+# which regions tell of a place, and which places are asked about together
+SIDES = {"left": (1, 5, 7, 9), "right": (2, 6, 8, 11), "top": (3, 5, 6), "bottom": (4, 7, 8)}
+OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+REGION_OF = {"left": 1, "right": 2, "top": 3, "bottom": 4}
+
+
+class PhotoAuthor(Author):
+    """An author who knows all things, and writes about photographs as well as drawings."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        things, _ = load_things()
+        super().__init__(rng, things)
+        self.verdicts = load_verdicts()
+        self.number = {m: i for i, m in enumerate(self.verdicts.meanings)}
+        self.measure = {c.zh: c.measure for c in load_classes()}
+        self.kind_of = {c.zh: c.kind for c in load_classes()}
+        self.members: dict[str, list[Concept]] = {}
+        for meaning in self.verdicts.meanings[: self.verdicts.levels[0]]:
+            assert isinstance(meaning, Concept)
+            self.members.setdefault(self.kind_of[meaning.zh].key, []).append(meaning)
+
+    # --- sights
+
+    def deal(self) -> Sight:
+        """A sight as photographs give them: mostly one thing, seen in many of its regions."""
+        things, kinds, categories = self.verdicts.levels
+        roll = self.rng.random()
+        if roll < 0.62:
+            whole = int(self.rng.integers(things))
+        elif roll < 0.80:
+            whole = things + int(self.rng.integers(kinds))
+        elif roll < 0.88:
+            whole = things + kinds + int(self.rng.integers(categories))
+        else:
+            whole = self.verdicts.unsure
+        seen = [whole] * TOKENS
+        faint = self.rng.random()  # how little of the thing the regions show
+        for region in range(1, TOKENS):
+            if self.chance(faint):
+                seen[region] = self.related(whole) if self.chance(0.3) else self.verdicts.unsure
+        if self.chance(0.3):  # something else on one side
+            place = self.choose(list(SIDES))
+            other = int(self.rng.integers(things))
+            if self.chance(0.3):
+                other = things + int(self.rng.integers(kinds))
+            for region in SIDES[place]:
+                if region == REGION_OF[place] or self.chance(0.6):
+                    seen[region] = other
+            for region in SIDES[OPPOSITE[place]]:
+                if self.chance(0.7):
+                    seen[region] = whole
+            if self.chance(0.3):  # neither is the whole
+                seen[0] = self.verdicts.unsure
+        colour = NO_COLOUR if self.chance(0.35) else int(self.rng.integers(NO_COLOUR))
+        ground = NO_COLOUR if self.chance(0.35) else int(self.rng.integers(NO_COLOUR))
+        light = int(self.rng.choice(len(LIGHTS), p=[0.2, 0.6, 0.2]))
+        return Sight(tuple(seen), colour, ground, light)
+
+    def related(self, verdict: int) -> int:
+        """What a region may say besides: another of the kind, the kind, the category."""
+        meaning = self.verdicts.meanings[verdict]
+        if isinstance(meaning, Concept):
+            kind = self.kind_of[meaning.zh]
+            near = [*self.members[kind.key], kind, kind.category]
+            return self.number[self.choose(near)]
+        if isinstance(meaning, Kind):
+            return self.number[self.choose([*self.members[meaning.key], meaning.category])]
+        if isinstance(meaning, Category):
+            inside = [k for k in self.number if isinstance(k, Kind) and k.category == meaning]
+            return self.number[self.choose(inside)]
+        return int(self.rng.integers(len(self.verdicts.meanings)))
+
+    def meaning(self, sight: Sight, region: int = 0) -> Meaning:
+        return self.verdicts.meanings[sight.verdicts[region]]
+
+    def main(self, sight: Sight) -> Meaning:
+        """What the picture is of: the whole's verdict."""
+        return self.meaning(sight)
+
+    def things_in(self, sight: Sight) -> list[Concept]:
+        """Things by name: the whole's first, then those that at least two regions show."""
+        found = [self.meaning(sight)]
+        for verdict in dict.fromkeys(sight.verdicts[1:]):
+            if sight.verdicts[1:].count(verdict) > 1:
+                found.append(self.verdicts.meanings[verdict])
+        return list(dict.fromkeys(m for m in found if isinstance(m, Concept)))
+
+    def covers(self, wide: Meaning, narrow: Meaning) -> bool:
+        """Is everything that is `narrow` also `wide`?"""
+        if wide == narrow:
+            return True
+        if isinstance(wide, Category):
+            return isinstance(narrow, Concept | Kind) and narrow.category == wide
+        if isinstance(wide, Kind) and isinstance(narrow, Concept):
+            return self.kind_of.get(narrow.zh) == wide
+        # a drawn dog, of which photographs show many kinds
+        return isinstance(wide, Concept) and isinstance(narrow, Concept | Kind) and (
+            wide.zh == (narrow.zh if isinstance(narrow, Kind) else self.kind_name(narrow))
+        )  # fmt: skip
+
+    def kind_name(self, thing: Concept) -> str:
+        kind = self.kind_of.get(thing.zh)
+        return kind.zh if kind else ""
+
+    # --- answers
+
+    def say_seen(self, sight: Sight, lang: str) -> str:
+        """The answer to "what is this"."""
+        meaning = self.main(sight)
+        if isinstance(meaning, Concept):
+            return self.say_name(meaning, lang)
+        if isinstance(meaning, Kind):
+            if lang == "zh":
+                return f"这是一种{meaning.zh}。"
+            return f"This is a kind of {meaning.en}."
+        if isinstance(meaning, Category):
+            if lang == "zh":
+                return f"这属于{meaning.zh}。"
+            return f"This is something of the category {meaning.en}."
+        return self.say_unsure(sight, lang)
+
+    def say_unsure(self, sight: Sight, lang: str) -> str:
+        """Not sure, and what can be said all the same."""
+        colour = self.say_ground(sight, lang, of="picture")
+        if lang == "zh":
+            return f"我不确定这是什么。{colour}"
+        return f"I am not sure what this is. {colour}".strip()
+
+    def say_ground(self, sight: Sight, lang: str, *, of: str) -> str:
+        """The colour of the surroundings, and how light the picture is if that is notable."""
+        light = LIGHTS[sight.light]
+        parts = []
+        if sight.ground != NO_COLOUR:
+            _, zh, en = COLOURS[sight.ground]
+            what = ("背景" if of == "ground" else "图片") if lang == "zh" else of
+            what = "background" if what == "ground" else what
+            parts.append(f"{what}主要是{zh}。" if lang == "zh" else f"The {what} is mostly {en}.")
+        if light[0] != "medium":
+            parts.append(f"图片比较{light[1]}。" if lang == "zh" else f"The picture is {light[0]}.")
+        return ("" if lang == "zh" else " ").join(parts)
+
+    def counted(self, meaning: Meaning, lang: str) -> str:
+        """一只金毛寻回犬 / a golden retriever"""
+        if isinstance(meaning, Kind):
+            return f"一种{meaning.zh}" if lang == "zh" else f"a kind of {meaning.en}"
+        assert isinstance(meaning, Concept)
+        if lang == "zh":
+            return f"一{self.measure.get(meaning.zh, '个')}{meaning.zh}"
+        return noun(meaning.en)
+
+    def describe(self, sight: Sight, lang: str) -> str:
+        """The whole picture in one or two sentences."""
+        shown: list[Meaning] = list(self.things_in(sight))
+        main = self.main(sight)
+        if isinstance(main, Kind) and not any(self.covers(main, t) for t in shown):
+            shown.insert(0, main)
+        if not shown:
+            if not isinstance(main, Category):
+                return self.say_unsure(sight, lang)
+            first = self.say_seen(sight, lang)
+        else:
+            names = join([self.counted(m, lang) for m in shown], lang)
+            first = f"图里有{names}。" if lang == "zh" else f"The picture shows {names}."
+        ground = self.say_ground(sight, lang, of="ground")
+        return f"{first}{ground}" if lang == "zh" else f"{first} {ground}".strip()
+
+    def say_photo_trait(self, sight: Sight, trait: str, lang: str) -> str:
+        """Yes or no, with the reason; not sure where even the category is not."""
+        meaning = self.main(sight)
+        if isinstance(meaning, Concept):
+            return self.say_trait(meaning, trait, lang)
+        if isinstance(meaning, Kind) and trait not in meaning.unasked:
+            yes = trait in meaning.traits
+            if lang == "zh":
+                return f"{YES_NO_ZH[trait][not yes]}。这是一种{meaning.zh}。"
+            return f"{'Yes' if yes else 'No'}. It is a kind of {meaning.en}."
+        return self.say_unsure(sight, lang) if meaning is None else self.hedge(sight, lang)
+
+    def hedge(self, sight: Sight, lang: str) -> str:
+        """What a kind or category leaves open."""
+        return ("我不确定。" if lang == "zh" else "I am not sure. ") + self.say_seen(sight, lang)
+
+    def say_photo_category(self, sight: Sight, lang: str) -> str:
+        meaning = self.main(sight)
+        if isinstance(meaning, Concept):
+            return self.say_category(meaning, lang)
+        if isinstance(meaning, Kind):
+            if lang == "zh":
+                return f"这是一种{meaning.zh}。它属于{meaning.category.zh}。"
+            return f"It is a kind of {meaning.en}, category {meaning.category.en}."
+        return self.say_seen(sight, lang)
+
+    def say_photo_colour(self, sight: Sight, lang: str) -> str:
+        if self.main(sight) is None:
+            return self.say_unsure(sight, lang)
+        if sight.colour == NO_COLOUR:
+            return "它有好几种颜色。" if lang == "zh" else "It has several colours."
+        _, zh, en = COLOURS[sight.colour]
+        return f"它是{zh}的。" if lang == "zh" else f"It is {en}."
+
+    def say_is(self, sight: Sight, asked: Meaning, lang: str) -> str:
+        """Is it an asked thing or kind? "Perhaps" where only its kind is known."""
+        meaning = self.main(sight)
+        seen = self.say_seen(sight, lang)
+        if meaning is None:
+            return seen
+        if self.covers(asked, meaning):
+            return ("是的。" if lang == "zh" else "Yes. ") + seen
+        if self.covers(meaning, asked):
+            return ("可能是。" if lang == "zh" else "Perhaps. ") + seen
+        return ("不是。" if lang == "zh" else "No. ") + seen
+
+    # --- questions
+
+    def asked_thing(self, sight: Sight) -> Meaning:
+        """A thing or kind to ask about: what is there, what is near it, or anything."""
+        meaning = self.main(sight)
+        roll = self.rng.random()
+        if meaning is None or isinstance(meaning, Category) or roll < 0.3:
+            return self.choose(self.verdicts.meanings[: sum(self.verdicts.levels[:2])])
+        if roll < 0.65:
+            return meaning
+        kind = meaning if isinstance(meaning, Kind) else self.kind_of[meaning.zh]
+        return self.choose([*self.members[kind.key], kind])
+
+    def photo_trait(self, meaning: Meaning) -> str:
+        """A trait worth asking about, a true one in a third of the cases."""
+        if isinstance(meaning, Concept):
+            return self.pick_trait(meaning)
+        known = [t for t in YES_NO_ZH if t in PHOTO_TRAITS]
+        true = [t for t in known if isinstance(meaning, Kind) and t in meaning.traits]
+        if true and self.chance(0.35):
+            return self.choose(true)
+        return self.choose(["animal", "food", "fly", "plant"] if self.chance(0.6) else known)
+
+    def photo_round(self, sight: Sight, lang: str, *, first: bool) -> tuple[str, str]:
+        """One question about a photograph with its answer."""
+        meaning = self.main(sight)
+        roll = self.rng.random() if first else self.rng.uniform(0.42, 1)
+        if roll < 0.28:
+            return self.ask("name", lang), self.say_seen(sight, lang)
+        if roll < 0.42:
+            return self.ask("describe", lang), self.describe(sight, lang)
+        if roll < 0.50:
+            return self.ask("category", lang), self.say_photo_category(sight, lang)
+        if roll < 0.64:
+            trait = self.photo_trait(meaning)
+            return self.ask(trait, lang), self.say_photo_trait(sight, trait, lang)
+        if roll < 0.71:
+            return self.ask("colour", lang), self.say_photo_colour(sight, lang)
+        if roll < 0.75:
+            ground = self.say_ground(sight, lang, of="ground")
+            if sight.ground == NO_COLOUR:
+                ground = (
+                    "背景有好几种颜色。" if lang == "zh" else "The background has several colours."
+                )
+            return self.ask("ground", lang), ground
+        if roll < 0.81:
+            asked = self.asked_thing(sight)
+            question = self.ask("is_x", lang, x=self.called(asked, lang))
+            return question, self.say_is(sight, asked, lang)
+        if roll < 0.86:
+            return self.either_photo(sight, lang)
+        if roll < 0.90:
+            return self.exists_photo(sight, lang)
+        if roll < 0.94:
+            return self.at_photo(sight, lang)
+        if roll < 0.97:
+            return self.ask("count", lang), self.say_uncounted(sight, lang)
+        if not isinstance(meaning, Concept):
+            return self.ask("name", lang), self.say_seen(sight, lang)
+        to = "en" if lang == "zh" else "zh"
+        return self.ask(f"to_{to}", lang), self.say_translation(meaning, to, lang)
+
+    def called(self, meaning: Meaning, lang: str) -> str:
+        assert meaning is not None
+        return meaning.zh if lang == "zh" else meaning.en
+
+    def say_uncounted(self, sight: Sight, lang: str) -> str:
+        """Photographs are not counted: what is there is said instead."""
+        if not self.things_in(sight):
+            return self.say_unsure(sight, lang)
+        names = join([self.the(t, lang) for t in self.things_in(sight)], lang)
+        if lang == "zh":
+            return f"照片里的东西我数不准。我看到{names}。"
+        return f"I cannot count things in photos. I see {names}."
+
+    def either_photo(self, sight: Sight, lang: str) -> tuple[str, str]:
+        """Which of two? One of them is right, or none if not even the kind is known."""
+        meaning = self.main(sight)
+        if isinstance(meaning, Concept):
+            wrong = self.other(meaning.index)
+        else:
+            wrong = self.choose(self.concepts)
+        right = meaning if isinstance(meaning, Concept | Kind) else self.choose(self.concepts)
+        pair = [self.called(right, lang), self.called(wrong, lang)]
+        self.rng.shuffle(pair)
+        return self.ask("either", lang, a=pair[0], b=pair[1]), self.say_seen(sight, lang)
+
+    def exists_photo(self, sight: Sight, lang: str) -> tuple[str, str]:
+        """Is there a dog in it? Also in a region alone."""
+        asked = self.asked_thing(sight)
+        named = self.things_in(sight)
+        if named and self.chance(0.4):
+            asked = self.choose(named)
+        question = self.ask("exists", lang, x=self.called(asked, lang))
+        seen = [*named, self.main(sight)]
+        hits = [m for m in seen if m is not None and self.covers(asked, m)]
+        if hits:
+            hit = hits[0]
+            what = self.counted(hit, lang) if not isinstance(hit, Category) else hit.zh
+            return question, f"有。图里有{what}。" if lang == "zh" else f"Yes. I see {what}."
+        if self.main(sight) is None:
+            return question, self.say_unsure(sight, lang)
+        if self.covers(self.main(sight), asked):
+            perhaps = "可能有。" if lang == "zh" else "Perhaps. "
+            return question, perhaps + self.say_seen(sight, lang)
+        no = "没看到。" if lang == "zh" else "I do not see that. "
+        return question, no + self.say_seen(sight, lang)
+
+    def at_photo(self, sight: Sight, lang: str) -> tuple[str, str]:
+        """What is on a side of the picture?"""
+        place = self.choose(list(REGION_OF))
+        question = self.ask("at", lang, p=self.choose(PLACES[place][lang == "en"]))
+        meaning = self.meaning(sight, REGION_OF[place])
+        if not isinstance(meaning, Concept | Kind):
+            return question, self.hedge(sight, lang) if self.main(sight) else self.say_unsure(
+                sight, lang
+            )
+        if isinstance(meaning, Concept):
+            return question, self.say_at(place, [Thing(meaning.index, place, None)], lang)
+        if lang == "zh":
+            return question, f"{PLACES[place][0][0]}是一种{meaning.zh}。"
+        where = PLACES[place][1][0]
+        return question, f"{where[0].upper()}{where[1:]} I see a kind of {meaning.en}."
+
+    # --- whole dialogues
+
+    def photo(self, sight: Sight, *, turns: int) -> list[Round]:
+        """1 to 4 rounds about one photograph."""
+        lang = self.language()
+        rounds: list[Round] = []
+        for i in range(turns):
+            if i and self.chance(0.06):
+                lang = "en" if lang == "zh" else "zh"
+            question, answer = self.photo_round(sight, lang, first=i == 0)
+            rounds.append(Round(question, answer, (0,) if i == 0 else ()))
+        return rounds
+
+    def several(self, sights: Sequence[Sight]) -> list[Round]:
+        """Two to five photographs shown at once, asked about by number."""
+        lang = self.language()
+        rounds = []
+        for i in range(2 if self.chance(0.4) else 1):
+            n = int(self.rng.integers(len(sights)))
+            sight = sights[n]
+            number = self.choose((("一", "二", "三", "四", "五")[n], str(n + 1)))
+            ordinal = ("first", "second", "third", "fourth", "fifth")[n]
+            question = self.ask("nth", lang, n=number if lang == "zh" else ordinal)
+            shown = tuple(range(len(sights))) if i == 0 else ()
+            rounds.append(Round(question, self.say_seen(sight, lang), shown))
+        return rounds
