@@ -310,7 +310,7 @@ def test_output_that_cannot_be_written(text_bundle: Path) -> None:
     os.close(reader)  # as `seechat ask … | head -c 1` leaves it
     done = run(*ask, capture_output=False, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @posix

@@ -1,8 +1,9 @@
 """The command `seechat`. Answers go to stdout, everything else to stderr.
 
-Exit codes: 0 done, 1 failed (one readable line says why), 2 wrong usage, 130 Ctrl-C. Commands of
-other packages are found as entry points of the group `seechat.commands`: a function that adds its
-parser to the subparsers it is given and sets `run`, called with the parsed arguments.
+Exit codes: 0 done, 1 failed (one readable line says why), 2 wrong usage, 130 Ctrl-C, 141 nobody
+reads the output. Commands of other packages are found as entry points of the group
+`seechat.commands`: a function that adds its parser to the subparsers it is given and sets `run`,
+called with the parsed arguments.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seechat_lite.folders import cache_folder
-from seechat_lite.interrupts import EXIT_CODE
+from seechat_lite.interrupts import EXIT_CODE, OUTPUT_GONE
 from seechat_lite.options import (
     add_load_options,
     add_memory_options,
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return EXIT_CODE
     except BrokenPipeError:  # the reader of our output has gone; nobody is left to tell
-        return 1
+        return OUTPUT_GONE
     except Exception as e:
         if args and args.debug:
             show_traceback()

@@ -4,6 +4,7 @@ import os
 import signal
 
 EXIT_CODE = 130
+OUTPUT_GONE = 141  # what a shell says of programs that wrote to a pipe nobody reads (SIGPIPE)
 
 
 def leave_on_ctrl_c() -> None:

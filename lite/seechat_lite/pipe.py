@@ -10,19 +10,27 @@ import binascii
 import dataclasses
 import io
 import json
+import logging
 import queue
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from seechat_lite.errors import SeechatError
+from seechat_lite.interrupts import OUTPUT_GONE
+from seechat_lite.json_structure import too_complex
 from seechat_lite.options import add_load_options, add_model_option, load_options
+from seechat_lite.text_lines import Bytes, LineError, text_lines
 from seechat_weights.plain_text import safe_json
 
 if TYPE_CHECKING:
     from seechat_lite.chat import Chat, Model
+
+log = logging.getLogger(__name__)
 
 OPTIONS = {
     "max_new_tokens": int,
@@ -33,6 +41,12 @@ OPTIONS = {
     "seed": int,
 }
 MAX_WAITING = 64  # questions; more are refused
+MAX_WAITING_BYTES = 128 << 20  # of their lines
+MAX_LINE = 64 << 20  # bytes: several pictures
+MAX_CHATS = 256  # conversations that are remembered at once
+MAX_NAME = 200  # characters of an id or of a conversation's name
+MAX_INTEGER = 2**63 - 1
+_ID = re.compile(r'"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|-?[0-9]{1,18}(?![0-9.eE]))')
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -54,27 +68,55 @@ def _run(args: argparse.Namespace, options: dict[str, Any]) -> int:
     from seechat_lite.chat import load
 
     out = sys.stdout
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8")  # whatever the system's own is
+    if isinstance(out, io.TextIOWrapper):
+        out.reconfigure(encoding="utf-8")  # whatever the system's own is
 
     def write(message: dict[str, Any]) -> None:
-        out.write(safe_json(json.dumps(message, ensure_ascii=False)) + "\n")
-        out.flush()
+        line = safe_json(json.dumps(message, ensure_ascii=False)) + "\n"
+        try:
+            out.write(line if line.isascii() or _has_no_halves(line) else _ascii(message))
+            out.flush()
+        except (OSError, ValueError):  # ValueError: closed
+            raise OutputGoneError from None
 
     def progress(stage: str, done: int, total: int) -> None:
         write({"progress": stage, "done": done, "total": total})
 
-    with load(args.model, progress=progress, **options) as model:
-        model.chat(args.format)  # an unknown format is said before anybody asks
-        about = {"model": model.manifest.name, "precision": model.manifest.decoder.precision}
-        write({"ready": True, "vision": model.manifest.vision is not None} | about)
-        Pipe(model, write, format=args.format).talk(sys.stdin)
-    return 0
+    try:
+        with load(args.model, progress=progress, **options) as model:
+            model.chat(args.format)  # an unknown format is said before anybody asks
+            about = {"model": model.manifest.name, "precision": model.manifest.decoder.precision}
+            write({"ready": True, "vision": model.manifest.vision is not None} | about)
+            lines = sys.stdin.buffer if sys.stdin else io.BytesIO()
+            pipe = Pipe(model, write, format=args.format)
+            pipe.talk(text_lines(cast(Bytes, lines), most=MAX_LINE))
+            return 1 if pipe.failed else 0
+    except OutputGoneError:
+        return OUTPUT_GONE
+
+
+def _has_no_halves(line: str) -> bool:
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, as a client may put in its id
+        return False
+    return True
+
+
+def _ascii(message: dict[str, Any]) -> str:
+    return json.dumps(message) + "\n"
+
+
+class OutputGoneError(Exception):
+    """Nobody reads the answers any more. No OSError, lest it is taken for a file's."""
 
 
 class RequestError(SeechatError):
-    """A line that is no request."""
+    """A line that is no request. id: whose it is, if that can be read."""
+
+    def __init__(self, message: str, id: str | int | None = None) -> None:
+        super().__init__(message)
+        self.id = id
 
 
 @dataclass(frozen=True)
@@ -86,10 +128,15 @@ class _Request:
     images: tuple[str | bytes, ...] = ()
     chat: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    size: int = 0  # of its line, characters
 
 
 class Pipe:
-    """Answers lines. write: takes every answer, an object; called from two threads in turn."""
+    """Answers lines.
+
+    write: takes every answer, an object; called from two threads in turn; raises OutputGoneError.
+    failed: whether something went wrong that no line can be blamed for.
+    """
 
     def __init__(
         self, model: "Model", write: Callable[[dict[str, Any]], None], *, format: str | None = None
@@ -103,9 +150,12 @@ class Pipe:
         self._state = threading.Lock()  # guards the next two
         self._waiting: dict[str | int, bool] = {}  # not yet answered; whether to be stopped
         self._running: tuple[str | int, Chat] | None = None
+        self._size = 0  # of the lines of all that wait
+        self._gone = False
+        self.failed = False
 
-    def talk(self, lines: Iterable[str]) -> None:
-        """Answer until the lines end and all has been answered."""
+    def talk(self, lines: Iterable[str | LineError]) -> None:
+        """Answer until the lines end and all has been answered. Raises OutputGoneError."""
         threading.Thread(target=self._read, args=(lines,), daemon=True).start()
         while (request := self._requests.get()) is not None:
             if isinstance(request, str):
@@ -115,48 +165,70 @@ class Pipe:
                 end = self._answer(request)
             except SeechatError as e:
                 end = _error(request.id, e)
+            except (OutputGoneError, KeyboardInterrupt):
+                raise
+            except Exception as e:
+                end = self._our_mistake(request.id, e)
             with self._state:  # before its end is told: the id may be used again then
                 self._running = None
                 del self._waiting[request.id]
+                self._size -= request.size
             self._write(end)
+        if self._gone:
+            raise OutputGoneError
 
-    def _read(self, lines: Iterable[str]) -> None:
+    def _read(self, lines: Iterable[str | LineError]) -> None:
         """Put requests into the queue, and stop answers, as lines come."""
         try:
             for line in lines:
-                if line.strip():
-                    self._take(line)
-        except OSError:  # stdin or stdout is gone, and with it whom we could tell
-            pass
+                try:
+                    if isinstance(line, LineError):
+                        raise RequestError(str(line), _id_in(line.guess))
+                    if line.strip():
+                        self._take(line)
+                except RequestError as e:
+                    self._write(_error(e.id, e))
+                except (OutputGoneError, OSError):
+                    raise
+                except Exception as e:
+                    self._write(self._our_mistake(None, e))
+        except OutputGoneError:
+            self._gone = True
+        except Exception as e:  # stdin cannot be read; what was asked is answered all the same
+            self.failed = True
+            log.error("standard input cannot be read any more: %s", e)
         finally:
             self._requests.put(None)
 
+    def _our_mistake(self, id: str | int | None, error: Exception) -> dict[str, Any]:
+        self.failed = True
+        log.error("a line could not be answered", exc_info=error)
+        name = type(error).__name__
+        return {"id": id, "error": f"{name}: {error!s:.200} (please report it)", "type": name}
+
     def _take(self, line: str) -> None:
-        try:
-            request = _parse(line)
-        except RequestError as e:
-            self._fail(None, e)
-            return
+        """Raises RequestError."""
+        request = _parse(line)
         match request:
             case {"stop": str() | int() as id}:
                 self._stop(id)
             case {"end": str(chat)}:
                 self._requests.put(chat)
             case _:
-                try:
-                    asked = _question(request)
-                except RequestError as e:
-                    self._fail(request.get("id"), e)
-                    return
+                asked = _question(request, size=len(line))
                 with self._state:
                     used = asked.id in self._waiting or len(self._waiting) >= MAX_WAITING
-                    if not used:
+                    full = self._size + asked.size > MAX_WAITING_BYTES
+                    if not (used or full):
                         self._waiting[asked.id] = False
+                        self._size += asked.size
                 if used:
                     text = f"{MAX_WAITING} questions wait already, or one with this id"
-                    self._fail(asked.id, RequestError(f"{text}; expected its answer first"))
-                else:
-                    self._requests.put(asked)
+                    raise RequestError(f"{text}; expected its answer first", asked.id)
+                if full:
+                    text = f"more than {MAX_WAITING_BYTES} characters of questions wait already"
+                    raise RequestError(f"{text}; expected their answers first", asked.id)
+                self._requests.put(asked)
 
     def _stop(self, id: str | int) -> None:
         """End the answer with this id, or have it end before it begins."""
@@ -169,6 +241,9 @@ class Pipe:
     def _answer(self, request: _Request) -> dict[str, Any]:
         chat = self._model.chat(self._format)
         if request.chat is not None:
+            if request.chat not in self._chats and len(self._chats) >= MAX_CHATS:
+                text = f"{MAX_CHATS} conversations are remembered already"
+                raise RequestError(f'{text}; expected the end of one: {{"end": NAME}}')
             chat = self._chats.setdefault(request.chat, chat)
         pieces = chat.stream(request.question, request.images, **request.options)
         with self._state:
@@ -182,9 +257,6 @@ class Pipe:
         stats = dataclasses.asdict(chat.stats) if chat.stats else None
         return {"id": request.id, "done": True, "answer": answer, "stats": stats}
 
-    def _fail(self, id: str | int | None, error: SeechatError) -> None:
-        self._write(_error(id, error))
-
     def _write(self, message: dict[str, Any]) -> None:
         with self._writing:
             self._write_now(message)
@@ -194,29 +266,67 @@ def _error(id: str | int | None, error: SeechatError) -> dict[str, Any]:
     return {"id": id, "error": str(error), "type": type(error).__name__}
 
 
+def _id_in(text: str) -> str | int | None:
+    """The id in a line that cannot be read as a whole."""
+    if found := _ID.search(text, 0, 1 << 20):
+        with suppress(ValueError):
+            return json.loads(found[1])
+    return None
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
 def _parse(line: str) -> dict[str, Any]:
+    """The object in a line. Raises RequestError."""
+    if why := too_complex(line.encode("utf-8", "replace")):
+        raise RequestError(f"not JSON that is read here: {why}", _id_in(line))
     try:
-        request = json.loads(line)
+        request = json.loads(line, parse_constant=_no_number)
     except (ValueError, RecursionError) as e:
-        raise RequestError(f"not JSON ({e}); expected an object a line") from None
+        message = f"not JSON ({e!s:.200}); expected an object a line"
+        raise RequestError(message, _id_in(line)) from None
     if not isinstance(request, dict):
         raise RequestError("not an object; expected an object a line")
     return request
 
 
-def _question(request: dict[str, Any]) -> _Request:
+def _shown(value: object) -> str:
+    """A value for an error: short, whatever it is."""
+    match value:
+        case str():
+            return repr(value[:80])
+        case int() if abs(value) > MAX_INTEGER:
+            return "a number of very many digits"
+        case list() | dict() if value:
+            return f"a {type(value).__name__} of {len(value)}"
+    return repr(value)
+
+
+def _question(request: dict[str, Any], *, size: int) -> _Request:
     """Check a question's fields. Raises RequestError."""
     given = dict(request)
+    id = given.pop("id", None)
+    if isinstance(id, bool) or not isinstance(id, str | int):
+        raise RequestError(
+            f"id is {_shown(id)}; expected a text or a whole number that names the question"
+        )
+    if (len(id) > MAX_NAME) if isinstance(id, str) else abs(id) > MAX_INTEGER:
+        raise RequestError(f"id is too long; expected at most {MAX_NAME} characters")
 
     def take(name: str, kinds: type | tuple[type, ...], expected: str) -> Any:
         value = given.pop(name, None)
         if isinstance(value, bool) or not isinstance(value, kinds):
-            raise RequestError(f"{name} is {value!r:.80}; expected {expected}")
+            raise RequestError(f"{name} is {_shown(value)}; expected {expected}", id)
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise RequestError(f"{name} is {_shown(value)}; expected a smaller one", id)
         return value
 
-    id = take("id", (str, int), "a text or a whole number that names the question")
     question = take("question", str, "a text")
     chat = take("chat", str, "a text") if "chat" in given else None
+    if chat is not None and len(chat) > MAX_NAME:
+        raise RequestError(f"chat is too long; expected at most {MAX_NAME} characters", id)
     images = given.pop("image", None)
     options = {}
     for name, kind in OPTIONS.items():
@@ -224,12 +334,13 @@ def _question(request: dict[str, Any]) -> _Request:
             value = take(name, (int, float) if kind is float else int, f"a {kind.__name__}")
             options[name] = kind(value)
     if given:
-        raise RequestError(f"unknown fields {sorted(given)}; see docs/embedding.md")
+        unknown = ", ".join(_shown(name) for name in sorted(given)[:5])
+        raise RequestError(f"unknown fields {unknown}; see docs/embedding.md", id)
     pictures = images if isinstance(images, list) else [] if images is None else [images]
-    return _Request(id, question, tuple(map(_picture, pictures)), chat, options)
+    return _Request(id, question, tuple(_picture(p, id) for p in pictures), chat, options, size)
 
 
-def _picture(given: object) -> str | bytes:
+def _picture(given: object, id: str | int) -> str | bytes:
     match given:
         case str():
             return given
@@ -238,4 +349,4 @@ def _picture(given: object) -> str | bytes:
                 return base64.b64decode(text, validate=True)
             except (binascii.Error, ValueError):
                 pass
-    raise RequestError(f"image is {given!r:.80}; expected a path or {{base64: …}}")
+    raise RequestError(f"image is {_shown(given)}; expected a path or {{base64: …}}", id)
