@@ -490,3 +490,204 @@ def test_careless_questions_still_ask_the_same() -> None:
         assert plain(unicodedata.normalize("NFKC", asked)) == plain(question)
     assert {"这是什么？", "这是什么?", "WHAT IS THIS?", "what is this?"} <= seen
     assert any(s.endswith("\n") for s in seen) and len(seen) > 300
+
+
+# --- other styles of drawing
+
+
+def test_a_drawing_keeps_its_shape_in_every_style() -> None:
+    from styles import STYLES, restyle
+
+    icon = np.zeros((144, 144, 4), np.uint8)
+    icon[30:110, 30:110] = (220, 40, 40, 255)
+    icon[50:90, 50:90] = (250, 220, 60, 255)
+    rng = np.random.default_rng(0)
+    for style in STYLES:
+        for _ in range(5):
+            drawn = restyle(rng, icon, style)
+            assert drawn.shape == icon.shape and drawn.dtype == np.uint8
+            covered = (drawn[..., 3] > 127) & (icon[..., 3] > 127)
+            assert covered.sum() / (icon[..., 3] > 127).sum() > 0.95, style
+            assert (drawn[..., 3] > 127).mean() < 0.45, style
+    lines = restyle(rng, icon, "lines")
+    seen = lines[30:110, 30:110, :3].max(-1)
+    assert seen[48:52, 48:52].min() == 255 and seen[20, 20:60].max() < 60  # paper, ink between
+    grey = restyle(rng, icon, "grey")
+    assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 1] == grey[..., 2]).all()
+
+
+class Recorder:
+    """Stands for a model: notes down how it is asked, and says nothing."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, dict]] = []
+
+    def chat(self) -> "Recorder":
+        return self
+
+    def ask(self, question: str, **options) -> str:
+        self.asked.append((question, options))
+        return ""
+
+
+@pytest.mark.parametrize("asked", ["plain", "untrained", "instructions", "blanks"])
+def test_the_evaluation_asks_as_it_is_told(asked: str) -> None:
+    from careless import instructions
+    from dialogues import load_wordings
+    from evaluate import PLAIN, Test
+    from scenes import Icons
+
+    pixels = np.full((8, 32, 32, 4), 255, np.uint8)
+    model = Recorder()
+    test = Test(model, Icons(pixels, np.arange(8)), [], asked=asked, temperature=0.5)
+    for i in range(8):
+        for case in (test.naming("zh"), test.naming("en"), test.category, test.yes_no, test.count,
+                     test.where, test.at, test.follow_up):  # fmt: skip
+            case(i)
+    assert all(o["temperature"] == 0.5 and o["seed"] for _, o in model.asked)
+    questions = [q for q, _ in model.asked]
+    apart = load_wordings(RECIPE / "untrained_wordings.txt")
+    if asked == "untrained":
+        first = {w for (_, _), ways in PLAIN.items() for w in ways if "{" not in w}
+        assert {q for q in questions if q in first} <= {"那它会飞吗？"}
+        assert sum(q in apart["name", "zh"] + apart["name", "en"] for q in questions) == 16
+    elif asked == "instructions":
+        before = instructions("test")
+        assert all(q.startswith(before) and "\n" in q for q in questions)
+    elif asked == "blanks":
+        assert all(q != q.strip() and q.strip() for q in questions)
+    else:
+        assert all(q == q.strip() for q in questions)
+
+
+# --- training, at toy size
+
+
+def toy_parts(author, hidden: int = 32):
+    from batches import Sampler
+    from scenes import Picture
+    from sights import PhotoBridge
+    from train import Parts, Readers, Settings, language_config, new_language_model
+    from verdict import load_verdicts
+    from vision import Bridge
+
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(BUILTIN / "ice_text.model")
+    settings = Settings(hidden=hidden, layers=1, heads=2, rate=1e-2)
+    parts = Parts(
+        new_language_model(language_config(tokenizer, settings)),
+        Bridge(hidden, width=16),
+        PhotoBridge(len(load_verdicts().meanings), hidden),
+        Readers(tokenizer, author.concepts),
+    )
+    shown = [scene(author, layout) for layout in ("one", "row2", "four", "one")]
+    shown.append(Picture("texture", "one", ()))
+    return settings, parts, Sampler(author, tokenizer, shown)
+
+
+def random_features(numbers: np.ndarray):
+    from tower import FEATURES
+    from vision import LOW, TOKENS
+
+    generator = torch.Generator().manual_seed(int(numbers.sum()))
+    n = len(numbers)
+    return torch.rand(n, TOKENS, FEATURES, generator=generator), torch.rand(
+        n, TOKENS, LOW, generator=generator
+    )
+
+
+@pytest.fixture
+def photo_author():
+    from photo_dialogues import PhotoAuthor
+
+    return PhotoAuthor(np.random.default_rng(0))
+
+
+def test_every_answer_about_a_photograph_follows_from_its_sight(photo_author) -> None:
+    from evaluate_photos import what_was_said
+    from sights import Sight
+
+    author = photo_author
+    for i in range(1500):
+        sight = author.deal()
+        assert Sight.of(sight.numbers()) == sight
+        for r in author.photo(sight, turns=1 + i % 3) + author.several([sight, author.deal()]):
+            assert r.question.strip() and not re.search(r"[{}\[\]|]", r.question)
+            assert r.answer and "，" not in r.answer and "None" not in r.answer
+            assert "  " not in r.answer and r.answer == r.answer.strip()
+        for lang in ("zh", "en"):
+            said = what_was_said(author.say_seen(sight, lang))
+            main = author.main(sight)
+            assert (said and said.zh) == (main and main.zh)
+            told = author.describe(sight, lang)
+            assert (main is not None or author.things_in(sight)) or what_was_said(told) is None
+
+
+def test_a_kind_is_neither_denied_nor_made_up(photo_author) -> None:
+    from photo_classes import load_kinds
+    from sights import Sight
+    from vision import TOKENS
+
+    author = photo_author
+    dog = load_kinds()["dog"]
+    thing = {c.en: c for c in author.concepts}
+    sight = Sight((author.number[dog],) * TOKENS)
+    assert author.say_is(sight, dog, "zh") == "是的。这是一种狗。"
+    assert author.say_is(sight, thing["dog"], "zh") == "是的。这是一种狗。"
+    assert author.say_is(sight, thing["golden retriever"], "zh") == "可能是。这是一种狗。"
+    assert author.say_is(sight, thing["tabby cat"], "zh") == "不是。这是一种狗。"
+    golden = Sight((author.number[thing["golden retriever"]],) * TOKENS, 7, 3)
+    assert author.say_is(golden, thing["dog"], "en").startswith("Yes. ")
+    assert author.describe(golden, "zh") == "图里有一只金毛寻回犬。背景主要是绿色。"
+    unsure = Sight((author.verdicts.unsure,) * TOKENS, ground=4)
+    assert author.say_seen(unsure, "zh") == "我不确定这是什么。图片主要是蓝色。"
+    assert author.say_is(unsure, dog, "zh") == author.say_seen(unsure, "zh")
+
+
+def test_batches_hold_drawings_and_photographs_side_by_side(photo_author) -> None:
+    from sights import Sight
+
+    _, parts, sampler = toy_parts(photo_author)
+    parts.bridge.eval()
+    batch = next(sampler.batches(48, pool=2))
+    drawn = batch.pictures >= 0
+    assert drawn.any() and not drawn.all()
+    embeds, what = parts.embed(batch, random_features)
+    features = random_features(batch.pictures[drawn])
+    assert torch.allclose(embeds[drawn], parts.bridge(*features)) and len(what) == drawn.sum()
+    assert torch.equal(embeds[~drawn], parts.photos(batch.sights[~drawn]))
+    for numbers in batch.sights[~drawn].tolist():
+        assert max(Sight.of(numbers).verdicts) <= photo_author.verdicts.unsure
+
+
+def test_training_learns_photographs_by_heart(photo_author, tmp_path: Path) -> None:
+    from train import Trainer, tune, tuning_groups
+
+    settings, parts, sampler = toy_parts(photo_author)
+    samples = iter([sampler.photographs(turns=1) for _ in range(12)])
+    batch = next(sampler.batches(12, pool=1, make=lambda: next(samples)))
+    assert (batch.pictures < 0).all()
+    groups = tuning_groups(settings, parts, 1.0)
+    trainer = Trainer(tmp_path, "toy", groups, parts.modules(), 120, warm=5)
+    before = parts.photos.verdict.weight.detach().clone()
+    while not trainer.finished:
+        tune(trainer, parts, batch, random_features, sampler.pictures.__getitem__)
+    assert trainer.losses[-1] < trainer.losses[0] / 3
+    assert not torch.equal(parts.photos.verdict.weight, before)
+
+
+def test_a_verdict_begins_as_the_words_for_it(photo_author) -> None:
+    from train import name_verdicts
+
+    _, parts, _ = toy_parts(photo_author)
+    verdicts = photo_author.verdicts
+    table = parts.lm.word_embeddings.weight.detach()
+    name_verdicts(parts.photos, parts.readers, table, verdicts)
+    rows = parts.photos.verdict.weight.detach()[:-1]
+    names = parts.readers.words(
+        table, [parts.readers.ids(m.zh, m.en) for m in verdicts.meanings[:-1]]
+    )
+    names = names - names.mean(0)
+    cosine = torch.nn.functional.normalize(rows) @ torch.nn.functional.normalize(names).t()
+    # things and categories of one name (a person is both kind and category) cannot be told apart
+    assert (cosine.argmax(1) == torch.arange(len(rows))).float().mean() > 0.97

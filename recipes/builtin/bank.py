@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from emoji_sets import VENDORS
 from PIL import Image
-from scenes import Icons, Picture, compose, crop_photo, random_scene, texture
+from scenes import Icons, Picture, compose, crop_photo, cut_out, random_scene, texture
 from tower import FEATURES, MEAN, STD, load_expert
 from vision import LOW, TOKENS, Features
 
@@ -60,8 +60,13 @@ def picture_at(seed: int, icons: Icons, photos: list[Image.Image], singles: int,
         return image, Picture("icons", "one", (named,))
     if seed < singles + scenes:
         return random_scene(rng, icons)
-    if rng.random() < 0.5 and photos:
-        return crop_photo(rng, photos[int(rng.integers(len(photos)))]), Picture("photo", "one", ())
+    kind = rng.random()
+    if kind < 0.75 and photos:
+        photo = photos[int(rng.integers(len(photos)))]
+        if kind < 0.4:
+            return crop_photo(rng, photo), Picture("photo", "one", ())
+        silhouette = icons.pixels[int(rng.integers(len(icons.pixels)))][..., 3]
+        return cut_out(rng, photo, silhouette), Picture("cut", "one", ())
     return texture(rng), Picture("texture", "one", ())
 
 

@@ -1,12 +1,15 @@
 """Dialogues to training batches, written exactly as the runtime writes its prompts."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from dialogues import Author, Round
+from careless import careless
+from dialogues import Round
+from photo_dialogues import PhotoAuthor
 from scenes import Picture
+from sights import Sight
 from torch import Tensor
 from vision import TOKENS
 
@@ -15,6 +18,8 @@ from seechat_lite.prompt import build
 from seechat_lite.tokenizer import Tokenizer
 
 FORMAT = FORMATS["seechat"]
+SIGHT = TOKENS + 3  # the numbers of a sight
+PHOTOS = 0.3  # which share of the dialogues is about photographs
 
 
 @dataclass
@@ -23,7 +28,7 @@ class Sample:
 
     ids: list[int]
     context: int  # index of <sop>
-    images: list[tuple[int, int]]  # (start in ids, number of the picture in the bank)
+    images: list[tuple[int, int | Sight]]  # start in ids; number in the bank, or what is seen
 
 
 @dataclass
@@ -33,10 +38,11 @@ class Batch:
     targets: Tensor  # int64 [b, length]: the next id after each position of an answer, else -100
     rows: Tensor  # int64 [k]: which row of the batch a picture stands in
     starts: Tensor  # int64 [k]
-    pictures: np.ndarray  # [k] numbers in the bank
+    pictures: np.ndarray  # [k] numbers in the bank; -1 for a photograph
+    sights: Tensor  # int64 [k, 15]: what photographs show (Sight.numbers), else 0
 
 
-def encode(tokenizer: Tokenizer, rounds: list[Round], numbers: list[int]) -> Sample:
+def encode(tokenizer: Tokenizer, rounds: list[Round], numbers: Sequence[int | Sight]) -> Sample:
     """A dialogue as the runtime would send it, with its last answer and <eop> appended."""
     turns = [Turn(r.question, r.answer, tuple(str(i) for i in r.pictures)) for r in rounds]
     last = rounds[-1]
@@ -60,8 +66,10 @@ def collate(samples: list[Sample], pad: int) -> Batch:
         n = len(s.ids) - 1
         ids[row, :n] = s.ids[:-1]
         targets[row, s.context : n] = s.ids[s.context + 1 :]
-    places = [(r, start, number) for r, s in enumerate(samples) for start, number in s.images]
+    images = [(row, start, what) for row, s in enumerate(samples) for start, what in s.images]
+    places = [(r, start, -1 if isinstance(w, Sight) else w) for r, start, w in images]
     rows, starts, numbers = np.array(places, np.int64).reshape(-1, 3).T
+    sights = [w.numbers() if isinstance(w, Sight) else [0] * SIGHT for *_, w in images]
     return Batch(
         torch.from_numpy(ids),
         torch.tensor([s.context for s in samples]),
@@ -69,6 +77,7 @@ def collate(samples: list[Sample], pad: int) -> Batch:
         torch.from_numpy(rows),
         torch.from_numpy(starts),
         numbers,
+        torch.tensor(sights, dtype=torch.int64).reshape(-1, SIGHT),
     )
 
 
@@ -84,7 +93,7 @@ class Sampler:
 
     def __init__(
         self,
-        author: Author,
+        author: PhotoAuthor,
         tokenizer: Tokenizer,
         pictures: list[Picture],
         *,
@@ -109,19 +118,35 @@ class Sampler:
         author, rng = self.author, self.author.rng
         roll = rng.random()
         if self.text_only or roll < 0.05:
-            return encode(self.tokenizer, author.without_picture(), [])
+            return self.written(author.without_picture(), [])
         turns = 1 if roll < 0.72 else int(rng.integers(2, 4))
+        if author.chance(PHOTOS):
+            return self.photographs(turns=turns)
         kind = rng.random()
         if kind < 0.07:
             return self.two_pictures()
-        if kind < 0.13:
+        if kind < 0.11:
             number = int(author.choose(self.others))
         elif kind < 0.70:
             number = int(author.choose(self.scenes))
         else:
             number = self.pick_single()
-        rounds = author.one_picture(self.pictures[number], turns=turns)
-        return encode(self.tokenizer, rounds, [number])
+        return self.written(author.one_picture(self.pictures[number], turns=turns), [number])
+
+    def written(self, rounds: list[Round], numbers: Sequence[int | Sight]) -> Sample:
+        """A dialogue as people and programs send it."""
+        rng = self.author.rng
+        asked = [replace(r, question=careless(rng, r.question)) for r in rounds]
+        return encode(self.tokenizer, asked, numbers)
+
+    def photographs(self, *, turns: int) -> Sample:
+        """A dialogue about a photograph, or now and then about two to five."""
+        author = self.author
+        if author.chance(0.1):
+            sights = [author.deal() for _ in range(int(author.rng.integers(2, 6)))]
+            return self.written(author.several(sights), sights)
+        sight = author.deal()
+        return self.written(author.photo(sight, turns=turns), [sight])
 
     def two_pictures(self) -> Sample:
         """A dialogue about two pictures of one thing each."""
@@ -129,7 +154,7 @@ class Sampler:
         if self.author.chance(0.1):
             numbers[1] = numbers[0]
         rounds = self.author.two_pictures(*(self.pictures[i] for i in numbers))
-        return encode(self.tokenizer, rounds, numbers)
+        return self.written(rounds, numbers)
 
     def about(self) -> Sample:
         """A picture of one thing, asked at once for its category, a trait, its colour.
@@ -139,7 +164,7 @@ class Sampler:
         author, number = self.author, self.pick_single()
         lang, thing = author.language(), self.pictures[number].things[0]
         ask = author.naming if author.chance(0.35) else author.about
-        return encode(self.tokenizer, [Round(*ask(thing, lang), (0,))], [number])
+        return self.written([Round(*ask(thing, lang), (0,))], [number])
 
     def batches(
         self, size: int, pool: int = 12, make: Callable[[], Sample] | None = None

@@ -2,6 +2,8 @@
 
     python recipes/builtin/evaluate.py                      # the shipped model, the whole table
     python recipes/builtin/evaluate.py --bundle DIR --json result.json --vendor openmoji
+    python recipes/builtin/evaluate.py --asked untrained    # wordings that training never drew
+    python recipes/builtin/evaluate.py --asked instructions # with a system prompt before each
 
 Downloads and draws the test set by itself (Twemoji; scikit-image's photos for refusals). The set
 and the questions are fixed by a seed; many of the wordings are among those that training can draw.
@@ -11,12 +13,15 @@ import argparse
 import json
 import re
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from careless import instructions
 from colours import COLOURS
 from concepts import Concept, load_concepts
+from dialogues import load_wordings
 from emoji_sets import SCIKIT_IMAGE, VENDORS, wheel_images
 from phrases import NUMBERS_ZH, PLACES, YES_NO_ZH
 from PIL import Image
@@ -47,7 +52,19 @@ NEXT = ("{p}呢？", "那{p}那个呢？", "{p}的那个又是什么呢？")
 ENGLISH = ("用英文怎么说？", "它的英文是什么？", "英语里它叫什么？")
 SECOND = ("第二张图是什么？", "第二张图里画了什么？")
 WHICH = ("哪一张是{x}？", "哪张图是{x}？", "哪一张图片里是{x}？")
-ABILITY = {"food": "它能吃吗？", "animal": "它是动物吗？", "fly": "它会飞吗？"}
+ABILITY = {"food": ("它能吃吗？",), "animal": ("它是动物吗？",), "fly": ("它会飞吗？",)}
+ASKED = ("plain", "untrained", "instructions", "blanks")
+Ways = dict[tuple[str, str], tuple[str, ...]]  # of asking, by intent and language
+PLAIN: Ways = {
+    ("name", "zh"): NAME_ZH,
+    ("name", "en"): NAME_EN,
+    ("category", "zh"): CATEGORY,
+    ("colour", "zh"): COLOUR,
+    ("count", "zh"): COUNT,
+    ("where", "zh"): WHERE,
+    ("at", "zh"): AT,
+    **{(trait, "zh"): ways for trait, ways in ABILITY.items()},
+}
 
 
 def only_name(answer: str) -> str:
@@ -58,10 +75,26 @@ def only_name(answer: str) -> str:
 
 
 class Test:
-    """The held-out drawings and everything asked about them."""
+    """The held-out drawings and everything asked about them.
 
-    def __init__(self, model: sl.Model, icons: Icons, photos: list[Image.Image]) -> None:
+    asked: one of ASKED: with other wordings, or with something careless around each question.
+    """
+
+    def __init__(
+        self,
+        model: sl.Model,
+        icons: Icons,
+        photos: list[Image.Image],
+        *,
+        asked: str = "plain",
+        temperature: float = 0.0,
+    ) -> None:
         self.model, self.icons, self.photos = model, icons, photos
+        self.asked, self.temperature = asked, temperature
+        self.ways = dict(PLAIN)
+        if asked == "untrained":
+            apart = load_wordings(Path(__file__).with_name("untrained_wordings.txt"))
+            self.ways |= {key: tuple(apart[key]) for key in self.ways}
         self.concepts = load_concepts()
         self.known = [self.concepts[i] for i in icons.known]
         self.rng = np.random.default_rng(SEED)
@@ -99,12 +132,25 @@ class Test:
         return 100 * right / cases
 
     def ask(self, question: str, image=None, chat: sl.Chat | None = None) -> str:
-        return (chat or self.model.chat()).ask(question, image=image, max_new_tokens=48)
+        if self.asked == "instructions":
+            before = instructions("test")
+            question = f"{before[zlib.crc32(question.encode()) % len(before)]}\n{question}"
+        elif self.asked == "blanks":
+            question = f" \n{question}\u3000\n\n"
+        return (chat or self.model.chat()).ask(
+            question, image=image, max_new_tokens=48, temperature=self.temperature, seed=SEED
+        )
 
-    def naming(self, lang: str, ways: tuple[str, ...], *, plain: bool = True) -> Callable:
+    def way(self, intent: str, i: int | None = None, lang: str = "zh") -> str:
+        """A way of asking: in turn, or by chance without a number."""
+        ways = self.ways[intent, lang]
+        return self.choose(ways) if i is None else ways[i % len(ways)]
+
+    def naming(self, lang: str, *, plain: bool = True) -> Callable:
         def case(i: int) -> tuple[str, bool]:
             concept = self.known[i]
-            answer = self.ask(ways[i % len(ways)], self.single(concept, plain=plain)[0])
+            image = self.single(concept, plain=plain)[0]
+            answer = self.ask(self.way("name", i, lang), image)
             name = concept.name(lang)
             return f"{name} -> {answer}", only_name(answer) == name.removeprefix("the ")
 
@@ -112,13 +158,13 @@ class Test:
 
     def category(self, i: int) -> tuple[str, bool]:
         concept = self.known[i]
-        answer = self.ask(CATEGORY[i % 4], self.single(concept)[0])
+        answer = self.ask(self.way("category", i), self.single(concept)[0])
         return f"{concept.zh} -> {answer}", concept.category.zh in answer
 
     def yes_no(self, i: int) -> tuple[str, bool]:
         concept = self.known[i % len(self.known)]
         trait = self.choose([t for t in ABILITY if t not in concept.unasked])
-        answer = self.ask(ABILITY[trait], self.single(concept)[0])
+        answer = self.ask(self.way(trait, i), self.single(concept)[0])
         return f"{concept.zh} {trait} -> {answer}", self.verdict(concept, trait, answer)
 
     def verdict(self, concept: Concept, trait: str, answer: str) -> bool:
@@ -135,7 +181,7 @@ class Test:
     def colour(self, coloured: list[Concept]) -> Callable[[int], tuple[str, bool]]:
         def case(i: int) -> tuple[str, bool]:
             image, thing = self.single(coloured[i])
-            answer = self.ask(COLOUR[i % 4], image)
+            answer = self.ask(self.way("colour", i), image)
             truth = COLOURS[thing.colour or 0][1]
             return f"{coloured[i].zh} {truth} -> {answer}", truth in answer
 
@@ -145,7 +191,7 @@ class Test:
         layout = ("one", "row2", "column2", "row3", "four", "one", "row3", "four")[i % 8]
         number = len(LAYOUTS[layout])
         image, _ = self.scene(layout)
-        question = self.choose(COUNT)
+        question = self.way("count")
         answer = self.ask(question, image)
         wanted = f"{NUMBERS_ZH[number]}个"
         if question.startswith("How"):
@@ -156,7 +202,7 @@ class Test:
         image, picture = self.any_scene()
         thing = self.choose(picture.things)
         name = self.concepts[thing.concept].zh
-        answer = self.ask(WHERE[i % 4].format(x=name), image)
+        answer = self.ask(self.way("where", i).format(x=name), image)
         place = PLACES[thing.place][0][0]
         return f"{name} {place} -> {answer}", answer.endswith(f"在{place}。")
 
@@ -164,7 +210,7 @@ class Test:
         image, picture = self.any_scene()
         thing = self.choose(picture.things)
         place, name = PLACES[thing.place][0][0], self.concepts[thing.concept].zh
-        answer = self.ask(AT[i % 4].format(p=place), image)
+        answer = self.ask(self.way("at", i).format(p=place), image)
         return f"{place} {name} -> {answer}", answer == f"{place}是{name}。"
 
     def follow_up(self, i: int) -> tuple[str, bool]:
@@ -174,16 +220,16 @@ class Test:
         first = self.choose(picture.things)
         concept = self.concepts[first.concept]
         place = PLACES[first.place][0][0]
-        said = self.ask(self.choose(AT).format(p=place), image, chat)
+        said = self.ask(self.way("at").format(p=place), image, chat)
         if kind == 0:
             trait = self.choose([t for t in ABILITY if t not in concept.unasked])
-            answer = self.ask(ABILITY[trait], chat=chat)
+            answer = self.ask(self.way(trait, i), chat=chat)
             good = self.verdict(concept, trait, answer)
         elif kind == 1:
             answer = self.ask(self.choose(ENGLISH), chat=chat)
             good = answer == f"英文是 {concept.en}。"
         elif kind == 2:
-            answer = self.ask(self.choose(CATEGORY), chat=chat)
+            answer = self.ask(self.way("category"), chat=chat)
             good = concept.category.zh in answer
         elif kind == 3:
             other = self.choose([t for t in picture.things if t is not first])
@@ -212,7 +258,7 @@ class Test:
         """Photos whole, then noise and textures."""
         photo = i < len(self.photos)
         image = self.photos[i] if photo else Image.fromarray(texture(self.rng))
-        answer = self.ask(NAME_ZH[i % 4] if i % 3 else "What is this?", image)
+        answer = self.ask(self.way("name", i) if i % 3 else "What is this?", image)
         return f"photo {i} -> {answer}", "不确定" in answer or "not sure" in answer
 
     def table(self) -> dict[str, tuple[float, int]]:
@@ -221,10 +267,10 @@ class Test:
         coloured = [c for c in self.known if self.single(c)[1].colour is not None]
         photos = len(self.photos)
         rows: list[tuple[str, int, Callable]] = [
-            ("naming zh", everyone, self.naming("zh", NAME_ZH)),
-            ("naming en", everyone, self.naming("en", NAME_EN)),
+            ("naming zh", everyone, self.naming("zh")),
+            ("naming en", everyone, self.naming("en")),
             ("naming zh, any background and size", everyone,
-             self.naming("zh", NAME_ZH, plain=False)),
+             self.naming("zh", plain=False)),
             ("category", everyone, self.category),
             ("yes or no", 300, self.yes_no),
             ("this or that, same category", 300, self.either),
@@ -269,6 +315,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(__file__).with_name("work"))
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--failures", type=Path, help="write every wrong answer here")
+    parser.add_argument("--asked", choices=ASKED, default="plain", help="how questions come in")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     photos = [
@@ -277,7 +325,8 @@ def main() -> None:
         if name not in ("logo", "horse", "chessboard_GRAY", "chessboard_RGB", "phantom")
     ]  # drawings and graphics are no photos
     with sl.load(args.bundle, context=512) as model:
-        test = Test(model, test_icons(args.work, args.vendor), photos)
+        icons = test_icons(args.work, args.vendor)
+        test = Test(model, icons, photos, asked=args.asked, temperature=args.temperature)
         precision = model.manifest.decoder.precision
         print(f"{len(test.known)} concepts of {args.vendor}, decoder {precision}")
         result = test.table()

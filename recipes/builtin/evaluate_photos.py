@@ -31,6 +31,7 @@ SETS = ("photos", "scenes", "stamps")
 STAMPS = "usr/share/tuxpaint/stamps"  # inside the unpacked package
 # how an answer begins that names a kind alone (dialogues.py writes them so)
 KIND = re.compile(r"^(?:这|图里|它)是一种(.+?)。|a kind of (.+?)\.")
+CATEGORY = re.compile(r"^这属于(.+?)。|something of the category (.+?)\.")
 GRID = ((0.3, 0.4, 0.5), (0.4, 0.5, 0.6), (0.5, 0.6, 0.7), (0.6, 0.7, 0.8), (0.7, 0.8, 0.9))
 
 
@@ -54,9 +55,9 @@ def what_was_said(answer: str) -> Said:
     if any(word in answer for word in UNSURE):
         return None
     things, kinds, categories, spelled = _names()
-    kind = KIND.search(answer)
-    if kind and (name := kind[1] or kind[2]) in kinds:
-        return kinds[name]
+    for form, known in ((KIND, kinds), (CATEGORY, categories)):
+        if (found := form.search(answer)) and (name := found[1] or found[2]) in known:
+            return known[name]
     if match := spelled.search(answer):
         return next(known[match[0]] for known in (things, kinds, categories) if match[0] in known)
     return None
@@ -91,7 +92,7 @@ def ask_model(model: sl.Model) -> Iterator[tuple[str, Callable[[Image.Image], Sa
     for lang, question in QUESTIONS.items():
 
         def said(image: Image.Image, question: str = question) -> Said:
-            return what_was_said(model.chat().ask(question, image=image, max_new_tokens=48))
+            return what_was_said(model.chat().ask(question, image=image, max_new_tokens=64))
 
         yield lang, said
 

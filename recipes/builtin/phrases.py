@@ -29,8 +29,8 @@ YES_NO_ZH = {
     "building": ("是的", "不是"), "electric": ("用电", "不用电"),
 }  # fmt: skip
 UNSURE = {
-    "zh": "我不确定。我只认识图标类的图片。",
-    "en": "I am not sure. I only know icon-like pictures.",
+    "zh": "我不确定这是什么。",
+    "en": "I am not sure what this is.",
 }
 NO_PICTURE = {"zh": "请先给我一张图片。", "en": "Please give me a picture first."}
 # English names that take no article, because there is no single one of them

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from batches import Batch, Sampler, collate, encode
+from batches import Batch, Sampler, collate
 from concepts import Concept
 from dialogues import Round
 from scenes import Picture
@@ -90,7 +90,7 @@ class Mixer:
                 question = author.ask("where", lang, x=concept.name(lang))
                 answer = author.say_where(concept, picture.things, lang)
                 rounds = [Round(question, answer, (0,))]
-            samples.append(encode(self.sampler.tokenizer, rounds, [number]))
+            samples.append(self.sampler.written(rounds, [number]))
         return collate(samples, self.sampler.tokenizer.pad_id)
 
     def picture(self, number: int) -> Picture:

@@ -1,5 +1,6 @@
 """Turn trained weights into what ships: a Hugging-Face-style folder and bundles."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -10,7 +11,9 @@ import numpy as np
 import onnx_ir as ir
 from concepts import load_concepts
 from emoji_sets import PHOTOS, SCIKIT_LEARN, VENDORS
+from photo_classes import load_things
 from safetensors.torch import save_file
+from sights import Photos
 from torch import nn
 from tower import MEAN, STD, load_expert
 from vision import TOKENS, Bridge, Features, Vision
@@ -62,9 +65,9 @@ def write_folder(folder: Path, lm: ChatGLM, tokenizer: Path) -> None:
 
 
 def round_to_int8(module: nn.Module) -> None:
-    """Round the weights of convolutions and linear layers to 8 bits, a scale an output channel."""
+    """Round weights of convolutions, linear layers and tables to 8 bits, each row by its scale."""
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d | nn.Linear | nn.Embedding):
             weight = layer.weight.data
             rows = weight.flatten(1)
             scale = (rows.abs().amax(1) / 127).clamp_min(1e-12)
@@ -122,23 +125,32 @@ def provenance() -> dict[str, Any]:
         "photos_refused": [f"{p}@{v}" for p, v in PHOTOS] + [SCIKIT_LEARN],
         "held_out": "Twemoji",
         "concepts": len(load_concepts()),
+        "things": len(load_things()[0]),
     }
 
 
 def publish(
-    work: Path, lm: ChatGLM, bridge: Bridge, out: Path, *, precision: str, vision: str = "int8"
+    work: Path,
+    lm: ChatGLM,
+    bridge: Bridge,
+    photos: Photos,
+    out: Path,
+    *,
+    precision: str,
+    vision: str = "int8",
 ) -> None:
     """Write one bundle. vision: "int8" (stored so), "fp16" or "fp32"."""
     folder = work / "lm"
     write_folder(folder, lm, work / "ice_text.model")
-    network = Vision(Features(load_expert()), bridge).eval().requires_grad_(False)
+    network = copy.deepcopy(Vision(Features(load_expert()), bridge, photos))  # it is rounded
+    network = network.eval().requires_grad_(False)
     if vision == "int8":
         round_to_int8(network)
     config = VisionConfig(
         graph=VISION_GRAPH,
         tokens=TOKENS,
         tower="efficientnet-lite0",
-        bridge="regions + mlp2x_gelu",
+        bridge="regions + mlp2x_gelu, verdicts",
         pixels=PIXELS,
     )
     if out.exists():

@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from colours import dominant_colour
 from PIL import Image, ImageFilter
+from styles import restyle
 
 SIZE = 224
+STYLED = 0.35  # which share of drawings is drawn in another style (styles.py)
 # position key -> box (left, top, right, bottom) in parts of the picture
 LAYOUTS: dict[str, dict[str, tuple[float, float, float, float]]] = {
     "one": {"middle": (0, 0, 1, 1)},
@@ -39,7 +41,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Picture:
-    """What a picture shows. kind: "icons", "photo" or "texture"; the last two hold no things."""
+    """What a picture shows. kind: "icons", "photo", "cut" or "texture"; only icons hold things."""
 
     kind: str
     layout: str
@@ -110,6 +112,8 @@ def place(
     if plain:
         drawing = Image.fromarray(icon)
     else:
+        if rng.random() < STYLED:
+            icon = restyle(rng, icon)
         drawing = Image.fromarray(np.dstack([jitter(rng, icon[..., :3]), icon[..., 3]]))
         if rng.random() < 0.4:
             drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -233,3 +237,13 @@ def crop_photo(rng: np.random.Generator, photo: Image.Image) -> np.ndarray:
         part = canvas
     pixels = jitter(rng, np.asarray(part)) if rng.random() < 0.5 else np.asarray(part)
     return np.asarray(degrade(rng, Image.fromarray(pixels)))
+
+
+def cut_out(rng: np.random.Generator, photo: Image.Image, silhouette: np.ndarray) -> np.ndarray:
+    """Part of a photo in a drawing's silhouette, uint8 [s, s]: like a thing cut out on white."""
+    size = int(SIZE * rng.uniform(0.6, 1))
+    part = Image.fromarray(crop_photo(rng, photo)).resize((size, size), Image.Resampling.BICUBIC)
+    mask = Image.fromarray(silhouette).resize((size, size), Image.Resampling.BICUBIC)
+    canvas = background(rng)
+    canvas.paste(part, ((SIZE - size) // 2,) * 2, mask)
+    return np.asarray(degrade(rng, canvas))

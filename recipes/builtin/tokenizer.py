@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece as spm
-from concepts import load_concepts
-from dialogues import Author, load_wordings
+from careless import instructions
+from dialogues import load_wordings
+from photo_classes import load_classes, load_kinds, load_things
+from photo_dialogues import PhotoAuthor
 from sentencepiece import sentencepiece_model_pb2 as pb
 
 CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
@@ -26,10 +28,11 @@ def corpus(lines: int, seed: int = 5) -> Iterator[str]:
     from scenes import Picture, Thing
 
     rng = np.random.default_rng(seed)
-    concepts = load_concepts()
-    author = Author(rng, concepts)
-    for c in concepts:
+    author = PhotoAuthor(rng)
+    concepts = author.concepts
+    for c in (*concepts, *load_kinds().values()):
         yield from (c.zh, c.en)
+    yield from instructions("train")
     for ways in load_wordings().values():
         yield from ways
     for _ in range(lines):
@@ -41,9 +44,13 @@ def corpus(lines: int, seed: int = 5) -> Iterator[str]:
         ]
         if number == 2:
             things[1] = Thing(things[1].concept, "right", things[1].colour)
-        rounds = author.one_picture(Picture("icons", layout, tuple(things)), turns=2)
-        if rng.random() < 0.2:
+        kind = rng.random()
+        if kind < 0.2:
             rounds = author.without_picture()
+        elif kind < 0.5:
+            rounds = author.photo(author.deal(), turns=2)
+        else:
+            rounds = author.one_picture(Picture("icons", layout, tuple(things)), turns=2)
         for r in rounds:
             yield r.question
             yield r.answer
@@ -54,8 +61,11 @@ def name_pieces() -> list[str]:
     from colours import COLOURS
     from phrases import NUMBERS_ZH, PLACES, YES_NO_ZH
 
-    concepts = load_concepts()
-    names = [c.zh for c in concepts] + [c.category.zh for c in concepts]
+    concepts, _ = load_things()
+    kinds = load_kinds().values()
+    names = [k.zh for k in kinds] + [k.category.zh for k in kinds]
+    names += [f"一{c.measure}" for c in load_classes()]
+    names += [c.zh for c in concepts] + [c.category.zh for c in concepts]
     names += [c[1] for c in COLOURS] + [word for zh, _ in PLACES.values() for word in zh]
     names += [f"{n}个" for n in NUMBERS_ZH] + [f"{n}个东西" for n in NUMBERS_ZH]
     names += [word for pair in YES_NO_ZH.values() for word in pair]
@@ -70,8 +80,13 @@ def name_pieces() -> list[str]:
         "第二张图",
         "还有",
         "是的",
+        "一种",
+        "这是一种",
+        "不确定",
+        "背景主要是",
+        "图片主要是",
     ]
-    english = [c.en for c in concepts] + [c.category.en for c in concepts]
+    english = [k.en for k in kinds] + [c.en for c in concepts] + [c.category.en for c in concepts]
     english += [where for _, en in PLACES.values() for where in en]
     words = {w for name in english for w in name.replace("-", " ").split()}
     words |= {"This", "These", "The", "There", "Its", "It", "Yes", "No", "On", "At", "In", "I"}

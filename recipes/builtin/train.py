@@ -9,8 +9,9 @@ Stages, each of which leaves its result in the work folder:
 1. pictures     download the emoji sets, draw them, compose pictures, run the frozen expert on them
 2. tokenizer    train ice_text.model on generated dialogues
 3. language     the language model alone, on text
-4. alignment    the bridge alone: what a region shows must be readable from its embedding
-5. instruction  bridge and language model together, on dialogues about pictures
+4. alignment    the bridge alone: what a region shows must be readable from its embedding; and the
+                router that tells photographs from drawings (see sights.py)
+5. instruction  bridges and language model together, on dialogues about drawings and photographs
 6. places       where things are, on scenes mixed anew for every question (see places.py)
 7. settling     categories, traits and pairs of pictures, in runs whose weights are averaged
 8. export       a Hugging-Face-style folder and the shipped bundle
@@ -32,16 +33,18 @@ import torch
 from bank import build_bank, load_icons
 from batches import Batch, Sampler, positions
 from colours import COLOURS
-from concepts import Concept, load_concepts
-from dialogues import Author
+from concepts import Concept
 from emoji_sets import VENDORS, training_photos
+from photo_dialogues import PhotoAuthor
 from places import TOKEN_OF, Mixer, keep_places, set_matching_head
 from publish import publish
 from render import render
 from scenes import Picture
+from sights import Looker, PhotoBridge, Photos, Router
 from tokenizer import train_tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from verdict import Verdicts, load_head, load_verdicts
 from vision import CELLS, TOKENS, Bridge
 
 from seechat_export.reference_chatglm import ChatGLM, prefix_mask
@@ -75,6 +78,7 @@ class Settings:
     batch: int = 64
     rate: float = 1.0e-3
     seed: int = 1
+    settling: tuple[tuple[float, tuple[tuple[float, int], ...]], ...] = SETTLING
 
 
 class Bank:
@@ -104,13 +108,15 @@ class Readers(nn.Module):
         super().__init__()
         self.scales = nn.Parameter(torch.full((2,), 2.5))
 
-        def ids(zh: str, en: str) -> tuple[list[int], list[int]]:
-            # behind another word, as in a sentence: without the dummy prefix of a text's start
-            first = len(tokenizer.encode("是"))
-            return tokenizer.encode("是" + zh)[first:], tokenizer.encode(f"是 {en}")[first:]
+        self.tokenizer = tokenizer
+        self.names = [self.ids(c.zh, c.en) for c in concepts]
+        self.colours = [self.ids(zh, en) for _, zh, en in COLOURS]
 
-        self.names = [ids(c.zh, c.en) for c in concepts]
-        self.colours = [ids(zh, en) for _, zh, en in COLOURS]
+    def ids(self, zh: str, en: str) -> tuple[list[int], list[int]]:
+        """A name's pieces behind another word, without the dummy prefix of a text's start."""
+        first = len(self.tokenizer.encode("是"))
+        zh_ids, en_ids = self.tokenizer.encode("是" + zh), self.tokenizer.encode(f"是 {en}")
+        return zh_ids[first:], en_ids[first:]
 
     @staticmethod
     def words(table: Tensor, names: list[tuple[list[int], list[int]]]) -> Tensor:
@@ -153,6 +159,36 @@ class Readers(nn.Module):
             names = scales[1] * x[named] @ self.words(table, self.names).t()
             loss = loss + F.cross_entropy(names, shown[named], label_smoothing=0.05)
         return loss
+
+
+@dataclass
+class Parts:
+    """The networks that are trained together."""
+
+    lm: ChatGLM
+    bridge: Bridge
+    photos: PhotoBridge
+    readers: Readers
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {
+            "lm": self.lm,
+            "bridge": self.bridge,
+            "photos": self.photos,
+            "readers": self.readers,
+        }
+
+    def embed(
+        self, batch: Batch, features: Callable[[np.ndarray], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embeddings [k, 12, hidden] of a batch's pictures, and the bridge's view of the drawn."""
+        drawn = torch.from_numpy(batch.pictures >= 0)
+        embeds = self.photos(batch.sights)
+        if not drawn.any():
+            return embeds, None
+        what, gate = self.bridge.parts(*features(batch.pictures[batch.pictures >= 0]))
+        joined = self.bridge.join(what, gate)
+        return embeds.to(joined.dtype).index_put((drawn.nonzero()[:, 0],), joined), what
 
 
 def new_language_model(config: LMConfig) -> ChatGLM:
@@ -293,6 +329,30 @@ def fit_gate(work: Path, settings: Settings, bank: Bank, bridge: Bridge) -> None
     bridge.gate.requires_grad_(False)
 
 
+def fit_router(bank: Bank) -> Router:
+    """What is a drawing, what a photograph, what nothing: seconds, from what the bank holds."""
+    kinds = np.array([p.kind for p in bank.pictures])
+
+    def whole(*chosen: str) -> Tensor:
+        numbers = np.flatnonzero(np.isin(kinds, chosen))
+        numbers = np.random.default_rng(6).permutation(numbers)[:4000]
+        return torch.from_numpy(bank.seen[np.sort(numbers), 0]).float()
+
+    router = Router()
+    router.fit(whole("icons"), whole("photo", "cut"), whole("texture"))
+    return router.requires_grad_(False)
+
+
+def name_verdicts(photos: PhotoBridge, readers: Readers, table: Tensor, verdicts: Verdicts) -> None:
+    """Let every verdict begin as the words for it, so that naming it is copying."""
+    meanings = [m for m in verdicts.meanings if m is not None]
+    names = readers.words(table, [readers.ids(m.zh, m.en) for m in meanings])
+    names = names - names.mean(0)
+    weight = photos.verdict.weight.data
+    scale = weight.norm(dim=1).mean() * 2
+    weight[: len(names)] = names / names.norm(dim=1, keepdim=True) * scale
+
+
 def align(
     work: Path, settings: Settings, bank: Bank, lm: ChatGLM, bridge: Bridge, readers: Readers
 ) -> None:
@@ -331,83 +391,63 @@ def learn_language(work: Path, settings: Settings, lm: ChatGLM, sampler: Sampler
         trainer.step(loss)
 
 
-def tuning_groups(
-    settings: Settings, lm: ChatGLM, bridge: Bridge, readers: Readers, share: float
-) -> list[dict]:
-    """All of the decoder at the full rate, what may change of the bridge at a share of it."""
-    rest = [p for p in [*bridge.parameters(), *readers.parameters()] if p.requires_grad]
+def tuning_groups(settings: Settings, parts: Parts, share: float) -> list[dict]:
+    """All of the decoder at the full rate, what may change of the bridges at a share of it."""
+    rest = [*parts.bridge.parameters(), *parts.photos.parameters(), *parts.readers.parameters()]
     return [
-        {"params": list(lm.parameters()), "lr": settings.rate},
-        {"params": rest, "lr": settings.rate * share},
+        {"params": list(parts.lm.parameters()), "lr": settings.rate},
+        {"params": [p for p in rest if p.requires_grad], "lr": settings.rate * share},
     ]
 
 
 def tune(
     trainer: Trainer,
-    lm: ChatGLM,
-    bridge: Bridge,
-    readers: Readers,
+    parts: Parts,
     batch: Batch,
     features: Callable[[np.ndarray], tuple[Tensor, Tensor]],
     picture: Callable[[int], Picture],
 ) -> None:
     """One step on dialogues about pictures; the readers keep the bridge's view sharp."""
     with torch.autocast("cpu", torch.bfloat16):
-        embeds = parts = None
+        embeds = what = None
         if len(batch.pictures):
-            parts = bridge.parts(*features(batch.pictures))
-            embeds = bridge.join(*parts)
-        loss = language_loss(lm, batch, embeds)
-    if parts is not None:
-        shown = [picture(i) for i in batch.pictures]
-        table = lm.word_embeddings.weight.detach()
-        loss = loss + 0.1 * readers.loss(parts[0].float(), shown, table)
+            embeds, what = parts.embed(batch, features)
+        loss = language_loss(parts.lm, batch, embeds)
+    if what is not None:
+        shown = [picture(i) for i in batch.pictures if i >= 0]
+        table = parts.lm.word_embeddings.weight.detach()
+        loss = loss + 0.1 * parts.readers.loss(what.float(), shown, table)
     trainer.step(loss)
 
 
-def instruct(
-    work: Path,
-    settings: Settings,
-    lm: ChatGLM,
-    bridge: Bridge,
-    readers: Readers,
-    bank: Bank,
-    sampler: Sampler,
-) -> None:
-    """Bridge and language model together, on dialogues about the bank's pictures."""
-    groups = tuning_groups(settings, lm, bridge, readers, 0.3)
-    modules = {"lm": lm, "bridge": bridge, "readers": readers}
+def instruct(work: Path, settings: Settings, parts: Parts, bank: Bank, sampler: Sampler) -> None:
+    """Bridges and language model together, on dialogues about pictures."""
+    groups = tuning_groups(settings, parts, 0.3)
+    modules = parts.modules()
     trainer = Trainer(work, "instruction", groups, modules, settings.steps, settings.minutes)
     sampler.author.rng = np.random.default_rng([settings.seed, 2, trainer.done])
     batches = sampler.batches(settings.batch)
-    bridge.train()
+    parts.bridge.train()
     while not trainer.finished:
-        tune(trainer, lm, bridge, readers, next(batches), bank, bank.pictures.__getitem__)
-    bridge.eval()
+        tune(trainer, parts, next(batches), bank, bank.pictures.__getitem__)
+    parts.bridge.eval()
 
 
 def learn_places(
-    work: Path,
-    settings: Settings,
-    lm: ChatGLM,
-    bridge: Bridge,
-    readers: Readers,
-    bank: Bank,
-    sampler: Sampler,
+    work: Path, settings: Settings, parts: Parts, bank: Bank, sampler: Sampler
 ) -> None:
     """Where things are: a head set up for it, the one question alone, then among all others."""
-    modules = {"lm": lm, "bridge": bridge, "readers": readers}
-    bridge.gate.requires_grad_(False)
+    parts.bridge.gate.requires_grad_(False)
     mixer = Mixer(sampler, bank)
     if not (work / "focus.pt").exists():
-        bridge.eval()
-        set_matching_head(lm, bridge, bank, sampler, sampler.author.concepts)
+        parts.bridge.eval()
+        set_matching_head(parts.lm, parts.bridge, bank, sampler, sampler.author.concepts)
     batches = sampler.batches(settings.batch)
     for stage, steps in (("focus", settings.focus_steps), ("places", settings.place_steps)):
-        groups = tuning_groups(settings, lm, bridge, readers, 0.15)
-        trainer = Trainer(work, stage, groups, modules, steps)
+        groups = tuning_groups(settings, parts, 0.15)
+        trainer = Trainer(work, stage, groups, parts.modules(), steps)
         sampler.author.rng = np.random.default_rng([settings.seed, 3, steps, trainer.done])
-        bridge.train()
+        parts.bridge.train()
         while not trainer.finished:
             turn = trainer.done % 5
             if stage == "focus":
@@ -416,51 +456,43 @@ def learn_places(
                 batch = mixer.batch(settings.batch, only_where=turn == 0)
             else:
                 batch = next(batches)
-            tune(trainer, lm, bridge, readers, batch, mixer.features, mixer.picture)
-    bridge.eval()
+            tune(trainer, parts, batch, mixer.features, mixer.picture)
+    parts.bridge.eval()
 
 
-def settle(
-    work: Path,
-    settings: Settings,
-    lm: ChatGLM,
-    bridge: Bridge,
-    readers: Readers,
-    bank: Bank,
-    sampler: Sampler,
-) -> None:
+def settle(work: Path, settings: Settings, parts: Parts, bank: Bank, sampler: Sampler) -> None:
     """What was asked too seldom before: categories, traits, pairs of pictures.
 
     Each run learns the training drawings a little too well, and each in its own way: the mean of
     their weights does better on other drawings than any of them.
     """
-    modules = {"lm": lm, "bridge": bridge, "readers": readers}
-    bridge.gate.requires_grad_(False)
+    modules = parts.modules()
+    parts.bridge.gate.requires_grad_(False)
     mixer = Mixer(sampler, bank)
     about = sampler.batches(settings.batch, make=sampler.about)
     pairs = sampler.batches(settings.batch, make=sampler.two_pictures)
     mixture = (None, about, sampler.batches(settings.batch), about, pairs, about)  # None: scenes
-    for number, (keep, runs) in enumerate(SETTLING, 1):
+    for number, (keep, runs) in enumerate(settings.settling, 1):
         began = {name: copy.deepcopy(module.state_dict()) for name, module in modules.items()}
         mean = {name: {k: v * keep for k, v in state.items()} for name, state in began.items()}
         for rate, steps in runs:
             for name, module in modules.items():
                 module.load_state_dict(began[name])
             share = replace(settings, rate=settings.rate * rate)
-            groups = tuning_groups(share, lm, bridge, readers, 0.3)
+            groups = tuning_groups(share, parts, 0.3)
             trainer = Trainer(work, f"settle-{number}-{rate}", groups, modules, steps, warm=40)
             sampler.author.rng = np.random.default_rng([settings.seed, 4, steps, trainer.done])
-            bridge.train()
+            parts.bridge.train()
             while not trainer.finished:
                 source = mixture[trainer.done % len(mixture)]
                 batch = next(source) if source else mixer.batch(settings.batch, only_where=False)
-                tune(trainer, lm, bridge, readers, batch, mixer.features, mixer.picture)
+                tune(trainer, parts, batch, mixer.features, mixer.picture)
             for name, module in modules.items():
                 for k, v in module.state_dict().items():
                     mean[name][k] += v * ((1 - keep) / len(runs))
         for name, module in modules.items():
             module.load_state_dict(mean[name])
-    bridge.eval()
+    parts.bridge.eval()
 
 
 def language_config(tokenizer: Tokenizer, settings: Settings) -> LMConfig:
@@ -486,7 +518,7 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="processor cores to use"
     )
-    for name in ("steps", "align_steps", "language_steps", "batch", "scenes", "singles"):
+    for name in ("steps", "align_steps", "language_steps", "batch", "scenes", "singles", "other"):
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int, default=getattr(Settings, name)
         )
@@ -518,24 +550,36 @@ def main() -> None:
     if not model_file.exists():
         train_tokenizer(model_file, vocab_size=settings.vocab)
     tokenizer = Tokenizer(model_file)
-    concepts = load_concepts()
-    lm, bridge = new_language_model(language_config(tokenizer, settings)), Bridge(settings.hidden)
-    readers = Readers(tokenizer, concepts)
-    fit_scale(bridge, bank)
+    author = PhotoAuthor(np.random.default_rng(settings.seed))
+    verdicts = load_verdicts()
+    parts = Parts(
+        new_language_model(language_config(tokenizer, settings)),
+        Bridge(settings.hidden),
+        PhotoBridge(len(verdicts.meanings), settings.hidden),
+        Readers(tokenizer, author.concepts),
+    )
+    fit_scale(parts.bridge, bank)
 
-    author = Author(np.random.default_rng(settings.seed), concepts)
-    learn_language(work, settings, lm, Sampler(author, tokenizer, bank.pictures, text_only=True))
-    fit_gate(work, settings, bank, bridge)
-    align(work, settings, bank, lm, bridge, readers)
+    text = Sampler(author, tokenizer, bank.pictures, text_only=True)
+    learn_language(work, settings, parts.lm, text)
+    router = fit_router(bank)
+    fit_gate(work, settings, bank, parts.bridge)
+    align(work, settings, bank, parts.lm, parts.bridge, parts.readers)
+    name_verdicts(parts.photos, parts.readers, parts.lm.word_embeddings.weight.detach(), verdicts)
     sampler = Sampler(author, tokenizer, bank.pictures)
-    instruct(work, settings, lm, bridge, readers, bank, sampler)
-    learn_places(work, settings, lm, bridge, readers, bank, sampler)
-    settle(work, settings, lm, bridge, readers, bank, sampler)
+    instruct(work, settings, parts, bank, sampler)
+    learn_places(work, settings, parts, bank, sampler)
+    settle(work, settings, parts, bank, sampler)
     if not args.no_export:
+        photos = Photos(Looker(load_head()), router, parts.photos)
+
+        def write(out: Path, precision: str, vision: str) -> None:
+            publish(work, parts.lm, parts.bridge, photos, out, precision=precision, vision=vision)
+
         # the shipped precision goes where the package looks for it, the others beside the work
-        publish(work, lm, bridge, args.out, precision="int8")
-        publish(work, lm, bridge, work / "fp32", precision="fp32", vision="fp32")
-        publish(work, lm, bridge, work / "int4", precision="int4")
+        write(args.out, "int8", "int8")
+        write(work / "fp32", "fp32", "fp32")
+        write(work / "int4", "int4", "int8")
         print(f"wrote {args.out}; measure it with: python recipes/builtin/evaluate.py")
 
 
