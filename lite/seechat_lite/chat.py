@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 
 from seechat_lite import history
-from seechat_lite.conversation import FORMATS, CleanStream, Format, Turn
+from seechat_lite.conversation import FORMATS, CleanStream, Format, Turn, trimmed
 from seechat_lite.engines import Engine, EngineOptions, create
 from seechat_lite.engines.base import Cancelled
 from seechat_lite.errors import BundleError, ContextError, EngineError, OptionError
@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 IMAGE_CACHE = 64 << 20  # bytes
+# tokens that hold all that SEEChat's demo remembers (2000 characters of three bytes at most, mostly
+# one token each, and a picture) beside an answer
+DEMO_CONTEXT = 4096
 
 
 def load(
@@ -348,7 +351,7 @@ class Chat:
             repetition_penalty=repetition_penalty,
             seed=seed,
         )
-        if not question.strip():
+        if not trimmed(question):
             raise ContextError("the question is empty; expected some text: type a question")
         if max_new_tokens < 1:
             raise OptionError(
@@ -454,6 +457,12 @@ class Chat:
             dropped = len(self.turns) + 1 - len(turns)
             if dropped:
                 log.warning("the context is full: the oldest %d turn(s) are forgotten", dropped)
+                if self.format.demo and model.engine.context < DEMO_CONTEXT:
+                    log.warning(
+                        "the published demo would remember them, up to 2000 characters: to compare "
+                        "with it, load the model with a context of %d tokens",
+                        DEMO_CONTEXT,
+                    )
             room = model.engine.context - len(prompt.ids) + 1  # the last token needs no place
             limit = min(max_new_tokens, room)
             lookup = PromptLookup(prompt.ids) if speculate else None

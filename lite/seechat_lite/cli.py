@@ -38,6 +38,7 @@ from seechat_lite.terminal import (
     say,
     show,
     show_traceback,
+    tell_what_was_lost,
 )
 from seechat_weights.errors import SeechatError
 from seechat_weights.plain_text import one_line
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         code = args.run(args) or 0
         sys.stdout.flush()
+        tell_what_was_lost()
         return code
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -206,12 +208,16 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _ask(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
+    from seechat_lite.conversation import trimmed
+
     *images, question = args.words
     with suppress(OSError):  # questions make file names of any length
         if Path(question).is_file():
             usage_error(f"{question} is a file; the question comes after the pictures")
-    if not question.strip():
+    if not trimmed(question):
         usage_error("the question is empty")
+    if any("\ud800" <= c <= "\udfff" for c in question):  # what Python makes of undecodable bytes
+        usage_error(f"the question has bytes that are no text in {sys.getfilesystemencoding()}")
     options = _options(args, usage_error)
     with _load(args, load_options(args, usage_error)) as model:
         chat = model.chat(args.format)

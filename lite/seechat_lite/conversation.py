@@ -40,6 +40,8 @@ class Format:
     stop: text that ends an answer, besides the end-of-answer token.
     specials: whether names of special tokens in the text become tokens, as the published code has
     it; otherwise they stay text.
+    trim: whether blanks around questions and answers are left out, see trimmed(). The published
+    codes leave them in, so their formats do.
     clean: what becomes of an answer before it is shown or enters the history.
     holdback: how many characters at the end of a cleaned text the following text may still change,
     so that an answer can be shown as it grows; None where any of it may change until the end.
@@ -54,9 +56,27 @@ class Format:
     single: str | None = None
     stop: tuple[str, ...] = ()
     specials: bool = False
+    trim: bool = False
     clean: Callable[[str], str] = str.strip
     holdback: int | None = 0
     demo: bool = False
+
+
+# White space of every script, control characters, and what has no width: joiners, marks of
+# direction, byte order marks, blank letters
+_BLANKS = "".join(
+    chr(c)
+    for c in (
+        *(*range(0x21), *range(0x7F, 0xA1), 0xAD, 0x61C, 0x115F, 0x1160, 0x1680, 0x180E),
+        *(*range(0x2000, 0x2010), *range(0x2028, 0x2030), *range(0x205F, 0x2070)),
+        *(0x2800, 0x3000, 0x3164, 0xFEFF, 0xFFA0, 0xFFF9, 0xFFFA, 0xFFFB),
+    )
+)
+
+
+def trimmed(text: str) -> str:
+    """A text without what cannot be seen around it, as text boxes, files and shells leave it."""
+    return text.strip(_BLANKS)
 
 
 def render(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]:
@@ -80,6 +100,7 @@ def render(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]:
         )
     template = format.single if format.single and len(turns) == 1 else format.turn
     segments = _Segments()
+    written = trimmed if format.trim else str
     for i, turn in enumerate(turns):
         before_answer, after_answer = template.replace("{round}", str(i)).split("{answer}")
         before_images, images, before_answer = before_answer.rpartition("{images}")
@@ -88,9 +109,9 @@ def render(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]:
             for key in turn.images:
                 segments.image(format, key)
             segments.text(format.after_images)
-        segments.text(before_answer.replace("{question}", turn.question))
+        segments.text(before_answer.replace("{question}", written(turn.question)))
         if turn.answer is not None:
-            segments.text(turn.answer + after_answer)
+            segments.text(written(turn.answer) + after_answer)
     return segments.items
 
 
@@ -221,6 +242,7 @@ FORMATS: dict[str, Format] = {
             image=("<Img>", "</Img>"),
             after_images=" ",
             stop=("###",),
+            trim=True,
         ),
         Format(
             name="seechat-compat",

@@ -1,5 +1,6 @@
 """The conversation of `seechat chat`: questions and commands from stdin, one a line."""
 
+import io
 import os
 import shlex
 import signal
@@ -7,14 +8,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from seechat_lite.chat import Chat
+from seechat_lite.conversation import trimmed
 from seechat_lite.errors import SeechatError
 from seechat_lite.interrupts import raise_on_ctrl_c
 from seechat_lite.terminal import complain, print_stats, show
+from seechat_lite.text_lines import Bytes, LineError, text_lines
 from seechat_weights.plain_text import one_line, spoken
 
+MAX_LINE = 1 << 20  # bytes
 HELP = """\
 /image FILE   show a picture with the next question    给下一个问题附一张图片
 /clear        forget the conversation                  清空对话
@@ -119,20 +123,26 @@ def _paths(text: str) -> list[str]:
 
 def _lines(interactive: bool) -> Iterator[str]:
     """Questions and commands from stdin until its end, blank lines left out."""
-    if interactive:
-        with suppress(ImportError):  # arrow keys and a history of lines; not on every system
-            import readline  # noqa: F401
+    if not interactive:
+        stdin = sys.stdin.buffer if sys.stdin else io.BytesIO()  # None: started with it closed
+        for line in text_lines(cast(Bytes, stdin), most=MAX_LINE):
+            if isinstance(line, LineError):
+                complain(line)
+            elif line := trimmed(line):
+                yield line
+        return
+    with suppress(ImportError):  # arrow keys and a history of lines; not on every system
+        import readline  # noqa: F401
     interrupted = False
     while True:
         try:
-            line = _input(interactive).strip()
+            line = trimmed(_input())
             interrupted = False
-        except (EOFError, RuntimeError):  # RuntimeError: started with stdin closed
-            if interactive:
-                print(file=sys.stderr)
+        except (EOFError, RuntimeError):  # RuntimeError: stdin was closed meanwhile
+            print(file=sys.stderr)
             return
         except KeyboardInterrupt:
-            if interrupted or not interactive:
+            if interrupted:
                 raise
             interrupted = True
             print("\n(Ctrl-C again or Ctrl-D leaves · 再按一次退出)", file=sys.stderr)
@@ -141,9 +151,9 @@ def _lines(interactive: bool) -> Iterator[str]:
             yield line
 
 
-def _input(interactive: bool) -> str:
-    if not interactive or sys.stdout.isatty():
-        return input("> " if interactive else "")
+def _input() -> str:
+    if sys.stdout.isatty():
+        return input("> ")
     print("> ", end="", file=sys.stderr, flush=True)  # stdout is for answers alone
     return input()
 

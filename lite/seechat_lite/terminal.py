@@ -1,6 +1,7 @@
 """Printing for people: a terminal may lack Chinese, be closed or full, or obey escapes."""
 
 import argparse
+import codecs
 import io
 import json
 import logging
@@ -44,8 +45,9 @@ def show_traceback() -> None:
 
 
 def print_json(report: Mapping[str, Any]) -> None:
-    """One JSON object on stdout."""
-    print(safe_json(json.dumps(report, ensure_ascii=False)))
+    """One JSON object on stdout; in ASCII where it is not UTF-8, which JSON has to be."""
+    utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
+    print(safe_json(json.dumps(report, ensure_ascii=not utf8)))
 
 
 def prepare_streams() -> None:
@@ -53,9 +55,46 @@ def prepare_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # started with it closed; print() would take the other one
             setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w"), encoding="utf-8"))
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without Chinese shows the rest
-            stream.reconfigure(errors="replace")
+    codecs.register_error(_LOSSY, _replace)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file or program reads it. Windows' own code page may lack Chinese; where somebody chose
+        # an encoding, it is theirs.
+        chosen = sys.stdout.isatty() or os.environ.get("PYTHONIOENCODING")
+        if not (chosen or _has_chinese(sys.stdout.encoding)):
+            sys.stdout.reconfigure(encoding="utf-8")
+        sys.stdout.reconfigure(errors=_LOSSY)
+    if isinstance(sys.stderr, io.TextIOWrapper):  # names of files can be told from their escapes
+        sys.stderr.reconfigure(errors="replace" if sys.stderr.isatty() else "backslashreplace")
+
+
+_LOSSY = "seechat_lossy"
+_lost = False  # whether stdout could not hold something that was printed
+
+
+def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
+    global _lost
+    _lost = True
+    return codecs.replace_errors(error)
+
+
+def _has_chinese(encoding: str) -> bool:
+    try:
+        "图片？".encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def tell_what_was_lost() -> None:
+    """Say that question marks stand in the output for what its encoding lacks, if they do."""
+    if _lost:
+        print(
+            f"seechat: the output's encoding, {sys.stdout.encoding}, lacks characters of the "
+            "answer, and ? stands for them: choose UTF-8 (PYTHONIOENCODING=utf-8), or --json",
+            file=sys.stderr,
+        )
 
 
 def forget_unwritable_output() -> None:

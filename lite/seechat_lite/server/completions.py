@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from seechat_lite.chat import Stats
+from seechat_lite.conversation import trimmed
 from seechat_lite.history import MAX_CHARACTERS_PER_TOKEN
 from seechat_lite.server import schemas
 from seechat_lite.server.bodies import Bodies
@@ -254,7 +255,7 @@ def _turns(messages: Sequence[schemas.Message]) -> list[_Draft]:
         instructions = []
     if not turns or turns[-1].answers is not None or instructions:
         raise _bad("expected the last message to be the user's", "messages")
-    if not any(map(str.strip, turns[-1].texts)):
+    if not any(map(trimmed, turns[-1].texts)):
         raise _bad("the question is empty; expected some text", "messages")
     return turns
 

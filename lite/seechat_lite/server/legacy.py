@@ -12,6 +12,7 @@ from datetime import datetime
 from starlette.requests import Request
 from starlette.responses import Response
 
+from seechat_lite.conversation import trimmed
 from seechat_lite.server import schemas
 from seechat_lite.server.bodies import Bodies
 from seechat_lite.server.budget import Held
@@ -42,7 +43,7 @@ class Legacy:
         question = body.prompt if body.text is None else body.text
         if question is None or (body.prompt is not None and body.text is not None):
             raise _bad("expected either `prompt` (ChatGLM-6B) or `text` (VisualGLM-6B)", "prompt")
-        if not question.strip():
+        if not trimmed(question):
             raise _bad("the question is empty", "prompt")
         history = [pair for pair in body.history or [] if pair]  # [[]] is ChatGLM's default
         if any(len(pair) != 2 for pair in history):
