@@ -269,6 +269,8 @@ def test_other_files(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_text("hello")
     assert "not a checkpoint" in refused(tmp_path / "a.bin")
     assert "no such file" in refused(tmp_path / "missing.bin")
+    assert "not a checkpoint" in refused(tmp_path)  # the only file that could be
+    (tmp_path / "a.bin").unlink()
     assert "looked for model.safetensors" in refused(tmp_path)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_json(tmp_path / "config.json")

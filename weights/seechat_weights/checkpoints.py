@@ -36,6 +36,10 @@ STEMS = (
     ("pytorch_model", ".bin"),
     ("open_clip_pytorch_model", ".bin"),
 )
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+DEEPSPEED = "mp_rank_00_model_states.pt"  # SwissArmyTransformer's as well
+# what training keeps beside the weights
+_STATES = re.compile(r"(optimizer|scheduler|rng_state|scaler|training_args|random_states|bf16_)")
 # what people take for such weights, by its first bytes: what it is, and what to do
 _CONVERTED = "get the weights it was made from, in safetensors or .bin"
 _ARCHIVE = "unpack it and name the folder"
@@ -48,6 +52,10 @@ _OTHERS = (
     (rb"\s*[\[{]", "a text in JSON", "name the file that holds the weights"),
 )
 _UNKNOWN = (b"", "not a checkpoint", "name the right file or download it again")
+
+
+class SeveralFilesError(CheckpointError):
+    """A folder holds several files of weights, and nothing tells which is meant."""
 
 
 class NoWeightsError(CheckpointError):
@@ -136,11 +144,57 @@ def _open_folder(folder: Path) -> Checkpoint:
         shards = sorted(folder.glob(f"{stem}-*-of-*{suffix}"))
         if shards:
             return Checkpoint(folder, _all_shards(folder, stem, suffix, shards))
+    if file := _training_file(folder):
+        return Checkpoint(folder, [file])
     looked_for = ", ".join(stem + suffix for stem, suffix in STEMS)
     raise NoWeightsError(
         f"{folder}: holds no weights; looked for {looked_for}, each also in shards with an "
         ".index.json: download the weights into this folder or name the file itself"
     )
+
+
+def _training_file(folder: Path) -> Path | None:
+    """The one file with weights that a training run left in its folder, under a name of its own.
+
+    Raises CheckpointError where weights are in parts that only the run's own library joins, or in
+    several files.
+    """
+    deepspeed = [p for p in (folder, *sorted(folder.glob("*/"))) if (p / DEEPSPEED).is_file()]
+    if len(deepspeed) > 1 and (folder / "latest").is_file():  # names the step to take
+        latest = first_bytes(folder / "latest", 64).decode("utf-8", "replace").strip()
+        deepspeed = [p for p in deepspeed if p.name == latest] or deepspeed
+    for step in (folder, *folder.glob("global_step*/")):
+        if next(step.glob("zero_pp_rank_*_mp_rank_*_model_states.pt"), None):
+            raise CheckpointError(
+                f"{step}: weights that DeepSpeed's ZeRO-3 split over its processes; expected whole "
+                "ones: run `python zero_to_fp32.py . pytorch_model.bin` in the folder that has "
+                "that script"
+            )
+        if next(step.glob("mp_rank_01_*"), None):
+            raise CheckpointError(
+                f"{step}: the model is split over several files (mp_rank_01_...); expected one: "
+                "save it in one process (model_parallel_size 1)"
+            )
+    if next(folder.glob("**/*.distcp"), None):
+        raise CheckpointError(
+            f"{folder}: weights that FSDP split over its processes (*.distcp); expected whole "
+            "ones: join them with torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+        )
+    if len(deepspeed) == 1:
+        return deepspeed[0] / DEEPSPEED
+    files = [
+        p
+        for p in sorted(folder.iterdir())
+        if p.suffix in WEIGHT_SUFFIXES and p.is_file() and not _STATES.match(p.name)
+    ]
+    files = [d / DEEPSPEED for d in deepspeed] or files
+    if len(files) > 1:
+        names = ", ".join(shown(str(p.relative_to(folder))) for p in files[:8])
+        raise SeveralFilesError(
+            f"{folder}: holds {len(files)} files of weights ({names}); expected one model: name "
+            "one of the files"
+        )
+    return files[0] if files else None
 
 
 def _open_indexed(folder: Path, index: Path) -> Checkpoint:

@@ -10,7 +10,7 @@ from typing import Any
 from seechat_weights.checkpoints import TensorInfo
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files import first_bytes
-from seechat_weights.model_files import CONFIG, TOKENIZER, sat_folders
+from seechat_weights.model_files import CONFIG, TOKENIZER, find_model, model_place
 
 CHATGLM_HUB = "https://huggingface.co/THUDM/chatglm-6b"
 VISUALGLM_HUB = "https://huggingface.co/THUDM/visualglm-6b"
@@ -75,18 +75,21 @@ def _lm(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Identity | Non
     prefix = next((v for k, v in shapes.items() if "prefix_encoder.embedding.weight" in k), None)
     if prefix:
         facts["fine-tuned"] = f"P-tuning, a prefix of {_size(prefix, 0)} tokens"
-    home = path if path.is_dir() else path.parent
+    where = path if sat else model_place(path)
+    try:
+        files = find_model(where)
+    except CheckpointError:
+        files = None
     missing = {}
     quantized = re.match(r"int[48]", facts["precision"])
     form = f"-{quantized[0]}{'-qe' * ('(qe)' in facts['precision'])}" if quantized else ""
     hub = VISUALGLM_HUB if seeing else CHATGLM_HUB + form
-    if not sat and not (home / CONFIG).is_file():
+    if not sat and not (files and files.config):
         missing[CONFIG] = hub
-    if not any(whole(f / TOKENIZER) for f in (sat_folders(home) if sat else (home,))):
+    if not (files and whole(files.tokenizer)):
         missing[TOKENIZER] = hub
     title = f"{family}, SwissArmyTransformer's file" if sat else family
     kind = "visualglm" if seeing else "chatglm"
-    where = path if sat else home
     beside = TOKENIZER if TOKENIZER in missing else None
     command = export(lm=str(where), tokenizer=beside)
     run = None if missing else f"seechat chat --engine torch --model {shlex.quote(str(where))}"
@@ -131,7 +134,7 @@ def _lora(path: Path, shapes: Shapes, _: object) -> Identity | None:
     missing = need("a ChatGLM-6B folder")
     if not (folder / "adapter_config.json").is_file():
         missing["adapter_config.json"] = "the training run that made it"
-    command = export(adapter=str(folder))
+    command = export(adapter=str(path))
     return Identity(path, "lora", "a LoRA adapter for ChatGLM-6B", facts, missing, command)
 
 

@@ -12,19 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from seechat_weights.bundle import MANIFEST, Manifest, read_manifest
-from seechat_weights.checkpoints import NoWeightsError, Opener, open_checkpoint
+from seechat_weights.checkpoints import (
+    WEIGHT_SUFFIXES,
+    NoWeightsError,
+    Opener,
+    SeveralFilesError,
+    open_checkpoint,
+)
 from seechat_weights.errors import CheckpointError
 from seechat_weights.families import (
     CHATGLM_HUB,
     RECOGNIZERS,
     VISUALGLM_HUB,
     Identity,
+    Shapes,
     later,
     need,
     whole,
 )
 from seechat_weights.files import LFS_POINTER, first_bytes, local_path, read_json, shown, unreadable
-from seechat_weights.model_files import CONFIG, TOKENIZER, is_bundle, sat_files
+from seechat_weights.lm import open_lm
+from seechat_weights.lora import ADAPTER_CONFIG, check_adapter, config_like, open_adapter
+from seechat_weights.model_files import CONFIG, TOKENIZER, is_bundle, model_place
 from seechat_weights.stored import ITEM_BYTES
 from seechat_weights.tokenizer_file import MAX_BYTES, completed
 from seechat_weights.untrusted import open_file, read_file
@@ -44,7 +53,6 @@ _OPTIONS = {
     "projector": ("a projector", ("projector", "seechat")),
 }
 _ROLES = ("lm", "checkpoint", "adapter", "prefix", "vision", "tokenizer")  # of a bundle's sources
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 
 
 def identify(path: str | Path, *, opener: Opener = open_checkpoint) -> Identity:
@@ -109,22 +117,19 @@ def _identify_folder(folder: Path, opener: Opener) -> Identity:
         if not config:
             found = _with(found, title="weights of which some are missing", missing={CONFIG: hub})
         return _with(found, missing=dict.fromkeys(lost, hub) | found.missing)
+    if (folder / ADAPTER_CONFIG).is_file():  # beside an optimizer and the like
+        adapters = [
+            p for p in sorted(folder.glob("adapter_model.*")) if p.suffix in WEIGHT_SUFFIXES
+        ]
+        if adapters:
+            return _with(_by_tensors(adapters[-1], config, opener), path=folder)
     try:
         return _by_tensors(folder, config, opener)
     except NoWeightsError:
-        pass  # some other arrangement
-    if (folder / "adapter_config.json").is_file():  # beside an optimizer and the like
-        adapters = [p for p in folder.glob("adapter_model.*") if p.suffix in _WEIGHTS]
-        if adapters:
-            return _with(_by_tensors(adapters[0], config, opener), path=folder)
-    sat = sat_files(folder)
-    files = sat or sorted(p for p in folder.iterdir() if p.suffix in _WEIGHTS and p.is_file())
-    if len(files) == 1:
-        return _with(_by_tensors(files[0], config, opener), path=folder)
-    if files:
-        names = ", ".join(shown(f.name) for f in files[:8])
+        pass  # some other thing
+    except SeveralFilesError as e:
         return Identity(
-            folder, "several", f"{len(files)} weight files", {"files": names}, usable=False
+            folder, "several", "several files of weights", {"files": str(e)}, usable=False
         )
     if config:
         return _by_config(folder, config, {"weights": _hub(config)})
@@ -200,11 +205,24 @@ def _by_tensors(path: Path, config: Mapping[str, Any], opener: Opener) -> Identi
     }
     for recognize in RECOGNIZERS:
         if found := recognize(path, shapes, config):
-            return _with(found, facts=facts | found.facts)
+            return _tried(_with(found, facts=facts | found.facts), path, shapes, opener)
     kind = config.get("model_type")
     title = f"a {shown(kind)} model, not of this family" if kind else "not of this family"
     names = ", ".join(shown(k) for k in list(shapes)[:3])
     return Identity(path, "other", title, facts | {"tensors like": names}, usable=False)
+
+
+def _tried(found: Identity, path: Path, shapes: Shapes, opener: Opener) -> Identity:
+    """The same, if an export would take it; else why not."""
+    try:
+        if found.kind in ("chatglm", "visualglm") and CONFIG not in found.missing:
+            open_lm(model_place(path), opener=opener)
+        elif found.kind == "lora" and ADAPTER_CONFIG not in found.missing:
+            check_adapter(open_adapter(path, config_like(shapes), opener=opener), str(path))
+    except CheckpointError as e:
+        facts = found.facts | {"cannot be used": str(e)}
+        return _with(found, facts=facts, command=None, run=None, usable=False)
+    return found
 
 
 def _by_config(path: Path, config: Mapping[str, Any], missing: dict[str, str]) -> Identity:

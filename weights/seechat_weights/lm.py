@@ -231,11 +231,9 @@ def _open_base(path: Path, opener: Opener) -> tuple[LM, Checkpoint, LMNames, dic
     config = lm_config(settings, where=str(files.config or file.parent / SAT_CONFIG))
     checkpoint = opener(file)
     if form == "sat" and FORMS["sat"].head not in checkpoint.shapes:
-        beside = (file.parent / "config.json").exists()
-        do = f"name the folder, {file.parent}" if beside else "name the folder it is of"
         raise CheckpointError(
             f"{file}: one file, not by SAT; expected a Hugging Face folder with config.json, or "
-            f"VisualGLM-6B's {SAT_FILE}: {do}"
+            f"VisualGLM-6B's {SAT_FILE}: name the folder it is of"
         )
     ours = part(checkpoint.shapes, "lm", where=str(file))
     names = map_lm(ours, config, where=str(file), form=form)

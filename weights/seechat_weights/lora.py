@@ -7,7 +7,7 @@ A linear's weight becomes W + scaling * B @ A. PEFT keeps its matrices in a fold
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from seechat_weights.accounting import Shape, account, check_shapes
 from seechat_weights.audit import Place, check_numbers, is_nothing
 from seechat_weights.bundle import LMConfig
-from seechat_weights.checkpoints import Checkpoint, Opener, open_checkpoint, read_json
+from seechat_weights.checkpoints import Checkpoint, Opener, TensorInfo, open_checkpoint, read_json
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files import shown
 from seechat_weights.names import FORMS, lm_shapes
@@ -101,15 +101,20 @@ def open_adapter(folder: Path, config: LMConfig, *, opener: Opener = open_checkp
     Raises CheckpointError: no adapter, another method than LoRA, tensors that are missing, surplus
     or of another shape.
     """
+    given = folder
+    if folder.is_file():  # one of a run's files, its settings beside it
+        folder = folder.parent
     names = [folder / name for name in _ADAPTER_FILES if (folder / name).exists()]
-    if not names or not (folder / ADAPTER_CONFIG).exists():
+    # else under any name, as trainers that are not PEFT's own call it
+    source = names[0] if names and given is folder else given
+    if not (folder / ADAPTER_CONFIG).exists():
         raise CheckpointError(
-            f"{folder}: no PEFT adapter; expected a folder with {ADAPTER_CONFIG} and "
+            f"{given}: no PEFT adapter; expected a folder with {ADAPTER_CONFIG} and "
             f"{' or '.join(_ADAPTER_FILES)}: give --adapter the folder that save_pretrained wrote"
         )
     settings = read_json(folder / ADAPTER_CONFIG)
     _refuse_other_methods(settings, str(folder / ADAPTER_CONFIG))
-    checkpoint, where = opener(names[0]), str(names[0])
+    checkpoint, where = opener(source), str(source)
     expected, form = lm_shapes(config), FORMS["huggingface"]
     published = {form.head if k == "lm_head.weight" else form.body + k: k for k in expected}
     matrices: dict[str, dict[str, str]] = {}
@@ -138,7 +143,26 @@ def open_adapter(folder: Path, config: LMConfig, *, opener: Opener = open_checkp
         rank = check_pairs(checkpoint, pairs, expected[ours], where)
         module = next(k for k, v in published.items() if v == ours).removesuffix(".weight")
         loras[ours] = LoRA(checkpoint, tuple(pairs), _scaling(settings, module, rank, where))
-    return Adapter(checkpoint, (folder / ADAPTER_CONFIG, names[0]), loras, replaced)
+    files = sorted({checkpoint.source(key) for key in checkpoint.shapes})
+    return Adapter(checkpoint, (folder / ADAPTER_CONFIG, *files), loras, replaced)
+
+
+def config_like(shapes: Mapping[str, TensorInfo]) -> LMConfig:
+    """The sizes of a ChatGLM-6B that an adapter's matrices could be for."""
+    layers, config = 0, LMConfig()
+    for key, (shape, _) in shapes.items():
+        if len(shape) == 2 and re.search(r"\.(lm_head|word_embeddings)\.(?!lora)", key):
+            config = replace(config, vocab_size=shape[0])
+        if not (found := re.search(r"\.layers\.(\d{1,3})\.(\w+)\.(\w+)\.lora_([AB])\.", key)):
+            continue
+        layers = max(layers, int(found[1]) + 1)
+        size = shape[-1 if found[4] == "A" else 0] if len(shape) == 2 else 0
+        name = (found[3], found[4])
+        if name in (("query_key_value", "A"), ("dense", "A"), ("dense_h_to_4h", "A")):
+            config = replace(config, hidden_size=size)
+        elif name in (("dense_4h_to_h", "A"), ("dense_h_to_4h", "B")):
+            config = replace(config, inner_size=size)
+    return replace(config, num_layers=max(layers, config.num_layers), num_heads=1)
 
 
 def check_adapter(adapter: Adapter, where: str) -> None:

@@ -63,13 +63,22 @@ def find_model(path: str | Path) -> ModelFiles:
     """
     path = local_path(path)
     if path.is_dir() and (path / CONFIG).exists():
-        return ModelFiles("huggingface", path, path / CONFIG, (path,))
+        return ModelFiles("huggingface", path, path / CONFIG, sat_folders(path))
     file = _sat_file(path)
-    folders = sat_folders(file.parent)
+    folders = sat_folders(file if file.is_dir() else file.parent)
+    if configs := [f / CONFIG for f in folders if (f / CONFIG).exists()]:
+        # a training run's step, whose settings are those of the model above it
+        return ModelFiles("huggingface", file, configs[0], folders)
     config = next((f / SAT_CONFIG for f in folders if (f / SAT_CONFIG).exists()), None)
     if config:  # the model's own folder, where its weights may be one below
         folders = (config.parent, *(f for f in folders if f != config.parent))
     return ModelFiles("sat", file, config, folders)
+
+
+def model_place(path: Path) -> Path:
+    """What find_model takes for a published model of which `path` is a folder or one file."""
+    whole = path.is_file() and (path.parent / CONFIG).is_file()
+    return path.parent if whole else path
 
 
 def sat_folders(folder: Path) -> tuple[Path, Path]:
@@ -84,7 +93,7 @@ def sat_files(folder: Path) -> list[Path]:
 
 def _sat_file(path: Path) -> Path:
     """SAT's one file, from itself or a folder that holds it."""
-    if path.is_file():
+    if path.is_file() or (path.is_dir() and (path.parent / CONFIG).exists()):
         return path
     found = sat_files(path)
     if len(found) > 1 and (path / "latest").is_file():  # names the iteration to take

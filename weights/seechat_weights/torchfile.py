@@ -7,6 +7,7 @@ storages one after the other. TorchScript archives hold a folder of code: it is 
 
 import io
 import mmap
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -28,7 +29,11 @@ from seechat_weights.untrusted import open_file
 
 MAX_DIRECTORY = 8 << 20  # bytes of a zip's table of contents; a shard of ChatGLM-6B has 10 kB
 # a training script's wrapping of the weights; the rest (optimizer, epoch, ...) is of no use here
-_WRAPPERS = ("model", "state_dict", "module")
+_WRAPPERS = ("model", "state_dict", "module", "model_state_dict")
+# what wrapping a model puts before its names: data-parallel, compiled or sharded training
+_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+# a Lightning module's name for the model, taken off where this family's names come after it
+_FAMILY = re.compile(r"model\.(transformer|lm_head|image_encoder|base_model)\.")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and the extra field
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6
 _MAX_DEPTH = 32  # of modules in a TorchScript archive
@@ -176,9 +181,13 @@ def _state_dict(path: Path, loaded: Any) -> dict[str, Tensor]:
     wrapped = _items(loaded) or {}
     inner = next((i for n in _WRAPPERS if (i := _items(wrapped.get(n))) is not None), wrapped)
     tensors = {str(k): v for k, v in inner.items() if isinstance(v, Tensor)}
-    if tensors and all(k.startswith("module.") for k in tensors):
-        # written by a data-parallel training run
-        return {k.removeprefix("module."): v for k, v in tensors.items()}
+    while tensors:
+        prefix = next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), "")
+        if all(_FAMILY.match(k) for k in tensors):
+            prefix = "model."
+        if not prefix:
+            break
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     return tensors
 
 
