@@ -14,9 +14,11 @@ from pathlib import Path
 
 from seechat_lite.folders import cache_folder
 from seechat_weights.bundle import Manifest, verify_hashes
+from seechat_weights.untrusted import read_file
 
 log = logging.getLogger(__name__)
 
+MAX_NOTE = 1 << 20  # bytes; a note has a few hundred
 SMALL = 100_000_000  # bytes; hashed every time, in a tenth of a second
 
 
@@ -30,7 +32,7 @@ def verify_once(
     place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
     note, state = cache_folder() / "verified" / f"{place}.json", _state(folder, manifest)
     try:
-        if json.loads(note.read_text("utf-8")) == state:
+        if json.loads(read_file(note, limit=MAX_NOTE)) == state:
             return
     except (OSError, ValueError):
         pass  # never verified, or a damaged note

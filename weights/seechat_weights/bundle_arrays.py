@@ -11,6 +11,7 @@ from seechat_weights.bundle import Manifest
 from seechat_weights.errors import BundleError
 from seechat_weights.layout import Item, decoder_layout
 from seechat_weights.precisions import stored_precision
+from seechat_weights.untrusted import open_file
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,8 @@ class BundleArrays:
         """The mapped table [vocab, hidden], in the type it is stored in."""
         lm, decoder = self.manifest.lm, self.manifest.decoder
         shape = (lm.vocab_size, lm.hidden_size)
-        return np.memmap(
-            self.folder / decoder.embeddings, decoder.embeddings_dtype, "r", shape=shape
-        )
+        with open_file(self.folder / decoder.embeddings) as f:
+            return np.memmap(f, decoder.embeddings_dtype, "r", shape=shape)
 
     @property
     def prefix(self) -> np.ndarray | None:
@@ -39,8 +39,8 @@ class BundleArrays:
         if not decoder.prefix:
             return None
         shape = (lm.num_layers, 2, lm.num_heads, decoder.prefix_tokens, lm.padded_head_size)
-        stored = np.fromfile(self.folder / decoder.prefix, decoder.embeddings_dtype)
-        return stored.reshape(shape)
+        with open_file(self.folder / decoder.prefix) as f:
+            return np.fromfile(f, decoder.embeddings_dtype).reshape(shape)
 
     @cached_property
     def items(self) -> Sequence[Item]:
@@ -57,7 +57,8 @@ class BundleArrays:
     def _weights(self) -> np.ndarray:
         """The decoder's weights file, uint8. Raises BundleError for one that is too short."""
         path = self.folder / f"{self.manifest.decoder.graph}.data"
-        data = np.memmap(path, np.uint8, "c")  # torch wants arrays that could be written
+        with open_file(path) as f:
+            data = np.memmap(f, np.uint8, "c")  # torch wants arrays that could be written
         if data.size < self.items[-1].end:
             raise BundleError(
                 f"{path}: {data.size} bytes; expected {self.items[-1].end} for the sizes in "
