@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import socket
 import sys
 from collections.abc import Iterator
 
@@ -67,6 +68,15 @@ def test_a_long_history_is_answered(watching: Watched) -> None:
     with watching.watching_health() as late:
         status, _ = watching.post("/v1/chat/completions", history(31_000_000))
     assert status == 200 and watching.took < MEMORY and max(late) < HEALTH
+
+
+def test_chunks_of_one_byte_keep_nobody_waiting(watching: Watched) -> None:
+    host, port = watching.url.split(":")
+    head = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with watching.watching_health() as late, socket.create_connection((host, int(port))) as s:
+        s.sendall(head + b"1\r\nx\r\n" * 300_000 + b"0\r\n\r\n")
+        assert s.recv(100).startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 408 "))
+    assert max(late) < HEALTH
 
 
 def test_what_is_too_complex_is_said() -> None:
