@@ -119,15 +119,18 @@ def test_a_refused_budget_is_not_in_force_afterwards(
 def test_the_gpu_program_runs_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--here", "--out", str(tmp_path)])
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # its code for cards needs a real one
     with pretend_card(monkeypatch, triton=False):
         runpy.run_path(str(ROOT / "bench/gpu.py"), run_name="__main__")
-    report = json.loads((tmp_path / "gpu-pretended-card-tiny.json").read_text())
-    assert all(row["ok"] for row in report["correctness"]), report["correctness"]
-    assert all(row["runs"] for row in report["budgets"]), report["budgets"]
-    assert {"fp16", "int8", "int4", "int4 of fp16"} == report["models"].keys()
-    assert not [why for why in report["skipped"].values() if "Error" in why], report["skipped"]
+    report = json.loads((tmp_path / "gpu-pretended-card-tiny.json").read_text("utf-8"))
+    found = {name: stage["found"] for name, stage in report["stages"].items()}
+    assert all(row["ok"] for row in found["correctness"]["correctness"]), found["correctness"]
+    assert all(row["runs"] for row in found["budgets"]["budgets"]), found["budgets"]
+    models = [form for stage in found.values() for form in stage.get("models", ())]
+    assert models == ["int4", "int4 of fp16", "fp16", "int8"]
+    skipped = {what: why for stage in found.values() for what, why in stage["skipped"].items()}
+    assert not [why for why in skipped.values() if "Error" in why], skipped
 
 
 def test_steps_are_recorded_with_plain_operations_as_well(card: torch.device) -> None:

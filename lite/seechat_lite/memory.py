@@ -10,6 +10,7 @@ nothing else needs them.
 """
 
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from seechat_lite.errors import MemoryPlanError, OptionError
 from seechat_weights.bundle import LMConfig, Manifest
@@ -159,7 +159,14 @@ def cache_bytes(lm: LMConfig, precision: Precision, tokens: int) -> int:
 
 def available_memory() -> int:
     """Bytes this process may still take: of the machine, or of its container where that is less."""
-    free = psutil.virtual_memory().available
+    try:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    except ImportError:  # not installed but run from a clone, as bench/gpu.py is on a bare machine
+        if not hasattr(os, "sysconf"):
+            raise
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # without file caches
     if sys.platform == "linux":
         for folder, limit, used, cached in CGROUPS:
             if (most := _number(folder, limit)) is not None:

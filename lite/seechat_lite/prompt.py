@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from seechat_lite.conversation import ImageSlot
 from seechat_lite.errors import ContextError
-from seechat_lite.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # engines take prompts, and need no tokenizer
+    from seechat_lite.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +53,7 @@ class Prompt:
 
 
 def build(
-    tokenizer: Tokenizer,
+    tokenizer: "Tokenizer",
     segments: Sequence[str | ImageSlot],
     image_embeds: Mapping[str, np.ndarray],
     *,
