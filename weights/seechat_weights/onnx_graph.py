@@ -147,8 +147,12 @@ def check_vision(folder: Path, manifest: Manifest, graph: str) -> None:
         if vision.weights in manifest.files:
             tensors = open_safetensors(folder / vision.weights)
             places = {
-                name: (*t.info[::-1], External(vision.weights, t.block.start, t.block.size))
-                for name, t in tensors.items()
+                n: (
+                    t.info.dtype,
+                    t.info.shape,
+                    External(vision.weights, t.block.start, t.block.size),
+                )
+                for n, t in tensors.items()
             }
         _check_places(found, manifest, places)
 
