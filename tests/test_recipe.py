@@ -358,12 +358,14 @@ def test_a_sight_tells_the_colours_of_thing_and_surroundings() -> None:
 
 
 def test_the_graph_with_photographs_computes_what_torch_does(tmp_path: Path) -> None:
+    import onnx_ir as ir
     import onnxruntime as ort
     from publish import PIXELS, VISION_GRAPH, round_to_int8, store_as_int8
     from vision import TOKENS
 
     from seechat_export.vision_graph import export_vision
     from seechat_weights.bundle import VisionConfig
+    from seechat_weights.onnx_graph import VISION_OPERATORS
 
     network = photo_network()
     round_to_int8(network)
@@ -374,6 +376,8 @@ def test_the_graph_with_photographs_computes_what_torch_does(tmp_path: Path) -> 
     path = tmp_path / VISION_GRAPH
     export_vision(network, config, path, precision="fp32")
     store_as_int8(path)
+    written = {(n.domain, n.op_type) for n in ir.load(path).graph.all_nodes()}
+    assert written <= VISION_OPERATORS  # or no bundle with it can be loaded
     session = ort.InferenceSession(path)
     pixels = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(1)) * 2 - 1
     (embeds,) = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
@@ -691,3 +695,33 @@ def test_a_verdict_begins_as_the_words_for_it(photo_author) -> None:
     cosine = torch.nn.functional.normalize(rows) @ torch.nn.functional.normalize(names).t()
     # things and categories of one name (a person is both kind and category) cannot be told apart
     assert (cosine.argmax(1) == torch.arange(len(rows))).float().mean() > 0.97
+
+
+def test_calibration_makes_answers_surer_and_leaves_the_best_alone(photo_author, tmp_path) -> None:
+    from itertools import repeat
+    from types import SimpleNamespace
+
+    from train import FACTORS, Trainer, calibrate, tune, tuning_groups
+
+    settings, parts, sampler = toy_parts(photo_author)
+    samples = iter([sampler.photographs(turns=1) for _ in range(6)])
+    batch = next(sampler.batches(6, pool=1, make=lambda: next(samples)))
+    groups = tuning_groups(settings, parts, 1.0)
+    trainer = Trainer(tmp_path, "toy", groups, parts.modules(), 200, warm=5)
+    while not trainer.finished:
+        tune(trainer, parts, batch, random_features, sampler.pictures.__getitem__)
+    one_batch = SimpleNamespace(author=photo_author, batches=lambda *_, **__: repeat(batch))
+    ids, places = torch.arange(40)[None], torch.zeros(1, 2, 40, dtype=torch.long)
+
+    def logits() -> torch.Tensor:
+        x = parts.lm.word_embeddings(ids)
+        return parts.lm.lm_head(parts.lm.hidden_states(x, places, mask=None)[-1])
+
+    with torch.no_grad():
+        for value in (parts.lm.final_layernorm.weight, parts.lm.final_layernorm.bias):
+            value *= 0.6  # it knows the answers, and is not sure enough of them
+        before = logits()
+        factor = calibrate(parts, random_features, one_batch, seed=1, batches=1)
+        assert factor > FACTORS[0]
+        assert torch.allclose(logits(), factor * before, rtol=1e-4, atol=1e-4)
+        assert calibrate(parts, random_features, one_batch, seed=1, batches=1) <= factor

@@ -42,15 +42,15 @@ DECODER_OPERATORS = frozenset(
 VISION_OPERATORS = frozenset(
     (domain, name)
     for domain, names in (
-        ("", "Abs Add And Attention AveragePool BatchNormalization Cast CastLike Clip Concat "
-             "Constant Conv Cos Div Dropout Elu Equal Erf Exp Expand Flatten Floor Gather "
-             "GatherElements Gelu Gemm GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual "
-             "GroupNormalization HardSigmoid HardSwish Identity InstanceNormalization "
-             "LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max MaxPool Mean "
-             "Min Mod Mul Neg Not Or PRelu Pad Pow Range Reciprocal ReduceL2 ReduceMax ReduceMean "
-             "ReduceMin ReduceSum ReduceSumSquare Relu Reshape Resize RMSNormalization Round Shape "
-             "Sigmoid Sign Sin Slice Softmax Softplus Split Sqrt Squeeze Sub Swish Tanh Tile "
-             "Transpose Unsqueeze Where Xor"),
+        ("", "Abs Add And ArgMax Attention AveragePool BatchNormalization Cast CastLike Clip "
+             "Concat Constant Conv Cos CumSum Div Dropout Elu Equal Erf Exp Expand Flatten "
+             "Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalMaxPool "
+             "Greater GreaterOrEqual GroupNormalization HardSigmoid HardSwish Identity "
+             "InstanceNormalization LayerNormalization LeakyRelu Less LessOrEqual Log "
+             "LogSoftmax MatMul Max MaxPool Mean Min Mod Mul Neg Not Or PRelu Pad Pow Range "
+             "Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum ReduceSumSquare "
+             "Relu Reshape Resize RMSNormalization Round Shape Sigmoid Sign Sin Slice Softmax "
+             "Softplus Split Sqrt Squeeze Sub Swish Tanh Tile Transpose Unsqueeze Where Xor"),
         (MICROSOFT, "MatMulNBits MultiHeadAttention"),
     )
     for name in names.split()
