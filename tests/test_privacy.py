@@ -20,6 +20,8 @@ import pytest
 
 from reference import data
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PANDA = str(ROOT / "docs/images/panda.png")
 SECONDS = 20

@@ -34,6 +34,7 @@ from seechat_lite.images import (
     several,
 )
 from seechat_lite.memory import MIN_CONTEXT, MemoryPlan, check_memory, float_bytes_on_card, plan
+from seechat_lite.one_at_a_time import OneAtATime
 from seechat_lite.prompt import Prompt
 from seechat_lite.sampling import Sampling
 from seechat_lite.source import Source, open_source
@@ -177,10 +178,11 @@ class Model:
         self.manifest = manifest
         self.tokenizer = tokenizer
         self.engine = engine
-        self._busy = threading.Lock()  # held while an answer is generated
-        self._answering: int | None = None  # the thread that holds it
+        self._closed = False
+        self._answers = OneAtATime()
+        self._pictures = OneAtATime()  # also keeps two threads from encoding the same one
         self._images: OrderedDict[str, np.ndarray] = OrderedDict()  # least recently used first
-        self._images_lock = threading.Lock()
+        self._images_lock = threading.RLock()
         self._image_cache = image_cache
 
     def chat(self, format: str | None = None) -> "Chat":
@@ -205,8 +207,9 @@ class Model:
         """A picture's key and its embeddings, float32 [tokens, hidden], from memory if known.
 
         exact: prepare it as the published code does (see PixelSpec.exact). stopped: asked while
-        the picture is decoded, which may take seconds; ends it with Cancelled.
-        Raises ImageError, and EngineError for a text-only bundle.
+        the picture is decoded, which may take seconds, while others' are read, and after every
+        wake(); Cancelled is raised if so.
+        Raises ImageError, and EngineError for a text-only bundle or a closed model.
         """
         spec = self._pixel_spec(exact)
         known = source if isinstance(source, PreparedImage) else load_image(source)
@@ -217,14 +220,10 @@ class Model:
             values = prepared_pixels(known, spec, stopped=stopped)
         else:
             values = pixels(known.image, spec, stopped=stopped)
-        with self._images_lock:  # also keeps two threads from encoding the same picture
-            if key in self._images:
-                self._images.move_to_end(key)
-                return key, self._images[key]
-            embeds = self.engine.encode_image(values[None])[0]
-            self._images[key] = embeds
-            while sum(e.nbytes for e in self._images.values()) > self._image_cache:
-                self._images.popitem(last=False)
+        with self._pictures.held(partial(self._check, stopped)):
+            if (embeds := self._remembered(key)) is None:
+                embeds = self.engine.encode_image(values[None])[0]
+                self._remember(key, embeds)
             return key, embeds
 
     def prepare_image(
@@ -260,8 +259,20 @@ class Model:
                 self._images.move_to_end(key)
             return self._images.get(key)
 
+    def _remember(self, key: str, embeds: np.ndarray) -> None:
+        with self._images_lock:
+            self._images[key] = embeds
+            while sum(e.nbytes for e in self._images.values()) > self._image_cache:
+                self._images.popitem(last=False)
+
     def close(self) -> None:
-        """Release the engine; any later use of the model raises EngineError."""
+        """End what runs, wait for it, and free all memory; twice is harmless.
+
+        May be called from any thread and at any time. An answer that runs or waits, and any later
+        use of the model, raises EngineError.
+        """
+        self._closed = True
+        self.wake()
         self.engine.close()
 
     def __enter__(self) -> Self:
@@ -271,20 +282,25 @@ class Model:
         self.close()
 
     @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Hold the engine for one answer; others wait, this thread must not ask again."""
-        me = threading.get_ident()
-        if self._answering == me:
-            raise EngineError(
-                "another answer of this model is not finished in this thread: read it to its end, "
-                "close() its stream or stop() its chat before asking again"
-            )
-        with self._busy:
-            self._answering = me
-            try:
-                yield
-            finally:
-                self._answering = None
+    def answering(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Hold the engine for one answer; others wait, this thread must not ask again.
+
+        stopped: asked before waiting and after every wake(); Cancelled is raised if so. Raises
+        EngineError when the model is closed.
+        """
+        with self._answers.held(partial(self._check, stopped)):
+            yield
+
+    def wake(self) -> None:
+        """Have those who wait for their turn ask whether they still want it."""
+        self._answers.wake()
+        self._pictures.wake()
+
+    def _check(self, stopped: Callable[[], bool]) -> None:
+        if self._closed:
+            raise EngineError("the model is closed: load it again")
+        if stopped():
+            raise Cancelled("stopped while it waited for its turn")
 
 
 @dataclass(frozen=True)
@@ -318,7 +334,8 @@ class Chat:
         self._embeds: dict[str, np.ndarray] = {}  # pictures of the turns, by key
         self._stop = threading.Event()
         self._answering = False  # whether the engine works for this chat
-        self._cancelling = threading.Lock()  # so that it does not begin to work for another one
+        self._cancelling = threading.RLock()  # so that it does not begin to work for another one
+        self._cleared = 0  # how often
 
     def stream(
         self,
@@ -422,11 +439,15 @@ class Chat:
         with self._cancelling:
             if self._answering:
                 self.model.engine.cancel()
+        self.model.wake()
 
     def clear(self) -> None:
-        """Forget all turns and pictures."""
-        self.turns.clear()
-        self._embeds.clear()
+        """Forget all turns and pictures, those of a running answer too, which goes on.
+
+        May be called from any thread.
+        """
+        self._cleared += 1
+        self.turns, self._embeds = [], {}
 
     def _stream(
         self,
@@ -436,84 +457,98 @@ class Chat:
         max_new_tokens: int,
         speculate: bool,
     ) -> Iterator[str]:
-        model, start = self.model, time.perf_counter()
-        with model.answering():
-            try:
-                turn, embeds = self._turn(question, image, stopped=self._stop.is_set)
-                prompt, turns = self._fit(
-                    turn, embeds, reserve=max_new_tokens, stopped=self._stop.is_set
+        start = time.perf_counter()
+        try:
+            with self.model.answering(self._stop.is_set):
+                yield from self._answer(
+                    question, image, sampling, max_new_tokens, speculate, start=start
                 )
-            except Cancelled:
-                seconds = time.perf_counter() - start
-                self.stats = Stats(
-                    prompt_tokens=0,
-                    new_tokens=0,
-                    dropped_turns=0,
-                    first_token_seconds=seconds,
-                    seconds=seconds,
-                    finish_reason="cancelled",
-                )
-                return
-            dropped = len(self.turns) + 1 - len(turns)
-            if dropped:
-                log.warning("the context is full: the oldest %d turn(s) are forgotten", dropped)
-                if self.format.demo and model.engine.context < DEMO_CONTEXT:
-                    log.warning(
-                        "the published demo would remember them, up to 2000 characters: to compare "
-                        "with it, load the model with a context of %d tokens",
-                        DEMO_CONTEXT,
-                    )
-            room = model.engine.context - len(prompt.ids) + 1  # the last token needs no place
-            limit = min(max_new_tokens, room)
-            lookup = PromptLookup(prompt.ids) if speculate else None
-            tokens = generate(
-                model.engine,
-                prompt,
-                sampling,
-                max_new_tokens=limit,
-                eos_id=model.tokenizer.eos_id,
-                stopped=self._stop.is_set,
-                lookup=lookup,
+        except Cancelled:  # before the engine began
+            seconds = time.perf_counter() - start
+            self.stats = Stats(
+                prompt_tokens=0,
+                new_tokens=0,
+                dropped_turns=0,
+                first_token_seconds=seconds,
+                seconds=seconds,
+                finish_reason="cancelled",
             )
-            text = TextStream(model.tokenizer, stop=self.format.stop)
-            answer = CleanStream(self.format)
-            count, first, finish, failed = 0, 0.0, "cancelled", False
-            self._answering = True
-            try:
-                for token in tokens:
-                    count += 1
-                    first = first or time.perf_counter() - start
-                    if piece := answer.push(text.push(token)):
-                        yield piece
-                    if text.stopped:
-                        break
-                if not self._stop.is_set():
-                    finish = "length" if count >= limit and not text.stopped else "stop"
-                if piece := answer.push(text.finish()) + answer.finish():
-                    yield piece
-            except Exception:
-                failed = True
-                raise
-            finally:
-                with self._cancelling:
-                    self._answering = False
-                model.engine.reset()  # a later turn is read anew: its memory is free until then
-                # closed early, interrupted or stopped: what was said so far stays said
-                seconds = time.perf_counter() - start
-                self.stats = Stats(
-                    len(prompt.ids),
-                    count,
-                    dropped,
-                    first or seconds,
-                    seconds,
-                    finish,
-                    guessed_tokens=lookup.guessed if lookup else 0,
-                    right_guesses=lookup.right if lookup else 0,
+
+    def _answer(
+        self,
+        question: str,
+        image: ImageSource | Iterable[ImageSource] | None,
+        sampling: Sampling,
+        max_new_tokens: int,
+        speculate: bool,
+        *,
+        start: float,
+    ) -> Iterator[str]:
+        """_stream() once the engine is ours. Raises Cancelled if stopped before it works."""
+        model, cleared, before = self.model, self._cleared, self.turns
+        turn, embeds = self._turn(question, image, stopped=self._stop.is_set)
+        prompt, turns = self._fit(turn, embeds, reserve=max_new_tokens, stopped=self._stop.is_set)
+        dropped = len(before) + 1 - len(turns)
+        if dropped:
+            log.warning("the context is full: the oldest %d turn(s) are forgotten", dropped)
+            if self.format.demo and model.engine.context < DEMO_CONTEXT:
+                log.warning(
+                    "the published demo would remember them, up to 2000 characters: to compare "
+                    "with it, load the model with a context of %d tokens",
+                    DEMO_CONTEXT,
                 )
-                if not failed and (answer.shown or finish != "cancelled"):
-                    self.turns = [*turns[:-1], replace(turns[-1], answer=answer.shown)]
-                    shown = {key for t in self.turns for key in t.images}
-                    self._embeds = {k: e for k, e in (self._embeds | embeds).items() if k in shown}
+        room = model.engine.context - len(prompt.ids) + 1  # the last token needs no place
+        limit = min(max_new_tokens, room)
+        lookup = PromptLookup(prompt.ids) if speculate else None
+        tokens = generate(
+            model.engine,
+            prompt,
+            sampling,
+            max_new_tokens=limit,
+            eos_id=model.tokenizer.eos_id,
+            stopped=self._stop.is_set,
+            lookup=lookup,
+        )
+        text = TextStream(model.tokenizer, stop=self.format.stop)
+        answer = CleanStream(self.format)
+        count, first, finish, failed = 0, 0.0, "cancelled", False
+        self._answering = True
+        try:
+            for token in tokens:
+                count += 1
+                first = first or time.perf_counter() - start
+                if piece := answer.push(text.push(token)):
+                    yield piece
+                if text.stopped:
+                    break
+            if not self._stop.is_set():
+                finish = "length" if count >= limit and not text.stopped else "stop"
+            if piece := answer.push(text.finish()) + answer.finish():
+                yield piece
+        except Exception:
+            failed = True
+            raise
+        finally:
+            with self._cancelling:
+                self._answering = False
+            model.engine.reset()  # a later turn is read anew: its memory is free until then
+            # closed early, interrupted or stopped: what was said so far stays said
+            seconds = time.perf_counter() - start
+            self.stats = Stats(
+                len(prompt.ids),
+                count,
+                dropped,
+                first or seconds,
+                seconds,
+                finish,
+                guessed_tokens=lookup.guessed if lookup else 0,
+                right_guesses=lookup.right if lookup else 0,
+            )
+            said = answer.shown or finish != "cancelled"
+            if said and not failed and cleared == self._cleared:
+                self.turns = [*turns[:-1], replace(turns[-1], answer=answer.shown)]
+                shown = {key for t in self.turns for key in t.images}
+                self._embeds = {k: e for k, e in (self._embeds | embeds).items() if k in shown}
 
     def _turn(
         self,

@@ -10,9 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor
-
 from seechat_lite.errors import BundleError
+from seechat_lite.pieces import Pieces
 from seechat_weights.bundle import LMConfig
 from seechat_weights.files import LFS_POINTER
 from seechat_weights.tokenizer_file import MAX_BYTES, completed
@@ -178,7 +177,7 @@ class Tokenizer:
         return i + self._shift
 
 
-def _load(path: Path) -> SentencePieceProcessor:
+def _load(path: Path) -> Pieces:
     expected = "expected a sentencepiece model such as ChatGLM-6B's ice_text.model"
     try:
         data = completed(read_file(path, limit=MAX_BYTES))
@@ -192,18 +191,16 @@ def _load(path: Path) -> SentencePieceProcessor:
             f"{path}: a Git LFS pointer, not the file itself; {expected}: "
             "fetch it with `git lfs pull` or download it again"
         )
-    sp = SentencePieceProcessor()
     try:
-        sp.LoadFromSerializedProto(data)
+        return Pieces(data)
     except (RuntimeError, OSError, ValueError):  # ValueError: its own message is not UTF-8
         raise BundleError(
             f"{path}: {len(data)} bytes that are no sentencepiece model; {expected}: "
             "the file is damaged or something else, download it again"
         ) from None
-    return sp
 
 
-def _leading_spaces_dropped(sp: SentencePieceProcessor) -> int:
+def _leading_spaces_dropped(sp: Pieces) -> int:
     """How many spaces the start of a decoded text swallows: all, one or none, by the model's flags.
 
     sentencepiece drops the dummy prefix, and all leading spaces where the model removes extra

@@ -81,7 +81,10 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Release sessions, cache and files; calling it twice is harmless."""
+        """End the running call, wait for it, and release all; calling it twice is harmless.
+
+        May be called from any thread and at any time; later calls raise EngineError.
+        """
         ...
 
 

@@ -11,7 +11,6 @@ is recorded.
 """
 
 import logging
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -28,6 +27,7 @@ from seechat_lite.engines.base import (
 from seechat_lite.engines.onnx_devices import Recorded, find_device, open_session, out_of_memory
 from seechat_lite.errors import EngineError, MemoryPlanError
 from seechat_lite.memory import advice, float_bytes_on_card, plan
+from seechat_lite.native import Native, guarded
 from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_rows, rotary_tables
@@ -40,9 +40,13 @@ from seechat_weights.precisions import VISION_PRECISIONS, stored_precision
 log = logging.getLogger(__name__)
 
 
-class OnnxEngine:
+class OnnxEngine(Native):
     """See engines.base.Engine; devices as onnx_devices.find_device takes them."""
 
+    _cancelled = False
+    _options: ort.RunOptions | None = None  # of the running call, and of the next ones
+
+    @guarded
     def __init__(self, source: Source, *, context: int, options: EngineOptions) -> None:
         folder, manifest = source.path, source.manifest
         self.context = context
@@ -103,21 +107,20 @@ class OnnxEngine:
         self._on_card: dict[str, ort.OrtValue] = {}  # the same, which there outlives an answer
         self._recorded: Recorded | None = None
         self._binding: ort.IOBinding | None = self._opened().io_binding()
-        self._options = _run_options()
-        self._cancelled = False
         self._length = 0  # tokens in the cache, those of a prefix included
         self._next_position = np.zeros((2, 1), np.int64)  # of the token that the next step appends
         # for more, the card would make floats of all weights of 8 bits: 1.1 GB for the head
         self._at_once = 4 if self._device.on_card and precision.in_bytes else context
+        self._fork = "never" if self._device.on_card else "idle"
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
-        self._opened()
+        self.check_open()
         check_pixels(pixels, self._manifest.vision, self._folder)
         with self._memory_planned():
             return self._vision.encode(pixels)
 
+    @guarded
     def prefill(self, prompt: Prompt) -> np.ndarray:
-        self._opened()
         embeds, positions, split = embedded(
             prompt, self._manifest.lm, context=self.context, rows=self._rows
         )
@@ -134,8 +137,8 @@ class OnnxEngine:
     def step(self, token_id: int) -> np.ndarray:
         return self.extend([token_id])[0]
 
+    @guarded
     def extend(self, token_ids: Sequence[int]) -> np.ndarray:
-        self._opened()
         if not self._cache:
             raise EngineError("step() before prefill(): there is no prompt to continue")
         free = self.context + len(self._prefix) - self._length
@@ -150,17 +153,21 @@ class OnnxEngine:
                 self._next_position[1] += len(part)
         return np.concatenate(logits)
 
+    @guarded
     def forget(self, tokens: int) -> None:
         self._length -= tokens  # what lies behind the length is never read, only overwritten
         self._next_position[1] -= tokens
 
     def cancel(self) -> None:
         self._cancelled = True  # first: a prompt may just be changing the options
-        self._options.terminate = True
+        if self._options:
+            self._options.terminate = True
 
     def reset(self) -> None:
-        self._empty()
-        self._cancelled = False
+        with self._lock:
+            if not self._ended:
+                self._empty()
+            self._cancelled = False
 
     def _empty(self) -> None:
         """Free the cache, but for a card's."""
@@ -171,16 +178,16 @@ class OnnxEngine:
         self._length = 0
         trim_heap()
 
-    def close(self) -> None:
-        self.reset()
+    def _release(self) -> None:
+        self._empty()
         self._on_card.clear()
         # a binding holds its session; embeddings their file
         self._recorded = self._binding = self._decoder = self._embeddings = None
         self._vision.close()
 
     def _opened(self) -> ort.InferenceSession:
-        if self._decoder is None:
-            raise EngineError("the model is closed: load it again")
+        self.check_open()
+        assert self._decoder
         return self._decoder
 
     def _begin(self) -> None:
@@ -308,7 +315,7 @@ class OnnxEngine:
             ) from e
 
 
-class OnnxVision:
+class OnnxVision(Native):
     """A bundle's vision graph, loaded with the first picture: text alone needs none of it."""
 
     def __init__(self, source: Source, options: EngineOptions) -> None:
@@ -318,8 +325,10 @@ class OnnxVision:
         self.device = find_device(options.vision_device or options.device)
         self._session: ort.InferenceSession | None = None
         self._checked = False  # whether the graph is one that an export writes
-        self._lock = threading.Lock()
+        self._run: ort.RunOptions | None = None  # of the picture that is being read
+        self._fork = "never" if self.device.on_card else "idle"
 
+    @guarded
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Embeddings of pictures: float32 [n, 3, S, S] to float32 [n, tokens, hidden]."""
         vision, exact = self._manifest.vision, self._options.dtype == "fp32"
@@ -335,26 +344,27 @@ class OnnxVision:
             and self.device.provider == "CPUExecutionProvider"
         )
         graph = vision.half if half else vision.graph
-        with self._lock:
-            if not self._checked:
-                check_vision(self._folder, self._manifest, graph)
-            self._checked = True
-            session = self._session or open_session(
-                self._folder / graph,
-                self.device,
-                {
-                    "pixel_values": (None, 3, size, size),
-                    "image_embeds": (None, vision.tokens, self._manifest.lm.hidden_size),
-                },
-                threads=self._options.threads,
-                as_written=mapped,
-                exact=exact or precision.exact,
-                limit=self._options.max_memory,
-            )
-            self._session = session if self._options.keep_vision else None
+        if not self._checked:
+            check_vision(self._folder, self._manifest, graph)
+        self._checked = True
+        session = self._session or open_session(
+            self._folder / graph,
+            self.device,
+            {
+                "pixel_values": (None, 3, size, size),
+                "image_embeds": (None, vision.tokens, self._manifest.lm.hidden_size),
+            },
+            threads=self._options.threads,
+            as_written=mapped,
+            exact=exact or precision.exact,
+            limit=self._options.max_memory,
+        )
+        self._session = session if self._options.keep_vision else None
         feeds = {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
+        self._run = _run_options(return_memory=True)
+        self.check_open()  # cancel() knows of this run from here on
         try:
-            (found,) = session.run(["image_embeds"], feeds, _run_options(return_memory=True))
+            (found,) = session.run(["image_embeds"], feeds, self._run)
         except Exception as e:  # ONNX Runtime raises its own unrelated exception types
             raise EngineError(
                 f"ONNX Runtime failed on a picture ({str(e).splitlines()[0]}): if memory is short, "
@@ -362,8 +372,16 @@ class OnnxVision:
             ) from e
         return np.asarray(found)
 
-    def close(self) -> None:
+    def cancel(self) -> None:
+        if self._run:
+            self._run.terminate = True
+
+    def unload(self) -> None:
+        """Free the session, which the next picture opens again."""
         self._session = None
+
+    def _release(self) -> None:
+        self.unload()
 
 
 def _cache_names(lm: LMConfig) -> list[str]:

@@ -33,6 +33,7 @@ from seechat_lite.engines.torch_vision import TorchVision
 from seechat_lite.engines.torch_weights import CheckpointWeights, Weights, build, weights_of
 from seechat_lite.errors import EngineError, MemoryPlanError
 from seechat_lite.memory import available_memory, human
+from seechat_lite.native import Native, guarded
 from seechat_lite.nn.decoder import (
     Cache,
     Decoder,
@@ -55,12 +56,15 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 NO_MEMORY = re.compile("out of memory|ALLOC_FAILED|can't allocate", re.IGNORECASE)
 
 
-class TorchEngine:
+class TorchEngine(Native):
     """See engines.base.Engine; devices are torch's: "cpu", "cuda", "cuda:1".
 
     Raises EngineError (device, dtype, quantization), CheckpointError and MemoryPlanError.
     """
 
+    _cancelled = False
+
+    @guarded
     def __init__(
         self,
         source: Source,
@@ -108,7 +112,6 @@ class TorchEngine:
             blocks=blocks,
             vision=held,
         )
-        self._cancelled = False
         self._cache: Cache | None = None
         self._recorder: Recorder | None = None
         self._length = 0  # tokens in the cache, those of a prefix included; 0 before a prompt
@@ -129,15 +132,15 @@ class TorchEngine:
         self._records = self._fused and options.quantize in (None, "int4")
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
-        self._opened()
+        self.check_open()
         check_pixels(pixels, self._manifest.vision, self._source.path)
         assert self._vision
-        with self._device_lock, self._memory_planned(self._vision.close):
+        with self._device_lock, self._memory_planned(self._vision.unload):
             return self._vision.encode(pixels)
 
+    @guarded
     @torch.inference_mode()
     def prefill(self, prompt: Prompt) -> np.ndarray:
-        self._opened()
         embeds, positions, split = embedded(
             prompt, self._manifest.lm, context=self.context, rows=self._weights.rows
         )
@@ -160,6 +163,7 @@ class TorchEngine:
     def step(self, token_id: int) -> np.ndarray:
         return self.extend([token_id])[0]
 
+    @guarded
     @torch.inference_mode()
     def extend(self, token_ids: Sequence[int]) -> np.ndarray:
         if self._cache is None or not self._length:
@@ -184,6 +188,7 @@ class TorchEngine:
         self._next[1] += rows
         return logits
 
+    @guarded
     def forget(self, tokens: int) -> None:
         self._length -= tokens  # what lies behind the length is never read, only overwritten
         self._next[1] -= tokens
@@ -192,12 +197,13 @@ class TorchEngine:
         self._cancelled = True
 
     def reset(self) -> None:
-        self._cancelled = False
-        self._length = 0
-        if self._recorder is None:  # recorded steps go on to use the memory of this one cache
-            self._cache = None
+        with self._lock:
+            self._cancelled = False
+            self._length = 0
+            if self._recorder is None:  # recorded steps go on to use the memory of this one cache
+                self._cache = None
 
-    def close(self) -> None:
+    def _release(self) -> None:
         self._recorder = None
         self.reset()
         self._decoder = None
@@ -227,8 +233,8 @@ class TorchEngine:
         return TorchVision(vision, device=device, dtype=dtype, keep=chosen.keep_vision)
 
     def _opened(self) -> Decoder:
-        if self._decoder is None:
-            raise EngineError("the model is closed: load it again")
+        self.check_open()
+        assert self._decoder
         return self._decoder
 
     def _raise_if_cancelled(self) -> None:

@@ -1,5 +1,7 @@
 """The torch engine's eyes: pictures to embeddings, on the language model's device or another."""
 
+import weakref
+
 import numpy as np
 import torch
 from torch import nn
@@ -7,9 +9,10 @@ from torch import nn
 from seechat_lite.errors import EngineError
 from seechat_lite.eyes import Eyes
 from seechat_lite.memory import KEPT_VISION
+from seechat_lite.native import Native, guarded
 
 
-class TorchVision:
+class TorchVision(Native):
     """Runs the network of `eyes`; built with the first picture: text alone needs none of it."""
 
     def __init__(
@@ -25,6 +28,7 @@ class TorchVision:
         self.held = size if self._keep else 0  # bytes on the device between pictures
         self._network: nn.Module | None = None
 
+    @guarded
     @torch.inference_mode()
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Embeddings of pictures: float32 [n, 3, S, S] to float32 [n, tokens, hidden]."""
@@ -35,8 +39,12 @@ class TorchVision:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self._network(given.to(self.device).to(self._dtype)).float().cpu().numpy()
 
-    def close(self) -> None:
+    def unload(self) -> None:
+        """Free the network, which the next picture builds again."""
         self._network = None
+
+    def _release(self) -> None:
+        self.unload()
 
     def _built(self) -> nn.Module:
         try:
@@ -48,4 +56,13 @@ class TorchVision:
                 f"{e.name} is not installed; pictures need it with the engine 'torch': "
                 'pip install "seechat-lite[torch]"'
             ) from None
-        return network.loaded() if self._keep else network
+        network = network.loaded() if self._keep else network
+        here = weakref.ref(self)  # not to keep this alive by what it holds
+
+        def raise_if_closed(*_: object) -> None:
+            if vision := here():
+                vision.check_open()
+
+        for module in network.modules():  # a picture takes seconds: close() ends it between two
+            module.register_forward_pre_hook(raise_if_closed)
+        return network

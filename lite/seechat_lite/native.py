@@ -1,0 +1,144 @@
+"""Native code and its ends: close() at any time, the interpreter's exit, a fork.
+
+What native code works with may not be freed while it runs, and it may not run any more when the
+interpreter goes: either takes the process down. So whatever runs in native code is a `Native`: one
+call at a time holds its lock, and close() ends that call, waits for it and only then frees.
+
+The lock may be taken again by the thread that holds it. So a signal handler or a finalizer, which
+Python runs between two steps of a call, can close what the call belongs to: no native code runs in
+that thread at that moment, and the call itself then ends with an EngineError.
+"""
+
+import atexit
+import ctypes
+import functools
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar
+
+from seechat_lite.errors import EngineError
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+Some = TypeVar("Some", bound="Native")
+
+
+class Native:
+    """Base of an object that works in native code. Its methods that do are `guarded`."""
+
+    _fork: Literal["never", "idle", "any"] = "never"  # when a forked process may go on with it
+    _inherited = False  # from the process that forked this one
+    _lock: "threading.RLock"  # held by the call that runs
+    _ended: str  # why it can be used no more, else ""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        self = super().__new__(cls)
+        self._lock = threading.RLock()
+        self._ended = ""
+        _living.add(self)  # first: _exit() looks at those that are there when it begins
+        if _nobody_listens():
+            raise SystemExit
+        return self
+
+    def close(self) -> None:
+        """End the running call, wait for it, and free everything; twice is harmless.
+
+        From any thread and at any time.
+        """
+        self._ended = self._ended or "the model is closed: load it again"
+        self.cancel()
+        with self._lock:
+            if not self._inherited:  # whose threads, which freeing would wait for, are not here
+                self._release()
+
+    def cancel(self) -> None:
+        """Make a running call end soon, if that can be. May be called from any thread."""
+
+    def _release(self) -> None:
+        """Free what close() frees; no call runs. Attributes may lack where making it failed."""
+        raise NotImplementedError
+
+    def check_open(self) -> None:
+        """Raise EngineError if it can be used no more."""
+        if not self._ended:
+            return
+        if _nobody_listens():
+            raise SystemExit  # the thread ends without a word
+        raise EngineError(self._ended)
+
+
+def guarded(
+    method: Callable[Concatenate[Some, Arguments], Result],
+) -> Callable[Concatenate[Some, Arguments], Result]:
+    """Let one call at a time into the native code of a Native, and none when it is closed.
+
+    A call that fails because it was closed meanwhile raises the EngineError that says so.
+    """
+
+    @functools.wraps(method)
+    def call(self: Some, *args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        try:
+            with self._lock:
+                self.check_open()
+                return method(self, *args, **options)
+        except Exception:
+            self.check_open()
+            raise
+
+    return call
+
+
+_living: weakref.WeakSet[Native] = weakref.WeakSet()
+_held: list[Native] = []  # idle, and kept so, while the process forks
+_exiting = False
+
+
+def _nobody_listens() -> bool:
+    """Whether the interpreter ends and does not wait for this thread."""
+    return _exiting and threading.current_thread().daemon
+
+
+def _exit() -> None:
+    """Close everything while threads that are not waited for may still run."""
+    global _exiting
+    _exiting = True
+    for native in list(_living):
+        with suppress(Exception):  # one whose making failed or is broken off
+            native.close()
+
+
+def _before_fork() -> None:
+    _held.extend(n for n in list(_living) if n._lock.acquire(blocking=False))
+
+
+def _after_fork() -> None:
+    for native in _held:
+        native._lock.release()
+    _held.clear()
+
+
+def _in_child() -> None:
+    """Go on with what was idle. What was in a call is as that call left it, with nobody in it."""
+    idle = set(map(id, _held))
+    _after_fork()
+    for native in list(_living):
+        native._inherited = True
+        # nor may the end of the interpreter free it
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(native))
+        if id(native) in idle and native._fork != "never":
+            continue
+        native._lock = threading.RLock()
+        if native._fork == "any":
+            continue
+        native._ended = native._ended or (
+            "this process was forked from the one that loaded the model, which cannot be used "
+            "here: load it in this process, or start processes with multiprocessing's 'spawn'"
+        )
+
+
+atexit.register(_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)

@@ -1,0 +1,77 @@
+"""Threads wait in line for something that serves one at a time, and may leave the line."""
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from seechat_lite.errors import EngineError
+
+
+class OneAtATime:
+    """Like a lock, but a wait for it can be ended, a signal handler may wake those who wait, and
+    any thread may let go, as a finalizer does."""
+
+    def __init__(self) -> None:
+        # whose lock its own thread may take again: finalizers and signal handlers come at any time
+        self._changed = threading.Condition(threading.RLock())
+        self._holder: weakref.ref[_Holder] | None = None  # goes with whoever holds it
+        _all.add(self)
+
+    @contextmanager
+    def held(self, given_up: Callable[[], None]) -> Iterator[None]:
+        """Hold it, when all before have let go.
+
+        given_up: asked when it is free and after every wake(); ends the wait by raising something.
+        Raises EngineError where this thread holds it already, and would wait for itself.
+        """
+        me = _Holder(threading.get_ident())
+        try:
+            with self._changed:
+                while True:
+                    given_up()
+                    holder = self._holder and self._holder()
+                    if holder is None:
+                        break
+                    if holder.thread == me.thread:
+                        raise EngineError(
+                            "another answer of this model is not finished in this thread: read it "
+                            "to its end, close() its stream or stop() its chat before asking again"
+                        )
+                    del holder
+                    self._changed.wait()
+                self._holder = weakref.ref(me)
+            yield
+        finally:
+            with self._changed:
+                if self._holder and self._holder() is me:
+                    self._holder = None
+                    self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Have all who wait ask whether they still want to. May be called from anywhere."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def renew(self) -> None:
+        """In a forked process: threads that held it, or waited, are not here."""
+        self._changed = threading.Condition(threading.RLock())
+        holder = self._holder and self._holder()
+        if holder is None or holder.thread != threading.get_ident():
+            self._holder = None
+
+
+class _Holder:
+    """One hold; `thread` is the one that took it."""
+
+    __slots__ = ("__weakref__", "thread")
+
+    def __init__(self, thread: int) -> None:
+        self.thread = thread
+
+
+_all: weakref.WeakSet[OneAtATime] = weakref.WeakSet()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [each.renew() for each in list(_all)])
