@@ -16,7 +16,7 @@ from pathlib import Path
 from tkinter import filedialog, ttk
 from typing import Any
 
-from PIL import Image, ImageOps, ImageTk
+from PIL import ImageTk
 
 import seechat_lite as sl
 
@@ -241,10 +241,8 @@ class Window:
 
     def _show(self, path: str) -> None:
         try:
-            image = ImageOps.exif_transpose(Image.open(path))
-            image.thumbnail(THUMBNAIL)
-            photo = ImageTk.PhotoImage(image)
-        except (OSError, ValueError):
+            photo = ImageTk.PhotoImage(sl.thumbnail(path, THUMBNAIL))
+        except sl.ImageError:
             return  # the worker tells what is wrong with it
         self._shown.append(photo)
         self.talk.configure(state="normal")

@@ -26,6 +26,7 @@ from seechat_lite.errors import (
 if TYPE_CHECKING:
     from seechat_lite.chat import Chat, Model, Stats, load
     from seechat_lite.eyes import EyeFiles
+    from seechat_lite.images import ImageSource, thumbnail
     from seechat_lite.prompt import Prompt
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "EngineError",
     "EyeFiles",
     "ImageError",
+    "ImageSource",
     "MemoryPlanError",
     "Model",
     "OptionError",
@@ -43,13 +45,16 @@ __all__ = [
     "SeechatError",
     "Stats",
     "load",
+    "thumbnail",
 ]
 
 # imported when first used: the command line answers --help and Ctrl-C before numpy is there
 _LATER = {
     **dict.fromkeys(("Chat", "Model", "Stats", "load"), "chat"),
     "EyeFiles": "eyes",
+    "ImageSource": "images",
     "Prompt": "prompt",
+    "thumbnail": "images",
 }
 
 

@@ -26,6 +26,7 @@ from seechat_lite.options import (
     add_model_option,
     check_context,
     load_options,
+    picture_source,
 )
 from seechat_lite.terminal import (
     Parser,
@@ -149,6 +150,13 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     ask.add_argument(
         "words", nargs="+", metavar="QUESTION", help="the question, after its pictures if any"
     )
+    ask.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture, as if it came before the question; - is stdin",
+    )
     ask.add_argument("--json", action="store_true", help="print one JSON object at the end")
     ask.set_defaults(run=lambda args: _ask(args, ask.error))
 
@@ -210,7 +218,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def _ask(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     from seechat_lite.conversation import trimmed
 
-    *images, question = args.words
+    *places, question = args.words
     with suppress(OSError):  # questions make file names of any length
         if Path(question).is_file():
             usage_error(f"{question} is a file; the question comes after the pictures")
@@ -219,6 +227,7 @@ def _ask(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     if any("\ud800" <= c <= "\udfff" for c in question):  # what Python makes of undecodable bytes
         usage_error(f"the question has bytes that are no text in {sys.getfilesystemencoding()}")
     options = _options(args, usage_error)
+    images = [picture_source(place) for place in (*args.image, *places)]
     with _load(args, load_options(args, usage_error)) as model:
         chat = model.chat(args.format)
         pieces = chat.stream(question, images or None, **options)

@@ -31,12 +31,12 @@ from seechat_lite.pictures.reduce import (
     MAX_PIXELS,
     check_size,
     reduce,
-    thumbnail,
 )
+from seechat_lite.pictures.reduce import thumbnail as reduced
 from seechat_weights.bundle import PixelSpec
 from seechat_weights.errors import BundleError, EngineError, ImageError
 
-__all__ = ["MAX_BYTES", "MAX_PIXELS", "ImageSource", "load_image", "pixels", "several"]
+__all__ = ["MAX_BYTES", "MAX_PIXELS", "ImageSource", "load_image", "pixels", "several", "thumbnail"]
 
 MAX_BYTES = 256 << 20  # of a picture's file
 
@@ -101,6 +101,7 @@ ImageSource: TypeAlias = (
     | IO[bytes]
     | Image.Image
     | np.ndarray
+    | EncodedImage
     | PreparedImage
 )
 
@@ -135,6 +136,8 @@ def load_image(source: ImageSource) -> Picture:
         source = array.tobytes()  # a file's bytes, as cv2.imencode gives them
     if isinstance(source, Image.Image):
         return _from_opened(source)
+    if isinstance(source, EncodedImage):
+        return Picture(source, hashlib.sha256(source.data).hexdigest())
     if isinstance(source, PreparedImage):
         raise ImageError("a prepared picture; expected one that is not: pass it to its model")
     if isinstance(source, str):
@@ -196,7 +199,7 @@ def normalized(levels: np.ndarray, spec: PixelSpec) -> np.ndarray:
     return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
 
 
-def small_picture(source: ImageSource, size: tuple[int, int] = (320, 320)) -> Image.Image:
+def thumbnail(source: ImageSource, size: tuple[int, int] = (320, 320)) -> Image.Image:
     """A picture to be shown: upright, opaque RGB, at most as large as `size`, width and height.
 
     Decoded within the same bounds, and by the same formats, as the pictures that a model sees.
@@ -206,7 +209,7 @@ def small_picture(source: ImageSource, size: tuple[int, int] = (320, 320)) -> Im
         raise ImageError(f"a size of {size!r:.40}; expected width and height, 1 to 4096 each")
     image = load_image(source).image
     if isinstance(image, Image.Image):
-        return thumbnail(image, size, orientation=_orientation(image))
+        return reduced(image, size, orientation=_orientation(image))
     found = _decoded(image, {"do": "thumbnail", "spec": None, "size": size}, _never)
     return Image.frombytes(found.mode, found.size, found.data)
 
@@ -238,7 +241,7 @@ def _made(opened: Opened, request: dict[str, Any], spec: PixelSpec | None) -> Im
     image = decode.load(opened)
     try:
         if spec is None:
-            return thumbnail(
+            return reduced(
                 image, request["size"], orientation=opened.orientation, white=opened.white
             )
         return reduce(image, spec, orientation=opened.orientation, white=opened.white)
@@ -252,7 +255,8 @@ def _made(opened: Opened, request: dict[str, Any], spec: PixelSpec | None) -> Im
 
 
 def _is_one(image: object) -> bool:
-    kinds = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | PreparedImage
+    kinds = str | os.PathLike | bytes | bytearray | memoryview | Image.Image
+    kinds = kinds | EncodedImage | PreparedImage
     return isinstance(image, kinds) or hasattr(image, "read") or hasattr(image, "__array__")
 
 

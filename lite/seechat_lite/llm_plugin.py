@@ -16,7 +16,7 @@ import llm
 from llm.parts import AttachmentPart, Message, TextPart
 from pydantic import Field
 
-from seechat_lite.errors import SeechatError
+from seechat_lite.errors import ImageError, SeechatError
 
 if TYPE_CHECKING:
     from seechat_lite.chat import Chat, Model
@@ -34,8 +34,12 @@ class Seechat(llm.Model):
     model_id = "seechat"
     can_stream = True
     attachment_types = {  # noqa: RUF012 (llm declares it so)
+        "image/apng",
+        "image/avif",
         "image/bmp",
         "image/gif",
+        "image/heic",  # said to be what it is, and what to do
+        "image/jp2",
         "image/jpeg",
         "image/png",
         "image/tiff",
@@ -100,7 +104,7 @@ class Seechat(llm.Model):
 @dataclass
 class _Turn:
     texts: list[str] = field(default_factory=list)
-    pictures: list[bytes] = field(default_factory=list)
+    pictures: list[str | bytes] = field(default_factory=list)
     answer: str = ""
 
     @property
@@ -123,8 +127,20 @@ def _turns(messages: Iterable[Message]) -> list[_Turn]:
         turns[-1].texts += texts
         for part in message.parts:
             if isinstance(part, AttachmentPart) and part.attachment:
-                turns[-1].pictures.append(part.attachment.content_bytes() or b"")
+                turns[-1].pictures.append(_picture(part.attachment))
     return turns
+
+
+def _picture(attachment: llm.Attachment) -> str | bytes:
+    if attachment.path:
+        return attachment.path
+    try:
+        return attachment.content_bytes() or b""
+    except Exception as e:  # `llm` has fetched an address, or tried to
+        raise ImageError(
+            f"{attachment.url or 'an attachment'}: cannot be read ({e}); expected a picture: "
+            "save it as a file and name that"
+        ) from None
 
 
 def _tell_usage(chat: "Chat", response: llm.Response) -> None:

@@ -1,6 +1,9 @@
 """Options that all commands which load a model share, and what they say to load()."""
 
 import argparse
+import io
+import stat
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -147,6 +150,31 @@ def load_options(args: argparse.Namespace, usage_error: Callable[[str], Any]) ->
         "rounded_rotary": args.rounded_rotary,
         "eyes": eyes,
     }
+
+
+def picture_source(place: str) -> "str | io.BytesIO":
+    """A picture named on the command line: a path as it is; of stdin and pipes what they hold.
+
+    place: a path, or "-" for stdin. Raises ImageError.
+    """
+    from seechat_lite.errors import ImageError
+    from seechat_lite.images import MAX_BYTES
+
+    try:
+        if place == "-":
+            if sys.stdin is None or sys.stdin.isatty():
+                raise ImageError("stdin is no file; expected the bytes of a picture: … - < cat.png")
+            data, name = sys.stdin.buffer.read(MAX_BYTES + 1), "stdin"
+        elif stat.S_ISFIFO(Path(place).stat().st_mode):
+            with Path(place).open("rb") as pipe:
+                data, name = pipe.read(MAX_BYTES + 1), place
+        else:
+            return place
+    except (OSError, ValueError):  # what is wrong with it is said when it is read
+        return place
+    file = io.BytesIO(data)
+    file.name = name  # pyright: ignore[reportAttributeAccessIssue]
+    return file
 
 
 def check_context(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> None:

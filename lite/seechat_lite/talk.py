@@ -12,8 +12,10 @@ from typing import Any, cast
 
 from seechat_lite.chat import Chat
 from seechat_lite.conversation import trimmed
-from seechat_lite.errors import SeechatError
+from seechat_lite.errors import ImageError, SeechatError
+from seechat_lite.images import ImageSource, load_image
 from seechat_lite.interrupts import raise_on_ctrl_c
+from seechat_lite.options import picture_source
 from seechat_lite.terminal import complain, print_stats, show
 from seechat_lite.text_lines import Bytes, LineError, text_lines
 from seechat_weights.plain_text import one_line, spoken
@@ -64,7 +66,7 @@ class _Talk:
         self._chat = chat
         self._options = options
         self._stats = stats
-        self._waiting: list[bytes] = []
+        self._waiting: list[ImageSource] = []
 
     def take(self, line: str) -> None:
         """Carry out a command or answer a question."""
@@ -90,9 +92,12 @@ class _Talk:
 
     def image(self, path: str) -> None:
         """Show a picture with the next question; what is wrong with it is said now."""
-        # prompt() reads and encodes it, and finds out whether the conversation has a place for it
-        self._chat.prompt("?", [*self._waiting, path])
-        self._waiting.append(Path(path).read_bytes())  # the file may be gone when it is asked about
+        if path == "-":
+            raise ImageError("stdin gives the questions here; expected a picture's file: name one")
+        image = load_image(picture_source(path)).image  # the file may be gone when it is asked for
+        # prompt() encodes it, and finds out whether the conversation has a place for it
+        self._chat.prompt("?", [*self._waiting, image])
+        self._waiting.append(image)
 
     def _answer(self, question: str) -> None:
         with _ctrl_c(self._chat.stop):

@@ -33,7 +33,13 @@ class PlainFormatter(logging.Formatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with arguments, file names among them, in one line."""
+    """Says what is wrong with arguments, file names among them, in one line.
+
+    No option may be shortened: --image is not to be taken for --image-size.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
 
     def error(self, message: str) -> NoReturn:
         super().error(one_line(message))

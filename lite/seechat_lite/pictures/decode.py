@@ -93,10 +93,6 @@ def open_picture(
         image = _open(data, format)
     except ImageError:
         raise
-    except Image.DecompressionBombError:
-        raise too_large("too many pixels", f"{MAX_PIXELS // 10**6} million") from None
-    except MemoryError:
-        raise _too_much_memory() from None
     except Exception as e:  # a plugin fails with almost any exception on damaged data
         raise undecodable(e) from None
     check_size(image.size, image.mode)
@@ -142,8 +138,6 @@ def load(opened: Opened) -> Image.Image | PngBands:
         return opened.image
     try:
         opened.image.load()
-    except (MemoryError, Image.DecompressionBombError):
-        raise _too_much_memory() from None
     except Exception as e:  # Pillow's decoders fail with almost any exception on damaged data
         raise undecodable(e) from None
     # an icon may hold a picture of another size than it says
@@ -168,6 +162,12 @@ def check_opened(image: Image.Image) -> None:
 
 
 def undecodable(error: Exception) -> ImageError:
+    """What a decoder's exception means."""
+    if isinstance(error, MemoryError):
+        return _too_much_memory()
+    # the second is a warning that the worker, or the host application, has made an error
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return too_large("too many pixels", f"{MAX_PIXELS // 10**6} million")
     why = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
     if "out of memory" in why:
         return _too_much_memory()

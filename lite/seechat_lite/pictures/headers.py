@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from seechat_weights.errors import ImageError
 
-MAX_CHUNKS = 100_000  # of a PNG; of 256 MB in chunks of 8 kB there are 32 000
+MAX_CHUNKS = 100_000  # before the pixels end; a PNG of 256 MB in chunks of 8 kB has 32 000
+_FILL = re.compile(rb"\xff+")
 _MAX_PROFILE = 1 << 20  # bytes of a compressed text
 _ORIENTATION = 0x0112  # the EXIF tag
 _XMP = re.compile(rb"tiff:Orientation(?:=[\"']|>)([1-8])")
@@ -44,8 +45,13 @@ def damaged(why: str) -> ImageError:
 def read_jpeg(data: bytes) -> Header:
     """Raises ImageError for what ends before its pixels."""
     view, at = memoryview(data), 2
-    kept, orientation, frame = [view[:2]], 0, b""
+    kept, orientation, frame, count = [view[:2]], 0, b"", 0
     while True:
+        count += 1
+        if count > MAX_CHUNKS:
+            raise damaged(f"more than {MAX_CHUNKS} segments")
+        if fill := _FILL.match(data, at):  # any number of 0xff may precede a marker
+            at = fill.end() - 1
         if at + 4 > len(data):
             raise damaged("the JPEG ends in its header")
         if data[at] != 0xFF:  # garbage between segments, which libjpeg skips as well
@@ -54,8 +60,8 @@ def read_jpeg(data: bytes) -> Header:
                 raise damaged("the JPEG ends in its header")
             continue
         marker = data[at + 1]
-        if marker in (0xFF, 0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # fill, or without a length
-            at += 1 if marker == 0xFF else 2
+        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # those without a length
+            at += 2
             continue
         if marker == 0xD9:
             raise damaged("the JPEG has no pixels")

@@ -35,9 +35,6 @@ WALL_SECONDS = 60.0
 _LOOK_EVERY = 0.05  # seconds between two looks at who waits and what it takes
 _BASE = 100_000_000  # resident bytes of a worker beside its picture, generously
 
-# what starts a worker in a packed application, if it has told (see worker.run_if_asked)
-packed_worker = False
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -265,7 +262,7 @@ def _end(workers: list[_Worker]) -> None:
 def _command() -> Sequence[str | Path] | None:
     """What starts a worker here; None where `sys.executable` is not known to do it."""
     if getattr(sys, "frozen", False):
-        return [sys.executable, worker.ARGUMENT] if packed_worker else None
+        return [sys.executable, worker.ARGUMENT] if worker.packed else None
     if not sys.executable or not Path(sys.executable).stem.lower().startswith(("python", "pypy")):
         return None
     import PIL

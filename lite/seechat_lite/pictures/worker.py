@@ -24,8 +24,16 @@ CPU_SECONDS = 8  # of one picture; then the system ends this process
 SLACK = 64 << 20  # bytes beside what a picture was said to need
 
 
+packed = False  # whether this is a packed application that can be started as a worker
+
+
 def run_if_asked() -> None:
-    """Be a worker instead of the application, if pool.py has started it as one."""
+    """Be a worker instead of the application, if pool.py has started it as one.
+
+    To be called first in an application that is packed, where sys.executable is no Python.
+    """
+    global packed
+    packed = True
     if sys.argv[1:2] == [ARGUMENT]:
         main()
         sys.exit(0)

@@ -74,7 +74,8 @@ class Completions:
         _refuse_unsupported(body)
         drafts = _turns(body.messages)
         urls = [url for d in drafts for url in d.urls]
-        files = iter(await self._images.read(urls, held_by(request.scope)))
+        read = await self._images.read(urls, held_by(request.scope))
+        files = iter(await self._desk.prepare(read))
         *past, turn = (
             Turn(
                 joined(d.texts, self._most),

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -17,13 +17,16 @@ from functools import partial
 from typing import Literal
 
 from seechat_lite.chat import Chat, Model, Stats
+from seechat_lite.conversation import FORMATS
 from seechat_lite.engines.base import Cancelled
+from seechat_lite.images import PreparedImage
 from seechat_lite.server.errors import ApiError
 from seechat_lite.server.fair_queue import FairQueue
 
 log = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 512
+DECODERS = 2  # pictures that are decoded at a time
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Turn:
     """A question with the files of its pictures, and its answer where it is past."""
 
     question: str
-    images: tuple[bytes, ...] = ()
+    images: tuple[bytes | PreparedImage, ...] = ()
     answer: str = ""
 
 
@@ -77,6 +80,7 @@ class Desk:
         self._keep_alive = keep_alive
         self._observe = observe
         self._thread = ThreadPoolExecutor(1, "seechat-model")
+        self._decoders = ThreadPoolExecutor(DECODERS, "seechat-pictures")
         self._model: Model | None = None
         self._opened = self._stopping = False
         self._busy = False  # something runs in the thread
@@ -147,6 +151,31 @@ class Desk:
         finally:
             running.stop()
 
+    async def prepare(self, images: Sequence[bytes]) -> list[bytes | PreparedImage]:
+        """Decode pictures away from the model's thread; given up when the caller is cancelled.
+
+        Pictures stay as they are while there is no model that says how. Raises ImageError.
+        """
+        model = self._model
+        if model is None or model.manifest.vision is None:
+            return list(images)
+        exact = FORMATS[self._format or model.manifest.conversation].demo
+        loop, gone, ready = asyncio.get_running_loop(), threading.Event(), []
+        try:
+            for image in images:
+                decode = partial(
+                    model.prepare_image,
+                    image,
+                    exact=exact,
+                    stopped=lambda: gone.is_set() or self._stopping,
+                )
+                ready.append(await loop.run_in_executor(self._decoders, decode))
+        except Cancelled:
+            raise _shutting_down() from None
+        finally:
+            gone.set()
+        return ready
+
     async def whole_answer(self, ask: Ask) -> tuple[str, Stats]:
         """The pieces joined, and the Stats."""
         text = ""
@@ -174,6 +203,7 @@ class Desk:
         """Release the model, unless it is still at work."""
         self._stay()
         self._thread.shutdown(wait=False)
+        self._decoders.shutdown(wait=False, cancel_futures=True)
         if self.idle and self._model:
             self._model.close()
             self._model = None
@@ -288,7 +318,7 @@ class _Running:
     def stopped(self) -> bool:
         return self._stop.is_set()
 
-    def wanted(self, images: Iterable[bytes]) -> Iterator[bytes]:
+    def wanted(self, images: Iterable[bytes | PreparedImage]) -> Iterator[bytes | PreparedImage]:
         """Pictures, each of which takes its time, until the answer that is prepared is stopped."""
         for image in images:
             if self.stopped:

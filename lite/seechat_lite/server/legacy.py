@@ -51,7 +51,7 @@ class Legacy:
         turns = [Turn(question=q, answer=a) for q, a in history] + [Turn(question)]
         if body.image or body.image_prompt:
             file = await self._image(body, held_by(request.scope))
-            turns[0] = replace(turns[0], images=(file,))
+            turns[0] = replace(turns[0], images=tuple(await self._desk.prepare([file])))
         temperature, top_p, top_k, penalty = _CHATGLM if body.text is None else _VISUALGLM
         if body.temperature is not None:
             temperature = body.temperature if body.temperature >= 0.001 else 0.0
