@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -42,26 +43,30 @@ def seeds() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a panda"
     exif.get_ifd(0x8769)[0x9003] = "2026:01:01 00:00:00"
-    frames = {"save_all": True, "append_images": [rgb.rotate(90), rgb.rotate(180)]}
+
+    def frames() -> dict[str, Any]:  # new ones each time: Pillow leaves settings in them
+        return {"save_all": True, "append_images": [rgb.rotate(90), rgb.rotate(180)]}
+
+    jobs: list[tuple[str, Image.Image, str, dict[str, Any]]]
     jobs = [
         ("jpeg", rgb, "JPEG", {"exif": exif, "icc_profile": bytes(200)}),
         ("progressive", rgb, "JPEG", {"progressive": True, "exif": exif}),
         ("cmyk", rgb.convert("CMYK"), "JPEG", {}),
-        ("mpo", rgb, "MPO", frames),
+        ("mpo", rgb, "MPO", frames()),
         ("png", colour, "PNG", {"exif": exif, "icc_profile": bytes(200)}),
         ("png palette", rgb.quantize(20), "PNG", {"transparency": 3}),
         ("png 16", deep, "PNG", {}),
-        ("apng", rgb, "PNG", frames),
+        ("apng", rgb, "PNG", frames()),
         ("webp", rgb, "WEBP", {"exif": exif}),
         ("webp lossless", colour, "WEBP", {"lossless": True}),
-        ("webp animated", rgb, "WEBP", frames),
-        ("gif", rgb, "GIF", frames),
+        ("webp animated", rgb, "WEBP", frames()),
+        ("gif", rgb, "GIF", frames()),
         ("bmp", rgb, "BMP", {}),
         ("bmp palette", rgb.quantize(16), "BMP", {}),
         ("dib", rgb, "DIB", {}),
         ("tiff", rgb, "TIFF", {"exif": exif}),
         ("tiff lzw", colour, "TIFF", {"compression": "tiff_lzw"}),
-        ("tiff deflate", rgb, "TIFF", {"compression": "tiff_deflate", **frames}),
+        ("tiff deflate", rgb, "TIFF", {"compression": "tiff_deflate", **frames()}),
         ("tiff jpeg", rgb, "TIFF", {"compression": "jpeg"}),
         ("tiff g4", rgb.convert("1"), "TIFF", {"compression": "group4"}),
         ("tiff 16", deep, "TIFF", {}),
