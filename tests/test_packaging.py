@@ -41,7 +41,8 @@ def test_the_public_api_is_what_all_lists() -> None:
     """Names are imported when first used; each is there, documented, and no other is defined."""
     assert sorted(seechat_lite.__all__) == seechat_lite.__all__
     for name in seechat_lite.__all__:
-        assert getattr(seechat_lite, name).__doc__, name
+        # a union of types has none: docs/embedding.md describes it
+        assert getattr(seechat_lite, name).__doc__ or name == "ImageSource", name
     defined = {n for n, v in vars(seechat_lite).items() if v.__class__ is type and n[0] != "_"}
     assert defined <= {*seechat_lite.__all__, "Any"}
 
