@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import evaluate_photos
 import numpy as np
 from careless import instructions
 from colours import COLOURS
@@ -315,6 +316,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(__file__).with_name("work"))
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--failures", type=Path, help="write every wrong answer here")
+    parser.add_argument("--photos", type=Path, help="photographs as well (see evaluate_photos.py)")
+    parser.add_argument("--stamps", type=Path, help="cut-outs on white as well")
     parser.add_argument("--asked", choices=ASKED, default="plain", help="how questions come in")
     parser.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature")
     args = parser.parse_args()
@@ -329,7 +332,11 @@ def main() -> None:
         test = Test(model, icons, photos, asked=args.asked, temperature=args.temperature)
         precision = model.manifest.decoder.precision
         print(f"{len(test.known)} concepts of {args.vendor}, decoder {precision}")
-        result = test.table()
+        result: dict = test.table()
+        shown = evaluate_photos.find(args.photos, args.stamps)
+        if shown:
+            ways = evaluate_photos.ask_model(model, test.ask)
+            result |= evaluate_photos.table(shown, ways, test.failures)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
     if args.failures:

@@ -87,12 +87,18 @@ def shares(outcomes: list[str]) -> dict[str, float]:
     return {o: round(100 * outcomes.count(o) / max(len(outcomes), 1), 1) for o in OUTCOMES}
 
 
-def ask_model(model: sl.Model) -> Iterator[tuple[str, Callable[[Image.Image], Said]]]:
-    """One way of answering a language."""
+def ask_model(
+    model: sl.Model, ask: Callable[[str, Image.Image], str] | None = None
+) -> Iterator[tuple[str, Callable[[Image.Image], Said]]]:
+    """One way of answering a language. ask: another way to put a question than as it is."""
+
+    def plainly(question: str, image: Image.Image) -> str:
+        return model.chat().ask(question, image=image, max_new_tokens=64)
+
     for lang, question in QUESTIONS.items():
 
         def said(image: Image.Image, question: str = question) -> Said:
-            return what_was_said(model.chat().ask(question, image=image, max_new_tokens=64))
+            return what_was_said((ask or plainly)(question, image))
 
         yield lang, said
 
@@ -139,6 +145,30 @@ def measure(
     return shares(outcomes)
 
 
+def find(photos: Path | None, stamps: Path | None) -> dict[str, list[tuple[Path, Truth]]]:
+    """The pictures of every set of which a folder is given; stamps: also the unpacked package's."""
+    if stamps and (stamps / STAMPS).is_dir():
+        stamps = stamps / STAMPS
+    folders = {"photos": photos, "scenes": photos, "stamps": stamps}
+    return {name: list(pictures(folder, name)) for name, folder in folders.items() if folder}
+
+
+def table(
+    shown: dict[str, list[tuple[Path, Truth]]],
+    ways: Iterator[tuple[str, Callable[[Image.Image], Said]]],
+    failures: list[str],
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Percent of each outcome, by set and way of answering; printed as it is found."""
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for way, said in ways:
+        for name, files in shown.items():
+            row = measure(files, said, failures)
+            result.setdefault(name, {})[way] = row
+            figures = "  ".join(f"{o} {row[o]:5.1f} %" for o in OUTCOMES)
+            print(f"{name:7} {len(files):4}  {way:32} {figures}", flush=True)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--photos", type=Path, help="folder of photographs and scenes")
@@ -148,28 +178,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--failures", type=Path, help="write every wrong answer here")
     args = parser.parse_args()
-    folders = {"photos": args.photos, "scenes": args.photos, "stamps": args.stamps}
-    if args.stamps and (args.stamps / STAMPS).is_dir():
-        folders["stamps"] = args.stamps / STAMPS
-    shown = {name: list(pictures(folder, name)) for name, folder in folders.items() if folder}
+    shown = find(args.photos, args.stamps)
     if not any(shown.values()):
         parser.error("no picture of test_labels.tsv found: give --photos or --stamps")
-    result: dict[str, dict[str, dict[str, float]]] = {}
     failures: list[str] = []
-
-    def run(ways: Iterator[tuple[str, Callable[[Image.Image], Said]]]) -> None:
-        for way, said in ways:
-            for name, files in shown.items():
-                row = measure(files, said, failures)
-                result.setdefault(name, {})[way] = row
-                figures = "  ".join(f"{o} {row[o]:5.1f} %" for o in OUTCOMES)
-                print(f"{name:7} {len(files):4}  {way:32} {figures}", flush=True)
-
     if args.expert:
-        run(ask_expert())
+        result = table(shown, ask_expert(), failures)
     else:
         with sl.load(args.bundle, context=512) as model:
-            run(ask_model(model))
+            result = table(shown, ask_model(model), failures)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
     if args.failures:

@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 from styles import restyle
 
 SIZE = 224
-STYLED = 0.35  # which share of drawings is drawn in another style (styles.py)
+STYLED = 0.45  # which share of drawings is drawn in another style (styles.py)
 # position key -> box (left, top, right, bottom) in parts of the picture
 LAYOUTS: dict[str, dict[str, tuple[float, float, float, float]]] = {
     "one": {"middle": (0, 0, 1, 1)},
