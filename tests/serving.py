@@ -20,7 +20,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 import seechat_lite as sl
-from seechat_lite.chat import load as load_model
+from seechat_lite.loading import load as load_model
 from seechat_lite.server.app import create_app
 from seechat_lite.server.desk import Desk
 from seechat_lite.server.fetch import Fetcher
@@ -176,9 +176,9 @@ def wait_until(true: Callable[[], object]) -> None:
 SLOW = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from seechat_lite import chat
+from seechat_lite import loading
 from serving import slow_load
-chat.load = slow_load(SECONDS)
+loading.load = slow_load(SECONDS)
 from seechat_lite.__main__ import main
 sys.exit(main())
 """

@@ -13,8 +13,8 @@ import pytest
 
 from reference import data
 from seechat_lite import bench, cli
-from seechat_lite.chat import load
-from seechat_lite.memory import plan
+from seechat_lite.engines.onnx_memory import bundle_plan as plan
+from seechat_lite.loading import load
 from seechat_lite.prompt import Prompt
 from seechat_weights.bundle import LMConfig, read_manifest
 

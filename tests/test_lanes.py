@@ -31,7 +31,7 @@ def needs(tmp_path: Path, text: str) -> set[str]:
     ("line", "expected"),
     [
         ("import numpy, seechat_lite as sl", set()),
-        ("from seechat_lite.chat import load", set()),
+        ("from seechat_lite.chat import Chat", set()),
         ("from reference import data", set()),
         ("import torch.nn as nn", {"torch"}),
         ("from safetensors.torch import save_file", {"torch"}),

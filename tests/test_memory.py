@@ -9,7 +9,10 @@ import pytest
 
 import seechat_lite as sl
 from seechat_lite import memory
-from seechat_lite.memory import MemoryPlan, check_memory, human, plan
+from seechat_lite.engines import onnx_memory
+from seechat_lite.engines.onnx_memory import bundle_plan as plan
+from seechat_lite.engines.onnx_memory import check_memory
+from seechat_lite.memory import MemoryPlan, human
 from seechat_weights.bundle import (
     Decoder,
     FileHash,
@@ -39,7 +42,7 @@ def test_sums_of_chatglm_6b() -> None:
     needed = plan(CHATGLM, context=2048)
     assert needed.weights == 3_300_100_000 * 18 // 17  # and a sum for every scale
     assert needed.cache == 2 * 28 * 4096 * 2048 * 2  # keys and values, float16
-    assert needed.vision == memory.VISION_WORKSPACE  # mapped, not prepared: the system's pages
+    assert needed.vision == onnx_memory.VISION_WORKSPACE  # mapped, not prepared: the system's pages
     assert needed.workspace > 2048 * 2 * 16384 * 4
     # the vision network is gone when the prompt is read
     assert not needed.keep_vision
@@ -56,7 +59,7 @@ def test_sums_of_chatglm_6b() -> None:
         "at a context of 2048 tokens"
     )
     short = plan(CHATGLM, context=256)
-    assert short.total == short.weights + short.vision + memory.RUNTIME
+    assert short.total == short.weights + short.vision + onnx_memory.RUNTIME
     assert plan(CHATGLM, context=2048, keep_vision=False) == needed
 
 
@@ -75,16 +78,16 @@ def test_the_sums_on_a_card() -> None:
     graphs = {decoder.half: FileHash(100_000, ""), vision.half: FileHash(100_000, "")}
     both = replace(CHATGLM, files=CHATGLM.files | graphs)
     for manifest, dtype, number in ((both, None, 2), (both, "fp32", 4), (CHATGLM, None, 4)):
-        assert memory.float_bytes_on_card(manifest, "cuda:1", dtype) == number
-        assert memory.float_bytes_on_card(manifest, "cpu", dtype) == 0
+        assert onnx_memory.float_bytes_on_card(manifest, "cuda:1", dtype) == number
+        assert onnx_memory.float_bytes_on_card(manifest, "cpu", dtype) == 0
     half, full = (plan(both, context=2048, card=number) for number in (2, 4))
     assert half.weights == full.weights == 3_300_100_000
     assert half.cache == full.cache == plan(CHATGLM, context=2048).cache
     assert (half.vision, full.vision) == (600_000_000, 1_200_000_000)
     assert half.keep_vision  # or every new picture would bring it to the card again
-    assert half.workspace - memory.RUNTIME == (full.workspace - memory.RUNTIME) / 2
+    assert half.workspace - onnx_memory.RUNTIME == (full.workspace - onnx_memory.RUNTIME) / 2
     released = plan(both, context=2048, card=2, keep_vision=False)
-    assert released.total == half.total - half.workspace + memory.RUNTIME
+    assert released.total == half.total - half.workspace + onnx_memory.RUNTIME
     fp16 = replace(both, decoder=replace(decoder, precision="fp16"))
     assert plan(fp16, context=2048, card=4).weights == 2 * 3_300_100_000
     assert plan(fp16, context=2048, card=2).weights == 3_300_100_000

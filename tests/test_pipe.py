@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seechat_lite.errors import ContextError
-from seechat_lite.pipe import MAX_CHATS, OPTIONS, Pipe
+from seechat_lite.generation import DEFAULTS
+from seechat_lite.pipe import MAX_CHATS, Pipe
 from seechat_lite.sampling import Sampling
 from seechat_lite.text_lines import LineError, text_lines
 from serving import IMAGES, PANDA, slow_command
@@ -246,7 +247,7 @@ REQUESTS = st.fixed_dictionaries(
     {"id": st.integers() | st.text(max_size=3), "question": st.text(max_size=3)},
     optional={
         name: st.none() | st.floats() | st.integers() | st.text(max_size=3) | st.lists(st.none())
-        for name in (*OPTIONS, "image", "chat", "stop", "end", "other")
+        for name in (*DEFAULTS, "image", "chat", "stop", "end", "other")
     },
 )
 

@@ -281,7 +281,7 @@ def test_out_of_memory_says_what_to_do_and_the_engine_survives(
 
 
 def test_a_budget_that_is_too_small_is_refused_before_loading() -> None:
-    with pytest.raises(MemoryPlanError, match="are there: load it with"):
+    with pytest.raises(MemoryPlanError, match=r"the budget is 1 MB: load it with"):
         direct(max_memory=1_000_000)
 
 

@@ -24,9 +24,10 @@ from seechat_lite.errors import (
 )
 
 if TYPE_CHECKING:
-    from seechat_lite.chat import Chat, Model, Stats, load
+    from seechat_lite.chat import Chat, Model, Stats
     from seechat_lite.eyes import EyeFiles
     from seechat_lite.images import ImageSource, thumbnail
+    from seechat_lite.loading import load
     from seechat_lite.prompt import Prompt
 
 __all__ = [
@@ -50,7 +51,8 @@ __all__ = [
 
 # imported when first used: the command line answers --help and Ctrl-C before numpy is there
 _LATER = {
-    **dict.fromkeys(("Chat", "Model", "Stats", "load"), "chat"),
+    **dict.fromkeys(("Chat", "Model", "Stats"), "chat"),
+    "load": "loading",
     "EyeFiles": "eyes",
     "ImageSource": "images",
     "Prompt": "prompt",

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,12 +24,11 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from seechat_lite.chat import Model, load
-from seechat_lite.memory import MemoryPlan, cache_bytes, human
-from seechat_lite.onnx_runtime import ort
+from seechat_lite.chat import Model
+from seechat_lite.loading import load
+from seechat_lite.memory import MemoryPlan, human
 from seechat_lite.prompt import Prompt
 from seechat_weights.bundle import Manifest
-from seechat_weights.precisions import PRECISIONS
 
 PREFILL = (32, 128, 512)  # prompt lengths, tokens
 DECODE = (32, 256, 1024, 1920)  # context lengths at which steps are timed
@@ -89,18 +87,19 @@ def measure(
     memory. Raises what chat.load raises.
     """
     say("load")
-    plans: list[MemoryPlan] = []  # the torch engine announces none
+    plans: list[MemoryPlan] = []
     start = time.perf_counter()
     with Anonymous() as anonymous, load(path, **options, announce=plans.append) as model:
         loaded = time.perf_counter() - start
         manifest, context = model.manifest, model.engine.context
         precision = manifest.decoder.precision if manifest.files else "as published"
-        on_torch = options.get("engine") == "torch"
+        # whether the weights are read from this machine's memory
+        plan, here = plans[0], model.engine.step_bytes(0) is not None
         report = Report(
             name=manifest.name,
             precision=options.get("quantize") or precision,
             block_size=manifest.decoder.block_size,
-            engine=f"torch {version('torch')}" if on_torch else f"onnxruntime {ort.__version__}",
+            engine=model.engine.runtime(),
             device=options.get("device") or "auto",
             dtype=options.get("dtype") or "auto",
             machine=_machine(),
@@ -109,7 +108,7 @@ def measure(
             load=loaded,
             first_token=0.0,
             encode_image=None,
-            planned_memory=plans[0].total if plans and not plans[0].card else None,
+            planned_memory=plan.total if here else None,
         )
         if manifest.vision:
             say("picture")
@@ -133,16 +132,15 @@ def measure(
         report.anonymous_memory = Anonymous.now()
         report.peak_anonymous = anonymous.stop()
         # of this machine's memory, which the torch engine and cards do not read
-        bandwidth = Bandwidth(report.threads) if plans and not plans[0].card else None
+        bandwidth = Bandwidth(report.threads) if here else None
         for length in (n for n in DECODE if n + repeat * STEPS < context):
             say(f"decode {length}")
             report.decode[length] = _decode(model, length, repeat, bandwidth)
         if bandwidth:
-            form = PRECISIONS[precision]
-            weights = manifest.files[f"{manifest.decoder.graph}.data"].bytes * form.widening
             for length in report.decode:
-                cached = cache_bytes(manifest.lm, form, length + repeat * STEPS // 2)
-                report.token_bytes[length] = weights + cached
+                report.token_bytes[length] = (
+                    model.engine.step_bytes(length + repeat * STEPS // 2) or 0
+                )
             report.bandwidth = bandwidth.median()
     return report
 

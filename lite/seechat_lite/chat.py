@@ -12,18 +12,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Self
+from typing import Self, Unpack
 
 import numpy as np
 
 from seechat_lite import history
 from seechat_lite.conversation import FORMATS, CleanStream, Format, Turn, trimmed
-from seechat_lite.engines import Engine, EngineOptions, create
+from seechat_lite.engines import Engine
 from seechat_lite.engines.base import Cancelled
-from seechat_lite.errors import BundleError, ContextError, EngineError, OptionError
-from seechat_lite.eyes import EyeFiles
+from seechat_lite.errors import ContextError, EngineError, OptionError
 from seechat_lite.generate import generate
+from seechat_lite.generation import Generation, GenerationOptions
 from seechat_lite.images import (
     ImageSource,
     PreparedImage,
@@ -33,135 +32,19 @@ from seechat_lite.images import (
     prepared_pixels,
     several,
 )
-from seechat_lite.memory import MIN_CONTEXT, MemoryPlan, check_memory, float_bytes_on_card, plan
 from seechat_lite.one_at_a_time import OneAtATime
 from seechat_lite.prompt import Prompt
-from seechat_lite.sampling import Sampling
-from seechat_lite.source import Source, open_source
 from seechat_lite.speculation import PromptLookup
 from seechat_lite.text_stream import TextStream
 from seechat_lite.tokenizer import Tokenizer
-from seechat_lite.verified import verify_once
 from seechat_weights.bundle import Manifest, PixelSpec
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
 IMAGE_CACHE = 64 << 20  # bytes
 # tokens that hold all that SEEChat's demo remembers (2000 characters of three bytes at most, mostly
 # one token each, and a picture) beside an answer
 DEMO_CONTEXT = 4096
-
-
-def load(
-    path: str | Path | Source | None = None,
-    *,
-    engine: str = "auto",
-    device: str = "auto",
-    context: int = 2048,
-    threads: int = 0,
-    vision_device: str | None = None,
-    keep_vision: bool | None = None,
-    max_memory: int | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    rounded_rotary: bool = False,
-    eyes: EyeFiles | None = None,
-    image_cache: int = IMAGE_CACHE,
-    announce: Callable[[MemoryPlan], None] = lambda plan: None,
-    progress: Progress | None = None,
-) -> "Model":
-    """Load a bundle: a folder written by `seechat export`, or with None the built-in model.
-
-    The engine "torch" also loads published weights: a folder of ChatGLM-6B, or of VisualGLM-6B with
-    its vision.
-
-    engine: "auto" or a name of engines.ENGINES. device: "auto", "cpu", "cuda:1", … or the name of
-    an ONNX Runtime execution provider. context: tokens that the prompt and the answer may take
-    together; the cache grows with it. threads: on the CPU, 0 for one a core. vision_device: where
-    the vision network runs, if not on `device`. keep_vision: hold it in memory, or release it after
-    every picture; None keeps a small one. max_memory: bytes that the model may take at most, on a
-    GPU of its memory; loading is refused if it may need more (see memory.plan). dtype: "fp16",
-    "fp32" or, for torch, "bf16"; None for what suits the device. For the engine "torch", quantize:
-    "int4", to make blocks of float weights as an export does, or with bitsandbytes "nf4", "fp4" or
-    "int8"; rounded_rotary: see rotary.rotary_tables; eyes: files that published weights are to see
-    with.
-    image_cache: bytes of embeddings kept for pictures that no chat shows any more. announce: is
-    told the memory plan once it fits, before the work begins; not by the engine "torch". progress:
-    called in this thread with a stage, "checking" (bytes of the bundle) or "loading", and how much
-    of it is done, of how much; loading ends with the exception that it raises, and leaves nothing
-    open.
-
-    Raises BundleError (missing, damaged or newer bundle), CheckpointError (the same of published
-    weights), EngineError (engine or device), MemoryPlanError (would not fit), ContextError (context
-    too small to be of use).
-    """
-    if context < MIN_CONTEXT:
-        raise ContextError(
-            f"context is {context} tokens; expected at least {MIN_CONTEXT}: choose more"
-        )
-    if isinstance(path, Source):
-        source = path
-    else:
-        source = open_source(path, vision=eyes, only_bundles=engine != "torch")
-    folder, manifest = source.path, source.manifest
-    if manifest.conversation not in FORMATS:
-        raise BundleError(
-            f"{folder}: conversation format {manifest.conversation!r} is unknown; expected one of "
-            f"{', '.join(FORMATS)}: upgrade seechat-lite or export the model again"
-        )
-    if engine != "torch":  # whose memory may be another one: it makes a plan of its own
-        _check_devices(device, vision_device, dtype)
-        needed = plan(
-            manifest,
-            context=context,
-            keep_vision=keep_vision,
-            card=float_bytes_on_card(manifest, device, dtype),
-            vision_card=float_bytes_on_card(manifest, vision_device or device, dtype),
-        )
-        log.info("%s: %s", manifest.name, needed)
-        check_memory(needed, manifest, budget=max_memory)
-        announce(needed)
-        keep_vision = needed.keep_vision
-    if manifest.files:  # a bundle's
-        verify_once(folder, manifest, partial(progress, "checking") if progress else None)
-    tokenizer = Tokenizer(source.tokenizer, num_image_tokens=manifest.tokenizer.num_image_tokens)
-    tokenizer.check(manifest.lm)
-    if progress:
-        progress("loading", 0, 1)
-    options = EngineOptions(
-        device=device,
-        threads=threads,
-        vision_device=vision_device,
-        keep_vision=keep_vision,
-        dtype=dtype,
-        quantize=quantize,
-        max_memory=max_memory,
-        rounded_rotary=rounded_rotary,
-    )
-    executor = create(engine, source, context=context, options=options)
-    model = Model(manifest, tokenizer, executor, image_cache=image_cache)
-    try:
-        if progress:
-            progress("loading", 1, 1)
-    except BaseException:
-        model.close()
-        raise
-    return model
-
-
-def _check_devices(device: str, vision_device: str | None, dtype: str | None) -> None:
-    """Refuse a device that the default engine lacks, before gigabytes are hashed for it."""
-    from seechat_lite.engines.onnx_devices import DEVICES, find_device
-
-    found = find_device(device)
-    if vision_device:
-        find_device(vision_device)
-    if dtype == "fp16" and found.provider == DEVICES["cpu"]:
-        log.warning(
-            "fp16 on the CPU is slower than fp32 with this engine and saves no memory: it is for "
-            "GPUs"
-        )
 
 
 class Model:
@@ -342,68 +225,37 @@ class Chat:
         question: str,
         image: ImageSource | Iterable[ImageSource] | None = None,
         *,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        speculate: bool = True,
+        generation: Generation | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Iterator[str]:
         """Ask and yield the answer piece by piece; the pieces joined are the answer.
 
-        image: a picture or several, shown with this question; later questions remember them. The
-        turn enters the history when the stream ends, also when it was stopped or closed early; not
-        if it fails. speculate: guess tokens from what was said before and run them together, which
-        is faster where an answer repeats something and never changes it. See sampling.Sampling for
-        the other options.
+        The turn enters the history when the stream ends, also when it was stopped or closed early;
+        not if it fails.
+
+        image: a picture or several, shown with this question; later questions remember them.
+        generation: all options as one value.
+        options: those of sampling.Generation, by name; they count before `generation`.
 
         Raises ImageError, ContextError (empty question, or too long for the context), EngineError,
         OptionError (option out of range).
         """
-        sampling = Sampling(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
+        chosen = replace(generation or Generation(), **options)
         if not trimmed(question):
             raise ContextError("the question is empty; expected some text: type a question")
-        if max_new_tokens < 1:
-            raise OptionError(
-                f"max_new_tokens is {max_new_tokens}; expected at least 1: allow one token or more"
-            )
         self._stop.clear()  # here, not in the generator: a stop() before its first piece counts
-        return self._stream(question, image, sampling, max_new_tokens, speculate)
+        return self._stream(question, image, chosen)
 
     def ask(
         self,
         question: str,
         image: ImageSource | Iterable[ImageSource] | None = None,
         *,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        speculate: bool = True,
+        generation: Generation | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> str:
         """The whole answer at once; see stream()."""
-        return "".join(
-            self.stream(
-                question,
-                image,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                repetition_penalty=repetition_penalty,
-                seed=seed,
-                speculate=speculate,
-            )
-        )
+        return "".join(self.stream(question, image, generation=generation, **options))
 
     def append(
         self,
@@ -453,16 +305,12 @@ class Chat:
         self,
         question: str,
         image: ImageSource | Iterable[ImageSource] | None,
-        sampling: Sampling,
-        max_new_tokens: int,
-        speculate: bool,
+        generation: Generation,
     ) -> Iterator[str]:
         start = time.perf_counter()
         try:
             with self.model.answering(self._stop.is_set):
-                yield from self._answer(
-                    question, image, sampling, max_new_tokens, speculate, start=start
-                )
+                yield from self._answer(question, image, generation, start=start)
         except Cancelled:  # before the engine began
             seconds = time.perf_counter() - start
             self.stats = Stats(
@@ -478,16 +326,16 @@ class Chat:
         self,
         question: str,
         image: ImageSource | Iterable[ImageSource] | None,
-        sampling: Sampling,
-        max_new_tokens: int,
-        speculate: bool,
+        generation: Generation,
         *,
         start: float,
     ) -> Iterator[str]:
         """_stream() once the engine is ours. Raises Cancelled if stopped before it works."""
         model, cleared, before = self.model, self._cleared, self.turns
         turn, embeds = self._turn(question, image, stopped=self._stop.is_set)
-        prompt, turns = self._fit(turn, embeds, reserve=max_new_tokens, stopped=self._stop.is_set)
+        prompt, turns = self._fit(
+            turn, embeds, reserve=generation.max_new_tokens, stopped=self._stop.is_set
+        )
         dropped = len(before) + 1 - len(turns)
         if dropped:
             log.warning("the context is full: the oldest %d turn(s) are forgotten", dropped)
@@ -498,18 +346,18 @@ class Chat:
                     DEMO_CONTEXT,
                 )
         room = model.engine.context - len(prompt.ids) + 1  # the last token needs no place
-        limit = min(max_new_tokens, room)
-        lookup = PromptLookup(prompt.ids) if speculate else None
+        limit = min(generation.max_new_tokens, room)
+        lookup = PromptLookup(prompt.ids) if generation.speculate else None
         tokens = generate(
             model.engine,
             prompt,
-            sampling,
+            generation,
             max_new_tokens=limit,
             eos_id=model.tokenizer.eos_id,
             stopped=self._stop.is_set,
             lookup=lookup,
         )
-        text = TextStream(model.tokenizer, stop=self.format.stop)
+        text = TextStream(model.tokenizer, stop=(*self.format.stop, *generation.stop))
         answer = CleanStream(self.format)
         count, first, finish, failed = 0, 0.0, "cancelled", False
         self._answering = True

@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seechat_lite.folders import cache_folder
+from seechat_lite.generation import DEFAULTS, HELP, Generation
 from seechat_lite.interrupts import EXIT_CODE, OUTPUT_GONE
 from seechat_lite.options import (
+    add_engine_options,
     add_load_options,
     add_memory_options,
     add_model_option,
     check_context,
+    check_engine,
     load_options,
     picture_source,
 )
@@ -107,30 +110,15 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     model.add_argument("--stats", action="store_true", help="tokens and times, on stderr")
     add = model.add_argument_group("answering").add_argument
     add("--format", metavar="NAME", help="conversation format; default: the bundle's")
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="tokens of an answer (512)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest (0)")
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="choose among the likeliest that together have this probability (1)",
-    )
-    add("--top-k", type=int, default=0, metavar="K", help="choose among so many; 0: all (0)")
-    add(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="R",
-        help="above 1: avoid what was said already (1)",
-    )
-    add("--seed", type=int, default=0, metavar="S", help="of what is drawn by chance (0)")
-    add(
-        "--speculate",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="guess tokens from what was said before; changes the speed, not the answer",
-    )
+    for name, default in DEFAULTS.items():
+        flag, words = f"--{name.replace('_', '-')}", HELP[name]
+        if isinstance(default, bool):
+            add(flag, action=argparse.BooleanOptionalAction, default=default, help=words)
+        elif isinstance(default, tuple):
+            add(flag, action="append", default=[], metavar="TEXT", help=words)
+        else:
+            kind, letter = type(default), name[0].upper()
+            add(flag, type=kind, default=default, metavar=letter, help=f"{words} (%(default)g)")
     add_load_options(model)
 
     parser = Parser(
@@ -180,6 +168,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     info.add_argument(
         "model", nargs="?", type=Path, metavar="PATH", help="a bundle, or published weights"
     )
+    add_engine_options(info)
     add_memory_options(info)
     info.add_argument("--json", action="store_true", help="print the manifest and the sums")
     info.set_defaults(run=lambda args: _info(args, info.error))
@@ -230,7 +219,7 @@ def _ask(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     images = [picture_source(place) for place in (*args.image, *places)]
     with _load(args, load_options(args, usage_error)) as model:
         chat = model.chat(args.format)
-        pieces = chat.stream(question, images or None, **options)
+        pieces = chat.stream(question, images or None, generation=options)
         if args.json:
             answer = "".join(pieces)
             report = {"answer": answer, "model": model.manifest.name, "stats": _stats(chat.stats)}
@@ -253,7 +242,8 @@ def _chat(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
 
 
 def _info(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
-    from seechat_lite.memory import available_memory, human, plan
+    from seechat_lite.engines import EngineOptions, engine_class
+    from seechat_lite.memory import available_memory, human
     from seechat_lite.source import open_source
     from seechat_weights.bundle import verify_hashes
     from seechat_weights.files import local_path
@@ -262,6 +252,7 @@ def _info(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     from seechat_weights.onnx_graph import check_graphs
 
     check_context(args, usage_error)
+    check_engine(args, usage_error)
     path = local_path(args.model) if args.model else None
     if path and not is_bundle(path):
         return _identify(path, as_json=args.json)
@@ -269,7 +260,8 @@ def _info(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     folder, manifest = source.path, source.manifest
     verify_hashes(folder, manifest)
     check_graphs(folder, manifest)
-    needed = plan(manifest, context=args.context, keep_vision=args.keep_vision)
+    options = EngineOptions(device=args.device, keep_vision=args.keep_vision, dtype=args.dtype)
+    needed = engine_class(args.engine).plan(source, context=args.context, options=options)
     found, free = describe_bundle(folder, manifest), available_memory()
     if args.json:
         report = vars(found) | {"path": str(folder)} | dataclasses.asdict(manifest)
@@ -372,7 +364,7 @@ def _print_table(rows: Mapping[str, str | list[str]]) -> None:
 
 def _load(args: argparse.Namespace, options: dict[str, Any]) -> "Model":
     """Load the model; of a large one, say what it takes, and then how far it is."""
-    from seechat_lite.chat import load
+    from seechat_lite.loading import load
 
     large = False
 
@@ -392,22 +384,16 @@ def _load(args: argparse.Namespace, options: dict[str, Any]) -> "Model":
             say("")
 
 
-def _options(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> dict[str, Any]:
-    """Options of Chat.stream; a value that no model would take is wrong usage."""
+def _options(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> Generation:
+    """What is chosen for an answer; a value that no model would take is wrong usage."""
     from seechat_lite.conversation import FORMATS
-    from seechat_lite.sampling import Sampling
 
-    names = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
-    options = {name: getattr(args, name) for name in names}
-    try:
-        Sampling(**options)
-    except SeechatError as e:
-        usage_error(str(e))
-    if args.max_new_tokens < 1:
-        usage_error(f"--max-new-tokens is {args.max_new_tokens}; expected at least 1")
     if args.format not in (None, *FORMATS):
         usage_error(f"--format is {args.format}; expected one of {', '.join(FORMATS)}")
-    return {**options, "max_new_tokens": args.max_new_tokens, "speculate": args.speculate}
+    try:
+        return Generation(**{name: getattr(args, name) for name in DEFAULTS})
+    except SeechatError as e:
+        return usage_error(str(e).replace("max_new_tokens", "--max-new-tokens", 1))
 
 
 def _stats(stats: "Stats | None") -> dict[str, Any]:

@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING
 
 import llm
 from llm.parts import AttachmentPart, Message, TextPart
-from pydantic import Field
+from pydantic import Field, create_model
 
 from seechat_lite.errors import ImageError, SeechatError
+from seechat_lite.generation import DEFAULTS, HELP, Generation
 
 if TYPE_CHECKING:
     from seechat_lite.chat import Chat, Model
+
+
+_OPTIONS = [name for name in DEFAULTS if name != "stop"]  # which is no single value
 
 
 @llm.hookimpl
@@ -46,17 +50,17 @@ class Seechat(llm.Model):
         "image/webp",
     }
 
-    class Options(llm.Options):  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What `llm -o NAME VALUE` takes; see Chat.stream."""
-
-        bundle: str | None = Field(None, description="folder of a bundle; default: built in")
-        format: str | None = Field(None, description="conversation format")
-        max_new_tokens: int = Field(512, ge=1, description="length of the answer")
-        temperature: float = Field(0.0, ge=0, description="0 is always the likeliest answer")
-        top_p: float = Field(1.0, gt=0, le=1)
-        top_k: int = Field(0, ge=0)
-        repetition_penalty: float = Field(1.0, gt=0)
-        seed: int = Field(0, ge=0)
+    Options = create_model(  # pyright: ignore[reportAssignmentType]
+        "Options",
+        __base__=llm.Options,
+        __doc__="What `llm -o NAME VALUE` takes; see sampling.Generation.",
+        bundle=(str | None, Field(None, description="folder of a bundle; default: built in")),
+        format=(str | None, Field(None, description="conversation format")),
+        **{
+            name: (type(DEFAULTS[name]), Field(DEFAULTS[name], description=HELP[name]))
+            for name in _OPTIONS
+        },
+    )
 
     def __init__(self) -> None:
         self._loaded: tuple[str | None, Model] | None = None
@@ -70,7 +74,6 @@ class Seechat(llm.Model):
     ) -> Iterator[str]:
         """Yield the answer's pieces. Raises llm.ModelError with what is wrong."""
         options = prompt.options
-        assert isinstance(options, Seechat.Options)
         try:
             chat = self._model(options.bundle).chat(options.format)
             *past, turn = _turns(prompt.messages)
@@ -79,19 +82,14 @@ class Seechat(llm.Model):
             yield from chat.stream(
                 turn.question,
                 turn.pictures,
-                max_new_tokens=options.max_new_tokens,
-                temperature=options.temperature,
-                top_p=options.top_p,
-                top_k=options.top_k,
-                repetition_penalty=options.repetition_penalty,
-                seed=options.seed,
+                generation=Generation(**{name: getattr(options, name) for name in _OPTIONS}),
             )
         except SeechatError as e:
             raise llm.ModelError(str(e)) from e
         _tell_usage(chat, response)
 
     def _model(self, bundle: str | None) -> "Model":
-        from seechat_lite.chat import load  # `llm` imports all plugins whatever it is asked
+        from seechat_lite.loading import load  # `llm` imports all plugins whatever it is asked
 
         if self._loaded and self._loaded[0] != bundle:
             self._loaded[1].close()

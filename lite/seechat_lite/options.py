@@ -22,10 +22,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of load(), but for the bundle's name."""
     loading = parser.add_argument_group("loading")
     add = loading.add_argument
-    add(
-        "--engine", default="auto", help="onnx (auto), or torch, which also reads published weights"
-    )
-    add("--device", default="auto", help="cpu, cuda, cuda:1, dml, … or a provider (auto)")
+    add_engine_options(loading)
     add("--threads", type=int, default=0, metavar="N", help="on the CPU; 0: one a core (0)")
     add_memory_options(loading)
     add(
@@ -34,13 +31,22 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         help="refuse to load what may take more, such as 5GB; default: what is free",
     )
     add("--vision-device", metavar="DEVICE", help="where pictures are read; default: --device")
-    add("--dtype", choices=DTYPES, help="to compute with; default: fp16 on a GPU, else fp32")
     add = parser.add_argument_group("torch engine").add_argument
     add("--quantize", choices=QUANTIZATIONS, help="float weights to fewer bits as they are loaded")
     add(
         "--rounded-rotary", action="store_true", help="positions as the authors' fp16 code has them"
     )
     add_eye_options(parser.add_argument_group("eyes of published weights (torch engine)"))
+
+
+def add_engine_options(parser: Any) -> None:
+    """Add what decides where and by what a model is executed."""
+    add = parser.add_argument
+    add(
+        "--engine", default="auto", help="onnx (auto), or torch, which also reads published weights"
+    )
+    add("--device", default="auto", help="cpu, cuda, cuda:1, dml, … or a provider (auto)")
+    add("--dtype", choices=DTYPES, help="to compute with; default: fp16 on a GPU, else fp32")
 
 
 def add_memory_options(parser: Any) -> None:
@@ -114,21 +120,20 @@ def eye_files(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> "E
 
 def load_options(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> dict[str, Any]:
     """What load() is to be called with; a value that no model would take is wrong usage."""
-    from seechat_lite.engines import ENGINES
+    from seechat_lite.engines import not_for
     from seechat_lite.memory import parse_size
 
-    if args.engine not in ("auto", *ENGINES):
-        usage_error(f"--engine is {args.engine}; expected one of auto, {', '.join(ENGINES)}")
+    check_engine(args, usage_error)
     check_context(args, usage_error)
-    if args.engine != "torch" and (args.quantize or args.rounded_rotary):
-        usage_error("--quantize and --rounded-rotary go with --engine torch")
-    if args.engine != "torch" and args.dtype == "bf16":
-        usage_error("--dtype bf16 goes with --engine torch")
     eyes = eye_files(args, usage_error)
-    if args.engine != "torch" and eyes:
-        usage_error(
-            "eyes of published weights (--clip, --projector, --eva, …) go with --engine torch"
-        )
+    own = {
+        "quantize": ("--quantize goes", args.quantize),
+        "rounded_rotary": ("--rounded-rotary goes", args.rounded_rotary),
+        "bf16": ("--dtype bf16 goes", args.dtype == "bf16"),
+        "eyes": ("eyes of published weights (--clip, --projector, --eva, …) go", eyes),
+    }
+    for name in not_for(args.engine, (name for name, (_, given) in own.items() if given)):
+        usage_error(f"{own[name][0]} with --engine torch")
     if args.threads < 0:
         usage_error(f"--threads is {args.threads}; expected 0 or more")
     max_memory = None
@@ -175,6 +180,14 @@ def picture_source(place: str) -> "str | io.BytesIO":
     file = io.BytesIO(data)
     file.name = name  # pyright: ignore[reportAttributeAccessIssue]
     return file
+
+
+def check_engine(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> None:
+    """An engine that there is not is wrong usage."""
+    from seechat_lite.engines import ENGINES
+
+    if args.engine not in ("auto", *ENGINES):
+        usage_error(f"--engine is {args.engine}; expected one of auto, {', '.join(ENGINES)}")
 
 
 def check_context(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from seechat_lite.errors import SeechatError
+from seechat_lite.generation import DEFAULTS
 from seechat_lite.interrupts import OUTPUT_GONE
 from seechat_lite.json_structure import too_complex
 from seechat_lite.options import add_load_options, add_model_option, load_options
@@ -32,14 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OPTIONS = {
-    "max_new_tokens": int,
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "repetition_penalty": float,
-    "seed": int,
-}
 MAX_WAITING = 64  # questions; more are refused
 MAX_WAITING_BYTES = 128 << 20  # of their lines
 MAX_LINE = 64 << 20  # bytes: several pictures
@@ -65,7 +58,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace, options: dict[str, Any]) -> int:
-    from seechat_lite.chat import load
+    from seechat_lite.loading import load
 
     out = sys.stdout
     if isinstance(out, io.TextIOWrapper):
@@ -329,8 +322,15 @@ def _question(request: dict[str, Any], *, size: int) -> _Request:
         raise RequestError(f"chat is too long; expected at most {MAX_NAME} characters", id)
     images = given.pop("image", None)
     options = {}
-    for name, kind in OPTIONS.items():
-        if name in given:
+    for name, default in DEFAULTS.items():
+        if name not in given or name == "stop":  # which here ends an answer by its id
+            continue
+        kind = type(default)
+        if kind is bool:
+            options[name] = given.pop(name)
+            if not isinstance(options[name], bool):
+                raise RequestError(f"{name} is {_shown(options[name])}; expected true or false", id)
+        else:
             value = take(name, (int, float) if kind is float else int, f"a {kind.__name__}")
             options[name] = kind(value)
     if given:

@@ -4,61 +4,12 @@ The order is Hugging Face's, which the published models use: repetition penalty,
 then temperature, top-k, top-p and softmax.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from seechat_lite.errors import EngineError, OptionError
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; the defaults are greedy.
-
-    temperature: 0 always takes the likeliest token, whatever top_p and top_k say.
-    top_p: sample only from the likeliest tokens that together reach this probability.
-    top_k: sample only from this many likeliest tokens (and those tied with the last), 0 for all.
-    repetition_penalty: divides the positive and multiplies the negative logits of every token that
-    occurred in the prompt or the answer.
-    min_new_tokens: the answer does not end before.
-    seed: the same seed gives the same answer.
-    invalid_token: None makes logits that are not finite an error. The published chat() instead
-    takes token 5 whenever any is not finite, the -inf of min_new_tokens included.
-
-    Raises OptionError for a value out of range.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    min_new_tokens: int = 0
-    seed: int = 0
-    invalid_token: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, ok, expected in (
-            (
-                "temperature",
-                self.temperature == 0 or 0.001 <= self.temperature < math.inf,
-                "0 (greedy) or at least 0.001",
-            ),
-            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1 (1: no limit)"),
-            ("top_k", self.top_k >= 0, "0 (no limit) or a positive whole number"),
-            (
-                "repetition_penalty",
-                0.01 <= self.repetition_penalty <= 100,
-                "a number from 0.01 to 100 (1: no penalty)",
-            ),
-            ("min_new_tokens", self.min_new_tokens >= 0, "0 or a positive whole number"),
-            ("seed", self.seed >= 0, "0 or a positive whole number"),
-        ):
-            if not ok:
-                raise OptionError(
-                    f"{name} is {getattr(self, name)}; expected {expected}: choose such a number"
-                )
+from seechat_lite.errors import EngineError
+from seechat_lite.generation import Sampling
 
 
 def scores(

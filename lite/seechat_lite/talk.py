@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from seechat_lite.chat import Chat
 from seechat_lite.conversation import trimmed
 from seechat_lite.errors import ImageError, SeechatError
+from seechat_lite.generation import Generation
 from seechat_lite.images import ImageSource, load_image
 from seechat_lite.interrupts import raise_on_ctrl_c
 from seechat_lite.options import picture_source
@@ -30,12 +31,10 @@ HELP = """\
 Ctrl-C stops an answer.                                Ctrl-C 停止回答"""
 
 
-def talk(
-    chat: Chat, images: list[str], options: dict[str, Any], *, stats: bool, debug: bool
-) -> None:
+def talk(chat: Chat, images: list[str], options: Generation, *, stats: bool, debug: bool) -> None:
     """Answer until stdin ends or somebody leaves.
 
-    images: files shown with the first question. options: for Chat.stream. stats: tell tokens and
+    images: files shown with the first question. options: of the answers. stats: tell tokens and
     times after every answer. debug: let errors through, which else are told and forgotten.
     """
     talk = _Talk(chat, options, stats=stats)
@@ -62,7 +61,7 @@ def talk(
 class _Talk:
     """A Chat, and the pictures of the question to come."""
 
-    def __init__(self, chat: Chat, options: dict[str, Any], *, stats: bool) -> None:
+    def __init__(self, chat: Chat, options: Generation, *, stats: bool) -> None:
         self._chat = chat
         self._options = options
         self._stats = stats
@@ -101,7 +100,7 @@ class _Talk:
 
     def _answer(self, question: str) -> None:
         with _ctrl_c(self._chat.stop):
-            show(self._chat.stream(question, self._waiting, **self._options))
+            show(self._chat.stream(question, self._waiting, generation=self._options))
         self._waiting.clear()
         stats = self._chat.stats
         if stats and stats.finish_reason == "cancelled":

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from seechat_lite.errors import ContextError, EngineError
+from seechat_lite.memory import MemoryPlan
 from seechat_lite.prompt import Prompt, context_length, position_ids
+from seechat_lite.source import Source
 from seechat_weights.bundle import LMConfig, VisionConfig
 
 
@@ -19,12 +21,16 @@ class EngineOptions:
     device: str = "auto"
     threads: int = 0  # on the CPU; 0 is one a core
     vision_device: str | None = None  # None for `device`
-    keep_vision: bool | None = True  # or release the vision network after every picture
+    # hold the vision network, or release it after every picture; None for what suits the device
+    keep_vision: bool | None = True
     dtype: str | None = None  # "fp16", "fp32" or torch's "bf16"; None for what suits the device
     max_memory: int | None = None  # bytes that the model may take; on a GPU of its memory
-    # the rest is for the torch engine, and keep_vision=None, for what suits the device
+    # for engines that have them in their `own_options`
     quantize: str | None = None  # a name of nn.linears.QUANTIZATIONS
     rounded_rotary: bool = False  # angles as the published code rounds them in half precision
+
+
+OPTIONAL = ("quantize", "rounded_rotary", "eyes", "bf16")  # what not every engine can do
 
 
 class Cancelled(EngineError):  # noqa: N818 (an event, not a fault)
@@ -34,7 +40,37 @@ class Cancelled(EngineError):  # noqa: N818 (an event, not a fault)
 class Engine(Protocol):
     """Executes one loaded bundle and holds one key/value cache: one answer at a time."""
 
+    reads_checkpoints: ClassVar[bool]  # published weights, or bundles alone
+    own_options: ClassVar[frozenset[str]]  # of OPTIONAL, what it takes
     context: int  # tokens the cache has room for, prompt and answer together
+
+    def __init__(
+        self, source: Source, *, context: int, options: EngineOptions, plan: MemoryPlan
+    ) -> None:
+        """Load the model, for which there was room. plan: what plan() said."""
+        ...
+
+    @classmethod
+    def plan(cls, source: Source, *, context: int, options: EngineOptions) -> MemoryPlan:
+        """What the model will take, known before anything of it is read.
+
+        Raises EngineError for a device that is not there, or options that do not suit the model.
+        """
+        ...
+
+    @classmethod
+    def check(cls, plan: MemoryPlan, source: Source, *, options: EngineOptions) -> None:
+        """Raise MemoryPlanError if the plan exceeds what is free, or the budget."""
+        ...
+
+    @classmethod
+    def runtime(cls) -> str:
+        """What executes it, with its version."""
+        ...
+
+    def step_bytes(self, tokens: int) -> int | None:
+        """Bytes that a step reads of this machine's memory behind `tokens` tokens, if it does."""
+        ...
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """Embeddings of pictures: float32 [n, 3, S, S] to float32 [n, tokens, hidden].

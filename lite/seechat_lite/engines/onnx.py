@@ -13,6 +13,7 @@ is recorded.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,8 +26,16 @@ from seechat_lite.engines.base import (
     embedded,
 )
 from seechat_lite.engines.onnx_devices import Recorded, find_device, open_session, out_of_memory
+from seechat_lite.engines.onnx_memory import (
+    OnnxPlan,
+    advice,
+    bundle_plan,
+    cache_bytes,
+    check_memory,
+    float_bytes_on_card,
+)
 from seechat_lite.errors import EngineError, MemoryPlanError
-from seechat_lite.memory import advice, float_bytes_on_card, plan
+from seechat_lite.memory import MemoryPlan
 from seechat_lite.native import Native, guarded
 from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import Prompt
@@ -35,7 +44,7 @@ from seechat_lite.source import Source
 from seechat_weights.bundle import LMConfig
 from seechat_weights.bundle_arrays import BundleArrays
 from seechat_weights.onnx_graph import check_decoder, check_vision
-from seechat_weights.precisions import VISION_PRECISIONS, stored_precision
+from seechat_weights.precisions import PRECISIONS, VISION_PRECISIONS, stored_precision
 
 log = logging.getLogger(__name__)
 
@@ -43,66 +52,111 @@ log = logging.getLogger(__name__)
 class OnnxEngine(Native):
     """See engines.base.Engine; devices as onnx_devices.find_device takes them."""
 
+    reads_checkpoints = False
+    own_options = frozenset[str]()
     _cancelled = False
     _options: ort.RunOptions | None = None  # of the running call, and of the next ones
 
     @guarded
-    def __init__(self, source: Source, *, context: int, options: EngineOptions) -> None:
-        folder, manifest = source.path, source.manifest
+    def __init__(
+        self, source: Source, *, context: int, options: EngineOptions, plan: MemoryPlan
+    ) -> None:
         self.context = context
-        self._folder = folder
-        self._manifest = manifest
+        self._folder, self._manifest = source.path, source.manifest
         self._device = find_device(options.device)
+        assert isinstance(plan, OnnxPlan)
+        self._plan = plan
+        options = replace(options, keep_vision=plan.keep_vision)
         self._vision = OnnxVision(source, options)
-        lm, decoder = manifest.lm, manifest.decoder
-        precision = stored_precision(decoder.precision, head_bits=decoder.head_bits)
-        card = float_bytes_on_card(manifest, self._device.kind, options.dtype)
-        self._plan = plan(
+        half = plan.card == 2 or options.dtype == "fp16"
+        self._dtype = np.dtype("f2" if half else "f4")  # of what the decoder is given
+        self._records = half and self._device.kind == "cuda"
+        with self._memory_planned():
+            self._decoder: ort.InferenceSession | None = self._open_decoder(options, half=half)
+        self._read_arrays()
+        self._begin_empty()
+        self._fork = "never" if self._device.on_card else "idle"
+
+    @classmethod
+    def plan(cls, source: Source, *, context: int, options: EngineOptions) -> OnnxPlan:
+        manifest, device = source.manifest, find_device(options.device)
+        seeing = find_device(options.vision_device or options.device)
+        dtypes = ("fp32", "fp16") if manifest.decoder.half in manifest.files else ("fp32",)
+        if options.dtype not in (None, *dtypes):
+            raise EngineError(
+                f"{source.path}: dtype is {options.dtype!r}; with this engine the bundle computes "
+                f"in {' or '.join(dtypes)}: choose that, or export it again"
+            )
+        if options.dtype == "fp16" and device.kind == "cpu":
+            log.warning(
+                "fp16 on the CPU is slower than fp32 with this engine and saves no memory: it is "
+                "for GPUs"
+            )
+        return bundle_plan(
             manifest,
             context=context,
             keep_vision=options.keep_vision,
-            card=card,
-            vision_card=float_bytes_on_card(manifest, self._vision.device.kind, options.dtype),
+            card=float_bytes_on_card(manifest, device.kind, options.dtype),
+            vision_card=float_bytes_on_card(manifest, seeing.kind, options.dtype),
         )
-        dtypes = ("fp32", "fp16") if decoder.half in manifest.files else ("fp32",)
-        if options.dtype not in (None, *dtypes):
-            raise EngineError(
-                f"{folder}: dtype is {options.dtype!r}; with this engine the bundle computes in "
-                f"{' or '.join(dtypes)}: choose that, or export it again"
-            )
-        half = card == 2 or options.dtype == "fp16"
-        if card and precision.exact:  # GroupQueryAttention is for half precision there
+
+    @classmethod
+    def check(cls, plan: MemoryPlan, source: Source, *, options: EngineOptions) -> None:
+        assert isinstance(plan, OnnxPlan)
+        check_memory(plan, source.manifest, budget=options.max_memory)
+
+    @classmethod
+    def runtime(cls) -> str:
+        return f"onnxruntime {ort.__version__}"
+
+    def step_bytes(self, tokens: int) -> int | None:
+        if self._plan.card:
+            return None
+        lm, decoder = self._manifest.lm, self._manifest.decoder
+        form = PRECISIONS[decoder.precision]
+        weights = self._manifest.files[f"{decoder.graph}.data"].bytes * form.widening
+        return weights + cache_bytes(lm, form, tokens)
+
+    def _open_decoder(self, options: EngineOptions, *, half: bool) -> ort.InferenceSession:
+        lm, decoder = self._manifest.lm, self._manifest.decoder
+        exact = PRECISIONS[decoder.precision].exact
+        if self._plan.card and exact:  # GroupQueryAttention is for half precision there
             log.warning(
                 "%s: a card leaves attention in float32 to the CPU, which is slow: "
                 "export at another precision, or use the torch engine",
-                manifest.name,
+                self._manifest.name,
             )
-        self._records = half and self._device.kind == "cuda"
         graph = decoder.half if half else decoder.graph
-        check_decoder(folder, manifest, graph)
-        with self._memory_planned():
-            self._decoder: ort.InferenceSession | None = open_session(
-                folder / graph,
-                self._device,
-                {
-                    "inputs_embeds": (None, None, lm.hidden_size),
-                    **dict.fromkeys(_cache_names(lm), (None, lm.num_heads, None, None)),
-                    "logits": (None, lm.vocab_size),
-                },
-                threads=options.threads,
-                exact=options.dtype == "fp32" or precision.exact,
-                record=self._records,
-                limit=options.max_memory and options.max_memory - self._plan.cache,
-            )
-        arrays = BundleArrays(folder, manifest)
+        check_decoder(self._folder, self._manifest, graph)
+        return open_session(
+            self._folder / graph,
+            self._device,
+            {
+                "inputs_embeds": (None, None, lm.hidden_size),
+                **dict.fromkeys(_cache_names(lm), (None, lm.num_heads, None, None)),
+                "logits": (None, lm.vocab_size),
+            },
+            threads=options.threads,
+            exact=options.dtype == "fp32" or exact,
+            record=self._records,
+            limit=options.max_memory and options.max_memory - self._plan.cache,
+        )
+
+    def _read_arrays(self) -> None:
+        """What the graph does not hold: embeddings, angles and a prefix."""
+        arrays = BundleArrays(self._folder, self._manifest)
         self._embeddings: np.ndarray | None = arrays.embeddings
-        self._rotary = rotary_tables(lm.head_size, context + 1)
-        cache = next(i for i in self._opened().get_inputs() if i.name == "past_key_0")
-        self._head = cache.shape[3]
+        self._rotary = rotary_tables(self._manifest.lm.head_size, self.context + 1)
         prefix = arrays.prefix  # from here on [tokens, layers, key and value, heads, head]
         self._prefix = np.empty((0,)) if prefix is None else np.moveaxis(prefix, 3, 0)
+
+    def _begin_empty(self) -> None:
+        """No cache yet: how it will look, and what counts its tokens."""
+        decoder = self._manifest.decoder
+        precision = stored_precision(decoder.precision, head_bits=decoder.head_bits)
+        cache = next(i for i in self._opened().get_inputs() if i.name == "past_key_0")
+        self._head = cache.shape[3]
         self._cache_dtype = np.dtype({"tensor(float)": "f4", "tensor(float16)": "f2"}[cache.type])
-        self._dtype = np.dtype("f2" if half else "f4")  # of the decoder's other inputs
         self._cache: dict[str, ort.OrtValue] = {}  # by the graph's names of the past
         self._on_card: dict[str, ort.OrtValue] = {}  # the same, which there outlives an answer
         self._recorded: Recorded | None = None
@@ -110,8 +164,7 @@ class OnnxEngine(Native):
         self._length = 0  # tokens in the cache, those of a prefix included
         self._next_position = np.zeros((2, 1), np.int64)  # of the token that the next step appends
         # for more, the card would make floats of all weights of 8 bits: 1.1 GB for the head
-        self._at_once = 4 if self._device.on_card and precision.in_bytes else context
-        self._fork = "never" if self._device.on_card else "idle"
+        self._at_once = 4 if self._device.on_card and precision.in_bytes else self.context
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         self.check_open()

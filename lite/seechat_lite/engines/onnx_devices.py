@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from seechat_lite.engines.onnx_memory import CARDS
 from seechat_lite.errors import BundleError, EngineError
-from seechat_lite.memory import CARDS
 from seechat_lite.onnx_runtime import ort
 
 # names people use for ONNX Runtime's execution providers; any provider's full name works as well

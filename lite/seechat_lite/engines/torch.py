@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seechat_lite import memory
 from seechat_lite.engines.base import (
+    OPTIONAL,
     Cancelled,
     EngineOptions,
     check_pixels,
@@ -28,11 +30,12 @@ from seechat_lite.engines.base import (
     embedded,
 )
 from seechat_lite.engines.torch_graphs import Recorder
-from seechat_lite.engines.torch_memory import advice, device_plan
+from seechat_lite.engines.torch_memory import TorchPlan, advice, device_plan
+from seechat_lite.engines.torch_settings import torch_settings
 from seechat_lite.engines.torch_vision import TorchVision
 from seechat_lite.engines.torch_weights import CheckpointWeights, Weights, build, weights_of
 from seechat_lite.errors import EngineError, MemoryPlanError
-from seechat_lite.memory import available_memory, human
+from seechat_lite.memory import MemoryPlan
 from seechat_lite.native import Native, guarded
 from seechat_lite.nn.decoder import (
     Cache,
@@ -62,6 +65,8 @@ class TorchEngine(Native):
     Raises EngineError (device, dtype, quantization), CheckpointError and MemoryPlanError.
     """
 
+    reads_checkpoints = True
+    own_options = frozenset(OPTIONAL)
     _cancelled = False
 
     @guarded
@@ -71,47 +76,28 @@ class TorchEngine(Native):
         *,
         context: int,
         options: EngineOptions,
+        plan: MemoryPlan | None = None,
         weights: Weights | None = None,
     ) -> None:
         """weights: if not those of `source`, such as a benchmark's."""
+        if plan is None:
+            plan = self.plan(source, context=context, options=options, weights=weights)
+            self.check(plan, source, options=options)
+        assert isinstance(plan, TorchPlan)
+        self._plan = plan
         self.context = context
         self._source = source
         self._manifest = manifest = source.manifest
         self._options = options
         self._device = _device(options.device)
         self._dtype = _dtype(options.dtype, self._device)
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        if self._device.type == "cuda":  # cuDNN's attention makes a plan for each length of prompt
-            torch.backends.cuda.enable_cudnn_sdp(False)
-        if options.quantize not in (None, *QUANTIZATIONS):
-            raise EngineError(
-                f"quantize is {options.quantize!r}; expected one of {', '.join(QUANTIZATIONS)}: "
-                "choose one"
-            )
-        self._weights = weights or weights_of(
-            source, quantize=options.quantize, exact=self._dtype == torch.float32
-        )
-        blocks = self._weights.blocks if isinstance(self._weights, CheckpointWeights) else {}
-        in_bits = manifest.decoder.block_size or options.quantize or 4 in blocks.values()
-        self._quantizable = not in_bits
+        self._weights = weights or _weights(source, options, self._dtype)
         prefix = self._weights.prefix
         self._prefix = None if prefix is None else torch.from_numpy(prefix)
-        self._before = 0 if prefix is None else prefix.shape[3]  # tokens of the prefix
+        self._before = _prefix_tokens(self._weights)
         # held while a picture is read, and while a step is recorded
         self._device_lock = threading.Lock()
-        self._vision = self._sight()
-        held = 0
-        if isinstance(self._vision, TorchVision) and self._vision.device == self._device:
-            held = self._vision.held
-        self._plan = device_plan(
-            manifest,
-            context=context + self._before,
-            dtype_bytes=self._dtype.itemsize,
-            quantize=options.quantize,
-            blocks=blocks,
-            vision=held,
-        )
+        self._vision = _sight(source, options, self._device, self._dtype)
         self._cache: Cache | None = None
         self._recorder: Recorder | None = None
         self._length = 0  # tokens in the cache, those of a prefix included; 0 before a prompt
@@ -130,6 +116,60 @@ class TorchEngine(Native):
         # bitsandbytes' modules decide on the CPU what to do: they cannot be recorded
         self._fused = fused(self._device)
         self._records = self._fused and options.quantize in (None, "int4")
+
+    @classmethod
+    def plan(
+        cls,
+        source: Source,
+        *,
+        context: int,
+        options: EngineOptions,
+        weights: Weights | None = None,
+    ) -> TorchPlan:
+        device = _device(options.device)
+        dtype = _dtype(options.dtype, device)
+        if dtype == torch.bfloat16:
+            log.warning(
+                "bf16: ChatGLM-6B was trained in fp16, whose numbers are eight times finer; expect "
+                "other answers than its authors'"
+            )
+        weights = weights or _weights(source, options, dtype)
+        blocks = weights.blocks if isinstance(weights, CheckpointWeights) else {}
+        vision, held = _sight(source, options, device, dtype), 0
+        if isinstance(vision, TorchVision) and vision.device == device:
+            held = vision.held
+        found = device_plan(
+            source.manifest,
+            context=context + _prefix_tokens(weights),
+            dtype_bytes=dtype.itemsize,
+            quantize=options.quantize,
+            blocks=blocks,
+            vision=held,
+        )
+        in_bits = source.manifest.decoder.block_size or options.quantize or 4 in blocks.values()
+        return replace(found, device=str(device), quantizable=not in_bits)
+
+    @classmethod
+    def check(cls, plan: MemoryPlan, source: Source, *, options: EngineOptions) -> None:
+        assert isinstance(plan, TorchPlan)
+        free = memory.available_memory()
+        if not plan.on_host:
+            free, _ = torch.cuda.mem_get_info(plan.device)
+        memory.check_room(
+            plan,
+            source.manifest.name,
+            free=free,
+            budget=options.max_memory,
+            advice=lambda room, last: advice(plan, room, last=last),
+            where=f" on {plan.device}",
+        )
+
+    @classmethod
+    def runtime(cls) -> str:
+        return f"torch {torch.__version__}"
+
+    def step_bytes(self, tokens: int) -> int | None:
+        return None  # it may run elsewhere
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         self.check_open()
@@ -213,25 +253,6 @@ class TorchEngine(Native):
             self._vision.close()
         self._return_memory()
 
-    def _sight(self) -> "TorchVision | OnnxVision | None":
-        """What reads pictures, where there is something: a graph that none of our networks is the
-        same as, such as the built-in model's, is left to ONNX Runtime."""
-        chosen = self._options
-        if self._manifest.vision is None:
-            return None
-        if (vision := self._source.vision) is None:
-            # imported here: nothing else needs ONNX Runtime
-            from seechat_lite.engines.onnx import OnnxVision
-
-            keep, device = chosen.keep_vision is not False, chosen.vision_device or "cpu"
-            chosen = replace(chosen, keep_vision=keep, vision_device=device)
-            return OnnxVision(self._source, chosen)
-        device = _device(chosen.vision_device) if chosen.vision_device else self._device
-        # as they were published and trained, however few bits the language model has
-        half = device.type == "cuda" and self._dtype != torch.float32
-        dtype = torch.float16 if half else torch.float32
-        return TorchVision(vision, device=device, dtype=dtype, keep=chosen.keep_vision)
-
     def _opened(self) -> Decoder:
         self.check_open()
         assert self._decoder
@@ -276,18 +297,10 @@ class TorchEngine(Native):
         )
 
     def _lend_memory(self) -> None:
-        """Keep to the budget; refuse what cannot fit."""
+        """Keep to the budget."""
         budget = self._options.max_memory
-        on_gpu = self._device.type == "cuda"
-        free, total = torch.cuda.mem_get_info(self._device) if on_gpu else 2 * (available_memory(),)
-        log.info("%s: %s", self._manifest.name, self._plan)
-        room = min(free, budget if budget is not None else free)
-        if self._plan.total > room:
-            raise MemoryPlanError(
-                f"{self._manifest.name} needs {self._plan} on {self._device}; {human(room)} are "
-                f"there: {advice(self._plan, room, quantizable=self._quantizable)}"
-            )
-        if on_gpu:  # also without a budget: an earlier engine's may be in force
+        if self._device.type == "cuda":  # also without one: an earlier engine's may be in force
+            _, total = torch.cuda.mem_get_info(self._device)
             share = 1.0 if budget is None else min(budget / total, 1.0)
             torch.cuda.set_per_process_memory_fraction(share, self._device)
 
@@ -300,7 +313,9 @@ class TorchEngine(Native):
         # kernels and graphs belong to the device that is the current one; -1 leaves it as it is
         here = self._device.index if self._device.type == "cuda" else -1
         try:
-            with torch.cuda.device(here):
+            on_gpu = self._device.type == "cuda"
+            settings = torch_settings(threads=self._options.threads, on_gpu=on_gpu)
+            with torch.cuda.device(here), settings:
                 yield
         except RuntimeError as e:
             if not NO_MEMORY.search(str(e)):
@@ -316,7 +331,7 @@ class TorchEngine(Native):
             self._recorder = None
             self.reset()
         self._return_memory()
-        how = advice(self._plan, self._plan.total - 1, quantizable=self._quantizable)
+        how = advice(self._plan, self._plan.total - 1, last="close other programs")
         raise MemoryPlanError(
             f"{self._device} is out of memory ({first}); {self._manifest.name} needs "
             f"{self._plan}: {how}"
@@ -325,6 +340,40 @@ class TorchEngine(Native):
     def _return_memory(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _weights(source: Source, options: EngineOptions, dtype: torch.dtype) -> Weights:
+    if options.quantize not in (None, *QUANTIZATIONS):
+        raise EngineError(
+            f"quantize is {options.quantize!r}; expected one of {', '.join(QUANTIZATIONS)}: "
+            "choose one"
+        )
+    return weights_of(source, quantize=options.quantize, exact=dtype == torch.float32)
+
+
+def _prefix_tokens(weights: Weights) -> int:
+    return 0 if weights.prefix is None else weights.prefix.shape[3]
+
+
+def _sight(
+    source: Source, options: EngineOptions, device: torch.device, dtype: torch.dtype
+) -> "TorchVision | OnnxVision | None":
+    """What reads pictures, where there is something, not yet loaded: a graph that none of our
+    networks is the same as, such as the built-in model's, is left to ONNX Runtime."""
+    if source.manifest.vision is None:
+        return None
+    if source.vision is None:
+        # imported here: nothing else needs ONNX Runtime
+        from seechat_lite.engines.onnx import OnnxVision
+
+        keep, place = options.keep_vision is not False, options.vision_device or "cpu"
+        return OnnxVision(source, replace(options, keep_vision=keep, vision_device=place))
+    if options.vision_device:
+        device = _device(options.vision_device)
+    # as they were published and trained, however few bits the language model has
+    half = device.type == "cuda" and dtype != torch.float32
+    wanted = torch.float16 if half else torch.float32
+    return TorchVision(source.vision, device=device, dtype=wanted, keep=options.keep_vision)
 
 
 def _device(name: str) -> torch.device:
@@ -349,9 +398,4 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
         return torch.float16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
         raise EngineError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}: choose one")
-    if name == "bf16":
-        log.warning(
-            "bf16: ChatGLM-6B was trained in fp16, whose numbers are eight times finer; expect "
-            "other answers than its authors'"
-        )
     return DTYPES[name]

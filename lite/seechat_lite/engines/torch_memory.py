@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from seechat_lite.memory import MemoryPlan, smaller_context
 from seechat_lite.nn.linears import BLOCK, CHUNK, QUANTIZATIONS
@@ -12,6 +13,18 @@ from seechat_weights.precisions import stored_precision
 RUNTIME = 150 << 20  # cuBLAS' workspaces, recorded steps, what an allocator cannot use
 
 
+@dataclass(frozen=True)
+class TorchPlan(MemoryPlan):
+    """device: of torch, whose memory it is. quantizable: whether fewer bits can be asked for."""
+
+    device: str = "cpu"
+    quantizable: bool = False
+
+    @property
+    def on_host(self) -> bool:
+        return self.device == "cpu"
+
+
 def device_plan(
     manifest: Manifest,
     *,
@@ -20,11 +33,11 @@ def device_plan(
     quantize: str | None = None,
     blocks: Mapping[str, int] | None = None,
     vision: int = 0,
-) -> MemoryPlan:
+) -> TorchPlan:
     """Bytes at a context of `context` tokens, those of a prefix included.
 
     dtype_bytes: of a number that is computed with. quantize: a name of nn.linears.QUANTIZATIONS.
-    blocks: bits of published weights that are in blocks (see torch_weights.CheckpointSource).
+    blocks: bits of published weights that are in blocks (see torch_weights.CheckpointWeights).
     vision: bytes of the network that is held beside the decoder; what a picture takes for a moment
     is less than a prompt does.
     """
@@ -50,7 +63,7 @@ def device_plan(
     rows = context * (4 * lm.hidden_size + max(2 * lm.inner_size, 8 * width))
     in_blocks = decoder.block_size or quantize or blocks
     made = CHUNK if in_blocks else 0  # a weight that is made of blocks
-    return MemoryPlan(
+    return TorchPlan(
         weights=round(weights),
         cache=2 * lm.num_layers * width * context * dtype_bytes,
         vision=vision,
@@ -59,14 +72,14 @@ def device_plan(
     )
 
 
-def advice(plan: MemoryPlan, room: int, *, quantizable: bool) -> str:
-    """The next smaller setting that fits `room` bytes, in words."""
+def advice(plan: TorchPlan, room: int, *, last: str) -> str:
+    """The next smaller setting that fits `room` bytes, in words; or `last`."""
     if plan.vision and plan.total - plan.vision <= room:
         return "load it with keep_vision=False (--no-keep-vision)"
     per_token = (plan.cache + plan.workspace - RUNTIME) / plan.context
     fixed = plan.total - per_token * plan.context
     if smaller := smaller_context(plan.context, lambda n: fixed + per_token * n <= room):
         return f"load it with context={smaller} (--context {smaller})"
-    if quantizable:
+    if plan.quantizable:
         return 'load it with quantize="int4" (--quantize int4), or export it with --precision int4'
-    return "close other programs, or take a card with more memory"
+    return last if plan.on_host else f"{last}, or take a card with more memory"

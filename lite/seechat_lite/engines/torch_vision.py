@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from seechat_lite.engines.torch_settings import torch_settings
 from seechat_lite.errors import EngineError
 from seechat_lite.eyes import Eyes
 from seechat_lite.memory import KEPT_VISION
@@ -35,8 +36,7 @@ class TorchVision(Native):
         if self._network is None:
             self._network = self._built()
         given = torch.from_numpy(np.ascontiguousarray(pixels, np.float32))
-        # by default cuDNN's convolutions round float32 to 10 bits
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch_settings(threads=0, on_gpu=self.device.type == "cuda"):
             return self._network(given.to(self.device).to(self._dtype)).float().cpu().numpy()
 
     def unload(self) -> None:

@@ -76,8 +76,10 @@ def _serve(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
     if not all(key and key.isascii() and key.isprintable() for key in keys):
         usage_error("the API key: expected printable ASCII characters")
     options = load_options(args, usage_error)
-    from seechat_lite.chat import Model, load
+    from seechat_lite.chat import Model
     from seechat_lite.conversation import FORMATS
+    from seechat_lite.engines import engine_class
+    from seechat_lite.loading import load
     from seechat_lite.source import open_source
 
     if args.format not in (None, *FORMATS):
@@ -110,7 +112,8 @@ def _serve(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
             file=sys.stderr,
         )
 
-    source = open_source(args.model, vision=options["eyes"], only_bundles=args.engine != "torch")
+    reads_checkpoints = engine_class(args.engine).reads_checkpoints
+    source = open_source(args.model, vision=options["eyes"], only_bundles=not reads_checkpoints)
     opened = [source]
 
     def load_model() -> Model:

@@ -15,10 +15,11 @@ from starlette.responses import Response, StreamingResponse
 
 from seechat_lite.chat import Stats
 from seechat_lite.conversation import trimmed
+from seechat_lite.generation import Generation
 from seechat_lite.history import MAX_CHARACTERS_PER_TOKEN
 from seechat_lite.server import schemas
 from seechat_lite.server.bodies import Bodies
-from seechat_lite.server.desk import MAX_NEW_TOKENS, Ask, Desk, Turn
+from seechat_lite.server.desk import Ask, Desk, Turn
 from seechat_lite.server.errors import ApiError, as_api_error, unsupported
 from seechat_lite.server.guard import client_of
 from seechat_lite.server.images import Images
@@ -213,20 +214,22 @@ def _ask(client: str, body: schemas.ChatRequest, turn: Turn, past: tuple[Turn, .
         temperature, top_p = 0.0, 1.0
     # a seed is a name for an answer; without one, or with other local servers' -1, it is drawn anew
     seed = secrets.randbits(63) if body.seed in (None, -1) else body.seed % 2**64
-    limit = body.max_completion_tokens or body.max_tokens or MAX_NEW_TOKENS
+    limit = body.max_completion_tokens or body.max_tokens or Generation.max_new_tokens
     if limit == -1:  # the context is what limits it
         limit = schemas.MAX_INTEGER
     return Ask(
         client,
         turn,
         past,
-        stop=tuple(stop),
-        max_new_tokens=limit,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=max(body.top_k or 0, 0),
-        repetition_penalty=body.repetition_penalty or 1.0,
-        seed=seed,
+        Generation(
+            stop=tuple(stop),
+            max_new_tokens=limit,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=max(body.top_k or 0, 0),
+            repetition_penalty=body.repetition_penalty or 1.0,
+            seed=seed,
+        ),
     )
 
 

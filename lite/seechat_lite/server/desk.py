@@ -12,20 +12,20 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
 from seechat_lite.chat import Chat, Model, Stats
 from seechat_lite.conversation import FORMATS
 from seechat_lite.engines.base import Cancelled
+from seechat_lite.generation import Generation
 from seechat_lite.images import PreparedImage
 from seechat_lite.server.errors import ApiError
 from seechat_lite.server.fair_queue import FairQueue
 
 log = logging.getLogger(__name__)
 
-MAX_NEW_TOKENS = 512
 DECODERS = 2  # pictures that are decoded at a time
 
 
@@ -40,7 +40,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Ask:
-    """All that one answer needs; the options are Chat.stream's.
+    """All that one answer needs.
 
     client: names who asks; clients take turns.
     """
@@ -48,14 +48,8 @@ class Ask:
     client: str
     turn: Turn
     past: tuple[Turn, ...] = ()
-    stop: tuple[str, ...] = ()
-    max_new_tokens: int = MAX_NEW_TOKENS
+    generation: Generation = field(default_factory=Generation)
     max_length: int | None = None  # prompt and answer together, instead of max_new_tokens
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int = 0
 
 
 class Desk:
@@ -278,23 +272,14 @@ class Desk:
     def _run(self, ask: Ask, running: "_Running", put: Callable[[str], object]) -> Stats:
         try:
             chat = self._loaded().chat(self._format)
-            chat.format = replace(chat.format, stop=(*chat.format.stop, *ask.stop))
             for turn in ask.past:
                 chat.append(turn.question, turn.answer, running.wanted(turn.images))
             question, images = ask.turn.question, ask.turn.images
-            new = ask.max_new_tokens
+            generation = ask.generation
             if ask.max_length is not None:
                 new = ask.max_length - len(chat.prompt(question, running.wanted(images)).ids)
-            stream = chat.stream(
-                question,
-                images,
-                max_new_tokens=max(new, 1),
-                temperature=ask.temperature,
-                top_p=ask.top_p,
-                top_k=ask.top_k,
-                repetition_penalty=ask.repetition_penalty,
-                seed=ask.seed,
-            )
+                generation = replace(generation, max_new_tokens=max(new, 1))
+            stream = chat.stream(question, images, generation=generation)
             running.follow(chat)
             for piece in stream:
                 put(piece)

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from seechat_lite.conversation import trimmed
+from seechat_lite.generation import Generation
 from seechat_lite.server import schemas
 from seechat_lite.server.bodies import Bodies
 from seechat_lite.server.budget import Held
@@ -59,12 +60,14 @@ class Legacy:
             client_of(request.scope),
             turns[-1],
             tuple(turns[:-1]),
+            Generation(
+                temperature=temperature,
+                top_p=body.top_p or top_p,
+                top_k=top_k if body.top_k is None else body.top_k,
+                repetition_penalty=body.repetition_penalty or penalty,
+                seed=secrets.randbits(63),
+            ),
             max_length=body.max_length or _MAX_LENGTH,
-            temperature=temperature,
-            top_p=body.top_p or top_p,
-            top_k=top_k if body.top_k is None else body.top_k,
-            repetition_penalty=body.repetition_penalty or penalty,
-            seed=secrets.randbits(63),
         )
         text, stats = await self._desk.whole_answer(ask)
         note(request, stats)

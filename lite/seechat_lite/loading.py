@@ -1,0 +1,126 @@
+"""From a path to a Model: what is there, is there room, is it whole; then it is read.
+
+(Not called load.py: a module of that name would take the place of the function seechat_lite.load.)
+"""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from seechat_lite.chat import IMAGE_CACHE, Model
+from seechat_lite.conversation import FORMATS
+from seechat_lite.engines import EngineOptions, engine_class, not_for
+from seechat_lite.errors import BundleError, ContextError, OptionError
+from seechat_lite.eyes import EyeFiles
+from seechat_lite.memory import MIN_CONTEXT, MemoryPlan
+from seechat_lite.source import Source, open_source
+from seechat_lite.tokenizer import Tokenizer
+from seechat_lite.verified import verify_once
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+
+def load(
+    path: str | Path | Source | None = None,
+    *,
+    engine: str = "auto",
+    device: str = "auto",
+    context: int = 2048,
+    threads: int = 0,
+    vision_device: str | None = None,
+    keep_vision: bool | None = None,
+    max_memory: int | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    rounded_rotary: bool = False,
+    eyes: EyeFiles | None = None,
+    image_cache: int = IMAGE_CACHE,
+    announce: Callable[[MemoryPlan], None] = lambda plan: None,
+    progress: Progress | None = None,
+) -> Model:
+    """Load a bundle: a folder written by `seechat export`, or with None the built-in model.
+
+    The engine "torch" also loads published weights: a folder of ChatGLM-6B, or of VisualGLM-6B with
+    its vision.
+
+    path: a bundle, published weights, or what open_source made; None for the built-in model.
+    engine: "auto" or a name of engines.ENGINES.
+    device: "auto", "cpu", "cuda:1", … or the name of an ONNX Runtime execution provider.
+    context: tokens that the prompt and the answer may take together; the cache grows with it.
+    threads: on the CPU, 0 for one a core.
+    vision_device: where the vision network runs, if not on `device`.
+    keep_vision: hold it in memory, or release it after every picture; None keeps a small one.
+    max_memory: bytes that the model may take at most, on a GPU of its memory; loading is refused if
+        it may need more (see engines.base.Engine.plan).
+    dtype: "fp16", "fp32" or, for torch, "bf16"; None for what suits the device.
+    quantize: for torch: "int4", to make blocks of float weights as an export does, or with
+        bitsandbytes "nf4", "fp4" or "int8".
+    rounded_rotary: for torch: see rotary.rotary_tables.
+    eyes: for torch: files that published weights are to see with.
+    image_cache: bytes of embeddings kept for pictures that no chat shows any more.
+    announce: is told the memory plan once it fits, before the work begins.
+    progress: called in this thread with a stage, "checking" (bytes of the bundle) or "loading", and
+        how much of it is done, of how much; loading ends with the exception that it raises, and
+        leaves nothing open.
+
+    Raises BundleError (missing, damaged or newer bundle), CheckpointError (the same of published
+    weights), OptionError (what the engine cannot do), EngineError (engine or device),
+    MemoryPlanError (would not fit), ContextError (context too small to be of use).
+    """
+    if context < MIN_CONTEXT:
+        raise ContextError(
+            f"context is {context} tokens; expected at least {MIN_CONTEXT}: choose more"
+        )
+    chosen = engine_class(engine)
+    extras = {
+        "quantize": quantize,
+        "rounded_rotary": rounded_rotary,
+        "eyes": eyes,
+        "bf16": dtype == "bf16",
+    }
+    if refused := not_for(engine, (name for name, given in extras.items() if given)):
+        raise OptionError(
+            f"{', '.join(refused)}: not for the engine {engine!r}; expected an engine that does "
+            "it, such as torch: choose that, or leave it out"
+        )
+    source = path
+    if not isinstance(source, Source):
+        source = open_source(source, vision=eyes, only_bundles=not chosen.reads_checkpoints)
+    manifest = source.manifest
+    if manifest.conversation not in FORMATS:
+        raise BundleError(
+            f"{source.path}: conversation format {manifest.conversation!r} is unknown; expected "
+            f"one of {', '.join(FORMATS)}: upgrade seechat-lite or export the model again"
+        )
+    options = EngineOptions(
+        device=device,
+        threads=threads,
+        vision_device=vision_device,
+        keep_vision=keep_vision,
+        dtype=dtype,
+        quantize=quantize,
+        max_memory=max_memory,
+        rounded_rotary=rounded_rotary,
+    )
+    plan = chosen.plan(source, context=context, options=options)
+    log.info("%s: %s", manifest.name, plan)
+    chosen.check(plan, source, options=options)
+    announce(plan)
+    if manifest.files:  # a bundle's
+        verify_once(source.path, manifest, partial(progress, "checking") if progress else None)
+    tokenizer = Tokenizer(source.tokenizer, num_image_tokens=manifest.tokenizer.num_image_tokens)
+    tokenizer.check(manifest.lm)
+    if progress:
+        progress("loading", 0, 1)
+    executor = chosen(source, context=context, options=options, plan=plan)
+    model = Model(manifest, tokenizer, executor, image_cache=image_cache)
+    try:
+        if progress:
+            progress("loading", 1, 1)
+    except BaseException:
+        model.close()
+        raise
+    return model
