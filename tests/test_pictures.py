@@ -233,6 +233,19 @@ class Peak:
             self.bytes = max(self.bytes, total)
 
 
+@pytest.mark.parametrize(
+    ("format", "size"), [("WEBP", (4600, 4500)), ("AVIF", (4400, 4400)), ("JPEG", (9400, 9500))]
+)
+def test_the_largest_pictures_of_a_format_are_read(format: str, size: tuple[int, int]) -> None:
+    """Near the bound, in a worker that was first held to less."""
+    fast: dict[str, Any] = {"WEBP": {"method": 0}, "AVIF": {"speed": 10}}.get(format, {})
+    content, peak = saved(Image.new("RGB", size, (9, 200, 30)), format, **fast), Peak()
+    before = psutil.Process().memory_info().rss
+    with peak:
+        assert np.abs(read(content, PLAIN)[:, 4, 4] - (9, 200, 30)).max() < 3
+    assert peak.bytes - before < 450_000_000
+
+
 def test_a_jpeg_of_too_many_scans() -> None:
     content = saved(colours(2048, 2048), "JPEG", progressive=True)
     at = content.rindex(b"\xff\xda")

@@ -84,7 +84,7 @@ def open_picture(
         return large
     if format == "WEBP" and (size := headers.webp_size(data)):
         check_size(size, "RGB")
-        _check_needs(size, "RGBA", format, size[0] * size[1] * (4 + _DECODER_BYTES[format]), budget)
+        _check_needs(size, "RGBA", format, needs_to_open(data, format), budget)
     if format == "JPEG" and header and headers.scans_of(data) * header.pixels > MAX_SCANNED:
         raise ImageError(
             f"a JPEG of {headers.scans_of(data)} scans; expected a dozen: save it again"
@@ -130,6 +130,12 @@ def _check_needs(size: tuple[int, int], mode: str, format: str, needs: int, budg
             f"{size[0]}×{size[1]} pixels take {needs // 10**6} MB to decode ({format}, {mode})",
             f"{budget // 10**6} MB",
         )
+
+
+def needs_to_open(data: bytes, format: str) -> int:
+    """Bytes that are taken as soon as a file is opened, about."""
+    size = headers.webp_size(data) if format == "WEBP" else None
+    return size[0] * size[1] * (4 + _DECODER_BYTES[format]) if size else 0
 
 
 def load(opened: Opened) -> Image.Image | PngBands:

@@ -78,6 +78,8 @@ def answer(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]
     least = spec["image_size"] if spec and not spec["exact"] else None
     if request["do"] == "thumbnail":
         least = max(request["size"])
+    if (needs := decode.needs_to_open(data, request["format"])) > budget and needs <= full:
+        return {"needs": needs}, b""
     opened = decode.open_picture(data, request["format"], budget=full, least=least)
     image = opened.image
     about = {"mode": image.mode, "size": image.size}
