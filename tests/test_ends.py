@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -355,3 +356,18 @@ def test_multiprocessing_by_fork(vision_bundle: Path) -> None:
         assert answers.get(timeout=PATIENCE) == model.chat().ask("hi", max_new_tokens=4)
         process.join(PATIENCE)
         assert process.exitcode == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "pread"), reason="a mapped file cannot be cut short there")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_embeddings_that_are_cut_short(engine: str, vision_bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(vision_bundle, folder)
+    with sl.load(folder, engine=engine) as model:
+        stream = model.chat().stream(LONG, max_new_tokens=100, temperature=1.0)
+        next(stream)
+        os.truncate(folder / model.manifest.decoder.embeddings, 0)
+        with pytest.raises(sl.BundleError, match="shorter than when it was loaded"):
+            list(stream)
+        with pytest.raises(sl.BundleError, match="shorter than when it was loaded"):
+            model.chat().ask("hi")

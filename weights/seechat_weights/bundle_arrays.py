@@ -1,5 +1,7 @@
 """A bundle's arrays where they lie: what both engines, the check of an export and tools map."""
 
+import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +30,37 @@ class BundleArrays:
         shape = (lm.vocab_size, lm.hidden_size)
         with open_file(self.folder / decoder.embeddings) as f:
             return np.memmap(f, decoder.embeddings_dtype, "r", shape=shape)
+
+    def rows(self, ids: Sequence[int]) -> np.ndarray:
+        """Some of the embeddings, [tokens, hidden], read and not mapped: a file that somebody has
+        cut short is an error then, where touching its mapping would end the process.
+
+        Raises BundleError for such a file, IndexError for ids beyond the table.
+        """
+        if not hasattr(os, "pread"):  # on Windows a mapped file cannot be cut short
+            return self.embeddings[ids]
+        lm, decoder = self.manifest.lm, self.manifest.decoder
+        rows = np.empty((len(ids), lm.hidden_size), decoder.embeddings_dtype)
+        size = rows.itemsize * lm.hidden_size  # of a row, in bytes
+        for row, i in zip(rows, ids, strict=True):
+            if not 0 <= i < lm.vocab_size:
+                raise IndexError(f"token id {i}: expected 0 to {lm.vocab_size - 1}")
+            stored = os.pread(self._table, size, int(i) * size)
+            if len(stored) != size:
+                raise BundleError(
+                    f"{self.folder / decoder.embeddings}: shorter than when it was loaded; "
+                    f"expected {lm.vocab_size * size} bytes: load the model again, and replace a "
+                    "bundle that is in use by renaming, never in place"
+                )
+            row[:] = np.frombuffer(stored, row.dtype)
+        return rows
+
+    @cached_property
+    def _table(self) -> int:
+        """The embeddings' file, open as long as this object lives."""
+        file = os.open(self.folder / self.manifest.decoder.embeddings, os.O_RDONLY)
+        weakref.finalize(self, os.close, file)
+        return file
 
     @property
     def prefix(self) -> np.ndarray | None:

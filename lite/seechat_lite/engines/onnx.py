@@ -4,7 +4,7 @@ The key/value cache is one buffer per layer and part, of the context's length, b
 decoder's past and present alike, so that no step copies it; it lives as long as one answer, and on
 a GPU, where it stays between the steps, as long as the engine. The context of a prompt is one
 bidirectional call, everything from <sop> on is causal (see seechat_export.chatglm_graph). The
-embedding table is never loaded: the few rows a prompt needs are read from the mapped file.
+embedding table is never loaded: the few rows a prompt needs are read from its file.
 
 On a GPU the bundle's second graph runs, in float16, where it has one; with CUDA a step of one token
 is recorded.
@@ -145,7 +145,7 @@ class OnnxEngine(Native):
     def _read_arrays(self) -> None:
         """What the graph does not hold: embeddings, angles and a prefix."""
         arrays = BundleArrays(self._folder, self._manifest)
-        self._embeddings: np.ndarray | None = arrays.embeddings
+        self._arrays: BundleArrays | None = arrays
         self._rotary = rotary_tables(self._manifest.lm.head_size, self.context + 1)
         prefix = arrays.prefix  # from here on [tokens, layers, key and value, heads, head]
         self._prefix = np.empty((0,)) if prefix is None else np.moveaxis(prefix, 3, 0)
@@ -235,7 +235,7 @@ class OnnxEngine(Native):
         self._empty()
         self._on_card.clear()
         # a binding holds its session; embeddings their file
-        self._recorded = self._binding = self._decoder = self._embeddings = None
+        self._recorded = self._binding = self._decoder = self._arrays = None
         self._vision.close()
 
     def _opened(self) -> ort.InferenceSession:
@@ -274,8 +274,8 @@ class OnnxEngine(Native):
 
     def _rows(self, ids: Sequence[int]) -> np.ndarray:
         """Word embeddings as they are stored, [tokens, hidden]."""
-        assert self._embeddings is not None
-        return self._embeddings[ids]
+        assert self._arrays is not None
+        return self._arrays.rows(ids)
 
     def _run(
         self,

@@ -4,7 +4,7 @@ The key/value cache is one buffer per layer and part, of the context's length. A
 forward of known size: its context sees itself both ways without a mask, what follows is causal. A
 step on a GPU is a recorded CUDA graph of Triton kernels (nn.kernels), which reads how many tokens
 there are on the device; elsewhere it is plain torch. The embedding table is never loaded: the few
-rows a prompt needs are read from the mapped file.
+rows a prompt needs are read from its file.
 """
 
 import logging

@@ -77,7 +77,7 @@ class BundleWeights:
         return self._arrays.prefix
 
     def rows(self, ids: Sequence[int]) -> np.ndarray:
-        return self._arrays.embeddings[ids]
+        return self._arrays.rows(ids)
 
     def tensors(self) -> Iterator[Given]:
         for item in self._arrays.items:
