@@ -83,8 +83,8 @@ def measure(
 ) -> Report:
     """Load the model at `path` and measure it; `say` hears what is being measured.
 
-    options: what chat.load takes. turns: of a dialogue held at the end, to see what it does to the
-    memory. Raises what chat.load raises.
+    options: what load() takes. turns: of a dialogue held at the end, to see what it does to the
+    memory. Raises what that raises.
     """
     say("load")
     plans: list[MemoryPlan] = []

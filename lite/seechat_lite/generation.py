@@ -7,7 +7,7 @@ An option is a field here, and what it does is in sampling.py or where it is use
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from seechat_lite.errors import OptionError
 
@@ -113,6 +113,4 @@ HELP = {
     "stop": "a text that ends the answer",
     "speculate": "guess tokens from what was said before; changes the speed, not the answer",
 }
-DEFAULTS: dict[str, int | float | bool | Sequence[str]] = {
-    name: getattr(Generation, name) for name in HELP
-}
+DEFAULTS: dict[str, Any] = {name: getattr(Generation, name) for name in HELP}

@@ -10,7 +10,7 @@ Found by `llm` as an entry point once both are installed. Nothing else imports t
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import llm
 from llm.parts import AttachmentPart, Message, TextPart
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 
 
 _OPTIONS = [name for name in DEFAULTS if name != "stop"]  # which is no single value
+_GENERATION: dict[str, Any] = {
+    name: (type(DEFAULTS[name]), Field(DEFAULTS[name], description=HELP[name])) for name in _OPTIONS
+}
+
+
+class _Options(llm.Options):
+    """What `llm -o NAME VALUE` takes; the fields of generation.Generation are added to it."""
+
+    bundle: str | None = Field(None, description="folder of a bundle; default: built in")
+    format: str | None = Field(None, description="conversation format")
 
 
 @llm.hookimpl
@@ -50,17 +60,7 @@ class Seechat(llm.Model):
         "image/webp",
     }
 
-    Options = create_model(  # pyright: ignore[reportAssignmentType]
-        "Options",
-        __base__=llm.Options,
-        __doc__="What `llm -o NAME VALUE` takes; see sampling.Generation.",
-        bundle=(str | None, Field(None, description="folder of a bundle; default: built in")),
-        format=(str | None, Field(None, description="conversation format")),
-        **{
-            name: (type(DEFAULTS[name]), Field(DEFAULTS[name], description=HELP[name]))
-            for name in _OPTIONS
-        },
-    )
+    Options: Any = create_model("Options", __base__=_Options, **_GENERATION)
 
     def __init__(self) -> None:
         self._loaded: tuple[str | None, Model] | None = None
@@ -74,6 +74,7 @@ class Seechat(llm.Model):
     ) -> Iterator[str]:
         """Yield the answer's pieces. Raises llm.ModelError with what is wrong."""
         options = prompt.options
+        assert isinstance(options, _Options)
         try:
             chat = self._model(options.bundle).chat(options.format)
             *past, turn = _turns(prompt.messages)
