@@ -53,14 +53,15 @@ def restyle(rng: np.random.Generator, icon: np.ndarray, style: str | None = None
         shade = (255 * (grey + 20) / (soft + 20)).clip(0, 255)  # dark where darker than around
         shade = 255 - (255 - shade) * rng.uniform(1.5, 3.5)
         return np.dstack([*[shade.clip(0, 255)] * 3, thick(alpha > 127, 3) * 255]).astype(np.uint8)
-    flat, edge = shapes(rgb, alpha, int(rng.integers(4, 10)))
     if style == "flat":
-        return np.dstack([flat, alpha])
-    line = thick(edge, int(rng.choice([3, 3, 5])))
+        return np.dstack([shapes(rgb, alpha, int(rng.integers(4, 10)))[0], alpha])
+    # few colours and thick lines taught more than many and thin ones
+    flat, edge = shapes(rgb, alpha, int(rng.integers(3, 8)))
+    line = thick(edge, int(rng.choice([3, 5, 5])))
     if style == "lines":
         flat = np.full_like(flat, 255)
-    elif rng.random() < 0.3:  # paler than the original, as felt pens are
-        flat = (255 - (255 - flat.astype(np.float32)) * rng.uniform(0.5, 0.9)).astype(np.uint8)
+    elif rng.random() < 0.5:  # paler than the original, as felt pens are
+        flat = (255 - (255 - flat.astype(np.float32)) * rng.uniform(0.4, 0.9)).astype(np.uint8)
     ink = rng.integers(0, 50, 3) if rng.random() < 0.3 else np.zeros(3)
     drawn = np.where(line[..., None], ink, flat)
     return np.dstack([drawn, np.maximum(alpha, line * 255)]).astype(np.uint8)
