@@ -643,6 +643,14 @@ def test_a_kind_is_neither_denied_nor_made_up(photo_author) -> None:
     golden = Sight((author.number[thing["golden retriever"]],) * TOKENS, 7, 3)
     assert author.say_is(golden, thing["dog"], "en").startswith("Yes. ")
     assert author.describe(golden, "zh") == "图里有一只金毛寻回犬。背景主要是绿色。"
+    for seen, trait, verdict in (
+        (load_kinds()["bicycle"], "wheels", "有轮子"),
+        (thing["canoe"], "wheels", "没有轮子"),
+        (thing["panda"], "big", "比人大"),
+        (thing["tabby cat"], "big", "不比人大"),
+    ):
+        shown = Sight((author.number[seen],) * TOKENS)
+        assert author.say_photo_trait(shown, trait, "zh").startswith(f"{verdict}。")
     unsure = Sight((author.verdicts.unsure,) * TOKENS, ground=4)
     assert author.say_seen(unsure, "zh") == "我不确定这是什么。图片主要是蓝色。"
     assert author.say_is(unsure, dog, "zh") == author.say_seen(unsure, "zh")

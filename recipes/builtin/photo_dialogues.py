@@ -6,10 +6,11 @@ nothing sure, and then it says so, and which colour the picture mostly has.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from colours import COLOURS
-from concepts import Category, Concept
+from concepts import TRAITS, Category, Concept
 from dialogues import Author, Round
 from photo_classes import PHOTO_TRAITS, Kind, load_classes, load_things
 from phrases import PLACES, YES_NO_ZH, join, noun
@@ -19,6 +20,7 @@ from verdict import load_verdicts
 from vision import TOKENS
 
 Meaning = Concept | Kind | Category | None
+SIZE = tuple(t for t in PHOTO_TRAITS if t not in TRAITS)  # wheels, and bigger than a person
 # which regions tell of a place, and which places are asked about together
 SIDES = {"left": (1, 5, 7, 9), "right": (2, 6, 8, 11), "top": (3, 5, 6), "bottom": (4, 7, 8)}
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
@@ -35,6 +37,7 @@ class PhotoAuthor(Author):
         self.number = {m: i for i, m in enumerate(self.verdicts.meanings)}
         self.measure = {c.zh: c.measure for c in load_classes()}
         self.kind_of = {c.zh: c.kind for c in load_classes()}
+        self.class_of = {c.zh: c for c in load_classes()}
         self.members: dict[str, list[Concept]] = {}
         for meaning in self.verdicts.meanings[: self.verdicts.levels[0]]:
             assert isinstance(meaning, Concept)
@@ -189,6 +192,8 @@ class PhotoAuthor(Author):
         """Yes or no, with the reason; not sure where even the category is not."""
         meaning = self.main(sight)
         if isinstance(meaning, Concept):
+            if trait in SIZE:  # concepts.txt does not speak of it
+                meaning = replace(meaning, traits=self.class_of[meaning.zh].traits)
             return self.say_trait(meaning, trait, lang)
         if isinstance(meaning, Kind) and trait not in meaning.unasked:
             yes = trait in meaning.traits
@@ -247,7 +252,8 @@ class PhotoAuthor(Author):
     def photo_trait(self, meaning: Meaning) -> str:
         """A trait worth asking about, a true one in a third of the cases."""
         if isinstance(meaning, Concept):
-            return self.pick_trait(meaning)
+            asked = [t for t in SIZE if t not in self.class_of[meaning.zh].unasked]
+            return self.choose(asked) if asked and self.chance(0.15) else self.pick_trait(meaning)
         known = [t for t in YES_NO_ZH if t in PHOTO_TRAITS]
         true = [t for t in known if isinstance(meaning, Kind) and t in meaning.traits]
         if true and self.chance(0.35):
