@@ -24,9 +24,9 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from seechat_lite.errors import ImageError
 from seechat_lite.images import load_image, pixels
 from seechat_weights.bundle import PixelSpec
+from seechat_weights.errors import ImageError
 
 SECONDS = 10.0
 MEMORY = 500_000_000  # bytes

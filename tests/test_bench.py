@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from reference import data
-from seechat_lite import bench, cli
+from seechat_lite import bench
+from seechat_lite.cli import bench as command_bench
+from seechat_lite.cli import main as cli
 from seechat_lite.engines.onnx_memory import bundle_plan as plan
 from seechat_lite.loading import load
 from seechat_lite.prompt import Prompt
@@ -85,7 +87,7 @@ def test_a_synthetic_model_is_written_once(
         def load(self) -> object:
             return lambda folder, **options: write(folder, shape=small, **options)
 
-    monkeypatch.setattr(cli, "entry_points", lambda group, name: [Small()])
+    monkeypatch.setattr(command_bench, "entry_points", lambda group, name: [Small()])
     monkeypatch.setenv("SEECHAT_CACHE", str(tmp_path))
     (tmp_path / "chatglm-6b-int4-2").mkdir()  # of a version whose bundles had one graph
     command = ["bench", "--synthetic", "chatglm-6b", "--layers", "2", "--context", "64"]
@@ -95,13 +97,13 @@ def test_a_synthetic_model_is_written_once(
             out, err = capfd.readouterr()
             assert err.startswith(said) if said else err == ""
         assert json.loads(out)["precision"] == precision
-        manifest = read_manifest(tmp_path / f"chatglm-6b-{precision}-2-v{cli.LAYOUT}")
+        manifest = read_manifest(tmp_path / f"chatglm-6b-{precision}-2-v{command_bench.LAYOUT}")
         assert manifest.lm == replace(small, num_layers=2)
     assert not caplog.records
     assert cli.main([*command, "--dtype", "fp16", "--repeat", "1"]) == 0  # has that graph
     assert ", device auto, dtype fp16\n" in capfd.readouterr().out
     assert ["fp16 on the CPU is slower" in r.message for r in caplog.records] == [True]
-    with load(tmp_path / f"chatglm-6b-int4-2-v{cli.LAYOUT}", context=64) as model:
+    with load(tmp_path / f"chatglm-6b-int4-2-v{command_bench.LAYOUT}", context=64) as model:
         ids = [*range(5, 30), small.gmask_id, small.bos_id]
         logits = model.engine.prefill(Prompt(ids))
     assert 0.5 < logits.std() < 8  # near unit scale: neither vanishing nor exploding

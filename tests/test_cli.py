@@ -21,8 +21,10 @@ import pytest
 from PIL import Image
 
 from reference import data
-from seechat_lite import cli, talk
-from seechat_lite.terminal import show
+from seechat_lite.cli import ask
+from seechat_lite.cli import main as cli
+from seechat_lite.cli.chat import HELP
+from seechat_lite.cli.terminal import show
 from serving import PATIENCE, slow_command, wait_until
 
 posix = pytest.mark.skipif(os.name != "posix", reason="terminals and signals of Unix")
@@ -192,7 +194,7 @@ def test_our_own_mistakes_are_one_line(
         def fail(*_: Any, error: Exception = error) -> Any:
             raise error
 
-        monkeypatch.setattr(cli, "_load", fail)
+        monkeypatch.setattr(ask, "load_model", fail)
         code, _, err = main(capfd, "ask", "你好", "--model", text_bundle)
         assert code == 1 and expected in one_line(err)
 
@@ -235,7 +237,7 @@ def test_bad_pictures(
 @posix
 def test_a_picture_bomb_takes_no_memory(vision_bundle: Path, tmp_path: Path) -> None:
     png_bomb(tmp_path / "bomb.png")
-    script = "import sys, hostile, seechat_lite.cli as cli\n"
+    script = "import sys, hostile, seechat_lite.cli.main as cli\n"
     script += "code = cli.main(sys.argv[1:])\nprint(hostile.peak())\nsys.exit(code)"
     command = [sys.executable, "-c", script, "ask", tmp_path / "bomb.png", "什么?"]
     done = subprocess.run(
@@ -289,9 +291,11 @@ def test_help_and_version_need_no_model(
         assert out.partition("\n\n")[0].count("\n") < 2
 
 
-def test_the_command_starts_without_numpy() -> None:
-    script = "import sys, seechat_lite.cli; print({'numpy', 'PIL', 'argparse'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_command_starts_without_numpy(command: str) -> None:
+    script = "import sys, seechat_lite.cli.main as cli; cli._parser([sys.argv[1]])\n"
+    script += "print({'numpy', 'PIL', 'argparse'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script, command], capture_output=True, text=True)
     assert done.stdout == "{'argparse'}\n"
 
 
@@ -353,7 +357,7 @@ def test_chat_reads_questions_from_a_file(vision_bundle: Path, cat: Path, tmp_pa
     assert done.returncode == 0
     assert len(out.splitlines()) == 2  # two questions, nothing else
     lines = err.splitlines()
-    help_lines = talk.HELP.splitlines()
+    help_lines = HELP.splitlines()
     assert lines[: len(help_lines)] == help_lines
     assert lines[len(help_lines) :] == [
         "seechat: /image needs a file: /image cat.jpg",
@@ -424,7 +428,7 @@ else:
         onnx.OnnxEngine.__init__ = wait
     else:
         setattr(onnx.OnnxEngine, stage, wait)
-from seechat_lite.cli import main
+from seechat_lite.cli.main import main
 sys.exit(main())
 """
 SLEEP = "time.sleep(10**6)"

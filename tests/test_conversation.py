@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from reference import load_json
 from seechat_lite.conversation import FORMATS, ImageSlot, Turn, postprocess, render, trimmed
-from seechat_lite.errors import ContextError
+from seechat_weights.errors import ContextError
 
 CHATGLM = load_json("prompts/chatglm_chat.json")
 DEMO = load_json("prompts/seechat_demo_stage2.json")

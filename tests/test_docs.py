@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from seechat_lite import cli
-from seechat_lite.options import add_load_options
+from seechat_lite.cli import main as cli
+from seechat_lite.cli.options import add_load_options
 from seechat_weights.families import PLACES, VISUALGLM_HUB
 from serving import serving
 

@@ -15,7 +15,7 @@ import pytest
 
 from reference import data
 from seechat_export.download import fetch
-from seechat_lite.cli import main
+from seechat_lite.cli.main import main
 from seechat_weights.errors import CheckpointError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

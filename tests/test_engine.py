@@ -20,11 +20,11 @@ from seechat_export.export import export_bundle
 from seechat_export.reference_chatglm import ChatGLM
 from seechat_lite.engines import ENGINES, Engine, EngineOptions, create
 from seechat_lite.engines.base import Cancelled
-from seechat_lite.errors import ContextError, EngineError
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_lite.source import open_source
 from seechat_weights.bundle import LMConfig
+from seechat_weights.errors import ContextError, EngineError
 
 TOLERANCE = 5e-4
 CASES = ["p0", "p1", "p2", "p3_mask", "p4_continue", "p5_both", "p6_infill", "p7_len1", "p8_long"]

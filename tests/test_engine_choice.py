@@ -10,7 +10,7 @@ import torch
 import seechat_lite as sl
 from reference import data
 from seechat_lite import loading
-from seechat_lite.cli import main
+from seechat_lite.cli.main import main
 from seechat_lite.engines import ENGINES, engine_class
 from seechat_lite.engines.torch_settings import torch_settings
 

@@ -17,17 +17,17 @@ from torch import nn
 import seechat_lite as sl
 from reference import data, run_onnx, tensors
 from seechat_export.vision_graph import export_vision
-from seechat_lite.cli import main
+from seechat_lite.cli.main import main
 from seechat_lite.engines import EngineOptions, create
 from seechat_lite.engines.onnx import OnnxVision
 from seechat_lite.engines.torch import TorchEngine
 from seechat_lite.engines.torch_vision import TorchVision
-from seechat_lite.errors import BundleError, CheckpointError, EngineError, MemoryPlanError
 from seechat_lite.eyes import EyeFiles, Eyes, bundle_eyes, load_clip, load_seechat
 from seechat_lite.nn.vision import streamed, vision_network
 from seechat_lite.source import open_source
 from seechat_weights.blip_names import BlipSettings
 from seechat_weights.bundle import MANIFEST, Manifest, VisionConfig, read_manifest
+from seechat_weights.errors import BundleError, CheckpointError, EngineError, MemoryPlanError
 
 TINY = BlipSettings(blocks=3, heads=4, query_heads=4)
 LM = data("chatglm_tiny")

@@ -8,10 +8,10 @@ import pytest
 from networks import TorchEngine
 from reference import load_json, tensors
 from seechat_export.reference_chatglm import ChatGLM
-from seechat_lite.errors import EngineError, OptionError
 from seechat_lite.generate import generate
 from seechat_lite.prompt import Prompt
 from seechat_lite.sampling import Sampling
+from seechat_weights.errors import EngineError, OptionError
 
 CASES = load_json("chatglm_tiny/cases.json")["cases"]
 NAMES = [name for name, case in CASES.items() if "eos_case" in case and name != "batch"]

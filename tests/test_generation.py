@@ -9,7 +9,7 @@ from typing import get_type_hints
 import pytest
 
 import seechat_lite as sl
-from seechat_lite.cli import main
+from seechat_lite.cli.main import main
 from seechat_lite.generation import DEFAULTS, HELP, Generation, GenerationOptions, Sampling
 
 OFFERED = set(get_type_hints(GenerationOptions))

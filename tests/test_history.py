@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from seechat_lite import prompt as prompts
 from seechat_lite.conversation import FORMATS, Turn, render
 from seechat_lite.engines.base import Cancelled
-from seechat_lite.errors import ContextError
 from seechat_lite.history import MAX_CHARACTERS_PER_TOKEN, _without_oldest, fit
 from seechat_lite.prompt import Prompt
 from seechat_lite.tokenizer import Tokenizer
+from seechat_weights.errors import ContextError
 
 TEXT = st.text("一个问题?ab \n#<>[]1", max_size=60)
 

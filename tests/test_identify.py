@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from reference import data, manifest
-from seechat_lite.cli import main
+from seechat_lite.cli.main import main
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files import LFS_POINTER
 from seechat_weights.identify import Identity, check_given, identify
@@ -24,7 +24,7 @@ WITHOUT_TORCH = """
 import sys
 for name in ("torch", "transformers", "safetensors", "seechat_export"):
     sys.modules[name] = None
-from seechat_lite.cli import main
+from seechat_lite.cli.main import main
 raise SystemExit(main(["info", sys.argv[1]]))
 """
 

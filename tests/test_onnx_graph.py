@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import seechat_lite as sl
-from seechat_lite.cli import main
+from seechat_lite.cli.main import main
 from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle import MANIFEST, read_manifest, sha256
 from seechat_weights.errors import BundleError

@@ -24,7 +24,7 @@ import sys
 for name in ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "tqdm", "seechat_export"):
     sys.modules[name] = None  # importing it raises ImportError
 import seechat_lite as sl
-from seechat_lite.cli import main
+from seechat_lite.cli.main import main
 with sl.load() as model:
     assert model.chat().ask("你好")
 code = main(["ask", sys.argv[1], "这是什么？"])

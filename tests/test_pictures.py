@@ -23,9 +23,9 @@ from PIL import Image, ImageFile
 
 import seechat_lite as sl
 from reference import data
+from seechat_lite.cli.options import picture_source
 from seechat_lite.engines.base import Cancelled
 from seechat_lite.images import load_image, pixels, several
-from seechat_lite.options import picture_source
 from seechat_lite.pictures import decode, headers, pool, worker
 from seechat_lite.pictures.formats import PLUGINS, identify
 from seechat_weights.bundle import PixelSpec

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seechat_lite.errors import ContextError
+from seechat_lite.cli.pipe import MAX_CHATS, Pipe
 from seechat_lite.generation import DEFAULTS
-from seechat_lite.pipe import MAX_CHATS, Pipe
 from seechat_lite.sampling import Sampling
 from seechat_lite.text_lines import LineError, text_lines
+from seechat_weights.errors import ContextError
 from serving import IMAGES, PANDA, slow_command
 
 PICTURE = str(IMAGES / "panda.png")

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from reference import data
-from seechat_lite.cli import main
-from seechat_lite.terminal import PlainFormatter
+from seechat_lite.cli.main import main
+from seechat_lite.cli.terminal import PlainFormatter
 from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle import MANIFEST
 from seechat_weights.errors import SeechatError

@@ -17,10 +17,10 @@ from seechat_export.export import export_bundle
 from seechat_lite.engines import EngineOptions
 from seechat_lite.engines.torch import TorchEngine
 from seechat_lite.engines.torch_graphs import Recorder
-from seechat_lite.errors import MemoryPlanError
 from seechat_lite.eyes import EyeFiles
 from seechat_lite.prompt import Prompt
 from seechat_lite.source import open_source
+from seechat_weights.errors import MemoryPlanError
 
 ROOT = Path(__file__).resolve().parent.parent
 VISION = data("vision")

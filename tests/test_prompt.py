@@ -8,9 +8,9 @@ import pytest
 
 from reference import lines_run, load_json
 from seechat_lite.conversation import FORMATS, Turn, render
-from seechat_lite.errors import ContextError
 from seechat_lite.prompt import Prompt, build, context_length, position_ids
 from seechat_lite.tokenizer import Tokenizer
+from seechat_weights.errors import ContextError
 
 CHATGLM = load_json("prompts/chatglm_chat.json")
 DEMO = load_json("prompts/seechat_demo_stage2.json")

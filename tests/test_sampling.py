@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference import load_json, tensors
-from seechat_lite.errors import EngineError, OptionError
 from seechat_lite.sampling import Sampler, Sampling, candidates, scores
+from seechat_weights.errors import EngineError, OptionError
 
 REFERENCE = load_json("sampling/sampling.json")
 TENSORS = tensors("sampling/sampling.safetensors")

@@ -86,7 +86,7 @@ def test_what_cannot_be_served(tmp_path: Path) -> None:
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    script = "import sys; sys.modules['starlette'] = None\nfrom seechat_lite.cli import main\n"
+    script = "import sys; sys.modules['starlette'] = None\nfrom seechat_lite.cli.main import main\n"
     script += "sys.exit(main(['serve', '--port', '0']))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1

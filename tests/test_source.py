@@ -16,7 +16,7 @@ import seechat_lite as sl
 from reference import data
 from seechat_export.export import export_bundle
 from seechat_lite import bench, eyes
-from seechat_lite.cli import main
+from seechat_lite.cli.main import main
 from seechat_lite.eyes import load_seechat
 from seechat_lite.server import run as server
 from seechat_lite.source import open_source

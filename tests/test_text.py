@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import seechat_lite as sl
-from seechat_lite import terminal
+from seechat_lite.cli import terminal
 from seechat_lite.conversation import FORMATS, Turn, render, trimmed
 from serving import IMAGES, asking, data_url, running
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference import data, load_json
-from seechat_lite.errors import BundleError
 from seechat_lite.text_stream import TextStream
 from seechat_lite.tokenizer import Tokenizer
+from seechat_weights.errors import BundleError
 
 CASES = load_json("tokenizer/cases.json")
 VARIANTS = load_json("tokenizer/variants.json")

@@ -15,18 +15,18 @@ from networks import load_chatglm
 from reference import check_recorded, data, greedy, load_json, positions, tensors
 from seechat_export.export import export_bundle
 from seechat_export.reference_chatglm import KVCache
-from seechat_lite import options
-from seechat_lite.cli import main
+from seechat_lite.cli import options
+from seechat_lite.cli.main import main
 from seechat_lite.engines import Engine, EngineOptions, create
 from seechat_lite.engines.base import Cancelled
 from seechat_lite.engines.torch import DTYPES, TorchEngine
 from seechat_lite.engines.torch_memory import device_plan
-from seechat_lite.errors import EngineError, MemoryPlanError
 from seechat_lite.nn.linears import QUANTIZATIONS, BlockLinear
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_tables
 from seechat_lite.source import open_source
 from seechat_weights.bundle import Decoder, LMConfig, Manifest, TokenizerConfig
+from seechat_weights.errors import EngineError, MemoryPlanError
 
 TINY = data("chatglm_tiny")
 TOLERANCE = 5e-4

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from seechat_lite.cli.options import add_eye_options, eye_files
 from seechat_lite.conversation import FORMATS
 from seechat_lite.memory import human
-from seechat_lite.options import add_eye_options, eye_files
 from seechat_weights.checkpoints import Opener
 from seechat_weights.errors import SeechatError
 from seechat_weights.files import local_path

@@ -12,7 +12,7 @@ with sl.load() as model:                       # or sl.load("path/to/bundle")
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from seechat_lite.errors import (
+from seechat_weights.errors import (
     BundleError,
     CheckpointError,
     ContextError,

@@ -9,7 +9,7 @@ from seechat_lite.interrupts import leave_on_ctrl_c
 def main() -> int:
     """Run the command line; returns the exit code."""
     leave_on_ctrl_c()  # before anything that takes time to import
-    from seechat_lite.cli import main
+    from seechat_lite.cli.main import main
 
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done, let Python tidy up

@@ -20,7 +20,6 @@ from seechat_lite import history
 from seechat_lite.conversation import FORMATS, CleanStream, Format, Turn, trimmed
 from seechat_lite.engines import Engine
 from seechat_lite.engines.base import Cancelled
-from seechat_lite.errors import ContextError, EngineError, OptionError
 from seechat_lite.generate import generate
 from seechat_lite.generation import Generation, GenerationOptions
 from seechat_lite.images import (
@@ -38,6 +37,7 @@ from seechat_lite.speculation import PromptLookup
 from seechat_lite.text_stream import TextStream
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.bundle import Manifest, PixelSpec
+from seechat_weights.errors import ContextError, EngineError, OptionError
 
 log = logging.getLogger(__name__)
 

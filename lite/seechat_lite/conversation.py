@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from seechat_lite.errors import ContextError
+from seechat_weights.errors import ContextError
 
 
 @dataclass(frozen=True)

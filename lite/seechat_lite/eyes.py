@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from seechat_lite.clip_settings import clip_settings
-from seechat_lite.errors import BundleError, CheckpointError, SeechatError
 from seechat_weights.accounting import FLOATS, Shape, Shapes, account, check_shapes
 from seechat_weights.audit import Place, check_vision
 from seechat_weights.blip_names import (
@@ -29,6 +28,7 @@ from seechat_weights.blip_names import (
 )
 from seechat_weights.bundle import Manifest, PixelSpec, VisionConfig, VisionNetwork
 from seechat_weights.checkpoints import Checkpoint, Opener, open_checkpoint, read_json
+from seechat_weights.errors import BundleError, CheckpointError, SeechatError
 from seechat_weights.files import local_path
 from seechat_weights.model_files import find_model
 from seechat_weights.vision_names import Part, bridge_sizes, clip_sizes, map_bridge, map_clip

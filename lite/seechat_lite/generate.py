@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator
 
 from seechat_lite.engines.base import Cancelled, Engine
-from seechat_lite.errors import OptionError
 from seechat_lite.prompt import Prompt
 from seechat_lite.sampling import Sampler, Sampling
 from seechat_lite.speculation import PromptLookup
+from seechat_weights.errors import OptionError
 
 
 def generate(

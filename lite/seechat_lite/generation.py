@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from seechat_lite.errors import OptionError
+from seechat_weights.errors import OptionError
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import numpy as np
 from seechat_lite import prompt as prompts
 from seechat_lite.conversation import Format, Turn, render
 from seechat_lite.engines.base import Cancelled
-from seechat_lite.errors import ContextError
 from seechat_lite.prompt import Prompt
 from seechat_lite.tokenizer import Tokenizer
+from seechat_weights.errors import ContextError
 
 # A token stands for at most so many characters: a run of 80 spaces is one. White space and control
 # characters that the tokenizer leaves out are the exception; a text of nothing else is as long.

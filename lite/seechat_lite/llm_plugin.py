@@ -16,8 +16,8 @@ import llm
 from llm.parts import AttachmentPart, Message, TextPart
 from pydantic import Field, create_model
 
-from seechat_lite.errors import ImageError, SeechatError
 from seechat_lite.generation import DEFAULTS, HELP, Generation
+from seechat_weights.errors import ImageError, SeechatError
 
 if TYPE_CHECKING:
     from seechat_lite.chat import Chat, Model

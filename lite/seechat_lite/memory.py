@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from seechat_lite.errors import MemoryPlanError, OptionError
+from seechat_weights.errors import MemoryPlanError, OptionError
 
 MIN_CONTEXT = 16  # tokens; less holds no question and answer
 ADVISED_CONTEXT = 256  # tokens; less is nothing to recommend

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar
 
-from seechat_lite.errors import EngineError
+from seechat_weights.errors import EngineError
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

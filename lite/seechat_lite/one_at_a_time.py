@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from seechat_lite.errors import EngineError
+from seechat_weights.errors import EngineError
 
 
 class OneAtATime:

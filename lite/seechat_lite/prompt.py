@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from seechat_lite.conversation import ImageSlot
-from seechat_lite.errors import ContextError
+from seechat_weights.errors import ContextError
 
 if TYPE_CHECKING:  # engines take prompts, and need no tokenizer
     from seechat_lite.tokenizer import Tokenizer

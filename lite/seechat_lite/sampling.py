@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from seechat_lite.errors import EngineError
 from seechat_lite.generation import Sampling
+from seechat_weights.errors import EngineError
 
 
 def scores(

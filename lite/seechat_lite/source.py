@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from seechat_lite.errors import BundleError, CheckpointError, EngineError
 from seechat_lite.eyes import EyeFiles, Eyes, bundle_eyes
 from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle import Decoder, Manifest, TokenizerConfig, read_manifest
 from seechat_weights.checkpoints import Opener
+from seechat_weights.errors import BundleError, CheckpointError, EngineError
 from seechat_weights.files import local_path
 from seechat_weights.identify import identify
 from seechat_weights.lm import LM, open_lm

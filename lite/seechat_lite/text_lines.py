@@ -11,7 +11,7 @@ import locale
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from seechat_lite.errors import SeechatError
+from seechat_weights.errors import SeechatError
 
 _CHUNK = 1 << 16  # bytes
 _BOM = codecs.BOM_UTF8.decode()

@@ -10,9 +10,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from seechat_lite.errors import BundleError
 from seechat_lite.pieces import Pieces
 from seechat_weights.bundle import LMConfig
+from seechat_weights.errors import BundleError
 from seechat_weights.files import LFS_POINTER
 from seechat_weights.tokenizer_file import MAX_BYTES, completed
 from seechat_weights.untrusted import read_file

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from importlib import import_module
 
 from seechat_lite.engines.base import Engine, EngineOptions
-from seechat_lite.errors import EngineError
 from seechat_lite.source import Source
+from seechat_weights.errors import EngineError
 
 ENGINES = {
     "onnx": ("seechat_lite.engines.onnx", "OnnxEngine"),

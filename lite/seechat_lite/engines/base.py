@@ -7,11 +7,11 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from seechat_lite.errors import ContextError, EngineError
 from seechat_lite.memory import MemoryPlan
 from seechat_lite.prompt import Prompt, context_length, position_ids
 from seechat_lite.source import Source
 from seechat_weights.bundle import LMConfig, VisionConfig
+from seechat_weights.errors import ContextError, EngineError
 
 
 @dataclass(frozen=True)

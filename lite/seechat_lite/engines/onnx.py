@@ -34,7 +34,6 @@ from seechat_lite.engines.onnx_memory import (
     check_memory,
     float_bytes_on_card,
 )
-from seechat_lite.errors import EngineError, MemoryPlanError
 from seechat_lite.memory import MemoryPlan
 from seechat_lite.native import Native, guarded
 from seechat_lite.onnx_runtime import ort
@@ -43,6 +42,7 @@ from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_lite.source import Source
 from seechat_weights.bundle import LMConfig
 from seechat_weights.bundle_arrays import BundleArrays
+from seechat_weights.errors import EngineError, MemoryPlanError
 from seechat_weights.onnx_graph import check_decoder, check_vision
 from seechat_weights.precisions import PRECISIONS, VISION_PRECISIONS, stored_precision
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from seechat_lite.engines.onnx_memory import CARDS
-from seechat_lite.errors import BundleError, EngineError
 from seechat_lite.onnx_runtime import ort
+from seechat_weights.errors import BundleError, EngineError
 
 # names people use for ONNX Runtime's execution providers; any provider's full name works as well
 DEVICES = {

@@ -34,7 +34,6 @@ from seechat_lite.engines.torch_memory import TorchPlan, advice, device_plan
 from seechat_lite.engines.torch_settings import torch_settings
 from seechat_lite.engines.torch_vision import TorchVision
 from seechat_lite.engines.torch_weights import CheckpointWeights, Weights, build, weights_of
-from seechat_lite.errors import EngineError, MemoryPlanError
 from seechat_lite.memory import MemoryPlan
 from seechat_lite.native import Native, guarded
 from seechat_lite.nn.decoder import (
@@ -48,6 +47,7 @@ from seechat_lite.nn.kernels import KERNEL_ROWS, fused
 from seechat_lite.nn.linears import QUANTIZATIONS
 from seechat_lite.prompt import Prompt
 from seechat_lite.source import Source
+from seechat_weights.errors import EngineError, MemoryPlanError
 
 if TYPE_CHECKING:
     from seechat_lite.engines.onnx import OnnxVision

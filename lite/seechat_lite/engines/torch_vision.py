@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from seechat_lite.engines.torch_settings import torch_settings
-from seechat_lite.errors import EngineError
 from seechat_lite.eyes import Eyes
 from seechat_lite.memory import KEPT_VISION
 from seechat_lite.native import Native, guarded
+from seechat_weights.errors import EngineError
 
 
 class TorchVision(Native):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seechat_lite.errors import EngineError
 from seechat_lite.nn.blocks import quantize_blocks
 from seechat_lite.nn.decoder import Decoder
 from seechat_lite.nn.linears import BLOCK, CHUNK, QUANTIZATIONS, BlockLinear, bitsandbytes_linear
@@ -19,6 +18,7 @@ from seechat_lite.rotary import rotary_tables
 from seechat_lite.source import Source
 from seechat_weights.bundle import LMConfig, Manifest
 from seechat_weights.bundle_arrays import BundleArrays
+from seechat_weights.errors import EngineError
 from seechat_weights.layout import HEAD, head_order, reordered_prefix
 from seechat_weights.lm import ALL, LM
 

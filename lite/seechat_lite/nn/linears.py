@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seechat_lite.errors import EngineError
 from seechat_lite.nn import kernels
 from seechat_lite.nn.blocks import dequantize_blocks
+from seechat_weights.errors import EngineError
 
 CHUNK = 1 << 26  # weights that are numbers at the same time when many rows are multiplied
 

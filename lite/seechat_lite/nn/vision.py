@@ -7,13 +7,13 @@ trained on what enters the last layer (LLaVA's hidden_states[-2]), without the f
 import torch
 from torch import Tensor, nn
 
-from seechat_lite.errors import CheckpointError, EngineError
 from seechat_lite.eyes import Eyes
 from seechat_lite.nn.attention import register_attention, vit_settings
 from seechat_lite.nn.blip import EvaTower, QFormerBridge
 from seechat_lite.nn.bridges import BRIDGES
 from seechat_lite.nn.streamed import Streamed
 from seechat_weights.bundle import VisionConfig, VisionNetwork
+from seechat_weights.errors import CheckpointError, EngineError
 
 
 class ClipTower(nn.Module):

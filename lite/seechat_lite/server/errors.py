@@ -8,14 +8,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from seechat_lite.errors import (
+from seechat_lite.server.logs import note_error
+from seechat_weights.errors import (
     ContextError,
     EngineError,
     ImageError,
     MemoryPlanError,
     SeechatError,
 )
-from seechat_lite.server.logs import note_error
 
 log = logging.getLogger(__name__)
 

@@ -14,13 +14,13 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from seechat_lite.chat import Model
-from seechat_lite.errors import SeechatError
 from seechat_lite.interrupts import EXIT_CODE, raise_on_ctrl_c
 from seechat_lite.server import logs
 from seechat_lite.server.app import create_app
 from seechat_lite.server.desk import Desk
 from seechat_lite.server.settings import Settings
 from seechat_weights.bundle import Manifest
+from seechat_weights.errors import SeechatError
 
 log = logging.getLogger(__name__)
 

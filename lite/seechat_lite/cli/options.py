@@ -1,21 +1,51 @@
-"""Options that all commands which load a model share, and what they say to load()."""
+"""Options that several commands share, and what they say to load() and Chat.stream()."""
 
 import argparse
 import io
 import stat
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+from seechat_lite.cli.terminal import say
+from seechat_lite.generation import DEFAULTS, HELP, Generation
 from seechat_weights.errors import SeechatError
+from seechat_weights.plain_text import one_line
 
 if TYPE_CHECKING:
+    from seechat_lite.chat import Model
     from seechat_lite.eyes import EyeFiles
+    from seechat_lite.memory import MemoryPlan
+
+WORTH_A_PLAN = 1_000_000_000  # bytes a model takes before people are told the sums
 
 DTYPES = ("fp16", "bf16", "fp32")
 QUANTIZATIONS = ("int4", "nf4", "fp4", "int8")
+
+
+class UsageError(Protocol):
+    """Ends the process with exit code 2: a parser's `error`."""
+
+    def __call__(self, message: str) -> NoReturn: ...
+
+
+def add_answer_options(parser: argparse.ArgumentParser) -> None:
+    """Add the model's name, the options of answers and those of load()."""
+    add_model_option(parser)
+    parser.add_argument("--stats", action="store_true", help="tokens and times, on stderr")
+    add = parser.add_argument_group("answering").add_argument
+    add("--format", metavar="NAME", help="conversation format; default: the bundle's")
+    for name, default in DEFAULTS.items():
+        flag, words = f"--{name.replace('_', '-')}", HELP[name]
+        if isinstance(default, bool):
+            add(flag, action=argparse.BooleanOptionalAction, default=default, help=words)
+        elif isinstance(default, tuple):
+            add(flag, action="append", default=[], metavar="TEXT", help=words)
+        else:
+            kind, letter = type(default), name[0].upper()
+            add(flag, type=kind, default=default, metavar=letter, help=f"{words} (%(default)g)")
+    add_load_options(parser)
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +135,7 @@ def add_eye_options(parser: Any) -> None:
     )
 
 
-def eye_files(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> "EyeFiles | None":
+def eye_files(args: argparse.Namespace, usage_error: UsageError) -> "EyeFiles | None":
     """What add_eye_options' options name, if anything; what does not go together is wrong usage."""
     from seechat_lite.eyes import EyeFiles
 
@@ -115,10 +145,10 @@ def eye_files(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> "E
     try:
         return EyeFiles(**given)
     except SeechatError as e:
-        return usage_error(str(e))
+        usage_error(str(e))
 
 
-def load_options(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> dict[str, Any]:
+def load_options(args: argparse.Namespace, usage_error: UsageError) -> dict[str, Any]:
     """What load() is to be called with; a value that no model would take is wrong usage."""
     from seechat_lite.engines import not_for
     from seechat_lite.memory import parse_size
@@ -162,8 +192,8 @@ def picture_source(place: str) -> "str | io.BytesIO":
 
     place: a path, or "-" for stdin. Raises ImageError.
     """
-    from seechat_lite.errors import ImageError
     from seechat_lite.images import MAX_BYTES
+    from seechat_weights.errors import ImageError
 
     try:
         if place == "-":
@@ -182,7 +212,7 @@ def picture_source(place: str) -> "str | io.BytesIO":
     return file
 
 
-def check_engine(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> None:
+def check_engine(args: argparse.Namespace, usage_error: UsageError) -> None:
     """An engine that there is not is wrong usage."""
     from seechat_lite.engines import ENGINES
 
@@ -190,9 +220,43 @@ def check_engine(args: argparse.Namespace, usage_error: Callable[[str], Any]) ->
         usage_error(f"--engine is {args.engine}; expected one of auto, {', '.join(ENGINES)}")
 
 
-def check_context(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> None:
+def check_context(args: argparse.Namespace, usage_error: UsageError) -> None:
     """A context that holds no question is wrong usage."""
     from seechat_lite.memory import MIN_CONTEXT
 
     if args.context < MIN_CONTEXT:
         usage_error(f"--context is {args.context}; expected at least {MIN_CONTEXT}")
+
+
+def answer_options(args: argparse.Namespace, usage_error: UsageError) -> Generation:
+    """What is chosen for an answer; a value that no model would take is wrong usage."""
+    from seechat_lite.conversation import FORMATS
+
+    if args.format not in (None, *FORMATS):
+        usage_error(f"--format is {args.format}; expected one of {', '.join(FORMATS)}")
+    try:
+        return Generation(**{name: getattr(args, name) for name in DEFAULTS})
+    except SeechatError as e:
+        usage_error(str(e).replace("max_new_tokens", "--max-new-tokens", 1))
+
+
+def load_model(args: argparse.Namespace, options: dict[str, Any]) -> "Model":
+    """Load the model; of a large one, say what it takes, and then how far it is."""
+    from seechat_lite.loading import load
+
+    large = False
+
+    def announce(plan: "MemoryPlan") -> None:
+        nonlocal large
+        if large := plan.total >= WORTH_A_PLAN:
+            print(one_line(f"memory: {plan}"), file=sys.stderr)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if large:
+            say(f"{stage} {done / max(total, 1):.0%}")
+
+    try:
+        return load(args.model, **options, announce=announce, progress=progress)
+    finally:
+        if large:
+            say("")

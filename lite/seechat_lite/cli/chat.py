@@ -1,5 +1,6 @@
-"""The conversation of `seechat chat`: questions and commands from stdin, one a line."""
+"""The command `seechat chat`: questions and commands from stdin, one a line."""
 
+import argparse
 import io
 import os
 import shlex
@@ -8,18 +9,26 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
-from seechat_lite.chat import Chat
-from seechat_lite.conversation import trimmed
-from seechat_lite.errors import ImageError, SeechatError
-from seechat_lite.generation import Generation
-from seechat_lite.images import ImageSource, load_image
+from seechat_lite.cli.options import (
+    UsageError,
+    add_answer_options,
+    answer_options,
+    load_model,
+    load_options,
+    picture_source,
+)
+from seechat_lite.cli.terminal import complain, print_stats, show
 from seechat_lite.interrupts import raise_on_ctrl_c
-from seechat_lite.options import picture_source
-from seechat_lite.terminal import complain, print_stats, show
 from seechat_lite.text_lines import Bytes, LineError, text_lines
+from seechat_weights.errors import ImageError, SeechatError
 from seechat_weights.plain_text import one_line, spoken
+
+if TYPE_CHECKING:
+    from seechat_lite.chat import Chat
+    from seechat_lite.generation import Generation
+    from seechat_lite.images import ImageSource
 
 MAX_LINE = 1 << 20  # bytes
 HELP = """\
@@ -31,7 +40,32 @@ HELP = """\
 Ctrl-C stops an answer.                                Ctrl-C 停止回答"""
 
 
-def talk(chat: Chat, images: list[str], options: Generation, *, stats: bool, debug: bool) -> None:
+def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add `chat` to the subparsers of `seechat`; `common` holds the options of all commands."""
+    parser = commands.add_parser(
+        "chat",
+        parents=[common],
+        usage="%(prog)s [options]",
+        help="talk, with /image and /help",
+    )
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="begin with a picture"
+    )
+    add_answer_options(parser)
+    parser.set_defaults(run=lambda args: _chat(args, parser.error))
+
+
+def _chat(args: argparse.Namespace, usage_error: UsageError) -> int:
+    options = answer_options(args, usage_error)
+    with load_model(args, load_options(args, usage_error)) as model:
+        chat = model.chat(args.format)
+        talk(chat, args.image, options, stats=args.stats, debug=args.debug)
+    return 0
+
+
+def talk(
+    chat: "Chat", images: list[str], options: "Generation", *, stats: bool, debug: bool
+) -> None:
     """Answer until stdin ends or somebody leaves.
 
     images: files shown with the first question. options: of the answers. stats: tell tokens and
@@ -61,7 +95,7 @@ def talk(chat: Chat, images: list[str], options: Generation, *, stats: bool, deb
 class _Talk:
     """A Chat, and the pictures of the question to come."""
 
-    def __init__(self, chat: Chat, options: Generation, *, stats: bool) -> None:
+    def __init__(self, chat: "Chat", options: "Generation", *, stats: bool) -> None:
         self._chat = chat
         self._options = options
         self._stats = stats
@@ -91,6 +125,8 @@ class _Talk:
 
     def image(self, path: str) -> None:
         """Show a picture with the next question; what is wrong with it is said now."""
+        from seechat_lite.images import load_image
+
         if path == "-":
             raise ImageError("stdin gives the questions here; expected a picture's file: name one")
         image = load_image(picture_source(path)).image  # the file may be gone when it is asked for
@@ -127,6 +163,8 @@ def _paths(text: str) -> list[str]:
 
 def _lines(interactive: bool) -> Iterator[str]:
     """Questions and commands from stdin until its end, blank lines left out."""
+    from seechat_lite.conversation import trimmed
+
     if not interactive:
         stdin = sys.stdin.buffer if sys.stdin else io.BytesIO()  # None: started with it closed
         for line in text_lines(cast(Bytes, stdin), most=MAX_LINE):

@@ -1,13 +1,12 @@
-"""The command `seechat serve`, found by the command line as an entry point."""
+"""The command `seechat serve`: its options, and the server's settings made of them."""
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from seechat_lite.options import add_load_options, add_model_option, load_options
+from seechat_lite.cli.options import UsageError, add_load_options, add_model_option, load_options
 from seechat_weights.errors import SeechatError
 
 KEY_VARIABLE = "SEECHAT_API_KEY"
@@ -61,7 +60,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=lambda args: _serve(args, parser.error))
 
 
-def _serve(args: argparse.Namespace, usage_error: Callable[[str], Any]) -> int:
+def _serve(args: argparse.Namespace, usage_error: UsageError) -> int:
     for name, least in (("port", 0), ("queue", 0), ("max_body", 0), ("image_cache", 0)):
         if getattr(args, name) < least:
             usage_error(f"--{name.replace('_', '-')}: expected {least} or more")

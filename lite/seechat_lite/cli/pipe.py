@@ -20,12 +20,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from seechat_lite.errors import SeechatError
+from seechat_lite.cli.options import add_load_options, add_model_option, load_options
 from seechat_lite.generation import DEFAULTS
 from seechat_lite.interrupts import OUTPUT_GONE
 from seechat_lite.json_structure import too_complex
-from seechat_lite.options import add_load_options, add_model_option, load_options
 from seechat_lite.text_lines import Bytes, LineError, text_lines
+from seechat_weights.errors import SeechatError
 from seechat_weights.plain_text import safe_json
 
 if TYPE_CHECKING:

@@ -6,7 +6,9 @@ import io
 import json
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -54,6 +56,25 @@ def print_json(report: Mapping[str, Any]) -> None:
     """One JSON object on stdout; in ASCII where it is not UTF-8, which JSON has to be."""
     utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
     print(safe_json(json.dumps(report, ensure_ascii=not utf8)))
+
+
+def print_table(rows: Mapping[str, str | list[str]]) -> None:
+    """Names and values in two columns; a value's lines are wrapped to the terminal's width."""
+    width = max(map(len, rows)) + 2
+    columns = shutil.get_terminal_size().columns
+    for name, value in rows.items():
+        lines = [
+            part
+            for text in ([value] if isinstance(value, str) else value)
+            for part in textwrap.wrap(
+                one_line(text),
+                max(columns - width, 40),
+                break_long_words=False,
+                break_on_hyphens=False,  # paths and addresses are to be copied
+            )
+            or [""]
+        ]
+        print(f"{name:<{width}}" + ("\n" + " " * width).join(lines))
 
 
 def prepare_streams() -> None:

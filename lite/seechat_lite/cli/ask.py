@@ -1,0 +1,77 @@
+"""The command `seechat ask`: one question, one answer."""
+
+import argparse
+import dataclasses
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seechat_lite.cli.options import (
+    UsageError,
+    add_answer_options,
+    answer_options,
+    load_model,
+    load_options,
+    picture_source,
+)
+from seechat_lite.cli.terminal import print_json, print_stats, show
+
+if TYPE_CHECKING:
+    from seechat_lite.chat import Stats
+
+
+def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add `ask` to the subparsers of `seechat`; `common` holds the options of all commands."""
+    parser = commands.add_parser(
+        "ask",
+        parents=[common],
+        usage="%(prog)s [IMAGE ...] QUESTION [options]",
+        help="ask one question, about pictures or without",
+    )
+    parser.add_argument(
+        "words", nargs="+", metavar="QUESTION", help="the question, after its pictures if any"
+    )
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture, as if it came before the question; - is stdin",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    add_answer_options(parser)
+    parser.set_defaults(run=lambda args: _ask(args, parser.error))
+
+
+def _ask(args: argparse.Namespace, usage_error: UsageError) -> int:
+    from seechat_lite.conversation import trimmed
+
+    *places, question = args.words
+    with suppress(OSError):  # questions make file names of any length
+        if Path(question).is_file():
+            usage_error(f"{question} is a file; the question comes after the pictures")
+    if not trimmed(question):
+        usage_error("the question is empty")
+    if any("\ud800" <= c <= "\udfff" for c in question):  # what Python makes of undecodable bytes
+        usage_error(f"the question has bytes that are no text in {sys.getfilesystemencoding()}")
+    options = answer_options(args, usage_error)
+    images = [picture_source(place) for place in (*args.image, *places)]
+    with load_model(args, load_options(args, usage_error)) as model:
+        chat = model.chat(args.format)
+        pieces = chat.stream(question, images or None, generation=options)
+        if args.json:
+            answer = "".join(pieces)
+            report = {"answer": answer, "model": model.manifest.name, "stats": _stats(chat.stats)}
+            print_json(report)
+        else:
+            show(pieces)
+        if args.stats:
+            print_stats(chat.stats)
+    return 0
+
+
+def _stats(stats: "Stats | None") -> dict[str, Any]:
+    if stats is None:
+        return {}
+    return dataclasses.asdict(stats) | {"tokens_per_second": round(stats.tokens_per_second, 2)}

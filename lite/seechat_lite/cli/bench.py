@@ -1,0 +1,90 @@
+"""The command `seechat bench`: how fast a model is on this machine."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from seechat_lite.cli.options import (
+    UsageError,
+    add_load_options,
+    add_model_option,
+    load_options,
+)
+from seechat_lite.cli.terminal import print_json, print_table, say
+from seechat_lite.folders import cache_folder
+from seechat_weights.errors import SeechatError
+from seechat_weights.plain_text import one_line
+from seechat_weights.precisions import PRECISIONS
+
+LAYOUT = 2  # of the bundles that an export writes; synthetic ones are kept by it
+
+
+def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add `bench` to the subparsers of `seechat`; `common` holds the options of all commands."""
+    parser = commands.add_parser(
+        "bench",
+        parents=[common],
+        usage="%(prog)s [--model DIR | --synthetic chatglm-6b] [options]",
+        help="how fast a model is here, and what memory it takes",
+    )
+    which = parser.add_mutually_exclusive_group()
+    add_model_option(which)
+    which.add_argument(
+        "--synthetic",
+        choices=("chatglm-6b",),
+        help="a model of this shape with random weights, written once and kept in the cache folder",
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="int4", help="of --synthetic (%(default)s)"
+    )
+    parser.add_argument("--layers", type=int, default=28, metavar="N", help="of --synthetic (28)")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each (3)")
+    parser.add_argument(
+        "--turns", type=int, default=0, metavar="N", help="a dialogue of N turns as well (0)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_load_options(parser)
+    parser.set_defaults(run=lambda args: _bench(args, parser.error))
+
+
+def _bench(args: argparse.Namespace, usage_error: UsageError) -> int:
+    from seechat_lite.bench import measure, rows
+
+    options = load_options(args, usage_error)
+    if args.repeat < 1:
+        usage_error(f"--repeat is {args.repeat}; expected at least 1")
+
+    folder = _synthetic(args, say) if args.synthetic else args.model
+    report = measure(folder, options=options, repeat=args.repeat, turns=args.turns, say=say)
+    say("")
+    if args.json:
+        print_json(dataclasses.asdict(report))
+    else:
+        print_table(rows(report))
+    return 0
+
+
+def _synthetic(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
+    """The bundle of random weights that --synthetic names, from the cache folder."""
+    folder = cache_folder() / f"{args.synthetic}-{args.precision}-{args.layers}-v{LAYOUT}"
+    if folder.is_dir():
+        return folder
+    entry = next(iter(entry_points(group="seechat.synthetic", name=args.synthetic)))
+    try:
+        write = entry.load()
+    except ImportError as e:
+        raise SeechatError(
+            f'{e.name} is not installed; --synthetic needs it: pip install "seechat-lite[export]"'
+        ) from None
+    print(one_line(f"writing random weights to {folder}"), file=sys.stderr)
+    write(
+        folder,
+        precision=args.precision,
+        layers=args.layers,
+        progress=lambda stage, done, total: say(f"{stage} {done / total:.0%}"),
+    )
+    return folder

@@ -1,0 +1,95 @@
+"""The command `seechat info`: what a bundle or published weights are, and what they take."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from seechat_lite.cli.options import (
+    UsageError,
+    add_engine_options,
+    add_memory_options,
+    check_context,
+    check_engine,
+)
+from seechat_lite.cli.terminal import print_json, print_table
+
+
+def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add `info` to the subparsers of `seechat`; `common` holds the options of all commands."""
+    parser = commands.add_parser(
+        "info",
+        parents=[common],
+        usage="%(prog)s [PATH] [options]",
+        help="what a bundle or a checkpoint is",
+    )
+    parser.add_argument(
+        "model", nargs="?", type=Path, metavar="PATH", help="a bundle, or published weights"
+    )
+    add_engine_options(parser)
+    add_memory_options(parser)
+    parser.add_argument("--json", action="store_true", help="print the manifest and the sums")
+    parser.set_defaults(run=lambda args: _info(args, parser.error))
+
+
+def _info(args: argparse.Namespace, usage_error: UsageError) -> int:
+    from seechat_lite.engines import EngineOptions, engine_class
+    from seechat_lite.memory import available_memory, human
+    from seechat_lite.source import open_source
+    from seechat_weights.bundle import verify_hashes
+    from seechat_weights.files import local_path
+    from seechat_weights.identify import describe_bundle
+    from seechat_weights.model_files import is_bundle
+    from seechat_weights.onnx_graph import check_graphs
+
+    check_context(args, usage_error)
+    check_engine(args, usage_error)
+    path = local_path(args.model) if args.model else None
+    if path and not is_bundle(path):
+        return _identify(path, as_json=args.json)
+    source = open_source(path)
+    folder, manifest = source.path, source.manifest
+    verify_hashes(folder, manifest)
+    check_graphs(folder, manifest)
+    options = EngineOptions(device=args.device, keep_vision=args.keep_vision, dtype=args.dtype)
+    needed = engine_class(args.engine).plan(source, context=args.context, options=options)
+    found, free = describe_bundle(folder, manifest), available_memory()
+    if args.json:
+        report = vars(found) | {"path": str(folder)} | dataclasses.asdict(manifest)
+        report["memory"] = dataclasses.asdict(needed) | {"total": needed.total, "free": free}
+        print_json(report)
+        return 0
+    size = sum(f.bytes for f in manifest.files.values())
+    rows: dict[str, str | list[str]] = {
+        "what": found.title,
+        "path": str(folder),
+        **found.facts,
+        "files": f"{len(manifest.files)}, {human(size)}, all hashes right",
+        "memory": [
+            f"{human(needed.total)} at a context of {needed.context} tokens",
+            needed.parts,
+            f"{human(free)} free now",
+        ],
+        "start with": str(found.command) if args.model else "seechat chat",
+    }
+    print_table(rows)
+    return 0
+
+
+def _identify(path: Path, *, as_json: bool) -> int:
+    """Say what published weights are; 1 if nothing can be made of them."""
+    from seechat_weights.identify import identify
+
+    found = identify(path)
+    if as_json:
+        print_json(vars(found) | {"path": str(path)})
+        return 0 if found.usable else 1
+    rows: dict[str, str | list[str]] = {"what": found.title, "path": str(path), **found.facts}
+    if found.missing:
+        rows["still needed"] = [f"{name}: {place}" for name, place in found.missing.items()]
+    if found.command:
+        rows["export with"] = found.command
+    if found.run:
+        rows["run as it is"] = found.run
+    print_table(rows)
+    return 0 if found.usable else 1
