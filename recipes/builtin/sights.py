@@ -156,8 +156,9 @@ class PhotoBridge(nn.Module):
         self.ground = nn.Embedding(NO_COLOUR + 1, hidden)
         self.light = nn.Embedding(len(LIGHTS), hidden)
         self.place = nn.Parameter(torch.zeros(TOKENS, hidden))
-        for table in (self.verdict, self.colour, self.ground, self.light):
-            nn.init.normal_(table.weight, std=0.1)
+        nn.init.normal_(self.verdict.weight, std=0.1)
+        for table in (self.colour, self.ground, self.light):
+            nn.init.normal_(table.weight, std=0.04)  # fainter than what is shown
 
     def forward(self, sights: Tensor) -> Tensor:
         what = self.verdict(sights[:, :TOKENS]) + self.place
