@@ -35,8 +35,9 @@ from seechat_lite.conversation import FORMATS, Turn, render
 from seechat_lite.nn.blocks import dequantize_blocks, quantize_blocks
 from seechat_lite.prompt import Prompt, build, position_ids
 from seechat_weights.builtin import BUILTIN
-from seechat_weights.bundle import LMConfig, read_manifest
+from seechat_weights.bundle import read_manifest
 from seechat_weights.bundle_arrays import BundleArrays
+from seechat_weights.config import LMConfig
 from seechat_weights.lm import open_lm
 from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS
 

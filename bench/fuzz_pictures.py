@@ -25,7 +25,7 @@ import psutil
 from PIL import Image
 
 from seechat_lite.images import load_image, pixels
-from seechat_weights.bundle import PixelSpec
+from seechat_weights.config import PixelSpec
 from seechat_weights.errors import ImageError
 
 SECONDS = 10.0

@@ -39,12 +39,10 @@ from seechat_lite.engines.base import EngineOptions
 from seechat_lite.engines.torch import TorchEngine
 from seechat_lite.engines.torch_vision import TorchVision
 from seechat_lite.engines.torch_weights import CheckpointWeights, Weights
-from seechat_lite.eyes import Eyes, load_clip, load_seechat
 from seechat_lite.nn.linears import Linear
 from seechat_lite.prompt import Prompt
 from seechat_lite.source import Source, open_source
 from seechat_lite.speculation import LONGEST
-from seechat_weights.blip_names import BlipSettings
 from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle import Manifest, read_manifest
 from seechat_weights.checkpoints import open_checkpoint
@@ -52,6 +50,8 @@ from seechat_weights.config import ALPHA, LMConfig
 from seechat_weights.layout import decoder_layout
 from seechat_weights.lm import open_lm
 from seechat_weights.precisions import PRECISIONS
+from seechat_weights.vision.blip_names import BlipSettings
+from seechat_weights.vision.weights import VisionWeights, load_clip, load_seechat
 
 DATA = ROOT / "tests/data"
 PATIENCE = 4  # seconds for the runs of one figure
@@ -131,7 +131,7 @@ class Measuring:
         self.save()
 
     @cached_property
-    def vision(self) -> Eyes | None:
+    def vision(self) -> VisionWeights | None:
         """The vision network that goes with the language model; None without transformers."""
         if not find_spec("transformers"):
             self.skipped["vision"] = "transformers is not installed"

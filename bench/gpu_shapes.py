@@ -14,20 +14,13 @@ import torch
 from torch import nn
 
 from seechat_lite.engines.torch_weights import Given, Weights
-from seechat_lite.eyes import Eyes, vision_sizes
 from seechat_lite.nn.blocks import quantize_blocks
-from seechat_weights.bundle import (
-    Decoder,
-    LMConfig,
-    Manifest,
-    PixelSpec,
-    TokenizerConfig,
-    VisionConfig,
-    VisionNetwork,
-)
+from seechat_weights.bundle import Decoder, Manifest, TokenizerConfig
+from seechat_weights.config import LMConfig, PixelSpec, VisionConfig, VisionNetwork
 from seechat_weights.layout import decoder_layout
 from seechat_weights.precisions import PRECISIONS
-from seechat_weights.published_vision import PUBLISHED_VISION
+from seechat_weights.vision.network import PUBLISHED_VISION, parameters
+from seechat_weights.vision.weights import VisionWeights
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = LMConfig()
@@ -163,9 +156,9 @@ class RandomWeights:
                 yield Given(item.key, [weight.mul_(item.shape[1] ** -0.5)])
 
 
-def random_vision(config: VisionConfig, outputs: int) -> Eyes:
+def random_vision(config: VisionConfig, outputs: int) -> VisionWeights:
     """Unit layer norms, no biases, matrices that keep the scale of what they take."""
-    sizes = vision_sizes(config, outputs)
+    sizes = parameters(config, outputs)
     pool = np.random.default_rng(0).standard_normal(1 << 20).astype(np.float32)
 
     def read(name: str) -> np.ndarray:
@@ -175,7 +168,7 @@ def random_vision(config: VisionConfig, outputs: int) -> Eyes:
         return (np.resize(pool, shape) * np.prod(shape[1:]) ** -0.5).astype(np.float16)
 
     # kept in memory, as the system keeps a file's pages
-    return Eyes(config, outputs, sizes, cache(read))
+    return VisionWeights(config, outputs, sizes, cache(read))
 
 
 @cache

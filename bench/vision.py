@@ -30,8 +30,8 @@ from seechat_export.vision_graph import PRECISIONS, export_vision
 from seechat_lite.nn.streamed import Streamed
 from seechat_lite.nn.vision import vision_network
 from seechat_lite.onnx_runtime import ort
-from seechat_weights.bundle import VisionConfig
-from seechat_weights.published_vision import PUBLISHED_VISION
+from seechat_weights.config import VisionConfig
+from seechat_weights.vision.network import PUBLISHED_VISION
 
 HIDDEN, SIZE, SIDE = 4096, 224, 4096  # the LM's width, pixels a side, rows of the matrix product
 

@@ -77,7 +77,7 @@ def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vision_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny ChatGLM at fp32 behind a tiny CLIP (56 x 56 pixels to 16 tokens)."""
     from seechat_export.export import export_bundle
-    from seechat_lite.eyes import load_clip
+    from seechat_weights.vision.weights import load_clip
 
     out = tmp_path_factory.mktemp("bundles") / "tiny-vision"
     vision = load_clip(

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from seechat_lite.engines import Engine
 from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import Prompt, position_ids
-from seechat_weights.bundle import LMConfig
+from seechat_weights.config import LMConfig
 from seechat_weights.errors import CheckpointError
 from seechat_weights.lm import open_lm
 

@@ -18,7 +18,8 @@ from seechat_lite.cli import main as cli
 from seechat_lite.engines.onnx_memory import bundle_plan as plan
 from seechat_lite.loading import load
 from seechat_lite.prompt import Prompt
-from seechat_weights.bundle import LMConfig, read_manifest
+from seechat_weights.bundle import read_manifest
+from seechat_weights.config import LMConfig
 
 
 def test_the_report_is_whole_and_its_sums_are_right(vision_bundle: Path) -> None:

@@ -17,17 +17,23 @@ from networks import run_torch
 from reference import data, load_json, manifest, run_onnx, tensors
 from seechat_export.export import export_bundle
 from seechat_export.vision_graph import export_vision
-from seechat_lite.eyes import PUBLISHED, Eyes, _blip, load_seechat, load_visualglm
 from seechat_lite.images import load_image, pixels
-from seechat_lite.nn.blip import resized_positions
 from seechat_lite.nn.streamed import Streamed
 from seechat_lite.nn.vision import streamed
-from seechat_weights.blip_names import BlipSettings, Overlay, map_seechat, seechat_overlay
-from seechat_weights.bundle import VisionConfig
 from seechat_weights.checkpoints import Checkpoint, TensorInfo
+from seechat_weights.config import VisionConfig
 from seechat_weights.errors import CheckpointError
 from seechat_weights.lm import SAT_CONFIG, SAT_FILE
-from seechat_weights.published_vision import PUBLISHED_VISION
+from seechat_weights.vision.blip_names import BlipSettings, Overlay, map_seechat, seechat_overlay
+from seechat_weights.vision.network import PUBLISHED_VISION
+from seechat_weights.vision.weights import (
+    PUBLISHED,
+    VisionWeights,
+    _blip,
+    load_seechat,
+    load_visualglm,
+    resized_positions,
+)
 
 CASE = tensors("vision/seechat_case_q32.safetensors")
 TINY = BlipSettings(blocks=3, heads=4, query_heads=4)
@@ -36,11 +42,11 @@ PROJECTOR = data("vision/checkpoint_100.pth")
 JPEG_ATOL = {".png": 1e-6, ".jpg": 0.06}  # JPEG decoders differ by up to 3 levels
 
 
-def load(**files: Any) -> Eyes:
+def load(**files: Any) -> VisionWeights:
     return load_seechat(settings=TINY, **({"eva": EVA, "qformer": QFORMER} | files))
 
 
-def opened(eyes: Eyes) -> tuple[Streamed, VisionConfig]:
+def opened(eyes: VisionWeights) -> tuple[Streamed, VisionConfig]:
     return streamed(eyes), eyes.config
 
 
@@ -169,8 +175,8 @@ def test_sizes_that_do_not_fit() -> None:
 @pytest.mark.parametrize("side", [3, 5, 6])
 def test_positions_are_resized_as_published(side: int) -> None:
     case = tensors("vision/interpolate_pos_embed.safetensors")
-    found = resized_positions(torch.from_numpy(case["old_4x4"]), side)
-    np.testing.assert_allclose(found.numpy(), case[f"new_{side}x{side}"], atol=1e-6)
+    found = resized_positions(case["old_4x4"], side)
+    np.testing.assert_allclose(found, case[f"new_{side}x{side}"], atol=1e-6)
 
 
 def test_another_image_size(tmp_path: Path) -> None:
@@ -403,8 +409,10 @@ def published(**change: dict[str, Any]) -> Overlay:
 
 def test_published_files_are_accounted_for() -> None:
     names = map_seechat(published())
-    assert (names.image_size, names.width, names.inner_size, names.blocks) == (224, 1408, 6144, 39)
-    assert (names.queries, names.query_width, names.query_layers) == (32, 768, 12)
+    network = names.network
+    assert (names.image_size, network.width) == (224, 1408)
+    assert (network.inner_size, network.layers) == (6144, 39)
+    assert (names.queries, network.query_width, network.query_layers) == (32, 768, 12)
     assert names.outputs == 4096
     used = {key for part in names.used.values() for key in part.names}
     files = {f"visual_encoder.{k}" for k in manifest("eva_vit_g")}

@@ -23,7 +23,7 @@ from seechat_lite.engines.base import Cancelled
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_lite.source import open_source
-from seechat_weights.bundle import LMConfig
+from seechat_weights.config import LMConfig
 from seechat_weights.errors import ContextError, EngineError
 
 TOLERANCE = 5e-4

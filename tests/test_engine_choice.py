@@ -63,7 +63,12 @@ def test_the_plan_is_made_once_and_told_before_anything_is_hashed(
 
 @pytest.mark.parametrize(
     "option",
-    [{"quantize": "int4"}, {"rounded_rotary": True}, {"dtype": "bf16"}, {"eyes": sl.EyeFiles()}],
+    [
+        {"quantize": "int4"},
+        {"rounded_rotary": True},
+        {"dtype": "bf16"},
+        {"vision": sl.VisionFiles()},
+    ],
 )
 def test_what_an_engine_cannot_do_is_refused_not_ignored(
     option: dict[str, object], text_bundle: Path

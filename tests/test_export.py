@@ -20,7 +20,8 @@ from seechat_export import export, plan, quantize
 from seechat_export.export import export_bundle
 from seechat_export.plan import ExportPlan
 from seechat_lite.nn.blocks import dequantize_blocks, quantize_blocks
-from seechat_weights.bundle import LMConfig, read_manifest, verify_hashes
+from seechat_weights.bundle import read_manifest, verify_hashes
+from seechat_weights.config import LMConfig
 from seechat_weights.errors import BundleError, CheckpointError, MemoryPlanError, SeechatError
 from seechat_weights.layout import head_order, inverse_order, reordered
 

@@ -22,12 +22,15 @@ from seechat_lite.engines import EngineOptions, create
 from seechat_lite.engines.onnx import OnnxVision
 from seechat_lite.engines.torch import TorchEngine
 from seechat_lite.engines.torch_vision import TorchVision
-from seechat_lite.eyes import EyeFiles, Eyes, bundle_eyes, load_clip, load_seechat
 from seechat_lite.nn.vision import streamed, vision_network
 from seechat_lite.source import open_source
-from seechat_weights.blip_names import BlipSettings
-from seechat_weights.bundle import MANIFEST, Manifest, VisionConfig, read_manifest
+from seechat_weights.bundle import MANIFEST, Manifest, read_manifest
+from seechat_weights.config import VisionConfig
 from seechat_weights.errors import BundleError, CheckpointError, EngineError, MemoryPlanError
+from seechat_weights.vision import weights
+from seechat_weights.vision.blip_names import BlipSettings
+from seechat_weights.vision.bundled import bundled_vision
+from seechat_weights.vision.weights import VisionFiles, VisionWeights, load_clip, load_seechat
 
 TINY = BlipSettings(blocks=3, heads=4, query_heads=4)
 LM = data("chatglm_tiny")
@@ -41,22 +44,22 @@ SEECHAT = {
 }
 
 
-def clip(bridge: str = "linear") -> Eyes:
+def clip(bridge: str = "linear") -> VisionWeights:
     projector = data(f"vision/mm_projector_{bridge}.bin")
     return load_clip(clip=CLIP["clip"], projector=projector)
 
 
-def seechat() -> Eyes:
+def seechat() -> VisionWeights:
     return load_seechat(**SEECHAT, settings=TINY)
 
 
 def vision(
-    eyes: Eyes, *, keep: bool | None = True, dtype: torch.dtype = torch.float32
+    eyes: VisionWeights, *, keep: bool | None = True, dtype: torch.dtype = torch.float32
 ) -> TorchVision:
     return TorchVision(eyes, device=CPU, dtype=dtype, keep=keep)
 
 
-def recorded(form: str) -> tuple[Eyes, np.ndarray, np.ndarray]:
+def recorded(form: str) -> tuple[VisionWeights, np.ndarray, np.ndarray]:
     """Eyes, pixels, and what the published code makes of them."""
     if form == "seechat":
         case = tensors("vision/seechat_case_q32.safetensors")
@@ -106,7 +109,7 @@ def test_a_bundle_keeps_its_weights_under_their_names(
     path = tmp_path / "vision.onnx"
     export_vision(streamed(eyes), eyes.config, path, precision=precision)
     manifest = dataclasses.replace(read_manifest(vision_bundle), vision=eyes.config)
-    found = bundle_eyes(tmp_path, manifest)
+    found = bundled_vision(tmp_path, manifest)
     assert found and found.sizes == eyes.sizes
     for name, shape in eyes.sizes.items():
         written, published = (np.asarray(e.read(name), np.float32) for e in (found, eyes))
@@ -181,8 +184,8 @@ def test_a_dialogue_about_a_picture(
 
     with sl.load(vision_bundle, context=300) as model:
         expected = talk(model)
-    path, files = (vision_bundle, None) if bundled else (LM, sl.EyeFiles(**CLIP))
-    with sl.load(path, engine="torch", device="cpu", context=300, eyes=files) as model:
+    path, files = (vision_bundle, None) if bundled else (LM, sl.VisionFiles(**CLIP))
+    with sl.load(path, engine="torch", device="cpu", context=300, vision=files) as model:
         assert model.manifest.conversation == "seechat"
         assert talk(model) == expected
     command = ["ask", CAT, "图里有什么?", "--model", path, "--engine", "torch", "--device", "cpu"]
@@ -193,9 +196,9 @@ def test_a_dialogue_about_a_picture(
 
 def test_seechat_as_released(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checkpoint brings the projector, and would bring a part of the language model."""
-    monkeypatch.setattr("seechat_lite.eyes.load_seechat", partial(load_seechat, settings=TINY))
+    monkeypatch.setattr(weights, "load_seechat", partial(load_seechat, settings=TINY))
     case = tensors("vision/seechat_case_q32.safetensors")
-    with sl.load(LM, engine="torch", device="cpu", eyes=EyeFiles(**SEECHAT)) as model:
+    with sl.load(LM, engine="torch", device="cpu", vision=VisionFiles(**SEECHAT)) as model:
         seen = model.engine.encode_image(case["image"])
     np.testing.assert_allclose(seen, case["encode_img"], rtol=0, atol=5e-4)
 
@@ -203,15 +206,15 @@ def test_seechat_as_released(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_eyes_of_another_language_model(tmp_path: Path) -> None:
     weights = {"weight": np.zeros((24, 48), np.float32), "bias": np.zeros(24, np.float32)}
     save_file(weights, tmp_path / "p.safetensors")
-    files = EyeFiles(clip=CLIP["clip"], projector=tmp_path / "p.safetensors")
+    files = VisionFiles(clip=CLIP["clip"], projector=tmp_path / "p.safetensors")
     with pytest.raises(CheckpointError, match="64 wide, those of its vision 24"):
-        sl.load(LM, engine="torch", eyes=files)
+        sl.load(LM, engine="torch", vision=files)
 
 
 def test_a_bundle_takes_no_other_eyes(vision_bundle: Path) -> None:
     for name in ("auto", "torch"):
-        with pytest.raises(EngineError, match="a bundle, which has its own eyes"):
-            sl.load(vision_bundle, engine=name, eyes=EyeFiles(**CLIP))
+        with pytest.raises(EngineError, match="a bundle, which has its own vision"):
+            sl.load(vision_bundle, engine=name, vision=VisionFiles(**CLIP))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +291,7 @@ def test_weights_that_do_not_fit(
 ) -> None:
     folder, manifest = changed(vision_bundle, tmp_path, **{key: value})
     with pytest.raises(BundleError, match=message) as e:
-        bundle_eyes(folder, manifest)
+        bundled_vision(folder, manifest)
     assert "\n" not in str(e.value) and "export the bundle again" in str(e.value)
 
 
@@ -300,3 +303,14 @@ def test_networks_of_a_newer_version(change: dict[str, str], message: str) -> No
     config: VisionConfig = dataclasses.replace(clip().config, **change)
     with pytest.raises(EngineError, match=f"{message}; expected clip with"):
         vision_network(config, 64)
+
+
+def test_older_names_still_work_and_say_so(vision_bundle: Path) -> None:
+    with pytest.warns(DeprecationWarning, match="EyeFiles is now VisionFiles"):
+        files = sl.VisionFiles(**CLIP)
+    assert isinstance(files, sl.VisionFiles)
+    with (
+        pytest.warns(DeprecationWarning, match=r"load\(vision="),
+        pytest.raises(sl.SeechatError, match="has its own vision"),
+    ):
+        sl.load(vision_bundle, engine="torch", eyes=files)

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngImageFile
 from reference import data, load_json, tensors
 from seechat_lite.images import MAX_PIXELS, EncodedImage, ImageSource, load_image, pixels
 from seechat_lite.pictures import decode
-from seechat_weights.bundle import PixelSpec
+from seechat_weights.config import PixelSpec
 from seechat_weights.errors import BundleError, ImageError
 
 CASES = load_json("images/cases.json")["images"]

@@ -19,16 +19,16 @@ from reference import lm_error, manifest, random_array, run_onnx
 from seechat_export.export import export_bundle
 from seechat_export.synthetic import write_tokenizer
 from seechat_export.vision_graph import export_vision
-from seechat_lite import eyes as eyes_module
-from seechat_lite.eyes import Eyes, load_clip, load_seechat
 from seechat_lite.nn.vision import streamed
 from seechat_weights import lm as lm_module
 from seechat_weights.accounting import Shapes, part
-from seechat_weights.blip_names import BlipSettings
-from seechat_weights.bundle import LMConfig
+from seechat_weights.config import LMConfig
 from seechat_weights.errors import CheckpointError
 from seechat_weights.lm import LM, open_lm
 from seechat_weights.names import OLD_VOCABULARY
+from seechat_weights.vision import weights as eyes_module
+from seechat_weights.vision.blip_names import BlipSettings
+from seechat_weights.vision.weights import VisionWeights, load_clip, load_seechat
 
 BASES = ["chatglm-6b", "chatglm-6b-150528", "chatglm-6b-int4", "chatglm-6b-int4-150528"]
 CHECKPOINTS = ["seechat_full_keys", "seechat_checkpoint_100"]
@@ -234,7 +234,7 @@ EYES["seechat, all of it in the checkpoint"] = EYES["seechat"] | {
 }
 
 
-def open_eyes(files: dict[str, Path], *, blocks: int | None = None) -> Eyes:
+def open_eyes(files: dict[str, Path], *, blocks: int | None = None) -> VisionWeights:
     if "clip" in files:
         return load_clip(**files, activation="quick_gelu")
     return load_seechat(**files, settings=BlipSettings(blocks=blocks))

@@ -13,14 +13,8 @@ from seechat_lite.engines import onnx_memory
 from seechat_lite.engines.onnx_memory import bundle_plan as plan
 from seechat_lite.engines.onnx_memory import check_memory
 from seechat_lite.memory import MemoryPlan, human
-from seechat_weights.bundle import (
-    Decoder,
-    FileHash,
-    LMConfig,
-    Manifest,
-    TokenizerConfig,
-    VisionConfig,
-)
+from seechat_weights.bundle import Decoder, FileHash, Manifest, TokenizerConfig
+from seechat_weights.config import LMConfig, VisionConfig
 
 CHATGLM = Manifest(
     name="chatglm-6b-int4",

@@ -37,6 +37,7 @@ def quick_start(readme: str) -> list[str]:
     return re.findall(r"^python3 -m venv .*$", (ROOT / readme).read_text("utf-8"), re.MULTILINE)
 
 
+@pytest.mark.filterwarnings("ignore:EyeFiles is now")
 def test_the_public_api_is_what_all_lists() -> None:
     """Names are imported when first used; each is there, documented, and no other is defined."""
     assert sorted(seechat_lite.__all__) == seechat_lite.__all__

@@ -28,7 +28,7 @@ from seechat_lite.engines.base import Cancelled
 from seechat_lite.images import load_image, pixels, several
 from seechat_lite.pictures import decode, headers, pool, worker
 from seechat_lite.pictures.formats import PLUGINS, identify
-from seechat_weights.bundle import PixelSpec
+from seechat_weights.config import PixelSpec
 from seechat_weights.errors import ImageError
 
 SPEC = PixelSpec(image_size=32)

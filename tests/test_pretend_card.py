@@ -17,10 +17,10 @@ from seechat_export.export import export_bundle
 from seechat_lite.engines import EngineOptions
 from seechat_lite.engines.torch import TorchEngine
 from seechat_lite.engines.torch_graphs import Recorder
-from seechat_lite.eyes import EyeFiles
 from seechat_lite.prompt import Prompt
 from seechat_lite.source import open_source
 from seechat_weights.errors import MemoryPlanError
+from seechat_weights.vision.weights import VisionFiles
 
 ROOT = Path(__file__).resolve().parent.parent
 VISION = data("vision")
@@ -82,7 +82,7 @@ def test_answers_are_those_of_the_cpu(
     tiny = data("chatglm_tiny")
     folder = data("quantized/int4") if form == "published" else tiny
     if form == "eyes":
-        eyes = EyeFiles(
+        eyes = VisionFiles(
             clip=VISION / "clip_open_clip", projector=VISION / "mm_projector_linear.bin"
         )
     if form not in ("published", "eyes"):

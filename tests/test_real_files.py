@@ -24,13 +24,13 @@ from seechat_export.export import export_bundle
 from seechat_export.reference_chatglm import ChatGLM, KVCache
 from seechat_lite.prompt import position_ids
 from seechat_lite.tokenizer import Tokenizer
-from seechat_weights.blip_names import map_visualglm, visualglm_overlay
-from seechat_weights.bundle import LMConfig
 from seechat_weights.checkpoints import open_checkpoint
+from seechat_weights.config import LMConfig
 from seechat_weights.identify import identify
 from seechat_weights.lm import open_lm
 from seechat_weights.names import lm_config, lm_shapes
 from seechat_weights.tokenizer_file import completed
+from seechat_weights.vision.blip_names import map_visualglm, visualglm_overlay
 
 _BESIDE = Path(__file__).parents[1].parent / "shared" / "reference"
 REAL = Path(os.environ.get("SEECHAT_REFERENCE", _BESIDE)) / "real"
@@ -223,8 +223,8 @@ def test_visualglm_index(tmp_path: Path) -> None:
     source = visualglm_overlay(open_checkpoint(folder))
     assert source
     names = map_visualglm(source)
-    assert (names.blocks, names.query_layers, names.queries) == (39, 12, 32)
-    assert (names.width, names.query_width, names.outputs) == (1408, 768, 4096)
+    assert (names.network.layers, names.network.query_layers, names.queries) == (39, 12, 32)
+    assert (names.network.width, names.network.query_width, names.outputs) == (1408, 768, 4096)
     used = {key for part in names.used.values() for key in part.names}
     assert used | set(names.ignored) == {k for k in tensors if k.startswith("image_encoder.")}
 

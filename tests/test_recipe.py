@@ -364,7 +364,7 @@ def test_the_graph_with_photographs_computes_what_torch_does(tmp_path: Path) -> 
     from vision import TOKENS
 
     from seechat_export.vision_graph import export_vision
-    from seechat_weights.bundle import VisionConfig
+    from seechat_weights.config import VisionConfig
     from seechat_weights.onnx_graph import VISION_OPERATORS
 
     network = photo_network()

@@ -15,16 +15,17 @@ import pytest
 import seechat_lite as sl
 from reference import data
 from seechat_export.export import export_bundle
-from seechat_lite import bench, eyes
+from seechat_lite import bench
 from seechat_lite.cli.main import main
-from seechat_lite.eyes import load_seechat
 from seechat_lite.server import run as server
 from seechat_lite.source import open_source
 from seechat_weights import bundle as bundles
 from seechat_weights import checkpoints
-from seechat_weights.blip_names import BlipSettings
 from seechat_weights.lm import SAT_FILE, open_lm
 from seechat_weights.model_files import Openings, find_model
+from seechat_weights.vision import weights
+from seechat_weights.vision.blip_names import BlipSettings
+from seechat_weights.vision.weights import load_seechat
 from test_blip import visualglm
 
 TINY = data("chatglm_tiny")
@@ -250,7 +251,7 @@ def test_each_file_is_opened_once(
     form, files, count = PUBLISHED.get(what, ("", {}, 1))
     path = str(models[form] if form else vision_bundle)
     tiny = BlipSettings(blocks=3, heads=4, query_heads=4)
-    monkeypatch.setattr(eyes, "load_seechat", partial(load_seechat, settings=tiny))
+    monkeypatch.setattr(weights, "load_seechat", partial(load_seechat, settings=tiny))
     monkeypatch.setattr("sys.stdin", io.StringIO())
     monkeypatch.setattr(server, "serve", lambda load, *_, **__: load().close() or 0)
     for name in ("PREFILL", "DECODE"):

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from seechat_export import synthetic
-from seechat_lite.eyes import load_clip
 from seechat_lite.tokenizer import Tokenizer
-from seechat_weights.bundle import LMConfig, PixelSpec, VisionNetwork
+from seechat_weights.config import LMConfig, PixelSpec, VisionNetwork
 from seechat_weights.lm import open_lm
-from seechat_weights.published_vision import PUBLISHED_VISION
+from seechat_weights.vision.network import PUBLISHED_VISION
+from seechat_weights.vision.weights import load_clip
 
 
 def test_the_shards_are_cut_where_the_published_ones_are() -> None:

@@ -25,7 +25,8 @@ from seechat_lite.nn.linears import QUANTIZATIONS, BlockLinear
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_tables
 from seechat_lite.source import open_source
-from seechat_weights.bundle import Decoder, LMConfig, Manifest, TokenizerConfig
+from seechat_weights.bundle import Decoder, Manifest, TokenizerConfig
+from seechat_weights.config import LMConfig
 from seechat_weights.errors import EngineError, MemoryPlanError
 
 TINY = data("chatglm_tiny")

@@ -18,14 +18,14 @@ from networks import run_torch
 from reference import data, load_json, run_onnx, tensors
 from seechat_export.parity import VisionCheck
 from seechat_export.vision_graph import export_vision
-from seechat_lite.clip_settings import clip_settings
-from seechat_lite.eyes import load_clip
 from seechat_lite.nn.streamed import Streamed
 from seechat_lite.nn.vision import streamed
-from seechat_weights.bundle import PixelSpec, VisionConfig
 from seechat_weights.checkpoints import open_checkpoint
+from seechat_weights.config import PixelSpec, VisionConfig
 from seechat_weights.errors import CheckpointError
-from seechat_weights.vision_names import map_clip
+from seechat_weights.vision.clip_config import clip_settings
+from seechat_weights.vision.clip_names import map_clip
+from seechat_weights.vision.weights import load_clip
 
 CASE = tensors("vision/case.safetensors")
 BRIDGES = ["linear", "mlp2x_gelu"]
@@ -214,7 +214,8 @@ def test_openais_own_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="48 in 0 attention heads"):  # theirs have 64 numbers
         load(file)
     names = map_clip(open_checkpoint(file).shapes, where="file")
-    settings = clip_settings(file, dataclasses.replace(names, width=1024), None)
+    names = dataclasses.replace(names, network=dataclasses.replace(names.network, width=1024))
+    settings = clip_settings(file, names, None)
     assert (settings.heads, settings.activation) == (16, "quick_gelu")
     assert settings.pixels == PixelSpec(image_size=56, resize="crop", rgb_first=False)
 

@@ -8,8 +8,10 @@ from reference import data, manifest
 from seechat_lite.nn.bridges import BRIDGES
 from seechat_weights.checkpoints import open_checkpoint
 from seechat_weights.errors import CheckpointError
-from seechat_weights.published_vision import PUBLISHED_VISION
-from seechat_weights.vision_names import BRIDGE_TENSORS, Part, map_bridge, map_clip
+from seechat_weights.vision.bridge_names import map_bridge
+from seechat_weights.vision.clip_names import map_clip
+from seechat_weights.vision.network import BRIDGE_TENSORS, PUBLISHED_VISION
+from seechat_weights.vision.part import Part
 
 
 @pytest.fixture
@@ -20,14 +22,15 @@ def tiny() -> dict[str, Any]:
 def test_published_clip_is_accounted_for() -> None:
     shapes = manifest("open_clip_ViT-L-14_visual")
     clip = map_clip(shapes, where="ViT-L-14")
-    assert (clip.image_size, clip.patch_size, clip.width, clip.inner_size) == (224, 14, 1024, 4096)
-    assert clip.layers == 24
+    network = clip.network
+    assert (clip.image_size, network.patch_size) == (224, 14)
+    assert (network.width, network.inner_size, network.layers) == (1024, 4096, 23)  # of 24
     table = PUBLISHED_VISION["clip"]
     assert table.network and table.pixels.image_size == clip.image_size
-    assert table.tokens == (clip.image_size // clip.patch_size) ** 2
+    assert table.tokens == (clip.image_size // network.patch_size) ** 2
     for field in ("patch_size", "width", "inner_size"):
-        assert getattr(table.network, field) == getattr(clip, field)
-    assert table.network.layers == clip.layers - 1  # that run
+        assert getattr(table.network, field) == getattr(network, field)
+    assert table.network.layers == network.layers
     keys = {name for part in clip.used.values() for name in part.names}
     assert keys | clip.ignored.keys() == shapes.keys()
     assert not any(name.startswith("visual.transformer.resblocks.23.") for name in keys)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from seechat_lite.cli.options import add_eye_options, eye_files
+from seechat_lite.cli.options import add_vision_options, vision_files
 from seechat_lite.conversation import FORMATS
 from seechat_lite.memory import human
 from seechat_weights.checkpoints import Opener
@@ -32,9 +32,9 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         usage="%(prog)s --lm PATH --out DIR [options]",
         help="make a bundle from published weights",
-        description="Make a bundle from a ChatGLM-6B checkpoint: without eyes, with a CLIP vision "
-        "tower and its projector, or with SEEChat's EVA ViT, Q-Former and checkpoint. VisualGLM-6B "
-        "brings its own. Run again after an interruption, it continues.",
+        description="Make a bundle from a ChatGLM-6B checkpoint: without vision, with a CLIP "
+        "vision tower and its projector, or with SEEChat's EVA ViT, Q-Former and checkpoint. "
+        "VisualGLM-6B brings its own. Run again after an interruption, it continues.",
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="the bundle to write")
@@ -66,7 +66,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     add("--adapter", type=Path, metavar="DIR", help="a PEFT LoRA, to be merged")
     add("--prefix", type=Path, metavar="PATH", help="a P-tuning v2 prefix: its folder or file")
     add("--tokenizer", type=Path, metavar="FILE", help="ice_text.model; default: the one in --lm")
-    add_eye_options(parser.add_argument_group("eyes, if it brings none"))
+    add_vision_options(parser.add_argument_group("vision, if it brings none"))
     parser.set_defaults(run=lambda args: _export(args, parser))
 
     synthetic = commands.add_parser(
@@ -112,7 +112,7 @@ def _fetch(args: argparse.Namespace, opener: Opener) -> dict[str, dict[str, str]
 
 
 def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    eye_files(args, parser.error)  # before anything is fetched
+    vision_files(args, parser.error)  # before anything is fetched
     openings = Openings()
     downloads = _fetch(args, openings)
     try:
@@ -125,7 +125,7 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         ) from None
     source = open_source(
         args.lm,
-        vision=eye_files(args, parser.error),
+        vision=vision_files(args, parser.error),
         adapter=args.adapter,
         prefix=args.prefix,
         tokenizer=args.tokenizer,

@@ -28,25 +28,14 @@ from seechat_export.plan import PROBE, ExportPlan, Parts, check_room, make_plan
 from seechat_export.quantize import stored_arrays
 from seechat_export.workplace import Workplace
 from seechat_lite.conversation import FORMATS
-from seechat_lite.eyes import GRAPH as VISION_GRAPH
-from seechat_lite.eyes import Eyes
 from seechat_lite.memory import human
 from seechat_lite.nn.blocks import FRACTIONS
 from seechat_lite.source import Source as ModelSource
 from seechat_lite.source import spoken_format
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.audit import check_half
-from seechat_weights.bundle import (
-    MANIFEST,
-    Decoder,
-    FileHash,
-    LMConfig,
-    Manifest,
-    TokenizerConfig,
-    VisionConfig,
-    half_graph,
-    sha256,
-)
+from seechat_weights.bundle import MANIFEST, Decoder, FileHash, Manifest, TokenizerConfig, sha256
+from seechat_weights.config import LMConfig, VisionConfig, half_graph
 from seechat_weights.errors import BundleError, CheckpointError, SeechatError
 from seechat_weights.files import local_path
 from seechat_weights.layout import Item, decoder_layout, reordered_prefix
@@ -57,6 +46,8 @@ from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS, VISION_PRECISION
 from seechat_weights.quantized import Quantized
 from seechat_weights.tokenizer_file import MAX_BYTES, completed, is_first_form
 from seechat_weights.untrusted import read_file
+from seechat_weights.vision.weights import GRAPH as VISION_GRAPH
+from seechat_weights.vision.weights import VisionWeights
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +70,7 @@ def export_bundle(
     adapter: str | Path | None = None,
     prefix: str | Path | None = None,
     tokenizer: str | Path | None = None,
-    vision: Eyes | tuple[nn.Module, VisionConfig] | None = None,
+    vision: VisionWeights | tuple[nn.Module, VisionConfig] | None = None,
     precision: str = "int4",
     block_size: int = 128,
     vision_precision: str | None = None,
@@ -93,7 +84,7 @@ def export_bundle(
 
     lm, checkpoint, adapter, prefix: as seechat_weights.lm.open_lm takes them; or lm is what
     open_source made of them. tokenizer: the ice_text.model, if it is not beside the weights.
-    vision: eyes, or a module in eval mode, float32 pixels [n, 3, S, S] to embeddings [n, tokens,
+    vision: weights, or a module in eval mode, float32 pixels [n, 3, S, S] to embeddings [n, tokens,
     hidden], and its description. vision_precision: "fp32", "fp16" or "int8"; by default fp32 in an
     fp32 bundle, else fp16. conversation: the default format; "visualglm" for VisualGLM-6B, else
     "seechat" with vision and "chatglm" without. announce: is told the plan once all sources are
@@ -126,20 +117,20 @@ def export_bundle(
     if conversation is None:
         conversation = spoken_format(model, seeing=vision is not None)
     described, network, ignored = None, None, {}
-    if isinstance(vision, Eyes):
+    if isinstance(vision, VisionWeights):
         # transformers, which this needs, takes seconds to import
         from seechat_lite.nn.vision import streamed
 
         network, described, ignored = streamed(vision), vision.config, vision.ignored
     elif vision:
         network, described = vision
-    eye = None
+    seen = None
     if network and described:
         described = dataclasses.replace(described, precision=vision_precision)
-        eye = parity.VisionCheck(network, described, source.config.hidden_size)
+        seen = parity.VisionCheck(network, described, source.config.hidden_size)
     form = source.form(PRECISIONS[precision])
-    eyes = (described.graph, described.weights, described.half) if described else ()
-    place = Workplace(out, {*FILES, *VISION_FILES, *eyes})
+    graphs = (described.graph, described.weights, described.half) if described else ()
+    place = Workplace(out, {*FILES, *VISION_FILES, *graphs})
     writer = _Writer(source, place, form, block_size if form.block else 0, progress)
     with writer.opened():
         announce(writer.plan(network, vision_precision))
@@ -173,14 +164,14 @@ def export_bundle(
             vision=described,
             provenance={
                 **source.fingerprint(),
-                **({"vision": _stamps(vision.files)} if isinstance(vision, Eyes) else {}),
+                **({"vision": _stamps(vision.files)} if isinstance(vision, VisionWeights) else {}),
                 "ignored": source.ignored(ignored, seeing=vision is not None),
                 "versions": {p: version(p) for p in ("torch", "onnx", "onnxruntime")},
                 **(provenance or {}),
             },
         )
         try:
-            report = parity.check(source, writer.folder, manifest, eye, progress)
+            report = parity.check(source, writer.folder, manifest, seen, progress)
         except BundleError:
             writer.place.discard()
             raise
@@ -237,7 +228,7 @@ class Source:
     def ignored(self, vision: Mapping[str, str], *, seeing: bool) -> dict[str, dict[str, str]]:
         """Tensors that nothing of the bundle is made of, by source, each with the reason.
 
-        vision: those of its eyes' checkpoints. seeing: whether it has eyes.
+        vision: those of its vision's checkpoints. seeing: whether it has vision.
         """
         ignored = {role: dict(reasons) for role, reasons in self.lm.ignored.items()}
         ignored["vision"] = dict(vision)

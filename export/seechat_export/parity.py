@@ -22,8 +22,9 @@ from seechat_export.reference_chatglm import Block, prefix_mask
 from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import position_ids
 from seechat_lite.rotary import rotary_rows, rotary_tables
-from seechat_weights.bundle import LMConfig, Manifest, VisionConfig
+from seechat_weights.bundle import Manifest
 from seechat_weights.bundle_arrays import BundleArrays
+from seechat_weights.config import LMConfig, VisionConfig
 from seechat_weights.errors import BundleError, CheckpointError
 from seechat_weights.layout import reordered_prefix
 from seechat_weights.lm import ALL, LM, Rows

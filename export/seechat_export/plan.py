@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from seechat_export.quantize import stored_arrays
 from seechat_lite.memory import available_memory, human
 from seechat_lite.nn.blocks import dequantize_blocks
-from seechat_weights.bundle import LMConfig
+from seechat_weights.config import LMConfig
 from seechat_weights.errors import BundleError, MemoryPlanError
 from seechat_weights.layout import Item, decoder_layout
 from seechat_weights.lm import ALL, Rows

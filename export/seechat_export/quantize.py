@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from seechat_lite.nn.blocks import dequantize_blocks, quantize_blocks
-from seechat_weights.bundle import LMConfig
+from seechat_weights.config import LMConfig
 from seechat_weights.layout import Item, head_order, inverse_order, reordered
 from seechat_weights.precisions import Precision
 from seechat_weights.quantized import Quantized, pack

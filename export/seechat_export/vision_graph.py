@@ -20,12 +20,12 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 
-from seechat_lite.eyes import BLOCK_SIZE, CODES, HALF, SCALES, TRANSPOSED
 from seechat_lite.nn.blocks import quantize_blocks
 from seechat_lite.nn.streamed import Streamed
-from seechat_weights.bundle import VisionConfig
+from seechat_weights.config import VisionConfig
 from seechat_weights.errors import CheckpointError, OptionError
 from seechat_weights.precisions import VISION_PRECISIONS
+from seechat_weights.vision.bundled import BLOCK_SIZE, CODES, HALF, SCALES, TRANSPOSED
 
 OPSET = 21  # opset 23's Attention measured no faster and runs on fewer devices
 ACCURACY_LEVEL = 4
@@ -67,7 +67,7 @@ def export_vision(module: nn.Module, config: VisionConfig, path: Path, *, precis
 def _write_weights(graph: ir.Graph, path: Path) -> None:
     """Write lazy tensors to a safetensors file, one at a time, and leave where they are in it.
 
-    ONNX Runtime finds them by their place, everybody else (seechat_lite.eyes) by their names.
+    ONNX Runtime finds them by their place, everybody else (vision.bundled) by their names.
     """
     kinds = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.UINT8: "U8"}
     lazy = [

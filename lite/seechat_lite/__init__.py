@@ -9,6 +9,7 @@ with sl.load() as model:                       # or sl.load("path/to/bundle")
     print(chat.ask("它能吃吗?"))                # remembers the picture and the first answer
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,12 @@ from seechat_weights.errors import (
 
 if TYPE_CHECKING:
     from seechat_lite.chat import Chat, Model, Stats
-    from seechat_lite.eyes import EyeFiles
     from seechat_lite.images import ImageSource, thumbnail
     from seechat_lite.loading import load
     from seechat_lite.prompt import Prompt
+    from seechat_weights.vision.weights import VisionFiles
+
+    EyeFiles = VisionFiles
 
 __all__ = [
     "BundleError",
@@ -45,24 +48,27 @@ __all__ = [
     "Prompt",
     "SeechatError",
     "Stats",
+    "VisionFiles",
     "load",
     "thumbnail",
 ]
 
 # imported when first used: the command line answers --help and Ctrl-C before numpy is there
 _LATER = {
-    **dict.fromkeys(("Chat", "Model", "Stats"), "chat"),
-    "load": "loading",
-    "EyeFiles": "eyes",
-    "ImageSource": "images",
-    "Prompt": "prompt",
-    "thumbnail": "images",
+    **dict.fromkeys(("Chat", "Model", "Stats"), "seechat_lite.chat"),
+    **dict.fromkeys(("ImageSource", "thumbnail"), "seechat_lite.images"),
+    "load": "seechat_lite.loading",
+    "Prompt": "seechat_lite.prompt",
+    "VisionFiles": "seechat_weights.vision.weights",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "EyeFiles":  # its name until 0.1; each use says so
+        warnings.warn("EyeFiles is now VisionFiles", DeprecationWarning, stacklevel=2)
+        name = "VisionFiles"
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    value = getattr(import_module(_LATER[name]), name)
     globals()[name] = value
     return value

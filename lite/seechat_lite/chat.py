@@ -36,7 +36,8 @@ from seechat_lite.prompt import Prompt
 from seechat_lite.speculation import PromptLookup
 from seechat_lite.text_stream import TextStream
 from seechat_lite.tokenizer import Tokenizer
-from seechat_weights.bundle import Manifest, PixelSpec
+from seechat_weights.bundle import Manifest
+from seechat_weights.config import PixelSpec
 from seechat_weights.errors import ContextError, EngineError, OptionError
 
 log = logging.getLogger(__name__)

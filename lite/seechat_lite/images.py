@@ -33,7 +33,7 @@ from seechat_lite.pictures.reduce import (
     reduce,
 )
 from seechat_lite.pictures.reduce import thumbnail as reduced
-from seechat_weights.bundle import PixelSpec
+from seechat_weights.config import PixelSpec
 from seechat_weights.errors import BundleError, EngineError, ImageError
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "ImageSource", "load_image", "pixels", "several", "thumbnail"]

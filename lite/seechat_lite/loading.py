@@ -4,6 +4,7 @@
 """
 
 import logging
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,12 @@ from pathlib import Path
 from seechat_lite.chat import IMAGE_CACHE, Model
 from seechat_lite.conversation import FORMATS
 from seechat_lite.engines import EngineOptions, engine_class, not_for
-from seechat_lite.eyes import EyeFiles
 from seechat_lite.memory import MIN_CONTEXT, MemoryPlan
 from seechat_lite.source import Source, open_source
 from seechat_lite.tokenizer import Tokenizer
 from seechat_lite.verified import verify_once
 from seechat_weights.errors import BundleError, ContextError, OptionError
+from seechat_weights.vision.weights import VisionFiles
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ def load(
     dtype: str | None = None,
     quantize: str | None = None,
     rounded_rotary: bool = False,
-    eyes: EyeFiles | None = None,
+    vision: VisionFiles | None = None,
+    eyes: VisionFiles | None = None,
     image_cache: int = IMAGE_CACHE,
     announce: Callable[[MemoryPlan], None] = lambda plan: None,
     progress: Progress | None = None,
@@ -59,7 +61,8 @@ def load(
     quantize: for torch: "int4", to make blocks of float weights as an export does, or with
         bitsandbytes "nf4", "fp4" or "int8".
     rounded_rotary: for torch: see rotary.rotary_tables.
-    eyes: for torch: files that published weights are to see with.
+    vision: for torch: files that published weights are to see with.
+    eyes: the older name of `vision`, which warns and will go.
     image_cache: bytes of embeddings kept for pictures that no chat shows any more.
     announce: is told the memory plan once it fits, before the work begins.
     progress: called in this thread with a stage, "checking" (bytes of the bundle) or "loading", and
@@ -74,11 +77,14 @@ def load(
         raise ContextError(
             f"context is {context} tokens; expected at least {MIN_CONTEXT}: choose more"
         )
+    if eyes is not None:
+        warnings.warn("load(eyes=…) is now load(vision=…)", DeprecationWarning, stacklevel=2)
+        vision = vision or eyes
     chosen = engine_class(engine)
     extras = {
         "quantize": quantize,
         "rounded_rotary": rounded_rotary,
-        "eyes": eyes,
+        "vision": vision,
         "bf16": dtype == "bf16",
     }
     if refused := not_for(engine, (name for name, given in extras.items() if given)):
@@ -88,7 +94,7 @@ def load(
         )
     source = path
     if not isinstance(source, Source):
-        source = open_source(source, vision=eyes, only_bundles=not chosen.reads_checkpoints)
+        source = open_source(source, vision=vision, only_bundles=not chosen.reads_checkpoints)
     manifest = source.manifest
     if manifest.conversation not in FORMATS:
         raise BundleError(

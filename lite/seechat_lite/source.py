@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from seechat_lite.eyes import EyeFiles, Eyes, bundle_eyes
 from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle import Decoder, Manifest, TokenizerConfig, read_manifest
 from seechat_weights.checkpoints import Opener
@@ -19,6 +18,8 @@ from seechat_weights.identify import identify
 from seechat_weights.lm import LM, open_lm
 from seechat_weights.model_files import Openings, is_bundle
 from seechat_weights.names import OLD_IMAGE_TOKENS, OLD_VOCABULARY
+from seechat_weights.vision.bundled import bundled_vision
+from seechat_weights.vision.weights import VisionFiles, VisionWeights
 
 
 @dataclass(frozen=True)
@@ -33,23 +34,23 @@ class Source:
     manifest: Manifest
     tokenizer: Path
     lm: LM | None = None
-    published_vision: Eyes | None = None
+    published_vision: VisionWeights | None = None
 
     @cached_property
-    def vision(self) -> Eyes | None:
+    def vision(self) -> VisionWeights | None:
         """The vision network and its weights; None if a bundle's graph alone describes it.
 
         Raises BundleError.
         """
         if self.published_vision or self.lm:
             return self.published_vision
-        return bundle_eyes(self.path, self.manifest)
+        return bundled_vision(self.path, self.manifest)
 
 
 def open_source(
     path: str | Path | None = None,
     *,
-    vision: EyeFiles | None = None,
+    vision: VisionFiles | None = None,
     adapter: str | Path | None = None,
     prefix: str | Path | None = None,
     tokenizer: str | Path | None = None,
@@ -72,7 +73,7 @@ def open_source(
         if is_bundle(path):
             return _bundle(path, vision)
         if not only_bundles:
-            return _published(path, vision or EyeFiles(), adapter, prefix, tokenizer, opener)
+            return _published(path, vision or VisionFiles(), adapter, prefix, tokenizer, opener)
         if found := _not_exported(path):
             raise BundleError(found)
         return _bundle(path, vision)  # which says what is wrong
@@ -88,11 +89,11 @@ def spoken_format(lm: LM, *, seeing: bool) -> str:
     return "seechat" if seeing and lm.conversation == "chatglm" else lm.conversation
 
 
-def _bundle(path: Path, vision: EyeFiles | None) -> Source:
+def _bundle(path: Path, vision: VisionFiles | None) -> Source:
     manifest = read_manifest(path)
     if vision:
         raise EngineError(
-            f"{path}: a bundle, which has its own eyes or none; expected published weights where "
+            f"{path}: a bundle, which has its own vision or none; expected published weights where "
             "others are given: load it without them, or export the model with them"
         )
     return Source(path, manifest, path / manifest.tokenizer.file)
@@ -100,7 +101,7 @@ def _bundle(path: Path, vision: EyeFiles | None) -> Source:
 
 def _published(
     path: Path,
-    files: EyeFiles,
+    files: VisionFiles,
     adapter: str | Path | None,
     prefix: str | Path | None,
     tokenizer: str | Path | None,

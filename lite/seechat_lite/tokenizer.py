@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from seechat_lite.pieces import Pieces
-from seechat_weights.bundle import LMConfig
+from seechat_weights.config import LMConfig
 from seechat_weights.errors import BundleError
 from seechat_weights.files import LFS_POINTER
 from seechat_weights.tokenizer_file import MAX_BYTES, completed

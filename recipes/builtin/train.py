@@ -50,7 +50,7 @@ from vision import CELLS, TOKENS, Bridge
 from seechat_export.reference_chatglm import ChatGLM, prefix_mask
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.builtin import BUILTIN
-from seechat_weights.bundle import LMConfig
+from seechat_weights.config import LMConfig
 
 SLACK = 0.02  # how much less often answers may be right that are drawn at temperature 1
 FACTORS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)

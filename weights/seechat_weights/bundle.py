@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from seechat_weights.config import MAX_LAYERS, LMConfig
+from seechat_weights.config import MAX_LAYERS, LMConfig, VisionConfig, half_graph
 from seechat_weights.errors import BundleError
 from seechat_weights.files import MAX_JSON, decoded, line
 from seechat_weights.lm_families import LM_FAMILIES
 from seechat_weights.precisions import PRECISIONS, VISION_PRECISIONS
 from seechat_weights.untrusted import open_file, read_file
+from seechat_weights.vision.network import ACTIVATIONS, NETWORKS, QFORMER
 
 MANIFEST = "seechat.json"
 FORMAT = "seechat-bundle"
@@ -32,71 +33,6 @@ RESIZES = ("squash", "crop", "pad")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 _HASHED_AT_ONCE = 1 << 22  # bytes
 MAX_IMAGE_SIZE = 4096  # pixels; vision towers take a few hundred
-
-
-@dataclass(frozen=True)
-class PixelSpec:
-    """How a picture becomes the vision graph's input, float32 [n, 3, image_size, image_size].
-
-    resize: "squash" ignores the aspect ratio; "crop" resizes the shorter side and cuts the centre;
-    "pad" fits the longer side and fills the rest with `background`.
-    exact: do what the published code does, its oddities included (EXIF orientation ignored, alpha
-    dropped, 16-bit grey saturated, conversion to RGB before the resize if `rgb_first`, else
-    after it); otherwise turn the picture upright, lay alpha over `background`, scale 16 bits.
-    """
-
-    image_size: int = 224
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    resize: str = "squash"
-    interpolation: str = "bicubic"
-    background: tuple[int, int, int] = (255, 255, 255)
-    exact: bool = False
-    rgb_first: bool = True
-
-
-@dataclass(frozen=True)
-class VisionNetwork:
-    """What nn.vision builds tower and bridge with, beside what VisionConfig itself says."""
-
-    patch_size: int
-    width: int
-    inner_size: int
-    layers: int  # that run, which for CLIP is one less than published
-    heads: int
-    activation: str = "gelu"  # the exact one; or "quick_gelu"
-    layernorm_epsilon: float = 1e-6
-    query_width: int = 0  # a Q-Former's, as the rest
-    query_inner_size: int = 0
-    query_layers: int = 0
-    query_heads: int = 0
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """The vision tower, bridge and projector, together one graph: pixels to embeddings.
-
-    With a `network`, the graph's weights lie beside it in a safetensors file, under the names of
-    the network's parameters (see seechat_lite.eyes).
-    """
-
-    graph: str  # ONNX file: pixel_values f32 [n, 3, S, S] -> image_embeds f32 [n, tokens, hidden]
-    tokens: int  # embeddings of one picture
-    tower: str  # "clip", ...: what was exported, for people
-    bridge: str  # "linear", "mlp2x_gelu", ...
-    pixels: PixelSpec = PixelSpec()
-    precision: str = "fp32"
-    network: VisionNetwork | None = None  # None: the graph alone knows
-
-    @property
-    def weights(self) -> str:
-        """The file of the graph's weights, where they are not in the graph itself."""
-        return f"{self.graph}.data"
-
-    @property
-    def half(self) -> str:
-        """The same in float16, as Decoder.half."""
-        return half_graph(self.graph)
 
 
 @dataclass(frozen=True)
@@ -265,6 +201,18 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
         colour = pixels.background
         yield "pixels.background", colour, all(0 <= c < 256 for c in colour), "0 to 255"
         if network := vision.network:
+            tower, known = vision.tower, ", ".join(NETWORKS)
+            yield "vision.tower", tower, tower in NETWORKS, f"one of {known}"
+            bridge, known = vision.bridge, NETWORKS[tower]
+            yield "vision.bridge", bridge, bridge in known, f"one of {', '.join(known)}"
+            found, known = network.activation, ", ".join(ACTIVATIONS)
+            yield "vision.network.activation", found, found in ACTIVATIONS, f"one of {known}"
+            found = network.layernorm_epsilon
+            yield "vision.network.layernorm_epsilon", found, 0 < found < 1, "between 0 and 1"
+            for name in ("query_width", "query_inner_size", "query_layers", "query_heads"):
+                value = getattr(network, name)
+                fits, what = (value > 0, "positive") if bridge == QFORMER else (value == 0, "0")
+                yield f"vision.network.{name}", value, fits, f"{what} with the bridge {bridge}"
             for name in ("patch_size", "width", "inner_size", "layers", "heads"):
                 value = getattr(network, name)
                 yield f"vision.network.{name}", value, value > 0, "a positive number"
@@ -373,11 +321,6 @@ def sha256(path: Path, read: Callable[[int], None] | None = None) -> str:
             if read:
                 read(size)
     return digest.hexdigest()
-
-
-def half_graph(graph: str) -> str:
-    """Name of the graph in float16 that may lie beside `graph`."""
-    return f"{graph.removesuffix('.onnx')}.fp16.onnx"
 
 
 def _inside(name: str) -> bool:

@@ -11,6 +11,9 @@ from seechat_weights.checkpoints import TensorInfo
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files import first_bytes
 from seechat_weights.model_files import CONFIG, TOKENIZER, find_model, model_place
+from seechat_weights.vision.bridge_names import bridge_prefix
+from seechat_weights.vision.clip_names import CLIP_FORMS, clip_library
+from seechat_weights.vision.network import BRIDGE_TENSORS
 
 CHATGLM_HUB = "https://huggingface.co/THUDM/chatglm-6b"
 VISUALGLM_HUB = "https://huggingface.co/THUDM/visualglm-6b"
@@ -27,6 +30,11 @@ PLACES = {
     "a ChatGLM-6B folder": CHATGLM_HUB,
     "a CLIP ViT-L/14": "https://huggingface.co/openai/clip-vit-large-patch14",
     "a projector": "the training run that made it; SEEChat publishes none for CLIP",
+}
+_CLIP_LIBRARIES = {
+    "openai": "OpenAI's own file",
+    "open_clip": "open_clip",
+    "huggingface": "Hugging Face",
 }
 _OLD_VOCABULARY = 150528
 
@@ -184,24 +192,14 @@ def _eva(path: Path, shapes: Shapes, _: object) -> Identity | None:
 
 
 def _clip(path: Path, shapes: Shapes, _: object) -> Identity | None:
-    forms = (
-        ("open_clip", "visual.conv1.weight", r"visual\.transformer\.resblocks\.(\d+)\."),
-        (
-            "Hugging Face",
-            "vision_model.embeddings.patch_embedding.weight",
-            r"vision_model\.encoder\.layers\.(\d+)\.",
-        ),
-        ("Hugging Face", "embeddings.patch_embedding.weight", r"encoder\.layers\.(\d+)\."),
-    )
-    found = [row for row in forms if row[1] in shapes and _layers(shapes, row[2])]
-    if not found:
+    found = (f for f in CLIP_FORMS if f.prefix + f.patches in shapes and _layers(shapes, f.layer))
+    form = next(found, None)
+    if form is None:
         return None
-    form, patches, stack = found[0]
-    layers = _layers(shapes, stack)
-    if form == "open_clip" and "input_resolution" in shapes:
-        form = "OpenAI's own file"
-    width, patch = _size(shapes[patches], 0), _size(shapes[patches], 2)
-    facts = {"vision": f"{layers} layers, width {width}, patches of {patch}", "names": form}
+    layers, patches = _layers(shapes, form.layer), shapes[form.prefix + form.patches]
+    library = _CLIP_LIBRARIES[clip_library(form, shapes)]
+    width, patch = _size(patches, 0), _size(patches, 2)
+    facts = {"vision": f"{layers} layers, width {width}, patches of {patch}", "names": library}
     text = any(k.startswith(("token_embedding", "text_model.", "transformer.")) for k in shapes)
     if text:
         facts["ignored"] = "the text tower"
@@ -211,12 +209,9 @@ def _clip(path: Path, shapes: Shapes, _: object) -> Identity | None:
 
 
 def _projector(path: Path, shapes: Shapes, _: object) -> Identity | None:
-    names = {re.sub(r"^(model\.)?mm_projector\.", "", k): k for k in shapes}
-    kinds = {
-        "linear": {"weight", "bias"},
-        "mlp2x_gelu": {"0.weight", "0.bias", "2.weight", "2.bias"},
-    }
-    kind = next((k for k, expected in kinds.items() if names.keys() == expected), None)
+    prefix = bridge_prefix(shapes)
+    names = {k.removeprefix(prefix): k for k in shapes}
+    kind = next((k for k, ours in BRIDGE_TENSORS.items() if names.keys() == ours.keys()), None)
     if kind is None:
         return None
     first, last = names[min(names, key=_by_layer)], names[max(names, key=_by_layer)]

@@ -25,8 +25,8 @@ from seechat_weights.audit import (
     check_table,
     is_nothing,
 )
-from seechat_weights.bundle import LMConfig
 from seechat_weights.checkpoints import Checkpoint, Opener, TensorInfo, open_checkpoint, read_json
+from seechat_weights.config import LMConfig
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files import local_path
 from seechat_weights.lora import LoRA, check_adapter, check_pairs, open_adapter
@@ -237,10 +237,10 @@ def _open_base(path: Path, opener: Opener) -> tuple[LM, Checkpoint, LMNames, dic
         )
     ours = part(checkpoint.shapes, "lm", where=str(file))
     names = map_lm(ours, config, where=str(file), form=form)
-    eyes = [key for key in checkpoint.shapes if key not in ours]
-    conversation = "visualglm" if eyes else "chatglm"
+    vision = [key for key in checkpoint.shapes if key not in ours]
+    conversation = "visualglm" if vision else "chatglm"
     lm = LM(config, tokenizer=files.tokenizer, conversation=conversation)
-    lm.vision_keys["lm"] = eyes
+    lm.vision_keys["lm"] = vision
     lm.ignored["lm"] = names.ignored
     lm._lay("lm", checkpoint, names.used)
     if form == "sat":

@@ -15,8 +15,8 @@ import numpy as np
 
 from seechat_weights.accounting import Shape, account, check_shapes
 from seechat_weights.audit import Place, check_numbers, is_nothing
-from seechat_weights.bundle import LMConfig
 from seechat_weights.checkpoints import Checkpoint, Opener, TensorInfo, open_checkpoint, read_json
+from seechat_weights.config import LMConfig
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files import shown
 from seechat_weights.names import FORMS, lm_shapes

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from seechat_weights.accounting import Shape, account, check_shapes
-from seechat_weights.bundle import LMConfig
 from seechat_weights.checkpoints import Checkpoint
+from seechat_weights.config import LMConfig
 from seechat_weights.errors import CheckpointError
 
 _ROWS = 4096  # outputs of the projection computed at a time: at full size it takes 3.8 GB

@@ -15,8 +15,8 @@ from seechat_weights.plain_text import one_line
 
 if TYPE_CHECKING:
     from seechat_lite.chat import Model
-    from seechat_lite.eyes import EyeFiles
     from seechat_lite.memory import MemoryPlan
+    from seechat_weights.vision.weights import VisionFiles
 
 WORTH_A_PLAN = 1_000_000_000  # bytes a model takes before people are told the sums
 
@@ -66,7 +66,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--rounded-rotary", action="store_true", help="positions as the authors' fp16 code has them"
     )
-    add_eye_options(parser.add_argument_group("eyes of published weights (torch engine)"))
+    add_vision_options(parser.add_argument_group("vision of published weights (torch engine)"))
 
 
 def add_engine_options(parser: Any) -> None:
@@ -99,8 +99,8 @@ def add_model_option(parser: Any) -> None:
     )
 
 
-def add_eye_options(parser: Any) -> None:
-    """Add the published files that a language model is to see with: fields of eyes.EyeFiles."""
+def add_vision_options(parser: Any) -> None:
+    """Add the published files that a language model is to see with: fields of VisionFiles."""
     add = parser.add_argument
     add(
         "--clip",
@@ -135,15 +135,15 @@ def add_eye_options(parser: Any) -> None:
     )
 
 
-def eye_files(args: argparse.Namespace, usage_error: UsageError) -> "EyeFiles | None":
-    """What add_eye_options' options name, if anything; what does not go together is wrong usage."""
-    from seechat_lite.eyes import EyeFiles
+def vision_files(args: argparse.Namespace, usage_error: UsageError) -> "VisionFiles | None":
+    """What add_vision_options name, if anything; what does not go together is wrong usage."""
+    from seechat_weights.vision.weights import VisionFiles
 
-    given = {f.name: getattr(args, f.name) for f in fields(EyeFiles)}
+    given = {f.name: getattr(args, f.name) for f in fields(VisionFiles)}
     if not any(given.values()):
         return None
     try:
-        return EyeFiles(**given)
+        return VisionFiles(**given)
     except SeechatError as e:
         usage_error(str(e))
 
@@ -155,12 +155,12 @@ def load_options(args: argparse.Namespace, usage_error: UsageError) -> dict[str,
 
     check_engine(args, usage_error)
     check_context(args, usage_error)
-    eyes = eye_files(args, usage_error)
+    vision = vision_files(args, usage_error)
     own = {
         "quantize": ("--quantize goes", args.quantize),
         "rounded_rotary": ("--rounded-rotary goes", args.rounded_rotary),
         "bf16": ("--dtype bf16 goes", args.dtype == "bf16"),
-        "eyes": ("eyes of published weights (--clip, --projector, --eva, …) go", eyes),
+        "vision": ("vision of published weights (--clip, --projector, --eva, …) goes", vision),
     }
     for name in not_for(args.engine, (name for name, (_, given) in own.items() if given)):
         usage_error(f"{own[name][0]} with --engine torch")
@@ -183,7 +183,7 @@ def load_options(args: argparse.Namespace, usage_error: UsageError) -> dict[str,
         "dtype": args.dtype,
         "quantize": args.quantize,
         "rounded_rotary": args.rounded_rotary,
-        "eyes": eyes,
+        "vision": vision,
     }
 
 

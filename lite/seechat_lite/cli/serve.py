@@ -112,7 +112,7 @@ def _serve(args: argparse.Namespace, usage_error: UsageError) -> int:
         )
 
     reads_checkpoints = engine_class(args.engine).reads_checkpoints
-    source = open_source(args.model, vision=options["eyes"], only_bundles=not reads_checkpoints)
+    source = open_source(args.model, vision=options["vision"], only_bundles=not reads_checkpoints)
     opened = [source]
 
     def load_model() -> Model:

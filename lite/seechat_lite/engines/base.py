@@ -10,7 +10,7 @@ import numpy as np
 from seechat_lite.memory import MemoryPlan
 from seechat_lite.prompt import Prompt, context_length, position_ids
 from seechat_lite.source import Source
-from seechat_weights.bundle import LMConfig, VisionConfig
+from seechat_weights.config import LMConfig, VisionConfig
 from seechat_weights.errors import ContextError, EngineError
 
 
@@ -30,7 +30,7 @@ class EngineOptions:
     rounded_rotary: bool = False  # angles as the published code rounds them in half precision
 
 
-OPTIONAL = ("quantize", "rounded_rotary", "eyes", "bf16")  # what not every engine can do
+OPTIONAL = ("quantize", "rounded_rotary", "vision", "bf16")  # what not every engine can do
 
 
 class Cancelled(EngineError):  # noqa: N818 (an event, not a fault)
@@ -167,7 +167,7 @@ def check_room(tokens: int, free: int, context: int) -> None:
 
 
 def check_pixels(pixels: np.ndarray, vision: VisionConfig | None, folder: Path) -> None:
-    """Raise EngineError if a bundle has no eyes, or not for pixels of this shape."""
+    """Raise EngineError if a bundle has no vision, or not for pixels of this shape."""
     if vision is None:
         raise EngineError(
             f"{folder}: a text-only bundle, it cannot see pictures: "

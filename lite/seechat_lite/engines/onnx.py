@@ -40,8 +40,8 @@ from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_lite.source import Source
-from seechat_weights.bundle import LMConfig
 from seechat_weights.bundle_arrays import BundleArrays
+from seechat_weights.config import LMConfig
 from seechat_weights.errors import EngineError, MemoryPlanError
 from seechat_weights.onnx_graph import check_decoder, check_vision
 from seechat_weights.precisions import PRECISIONS, VISION_PRECISIONS, stored_precision

@@ -21,7 +21,8 @@ from seechat_lite.memory import (
     human,
     smaller_context,
 )
-from seechat_weights.bundle import LMConfig, Manifest
+from seechat_weights.bundle import Manifest
+from seechat_weights.config import LMConfig
 from seechat_weights.precisions import (
     PRECISIONS,
     VISION_PRECISIONS,

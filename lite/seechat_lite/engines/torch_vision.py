@@ -1,4 +1,4 @@
-"""The torch engine's eyes: pictures to embeddings, on the language model's device or another."""
+"""The torch engine's vision: pictures to embeddings, on the language model's device or another."""
 
 import weakref
 
@@ -7,24 +7,24 @@ import torch
 from torch import nn
 
 from seechat_lite.engines.torch_settings import torch_settings
-from seechat_lite.eyes import Eyes
 from seechat_lite.memory import KEPT_VISION
 from seechat_lite.native import Native, guarded
 from seechat_weights.errors import EngineError
+from seechat_weights.vision.weights import VisionWeights
 
 
 class TorchVision(Native):
-    """Runs the network of `eyes`; built with the first picture: text alone needs none of it."""
+    """Runs the network of `weights`; built with the first picture: text alone needs none of it."""
 
     def __init__(
-        self, eyes: Eyes, *, device: torch.device, dtype: torch.dtype, keep: bool | None
+        self, weights: VisionWeights, *, device: torch.device, dtype: torch.dtype, keep: bool | None
     ) -> None:
         """keep: hold the weights on the device, or bring them there layer by layer for every
         picture; None does so on the CPU, if there are many."""
         self.device = device
-        self._eyes = eyes
+        self._weights = weights
         self._dtype = dtype
-        size = eyes.numbers * dtype.itemsize
+        size = weights.numbers * dtype.itemsize
         self._keep = keep if keep is not None else device.type != "cpu" or size <= KEPT_VISION
         self.held = size if self._keep else 0  # bytes on the device between pictures
         self._network: nn.Module | None = None
@@ -50,7 +50,7 @@ class TorchVision(Native):
         try:
             from seechat_lite.nn.vision import streamed  # takes seconds: the transformers library
 
-            network = streamed(self._eyes, self.device, self._dtype)
+            network = streamed(self._weights, self.device, self._dtype)
         except ImportError as e:
             raise EngineError(
                 f"{e.name} is not installed; pictures need it with the engine 'torch': "

@@ -16,8 +16,9 @@ from seechat_lite.nn.decoder import Decoder
 from seechat_lite.nn.linears import BLOCK, CHUNK, QUANTIZATIONS, BlockLinear, bitsandbytes_linear
 from seechat_lite.rotary import rotary_tables
 from seechat_lite.source import Source
-from seechat_weights.bundle import LMConfig, Manifest
+from seechat_weights.bundle import Manifest
 from seechat_weights.bundle_arrays import BundleArrays
+from seechat_weights.config import LMConfig
 from seechat_weights.errors import EngineError
 from seechat_weights.layout import HEAD, head_order, reordered_prefix
 from seechat_weights.lm import ALL, LM

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seechat_weights.bundle import VisionNetwork
+from seechat_weights.config import VisionNetwork
 
 
 def vit_settings(sizes: VisionNetwork, image_size: int) -> dict[str, Any]:

@@ -6,10 +6,9 @@ own but ln_vision, with another epsilon, and the query tokens and the projector 
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from seechat_lite.nn.attention import register_attention, vit_settings
-from seechat_weights.bundle import VisionNetwork
+from seechat_weights.config import VisionNetwork
 
 
 class EvaTower(nn.Module):
@@ -55,15 +54,3 @@ class QFormerBridge(nn.Module):
         queries = self.query_tokens.expand(seen.shape[0], -1, -1)
         found = self.qformer(query_embeds=queries, encoder_hidden_states=seen)
         return self.projection(found.last_hidden_state)
-
-
-def resized_positions(positions: Tensor, side: int) -> Tensor:
-    """Position embeddings [1, 1 + old**2, width] for side x side patches, as LAVIS resizes them.
-
-    The class token keeps its own; the others are a picture, resized bicubically.
-    """
-    first, grid = positions[:, :1], positions[:, 1:]
-    old = round(grid.shape[1] ** 0.5)
-    picture = grid.unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    picture = F.interpolate(picture, size=(side, side), mode="bicubic", align_corners=False)
-    return torch.cat([first, picture.permute(0, 2, 3, 1).flatten(1, 2)], 1)

@@ -1,6 +1,6 @@
 """Bridges in torch: from a vision tower's patch tokens to the LM's embeddings.
 
-A new bridge is a class and a row here, its tensors in seechat_weights/vision_names.py, and a test
+A new bridge is a class and a row here, its tensors in seechat_weights/vision/network.py, and a test
 row.
 """
 

@@ -7,13 +7,13 @@ trained on what enters the last layer (LLaVA's hidden_states[-2]), without the f
 import torch
 from torch import Tensor, nn
 
-from seechat_lite.eyes import Eyes
 from seechat_lite.nn.attention import register_attention, vit_settings
 from seechat_lite.nn.blip import EvaTower, QFormerBridge
 from seechat_lite.nn.bridges import BRIDGES
 from seechat_lite.nn.streamed import Streamed
-from seechat_weights.bundle import VisionConfig, VisionNetwork
+from seechat_weights.config import VisionConfig, VisionNetwork
 from seechat_weights.errors import CheckpointError, EngineError
+from seechat_weights.vision.weights import VisionWeights
 
 
 class ClipTower(nn.Module):
@@ -65,15 +65,15 @@ def vision_network(config: VisionConfig, outputs: int) -> Vision:
 
 
 def streamed(
-    eyes: Eyes, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    weights: VisionWeights, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Streamed:
-    """The network of `eyes`, which reads their weights. Raises EngineError, CheckpointError."""
-    network = vision_network(eyes.config, eyes.outputs)
+    """The network of `weights`, which reads them. Raises EngineError, CheckpointError."""
+    network = vision_network(weights.config, weights.outputs)
     found = {name: tuple(p.shape) for name, p in network.named_parameters()}
-    if found != eyes.sizes:
-        differing = (k for k in found | eyes.sizes if found.get(k) != eyes.sizes.get(k))
+    if found != weights.sizes:
+        differing = (k for k in found | weights.sizes if found.get(k) != weights.sizes.get(k))
         raise CheckpointError(
             f"the vision network has other parameters than expected ({sorted(differing)[:4]}): "
             "install a transformers version that seechat-lite was tested with"
         )
-    return Streamed(network, eyes.read, device=device, dtype=dtype)
+    return Streamed(network, weights.read, device=device, dtype=dtype)

@@ -6,43 +6,41 @@ network that nn.vision makes of them runs, or is exported.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from seechat_lite.clip_settings import clip_settings
-from seechat_weights.accounting import FLOATS, Shape, Shapes, account, check_shapes
+from seechat_weights.accounting import Shape
 from seechat_weights.audit import Place, check_vision
-from seechat_weights.blip_names import (
+from seechat_weights.checkpoints import Checkpoint, Opener, open_checkpoint, read_json
+from seechat_weights.config import PixelSpec, VisionConfig
+from seechat_weights.errors import CheckpointError, SeechatError
+from seechat_weights.files import local_path
+from seechat_weights.model_files import find_model
+from seechat_weights.vision.blip_names import (
     BlipNames,
     BlipSettings,
     Overlay,
-    blip_sizes,
     map_seechat,
     map_visualglm,
     seechat_overlay,
     visualglm_overlay,
 )
-from seechat_weights.bundle import Manifest, PixelSpec, VisionConfig, VisionNetwork
-from seechat_weights.checkpoints import Checkpoint, Opener, open_checkpoint, read_json
-from seechat_weights.errors import BundleError, CheckpointError, SeechatError
-from seechat_weights.files import local_path
-from seechat_weights.model_files import find_model
-from seechat_weights.vision_names import Part, bridge_sizes, clip_sizes, map_bridge, map_clip
+from seechat_weights.vision.bridge_names import map_bridge
+from seechat_weights.vision.clip_config import clip_settings
+from seechat_weights.vision.clip_names import map_clip
+from seechat_weights.vision.network import BRIDGE, TOWER
+from seechat_weights.vision.part import Part
 
 PUBLISHED = BlipSettings()
 GRAPH = "vision.onnx"
-CLIP, BRIDGE = "tower.clip.", "bridge."  # where nn.vision has them
-# what stands behind a parameter's name in a bundle: how it is stored
-TRANSPOSED, HALF, CODES, SCALES = ".T", ".fp16", ".codes", ".scales"
-BLOCK_SIZE = 32  # numbers that share a scale in 8 bits
 
 
 @dataclass(frozen=True)
-class Eyes:
+class VisionWeights:
     """A vision network's description and its weights, in their files.
 
     outputs: the width of its embeddings. sizes: its parameters and their shapes. read: a parameter
@@ -64,7 +62,7 @@ class Eyes:
 
 
 @dataclass(frozen=True)
-class EyeFiles:
+class VisionFiles:
     """Published files that a language model is to see with; without any, with what it brings.
 
     clip, projector, clip_activation: see load_clip. eva, qformer, checkpoint, image_size: see
@@ -88,8 +86,8 @@ class EyeFiles:
         if self.image_size and not (self.eva or self.qformer):
             raise SeechatError("--image-size goes with --eva: give both")
 
-    def open(self, lm: str | Path, *, opener: Opener = open_checkpoint) -> Eyes | None:
-        """Eyes for the published language model `lm`, if there are any.
+    def open(self, lm: str | Path, *, opener: Opener = open_checkpoint) -> VisionWeights | None:
+        """Vision for the published language model `lm`, if there are any.
 
         opener: opens checkpoints, such as an Openings, where others read the same files. Raises
         CheckpointError.
@@ -112,88 +110,13 @@ class EyeFiles:
         return load_visualglm(lm, opener=opener)
 
 
-def bundle_eyes(folder: Path, manifest: Manifest) -> Eyes | None:
-    """A bundle's vision; None if it has none, or one that its graph alone describes.
-
-    Weights in 8 bits are read as the floats that they stand for. Raises BundleError.
-    """
-    config = manifest.vision
-    if config is None or config.network is None:
-        return None
-    outputs = manifest.lm.hidden_size
-    sizes = vision_sizes(config, outputs)
-    try:
-        file = open_checkpoint(folder / config.weights)
-        keys = {name: _stored_as(name, file.shapes) for name in sizes}
-        expected: dict[str, Shape] = {}
-        for name, (rows, *others) in sizes.items():
-            key = keys[name]
-            if key.endswith(CODES):
-                blocks = -(-others[0] // BLOCK_SIZE)
-                expected |= {key: (rows, blocks, BLOCK_SIZE), _scales(key): (rows, blocks)}
-            else:
-                expected[key] = (*others, rows) if TRANSPOSED in key else (rows, *others)
-        account(file.shapes, expected, (), str(file.path))
-        check_shapes(file.shapes, expected, str(file.path), dtypes=(*FLOATS, "uint8"))
-    except CheckpointError as e:
-        raise BundleError(f"{e}, or export the bundle again") from None
-
-    def read(name: str) -> np.ndarray:
-        key, found = keys[name], file.read(keys[name])
-        if key.endswith(CODES):  # [outputs, blocks, block], 128 for zero
-            scales = file.read(_scales(key)).astype(np.float32)
-            floats = (found.astype(np.float32) - 128) * scales[..., None]
-            return floats.reshape(len(floats), -1)[:, : sizes[name][1]]
-        return found.T if TRANSPOSED in key else found
-
-    return Eyes(config, outputs, sizes, read)
-
-
-def _stored_as(name: str, shapes: Shapes) -> str:
-    kinds = (HALF, TRANSPOSED, TRANSPOSED + HALF, TRANSPOSED + CODES)
-    return next((name + kind for kind in kinds if name + kind in shapes), name)
-
-
-def _scales(codes: str) -> str:
-    return codes.removesuffix(CODES) + SCALES + HALF
-
-
-def vision_sizes(config: VisionConfig, outputs: int) -> dict[str, Shape]:
-    """The parameters that nn.vision's network has, and their shapes. config: with its network."""
-    network = config.network
-    assert network
-    positions = 1 + (config.pixels.image_size // network.patch_size) ** 2
-    if config.bridge == "qformer":
-        return blip_sizes(
-            network.layers,
-            network.query_layers,
-            network.width,
-            network.inner_size,
-            network.patch_size,
-            positions,
-            config.tokens,
-            network.query_width,
-            network.query_inner_size,
-            outputs,
-        )
-    tower = clip_sizes(
-        width=network.width,
-        inner=network.inner_size,
-        patch=network.patch_size,
-        positions=positions,
-        layers=network.layers,
-    )
-    bridge = bridge_sizes(config.bridge, network.width, outputs)
-    return {CLIP + k: s for k, s in tower.items()} | {BRIDGE + k: s for k, s in bridge.items()}
-
-
 def load_clip(
     *,
     clip: str | Path,
     projector: str | Path,
     activation: str | None = None,
     opener: Opener = open_checkpoint,
-) -> Eyes:
+) -> VisionWeights:
     """A CLIP vision tower and a projector.
 
     clip: a folder or file of open_clip, Hugging Face or OpenAI; its configuration lies beside it.
@@ -205,28 +128,26 @@ def load_clip(
     names = map_clip(checkpoint.shapes, where=str(clip))
     settings = clip_settings(clip, names, activation)
     bridge = map_bridge(file.shapes, where=str(projector))
-    if bridge.inputs != names.width:
+    if bridge.inputs != names.network.width:
         raise CheckpointError(
-            f"{projector}: takes {bridge.inputs} numbers a token; expected {names.width}, the "
-            f"width of {clip}: give --clip the tower that the projector was trained with"
+            f"{projector}: takes {bridge.inputs} numbers a token; expected "
+            f"{names.network.width}, the width of {clip}: give --clip the tower that the "
+            "projector was trained with"
         )
     config = VisionConfig(
         graph=GRAPH,
-        tokens=(names.image_size // names.patch_size) ** 2,
+        tokens=(names.image_size // names.network.patch_size) ** 2,
         tower="clip",
         bridge=bridge.name,
         pixels=settings.pixels,
-        network=VisionNetwork(
-            patch_size=names.patch_size,
-            width=names.width,
-            inner_size=names.inner_size,
-            layers=names.layers - 1,
+        network=dataclasses.replace(
+            names.network,
             heads=settings.heads,
             activation=settings.activation,
             layernorm_epsilon=settings.layernorm_epsilon,
         ),
     )
-    return _published(config, bridge.outputs, [(CLIP, names, checkpoint), (BRIDGE, bridge, file)])
+    return _published(config, bridge.outputs, [(TOWER, names, checkpoint), (BRIDGE, bridge, file)])
 
 
 def load_seechat(
@@ -237,7 +158,7 @@ def load_seechat(
     settings: BlipSettings = PUBLISHED,
     image_size: int | None = None,
     opener: Opener = open_checkpoint,
-) -> Eyes:
+) -> VisionWeights:
     """SEEChat's vision: EVA ViT-g, ln_vision, Q-Former and projector, each in the file loaded last.
 
     eva: eva_vit_g.pth. qformer: blip2_pretrained_flant5xxl.pth. checkpoint: checkpoint_N.pth, of
@@ -257,7 +178,7 @@ def load_visualglm(
     *,
     settings: BlipSettings | None = None,
     opener: Opener = open_checkpoint,
-) -> Eyes | None:
+) -> VisionWeights | None:
     """VisualGLM-6B's vision, from its Hugging Face folder or SAT file; None if `path` has none.
 
     settings: default, what the configuration beside the weights says. Raises CheckpointError.
@@ -285,10 +206,10 @@ def _heads(config: Mapping[str, Any], part: str, published: int) -> int:
 
 def _blip(
     source: Overlay, names: BlipNames, settings: BlipSettings, image_size: int | None
-) -> Eyes:
+) -> VisionWeights:
     for what, width, heads in (
-        ("the ViT", names.width, settings.heads),
-        ("the Q-Former", names.query_width, settings.query_heads),
+        ("the ViT", names.network.width, settings.heads),
+        ("the Q-Former", names.network.query_width, settings.query_heads),
     ):
         if heads < 1 or width % heads:
             raise CheckpointError(
@@ -303,29 +224,22 @@ def _blip(
         tower="eva",
         bridge="qformer",
         pixels=PixelSpec(image_size=names.image_size),
-        network=VisionNetwork(
-            patch_size=names.patch_size,
-            width=names.width,
-            inner_size=names.inner_size,
-            layers=names.blocks,
-            heads=settings.heads,
-            query_width=names.query_width,
-            query_inner_size=names.query_inner_size,
-            query_layers=names.query_layers,
-            query_heads=settings.query_heads,
+        network=dataclasses.replace(
+            names.network, heads=settings.heads, query_heads=settings.query_heads
         ),
     )
     return _published(config, names.outputs, [("", names, source)])
 
 
 def _resized(names: BlipNames, image_size: int) -> BlipNames:
-    if image_size < names.patch_size or image_size % names.patch_size:
+    patch = names.network.patch_size
+    if image_size < patch or image_size % patch:
         raise CheckpointError(
-            f"pictures of {image_size} pixels a side; expected a multiple of {names.patch_size}, "
+            f"pictures of {image_size} pixels a side; expected a multiple of {patch}, "
             "the size of the vision tower's patches: choose another --image-size"
         )
     key = "tower.vit.embeddings.position_embedding"
-    shape = (1, 1 + (image_size // names.patch_size) ** 2, names.width)
+    shape = (1, 1 + (image_size // patch) ** 2, names.network.width)
     return dataclasses.replace(
         names,
         image_size=image_size,
@@ -344,12 +258,44 @@ class _ResizedPositions(Part):
     published: Shape = ()
 
     def read(self, shape: Shape, read: Callable[[str], np.ndarray]) -> np.ndarray:
-        import torch
+        positions = super().read(self.published, read).astype(np.float32)
+        return resized_positions(positions, math.isqrt(shape[1] - 1))
 
-        from seechat_lite.nn.blip import resized_positions
 
-        positions = torch.from_numpy(super().read(self.published, read).astype(np.float32))
-        return resized_positions(positions, math.isqrt(shape[1] - 1)).numpy()
+def resized_positions(positions: np.ndarray, side: int) -> np.ndarray:
+    """Position embeddings [1, 1 + old**2, width] for side x side patches, as LAVIS resizes them.
+
+    The class token keeps its own; the others are a picture, resized bicubically as torch does it
+    (interpolate, align_corners=False).
+    """
+    first, grid = positions[:, :1], positions[0, 1:]
+    old = math.isqrt(len(grid))
+    weights = _bicubic(old, side)
+    picture = grid.reshape(old, old, -1).astype(np.float64)
+    resized = np.einsum("yi,xj,ijw->yxw", weights, weights, picture, optimize=True)
+    return np.concatenate([first, resized.reshape(1, side * side, -1)], 1, dtype=np.float32)
+
+
+def _bicubic(old: int, new: int) -> np.ndarray:
+    """How much of each of `old` points goes into each of `new`: cubic convolution, a = -0.75."""
+    at = ((np.arange(new) + 0.5) * np.float32(old / new) - 0.5).astype(np.float32)
+    start = np.floor(at)
+    after = at - start
+    near, far = (1.25, -2.25, 0, 1), (-0.75, 3.75, -6, 3)  # factors, of the highest power first
+    parts = ((1 + after, far), (after, near), (1 - after, near), (2 - after, far))
+    weights = np.zeros((new, old))
+    for step, (distance, factors) in enumerate(parts, -1):
+        points = np.clip(start + step, 0, old - 1).astype(int)  # beyond the edge, the edge
+        np.add.at(weights, (np.arange(new), points), _polynomial(distance, factors))
+    return weights
+
+
+def _polynomial(x: np.ndarray, factors: Sequence[float]) -> np.ndarray:
+    """In float32, each product and sum rounded once, as torch's kernels do it."""
+    y = np.zeros_like(x)
+    for factor in factors:
+        y = (y.astype(np.float64) * x + factor).astype(np.float32)
+    return y
 
 
 class _Names(Protocol):
@@ -365,7 +311,7 @@ class _Names(Protocol):
 
 def _published(
     config: VisionConfig, outputs: int, parts: list[tuple[str, _Names, Checkpoint | Overlay]]
-) -> Eyes:
+) -> VisionWeights:
     """Join what each part of the network comes from; `parts` begin with where it has them."""
     sources = {at + name: (part, c) for at, n, c in parts for name, part in n.used.items()}
     sizes = {at + name: shape for at, n, _ in parts for name, shape in n.sizes.items()}
@@ -386,4 +332,4 @@ def _published(
 
     ignored = {key: why for _, names, _ in parts for key, why in names.ignored.items()}
     files = {checkpoint.source(k) for part, checkpoint in sources.values() for k in part.names}
-    return Eyes(config, outputs, sizes, read, ignored, tuple(sorted(files)))
+    return VisionWeights(config, outputs, sizes, read, ignored, tuple(sorted(files)))

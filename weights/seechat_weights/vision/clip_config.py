@@ -8,15 +8,25 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from seechat_weights.bundle import PixelSpec
 from seechat_weights.checkpoints import read_json
+from seechat_weights.config import PixelSpec
 from seechat_weights.errors import CheckpointError
-from seechat_weights.vision_names import ClipNames
-
-ACTIVATIONS = ("quick_gelu", "gelu")
+from seechat_weights.vision.clip_names import ClipNames
+from seechat_weights.vision.network import ACTIVATIONS
 
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _RESIZE_MODES = {"shortest": "crop", "longest": "pad", "squash": "squash"}  # open_clip's names
+
+# what a Hugging Face configuration leaves out is the transformers library's default
+_HUGGING_FACE_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "patch_size": 32,
+    "image_size": 224,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +48,7 @@ def clip_settings(path: Path, names: ClipNames, activation: str | None) -> Setti
     folder = path if path.is_dir() else path.parent
     if names.form == "openai":  # published as one file, its settings as code
         pixels = PixelSpec(image_size=names.image_size, resize="crop", rgb_first=False)
-        settings = Settings(path.name, names.width // 64, "quick_gelu", 1e-5, pixels)
+        settings = Settings(path.name, names.network.width // 64, "quick_gelu", 1e-5, pixels)
     elif names.form == "open_clip":
         settings = _open_clip_settings(folder, names)
     else:
@@ -55,9 +65,9 @@ def clip_settings(path: Path, names: ClipNames, activation: str | None) -> Setti
             f"{settings.file}: activation {activation!r:.80}; expected {' or '.join(ACTIVATIONS)}: "
             "give --clip a CLIP ViT checkpoint"
         )
-    if settings.heads < 1 or names.width % settings.heads:
+    if settings.heads < 1 or names.network.width % settings.heads:
         raise CheckpointError(
-            f"{path}: width {names.width} in {settings.heads} attention heads; expected a "
+            f"{path}: width {names.network.width} in {settings.heads} attention heads; expected a "
             f"multiple: put the {settings.file} beside it that belongs to it"
         )
     return dataclasses.replace(settings, activation=activation)
@@ -92,7 +102,7 @@ def _open_clip_settings(folder: Path, names: ClipNames) -> Settings:
         pixels = dataclasses.replace(pixels, background=(given.get("fill_color", 0),) * 3)
     return Settings(
         file=file.name,
-        heads=names.width // (vision.get("head_width") or 64),
+        heads=names.network.width // (vision.get("head_width") or 64),
         activation=activation,
         layernorm_epsilon=(vision.get("norm_kwargs") or {}).get("eps", 1e-5),
         pixels=pixels,
@@ -100,34 +110,33 @@ def _open_clip_settings(folder: Path, names: ClipNames) -> Settings:
 
 
 def _hugging_face_settings(folder: Path, names: ClipNames) -> Settings:
-    from transformers import CLIPVisionConfig
-
     file = folder / "config.json"
     pixels = _hugging_face_pixels(folder / "preprocessor_config.json", names)
     if not file.exists():
-        return Settings(file.name, names.width // 64, "", 1e-5, pixels)
+        return Settings(file.name, names.network.width // 64, "", 1e-5, pixels)
     given = read_json(file)
-    try:
-        # what a Hugging Face configuration leaves out is this class's default
-        config = CLIPVisionConfig.from_dict(given.get("vision_config", given))
-    except Exception as e:  # its validation raises classes of its own
+    given = given.get("vision_config", given)
+    config = _HUGGING_FACE_DEFAULTS | given if isinstance(given, dict) else {}
+    for name, default in _HUGGING_FACE_DEFAULTS.items():
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, type(default)):
+            raise CheckpointError(
+                f"{file}: {name} is {value!r:.80}; expected the configuration of a CLIP model, "
+                f"such as {default!r}: download the file again"
+            )
+    heads = config["num_attention_heads"]
+    if heads < 1 or config["hidden_size"] % heads:
         raise CheckpointError(
-            f"{file}: {str(e).splitlines()[0]}; expected the configuration of a CLIP model: "
-            "download the file again"
-        ) from None
-    _must_agree(
-        file,
-        names,
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.patch_size,
-        config.image_size,
-    )
+            f"{file}: num_attention_heads is {heads}; expected the configuration of a CLIP model, "
+            f"whose heads divide its {config['hidden_size']} numbers: download the file again"
+        )
+    sizes = ("hidden_size", "num_hidden_layers", "patch_size", "image_size")
+    _must_agree(file, names, *(config[name] for name in sizes))
     return Settings(
         file=file.name,
-        heads=config.num_attention_heads,
-        activation=config.hidden_act,
-        layernorm_epsilon=config.layer_norm_eps,
+        heads=heads,
+        activation=config["hidden_act"],
+        layernorm_epsilon=config["layer_norm_eps"],
         pixels=pixels,
     )
 
@@ -211,7 +220,8 @@ def _must_agree(
     The inner size is not compared: the tensors have it, while open_clip states a rounded ratio.
     """
     found = (width, layers, patch_size, image_size)
-    expected = (names.width, names.layers, names.patch_size, names.image_size)
+    network = names.network
+    expected = (network.width, network.layers + 1, network.patch_size, names.image_size)
     for what, a, b in zip(("width", "layers", "patch", "image"), found, expected, strict=True):
         if a not in (None, b, [b, b], (b, b)):
             raise CheckpointError(

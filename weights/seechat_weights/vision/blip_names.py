@@ -5,6 +5,7 @@ its own), and VisualGLM-6B inside its own checkpoint, under the names of SwissAr
 Our names are those of the transformers library, as seechat_lite.nn.blip builds the networks.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from seechat_weights.accounting import (
     sizes_of,
 )
 from seechat_weights.checkpoints import Checkpoint
+from seechat_weights.config import VisionNetwork
 from seechat_weights.errors import CheckpointError
-from seechat_weights.vision_names import Part
+from seechat_weights.vision.network import blip_parameters
+from seechat_weights.vision.part import Part
 
 # VisualGLM-6B's vision half in its Hugging Face folder and in its SAT file
 SAT_PREFIXES = ("image_encoder.", "mixins.eva.model.")
@@ -48,15 +51,9 @@ class BlipNames:
     """EVA ViT, Q-Former and projector found in a checkpoint; the sizes are those of the tensors."""
 
     image_size: int
-    patch_size: int
-    width: int
-    inner_size: int
-    blocks: int
     queries: int
-    query_width: int
-    query_inner_size: int
-    query_layers: int
     outputs: int  # the LM's hidden size
+    network: VisionNetwork  # the tensors do not tell its heads
     used: dict[str, Part]  # our parameter -> where it comes from
     sizes: dict[str, Shape]  # our parameter -> its shape
     ignored: dict[str, str]  # published tensor -> reason
@@ -202,7 +199,10 @@ def _map(
     blocks: int,
     layers: int,
 ) -> BlipNames:
-    used = {ours: find(ours) for ours in blip_sizes(blocks, layers, *[1] * 8)}
+    unknown = VisionNetwork(
+        patch_size=1, width=1, inner_size=1, layers=blocks, heads=0, query_layers=layers
+    )
+    used = {ours: find(ours) for ours in blip_parameters(unknown, 1, 1, 1)}
     ignored = source.account([name for p in used.values() for name in p.names], reasons)
 
     advice = "give the files of BLIP-2, SEEChat or VisualGLM-6B"
@@ -221,68 +221,19 @@ def _map(
     )
     outputs, _ = size("bridge.projection.weight", 2)
     side = patches_a_side(count, where=source.where, advice=advice)
-    sizes = blip_sizes(
-        blocks, layers, width, inner, patch, count, queries, query_width, query_inner, outputs
+    network = dataclasses.replace(
+        unknown,
+        patch_size=patch,
+        width=width,
+        inner_size=inner,
+        query_width=query_width,
+        query_inner_size=query_inner,
     )
+    sizes = blip_parameters(network, side * patch, queries, outputs)
     source.check_shapes(
         {n: used[k].published_shape(s) for k, s in sizes.items() for n in used[k].names}
     )
-    return BlipNames(
-        side * patch, patch, width, inner, blocks, queries, query_width, query_inner, layers,
-        outputs, used, sizes, ignored,
-    )  # fmt: skip
-
-
-def blip_sizes(
-    blocks: int,
-    layers: int,
-    width: int,
-    inner: int,
-    patch: int,
-    positions: int,
-    queries: int,
-    query_width: int,
-    query_inner: int,
-    outputs: int,
-) -> dict[str, Shape]:
-    """Our parameters and their shapes."""
-    sizes: dict[str, Shape] = {}
-
-    def linear(name: str, rows: int, columns: int) -> None:
-        sizes[f"{name}.weight"], sizes[f"{name}.bias"] = (rows, columns), (rows,)
-
-    def norm(name: str, size: int) -> None:
-        sizes[f"{name}.weight"] = sizes[f"{name}.bias"] = (size,)
-
-    sizes["tower.vit.embeddings.class_embedding"] = (1, 1, width)
-    sizes["tower.vit.embeddings.position_embedding"] = (1, positions, width)
-    sizes["tower.vit.embeddings.patch_embedding.weight"] = (width, 3, patch, patch)
-    sizes["tower.vit.embeddings.patch_embedding.bias"] = (width,)
-    for i in range(blocks):
-        at = f"tower.vit.encoder.layers.{i}"
-        norm(f"{at}.layer_norm1", width)
-        linear(f"{at}.self_attn.qkv", 3 * width, width)
-        linear(f"{at}.self_attn.projection", width, width)
-        norm(f"{at}.layer_norm2", width)
-        linear(f"{at}.mlp.fc1", inner, width)
-        linear(f"{at}.mlp.fc2", width, inner)
-    norm("tower.vit.post_layernorm", width)
-    sizes["bridge.query_tokens"] = (1, queries, query_width)
-    norm("bridge.qformer.layernorm", query_width)
-    for i in range(layers):
-        at = f"bridge.qformer.encoder.layer.{i}"
-        for name in ("attention", "crossattention") if i % 2 == 0 else ("attention",):
-            source = width if name == "crossattention" else query_width
-            linear(f"{at}.{name}.attention.query", query_width, query_width)
-            linear(f"{at}.{name}.attention.key", query_width, source)
-            linear(f"{at}.{name}.attention.value", query_width, source)
-            linear(f"{at}.{name}.output.dense", query_width, query_width)
-            norm(f"{at}.{name}.output.LayerNorm", query_width)
-        linear(f"{at}.intermediate_query.dense", query_inner, query_width)
-        linear(f"{at}.output_query.dense", query_width, query_inner)
-        norm(f"{at}.output_query.LayerNorm", query_width)
-    linear("bridge.projection", outputs, query_width)
-    return sizes
+    return BlipNames(side * patch, queries, outputs, network, used, sizes, ignored)
 
 
 _SEECHAT_NAMES = {

@@ -1,0 +1,1 @@
+"""Vision networks: what they are, and where their weights come from."""

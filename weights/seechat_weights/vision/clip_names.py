@@ -1,0 +1,151 @@
+"""Published names and ours, of CLIP vision towers: which tensor becomes which parameter."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from seechat_weights.accounting import (
+    Shape,
+    Shapes,
+    account,
+    check_shapes,
+    count_layers,
+    patches_a_side,
+    sizes_of,
+)
+from seechat_weights.config import VisionNetwork
+from seechat_weights.errors import CheckpointError
+from seechat_weights.vision.network import clip_parameters
+from seechat_weights.vision.part import Part
+
+
+@dataclass(frozen=True)
+class ClipNames:
+    """A CLIP vision tower found in a checkpoint; its sizes are those of the tensors."""
+
+    form: str  # "openai" (their own file), "open_clip" or "huggingface"
+    image_size: int
+    network: VisionNetwork  # that runs, without the last layer; the tensors do not tell its heads
+    used: dict[str, Part]  # our parameter -> where it comes from
+    sizes: dict[str, Shape]  # our parameter -> its shape
+    ignored: dict[str, str]  # published tensor -> reason
+
+
+_TEXT = "belongs to the text tower"
+_LAST = "the patches are taken before the last layer"
+# bert.* and text.* are the text towers of Chinese-CLIP and of newer open_clip models
+_OPEN_CLIP_REASONS = (
+    (r"visual\.(proj|ln_post\.(weight|bias))", _LAST),
+    (r"(transformer|token_embedding|ln_final|text|bert)\..*", _TEXT),
+    (r"positional_embedding|text_projection|context_length|vocab_size", _TEXT),
+    (r"logit_scale|logit_bias", "compares pictures with texts"),
+    (r"input_resolution", "follows from the position embeddings"),
+)
+_HUGGING_FACE_REASONS = (
+    (r"(vision_model\.)?post_layernorm\.(weight|bias)|visual_projection\.weight", _LAST),
+    (r"text_model\..*|text_projection\.weight", _TEXT),
+    (r"logit_scale", "compares pictures with texts"),
+    (r"(vision_model\.)?embeddings\.position_ids", "counts from 0"),
+)
+
+
+class ClipForm(NamedTuple):
+    """How a library names the tensors of a CLIP vision tower."""
+
+    name: str
+    prefix: str
+    layers: str  # behind the prefix, as the next
+    patches: str  # the patch embedding
+    ignored: Sequence[tuple[str, str]]  # patterns of names, and why
+
+    @property
+    def layer(self) -> str:
+        """A pattern of a layer's number."""
+        return re.escape(self.prefix + self.layers) + r"(\d+)\."
+
+
+_HUGGING_FACE = ("encoder.layers.", "embeddings.patch_embedding.weight", _HUGGING_FACE_REASONS)
+CLIP_FORMS = (
+    ClipForm("open_clip", "visual.", "transformer.resblocks.", "conv1.weight", _OPEN_CLIP_REASONS),
+    ClipForm("huggingface", "vision_model.", *_HUGGING_FACE),
+    ClipForm("huggingface", "", *_HUGGING_FACE),  # a CLIPVisionModel as transformers 5 writes it
+)
+
+
+def clip_library(form: ClipForm, shapes: Shapes) -> str:
+    """The form's name; OpenAI's own file is open_clip's but for one tensor."""
+    return "openai" if form.name == "open_clip" and "input_resolution" in shapes else form.name
+
+
+_OPEN_CLIP_NAMES = {
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.patch_embedding": "conv1",
+    "pre_layrnorm": "ln_pre",
+    "encoder.layers": "transformer.resblocks",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
+    """Find the vision tower in an open_clip or Hugging Face CLIP checkpoint.
+
+    Our parameters are named as Hugging Face's, less "vision_model.", and end before the last layer.
+    Raises CheckpointError naming missing, surplus and misshapen tensors.
+    """
+    found = (f for f in CLIP_FORMS if any(k.startswith(f.prefix or "embeddings.") for k in shapes))
+    form = next(found, None)
+    if form is None:
+        raise CheckpointError(
+            f"{where}: holds no vision tower; expected tensors visual.* (open_clip) or "
+            "vision_model.* (Hugging Face): give --clip a CLIP ViT checkpoint"
+        )
+    layers = count_layers(shapes, form.layer, where=where)
+    if layers < 2:
+        raise CheckpointError(
+            f"{where}: the vision tower has {layers} transformer layers; expected a CLIP ViT with "
+            "two or more: other vision towers (ResNet, timm) are not supported"
+        )
+    last = re.escape(f"{form.prefix}{form.layers}{layers - 1}.")
+    unknown = VisionNetwork(patch_size=1, width=1, inner_size=1, layers=layers - 1, heads=0)
+    used = {k: _clip_part(k, form) for k in clip_parameters(unknown, 1)}
+    ignored = account(
+        shapes,
+        [name for part in used.values() for name in part.names],
+        ((last + ".*", _LAST), *form.ignored),
+        where,
+    )
+
+    def shape(ours: str, rank: int) -> Shape:
+        (key,) = used[ours].names
+        advice = "give --clip a CLIP ViT checkpoint"
+        return sizes_of(shapes, key, rank, where=where, advice=advice)
+
+    width, _, patch, _ = shape("embeddings.patch_embedding.weight", 4)
+    positions, _ = shape("embeddings.position_embedding.weight", 2)
+    inner, _ = shape("encoder.layers.0.mlp.fc1.weight", 2)
+    side = patches_a_side(positions, where=where, advice="other vision towers are not supported")
+    network = dataclasses.replace(unknown, patch_size=patch, width=width, inner_size=inner)
+    sizes = clip_parameters(network, side * patch)
+    expected = {n: used[k].published_shape(s) for k, s in sizes.items() for n in used[k].names}
+    check_shapes(shapes, expected, where)
+    return ClipNames(clip_library(form, shapes), side * patch, network, used, sizes, ignored)
+
+
+def _clip_part(ours: str, form: ClipForm) -> Part:
+    if form.name == "huggingface":
+        return Part((form.prefix + ours,))
+    name = ours
+    for old, new in _OPEN_CLIP_NAMES.items():
+        name = name.replace(old, new)
+    fused = re.fullmatch(r"(.*)self_attn\.([qkv])_proj\.(weight|bias)", name)
+    if fused:
+        key = f"{form.prefix}{fused[1]}attn.in_proj_{fused[3]}"
+        return Part((key,), share="qkv".index(fused[2]), shares=3)
+    return Part((form.prefix + name,))
