@@ -28,7 +28,10 @@ def chromium() -> Iterator[Any]:
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE * 1000
+            executable_path=CHROMIUM,
+            # page.test: a name that is not this machine's own, to browsers
+            args=["--no-sandbox", "--host-resolver-rules=MAP page.test 127.0.0.1"],
+            timeout=PATIENCE * 1000,
         )
         yield browser
         browser.close()

@@ -64,7 +64,7 @@ def test_the_list(slow: Running, open_tab: Any) -> None:
     talk(tab, "红苹果", "绿苹果", "香蕉", answer="一种水果")
     wait_until(lambda: tab.titles() == ["香蕉", "绿苹果", "红苹果"])
     tab.page.get_by_role("button", name="红苹果", exact=True).click()
-    assert tab.page.locator(".question").inner_text() == "红苹果"
+    wait_until(lambda: tab.page.locator(".question").all_inner_texts() == ["红苹果"])
     current = tab.page.locator("#conversations [aria-current=page]")
     wait_until(lambda: current.all_text_contents() == ["红苹果"])
     tab.ask("还有呢？")
@@ -199,9 +199,11 @@ def test_another_conversation_may_be_read_meanwhile(slow: Running, open_tab: Any
     tab.ask("你好")
     wait_until(lambda: slow.desk.answering)
     tab.page.get_by_role("button", name="旧的", exact=True).click()
-    assert tab.page.locator("#send").is_visible() and tab.answers() == ["好"]
+    wait_until(tab.page.locator("#send").is_visible)
+    assert tab.answers() == ["好"] and slow.desk.answering
     tab.page.get_by_role("button", name="你好", exact=True).click()
-    assert tab.page.locator("#stop").is_visible() and slow.desk.answering
+    wait_until(tab.page.locator("#stop").is_visible)
+    assert slow.desk.answering
     wait_until(lambda: len(tab.page.locator(".answer").inner_text()) > 5)
     tab.page.locator("#stop").click()
     tab.answered(1)

@@ -250,7 +250,8 @@ function finish(run) {
   drawFeet();
   follow();
   emit("state");
-  if (run.record.id === conversation.id && turn.answer) announce(turn.note?.end ? text("stopped") : turn.answer);
+  const view = views.get(turn.id);
+  if (view && turn.answer) announce(turn.note?.end ? text("stopped") : view.spoken);
 }
 
 // A question that could not be asked goes back to where it was written, unless something new is there.

@@ -38,8 +38,8 @@ export function askKey(wrong) {
 
 // A line above the question that stays until it is closed or another takes its place.
 export function notice(words) {
+  $("notice").hidden = false; // first: what is hidden is not read out
   $("notice-words").textContent = words;
-  $("notice").hidden = false;
 }
 
 export function clearNotice() {

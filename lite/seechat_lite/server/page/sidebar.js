@@ -102,6 +102,7 @@ async function remove(record) {
   const question = { title: text("deleteTitle"), what: `${titleOf(record)}\n${text("deleteWhat")}` };
   if ((await ask({ ...question, ok: text("delete"), dangerous: true })) === null) return;
   await keep(store.removeConversation(record.id));
+  $("new").focus(); // the button that had the focus is gone
 }
 
 async function save(kind, record) {

@@ -33,7 +33,7 @@ export const TEXTS = {
     samples: "试一试",
     credit: "示例图片：Twemoji（CC BY 4.0）",
     abilities: {
-      builtin: "这是内置的演示模型：认得 552 种简单图画里的东西，能说出名称、颜色、数量和位置；照片它不懂。",
+      builtin: "这是内置的演示模型：能说出简单图画里有什么、什么颜色、几个、在哪里。它很小，认得几百种东西，不知道的就会答错。",
       vision: "这个模型能看图，用中文和英文回答；它可能出错，重要的事请核对。",
       text: "这个模型只能读文字，不能看图片。",
     },
@@ -87,7 +87,7 @@ export const TEXTS = {
     temperatureHow: "0：总是最可能的回答；越高越随意。",
     temperatureDefault: "按服务器默认",
     length: "回答长度上限",
-    lengthHow: "以词元计，约每词元一到两个汉字；留空：按服务器默认。",
+    lengthHow: "以词元计，一个词元约一到两个汉字。留空：按服务器默认。",
     system: "系统提示",
     systemHow: "每次提问前先告诉模型的话。很小的模型会因此答得更差。",
     theme: "外观",
@@ -171,8 +171,8 @@ export const TEXTS = {
     credit: "Sample pictures: Twemoji (CC BY 4.0)",
     abilities: {
       builtin:
-        "This is the built-in demonstration model: it knows 552 things in simple drawings, and says " +
-        "what, which colour, how many and where. Photographs are beyond it.",
+        "This is the built-in demonstration model: of simple drawings it says what, which colour, how " +
+        "many and where. It is very small and knows some hundred things; beyond them it is wrong.",
       vision: "This model sees pictures and answers in Chinese and English. It makes mistakes: check what matters.",
       text: "This model reads text only, no pictures.",
     },

@@ -35,6 +35,15 @@ function button(icon, label, click) {
   return made;
 }
 
+// Puts the new content into a box, and leaves alone what is the same: somebody may be marking text in it.
+function patch(box, content) {
+  const fresh = content.nodeType === Node.DOCUMENT_FRAGMENT_NODE ? [...content.childNodes] : [content];
+  let same = 0;
+  while (same < fresh.length && box.childNodes[same]?.isEqualNode(fresh[same])) same += 1;
+  while (box.childNodes.length > same) box.lastChild.remove();
+  box.append(...fresh.slice(same));
+}
+
 export class TurnView {
   #turn;
   #acts;
@@ -71,6 +80,13 @@ export class TurnView {
     this.#drawFoot();
   }
 
+  // The answer as it is read out.
+  get spoken() {
+    const words = this.#answer.cloneNode(true);
+    for (const control of words.querySelectorAll("button")) control.remove();
+    return words.textContent.trim();
+  }
+
   // Other turns' ends change what can be done with this one.
   drawFoot() {
     this.#drawFoot();
@@ -98,7 +114,7 @@ export class TurnView {
     this.#answer.hidden = !answer && !running && !wrong;
     this.#answer.setAttribute("aria-busy", running);
     if (!wrong) {
-      this.#answer.replaceChildren(rendered(answer, copy));
+      patch(this.#answer, rendered(answer, copy));
       return;
     }
     this.#answer.replaceChildren(make("p", "", wordsFor(new Error("", { cause: note.end }))));
