@@ -32,14 +32,14 @@ from seechat_export.export import TOKENIZER, Source, export_bundle
 from seechat_export.quantize import restored_tensor
 from seechat_export.reference_chatglm import ChatGLM, prefix_mask
 from seechat_lite.conversation import FORMATS, Turn, render
-from seechat_lite.nn.blocks import dequantize_blocks, quantize_blocks
+from seechat_lite.nn.block_quantization import dequantize_blocks, quantize_blocks
 from seechat_lite.prompt import Prompt, build, position_ids
 from seechat_weights.builtin import BUILTIN
-from seechat_weights.bundle import read_manifest
-from seechat_weights.bundle_arrays import BundleArrays
+from seechat_weights.bundle.arrays import BundleArrays
+from seechat_weights.bundle.manifest import read_manifest
+from seechat_weights.bundle.precisions import BLOCK_SIZES, PRECISIONS
 from seechat_weights.config import LMConfig
-from seechat_weights.lm import open_lm
-from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS
+from seechat_weights.lm.checkpoint import open_lm
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes/builtin"

@@ -36,20 +36,20 @@ from torch.nn import functional as F
 
 from seechat_lite.engines import Engine, create
 from seechat_lite.engines.base import EngineOptions
-from seechat_lite.engines.torch import TorchEngine
-from seechat_lite.engines.torch_vision import TorchVision
-from seechat_lite.engines.torch_weights import CheckpointWeights, Weights
-from seechat_lite.nn.linears import Linear
+from seechat_lite.engines.torch.engine import TorchEngine
+from seechat_lite.engines.torch.linears import Linear
+from seechat_lite.engines.torch.vision import TorchVision
+from seechat_lite.engines.torch.weights import CheckpointWeights, Weights
 from seechat_lite.prompt import Prompt
+from seechat_lite.prompt_lookup import LONGEST
 from seechat_lite.source import Source, open_source
-from seechat_lite.speculation import LONGEST
 from seechat_weights.builtin import BUILTIN
-from seechat_weights.bundle import Manifest, read_manifest
-from seechat_weights.checkpoints import open_checkpoint
+from seechat_weights.bundle.layout import decoder_layout
+from seechat_weights.bundle.manifest import Manifest, read_manifest
+from seechat_weights.bundle.precisions import PRECISIONS
 from seechat_weights.config import ALPHA, LMConfig
-from seechat_weights.layout import decoder_layout
-from seechat_weights.lm import open_lm
-from seechat_weights.precisions import PRECISIONS
+from seechat_weights.files.checkpoint import open_checkpoint
+from seechat_weights.lm.checkpoint import open_lm
 from seechat_weights.vision.blip_names import BlipSettings
 from seechat_weights.vision.weights import VisionWeights, load_clip, load_seechat
 

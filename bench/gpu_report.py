@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpu_shapes import BLOCK, FORMS, SHAPES
 
-from seechat_lite.speculation import LONGEST
+from seechat_lite.prompt_lookup import LONGEST
 
 if TYPE_CHECKING:
     import torch

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from seechat_lite.engines.torch_weights import Given, Weights
-from seechat_lite.nn.blocks import quantize_blocks
-from seechat_weights.bundle import Decoder, Manifest, TokenizerConfig
+from seechat_lite.engines.torch.weights import Given, Weights
+from seechat_lite.nn.block_quantization import quantize_blocks
+from seechat_weights.bundle.layout import decoder_layout
+from seechat_weights.bundle.manifest import Decoder, Manifest, TokenizerConfig
+from seechat_weights.bundle.precisions import PRECISIONS
 from seechat_weights.config import LMConfig, PixelSpec, VisionConfig, VisionNetwork
-from seechat_weights.layout import decoder_layout
-from seechat_weights.precisions import PRECISIONS
 from seechat_weights.vision.network import PUBLISHED_VISION, parameters
 from seechat_weights.vision.weights import VisionWeights
 

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     from seechat_export.synthetic import write_synthetic_bundle
-    from seechat_lite.folders import cache_folder
+    from seechat_lite.cache_folder import cache_folder
 
     kind = {"int4": "q4_0", "int8": "q8_0"}[args.precision]
     bundle = cache_folder() / f"chatglm-6b-{args.precision}-{LAYERS}"

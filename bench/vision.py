@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from seechat_export.vision_graph import PRECISIONS, export_vision
-from seechat_lite.nn.streamed import Streamed
+from seechat_lite.nn.layer_streaming import Streamed
 from seechat_lite.nn.vision import vision_network
 from seechat_lite.onnx_runtime import ort
 from seechat_weights.config import VisionConfig

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from seechat_lite.images import load_image, pixels
 from seechat_lite.tokenizer import Tokenizer
-from seechat_weights.bundle import Manifest
-from seechat_weights.checkpoints import open_checkpoint, read_json
+from seechat_weights.bundle.manifest import Manifest
 from seechat_weights.config import PixelSpec
+from seechat_weights.files.checkpoint import open_checkpoint, read_json
 from seechat_weights.identify import identify
 
 

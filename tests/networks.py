@@ -8,10 +8,10 @@ from torch import nn
 
 from reference import load_json, positions, tensors
 from seechat_export.reference_chatglm import ChatGLM, KVCache
-from seechat_lite.engines.onnx import OnnxEngine
+from seechat_lite.engines.onnx.engine import OnnxEngine
 from seechat_lite.prompt import Prompt, context_length
-from seechat_weights.lm import LM
-from seechat_weights.names import lm_config
+from seechat_weights.lm.chatglm import lm_config
+from seechat_weights.lm.checkpoint import LM
 
 
 def load_chatglm(folder: str) -> ChatGLM:

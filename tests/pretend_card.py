@@ -187,7 +187,7 @@ def recorded(graph: Graph, *unused: Any, **options: Any) -> Iterator[None]:
 
 def few_large_programs(patch: pytest.MonkeyPatch) -> None:
     """Which Triton's interpreter is faster with."""
-    from seechat_lite.nn.kernels import attention, linear
+    from seechat_lite.engines.torch.kernels import attention, linear
 
     patch.setattr(linear, "OUTPUTS", 1024)
     patch.setattr(linear, "OUTPUTS_OF_ROWS", 512)
@@ -221,14 +221,13 @@ def pretend_card(patch: pytest.MonkeyPatch, *, triton: bool) -> Iterator[None]:
     }.items():
         patch.setattr(torch.cuda, name, value)
     if triton:
-        from seechat_lite.nn.kernels import attention, linear
+        from seechat_lite.engines.torch.kernels import attention, linear
 
         few_large_programs(patch)
         for module in (linear, attention):
             for name in KERNELS & vars(module).keys():
                 patch.setattr(module, name, Kernel(getattr(module, name)))
-    from seechat_lite.engines import torch as engine
-    from seechat_lite.nn import kernels
+    from seechat_lite.engines.torch import engine, kernels
 
     for module in (engine, kernels):
         patch.setattr(module, "fused", lambda device: triton and device.type == "cuda")

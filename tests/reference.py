@@ -16,7 +16,7 @@ from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import Prompt, position_ids
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import CheckpointError
-from seechat_weights.lm import open_lm
+from seechat_weights.lm.checkpoint import open_lm
 
 DATA = Path(__file__).parent / "data"
 

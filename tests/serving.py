@@ -22,12 +22,12 @@ from starlette.applications import Starlette
 import seechat_lite as sl
 from seechat_lite.loading import load as load_model
 from seechat_lite.server.app import create_app
-from seechat_lite.server.desk import Desk
 from seechat_lite.server.fetch import Fetcher
-from seechat_lite.server.run import configure
+from seechat_lite.server.listen import configure
+from seechat_lite.server.scheduler import Desk
 from seechat_lite.server.settings import Settings
 from seechat_weights.builtin import BUILTIN
-from seechat_weights.bundle import read_manifest
+from seechat_weights.bundle.manifest import read_manifest
 
 IMAGES = Path(__file__).parent.parent / "docs/images"
 PANDA = (IMAGES / "panda.png").read_bytes()

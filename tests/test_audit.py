@@ -18,10 +18,10 @@ import seechat_lite as sl
 from reference import data, random_array
 from seechat_export.export import export_bundle
 from seechat_lite.nn.vision import streamed
-from seechat_weights import audit
-from seechat_weights.audit import Place
 from seechat_weights.errors import CheckpointError, SeechatError
-from seechat_weights.lm import open_lm
+from seechat_weights.files import audit
+from seechat_weights.files.audit import Place
+from seechat_weights.lm.checkpoint import open_lm
 from seechat_weights.vision.weights import load_clip
 
 PLACE = Place(Path("folder/weights.bin"), "layers.0.weight")

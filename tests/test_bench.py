@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from reference import data
-from seechat_lite import bench
+from seechat_lite import benchmark as bench
 from seechat_lite.cli import bench as command_bench
 from seechat_lite.cli import main as cli
-from seechat_lite.engines.onnx_memory import bundle_plan as plan
+from seechat_lite.engines.onnx.memory import bundle_plan as plan
 from seechat_lite.loading import load
 from seechat_lite.prompt import Prompt
-from seechat_weights.bundle import read_manifest
+from seechat_weights.bundle.manifest import read_manifest
 from seechat_weights.config import LMConfig
 
 

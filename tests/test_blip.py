@@ -18,12 +18,12 @@ from reference import data, load_json, manifest, run_onnx, tensors
 from seechat_export.export import export_bundle
 from seechat_export.vision_graph import export_vision
 from seechat_lite.images import load_image, pixels
-from seechat_lite.nn.streamed import Streamed
+from seechat_lite.nn.layer_streaming import Streamed
 from seechat_lite.nn.vision import streamed
-from seechat_weights.checkpoints import Checkpoint, TensorInfo
 from seechat_weights.config import VisionConfig
 from seechat_weights.errors import CheckpointError
-from seechat_weights.lm import SAT_CONFIG, SAT_FILE
+from seechat_weights.files.checkpoint import Checkpoint, TensorInfo
+from seechat_weights.lm.checkpoint import SAT_CONFIG, SAT_FILE
 from seechat_weights.vision.blip_names import BlipSettings, Overlay, map_seechat, seechat_overlay
 from seechat_weights.vision.network import PUBLISHED_VISION
 from seechat_weights.vision.weights import (

@@ -17,8 +17,8 @@ from PIL import Image
 import seechat_lite as sl
 from reference import data
 from seechat_export.export import export_bundle
-from seechat_lite.engines.onnx_memory import bundle_plan as plan
-from seechat_weights.bundle import MANIFEST, Manifest, read_manifest, verify_hashes
+from seechat_lite.engines.onnx.memory import bundle_plan as plan
+from seechat_weights.bundle.manifest import MANIFEST, Manifest, read_manifest, verify_hashes
 
 FILES = [
     *("decoder.onnx", "decoder.onnx.data", "embeddings.bin", "ice_text.model"),

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 from reference import data, load_json, tensors
-from seechat_weights.checkpoints import open_checkpoint, read_json
 from seechat_weights.errors import CheckpointError
-from seechat_weights.files import LFS_POINTER
+from seechat_weights.files.checkpoint import open_checkpoint, read_json
+from seechat_weights.files.reading import LFS_POINTER
 
 INDEX = "pytorch_model.bin.index.json"
 

@@ -423,7 +423,7 @@ if stage == "import":
             if name == "onnxruntime": wait()
     sys.meta_path.insert(0, Finder())
 else:
-    import seechat_lite.engines.onnx as onnx
+    import seechat_lite.engines.onnx.engine as onnx
     if stage == "load":
         onnx.OnnxEngine.__init__ = wait
     else:

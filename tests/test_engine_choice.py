@@ -12,7 +12,7 @@ from reference import data
 from seechat_lite import loading
 from seechat_lite.cli.main import main
 from seechat_lite.engines import ENGINES, engine_class
-from seechat_lite.engines.torch_settings import torch_settings
+from seechat_lite.engines.torch.settings import torch_settings
 
 TINY = data("chatglm_tiny")
 

@@ -19,11 +19,11 @@ from reference import data
 from seechat_export import export, plan, quantize
 from seechat_export.export import export_bundle
 from seechat_export.plan import ExportPlan
-from seechat_lite.nn.blocks import dequantize_blocks, quantize_blocks
-from seechat_weights.bundle import read_manifest, verify_hashes
+from seechat_lite.nn.block_quantization import dequantize_blocks, quantize_blocks
+from seechat_weights.bundle.layout import head_order, inverse_order, reordered
+from seechat_weights.bundle.manifest import read_manifest, verify_hashes
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import BundleError, CheckpointError, MemoryPlanError, SeechatError
-from seechat_weights.layout import head_order, inverse_order, reordered
 
 LM = data("chatglm_tiny")
 
@@ -348,7 +348,7 @@ import os, random, shutil, signal, sys, time
 from pathlib import Path
 from seechat_export.export import export_bundle
 from seechat_export.plan import ExportPlan
-from seechat_weights.bundle import read_manifest
+from seechat_weights.bundle.manifest import read_manifest
 from seechat_weights.errors import BundleError
 
 lm, whole, out = map(Path, sys.argv[1:])

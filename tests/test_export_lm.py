@@ -18,17 +18,17 @@ from seechat_export.export import export_bundle
 from seechat_export.quantize import restored_tensor, stored_arrays
 from seechat_export.reference_chatglm import ChatGLM
 from seechat_lite.engines import create
-from seechat_lite.nn.blocks import dequantize_blocks
+from seechat_lite.nn.block_quantization import dequantize_blocks
 from seechat_lite.prompt import Prompt
 from seechat_lite.source import open_source
-from seechat_weights.bundle import Manifest, read_manifest
-from seechat_weights.bundle_arrays import BundleArrays
+from seechat_weights.bundle.arrays import BundleArrays
+from seechat_weights.bundle.layout import Item, Stored, decoder_layout
+from seechat_weights.bundle.manifest import Manifest, read_manifest
+from seechat_weights.bundle.precisions import PRECISIONS
 from seechat_weights.config import LMConfig
-from seechat_weights.layout import Item, Stored, decoder_layout
-from seechat_weights.lm import open_lm
-from seechat_weights.names import lm_config, lm_shapes
-from seechat_weights.precisions import PRECISIONS
-from seechat_weights.quantized import Quantized, pack
+from seechat_weights.lm.chatglm import lm_config, lm_shapes
+from seechat_weights.lm.checkpoint import open_lm
+from seechat_weights.lm.quantized import Quantized, pack
 from seechat_weights.vision.weights import load_clip
 
 TOLERANCE = 5e-4

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from reference import data
-from seechat_weights.files import LFS_POINTER
+from seechat_weights.files.reading import LFS_POINTER
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="pipes, devices, getrusage")
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from reference import data, manifest
 from seechat_lite.cli.main import main
 from seechat_weights.errors import CheckpointError
-from seechat_weights.files import LFS_POINTER
+from seechat_weights.files.reading import LFS_POINTER
 from seechat_weights.identify import Identity, check_given, identify
 
 POINTER = LFS_POINTER + b"/spec/v1\noid sha256:5e974d9a\nsize 2706249\n"

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from pretend_card import KERNELS, pretend_card
-from seechat_lite.nn.blocks import dequantize_blocks, quantize_blocks
+from seechat_lite.nn.block_quantization import dequantize_blocks, quantize_blocks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
@@ -49,7 +49,7 @@ def test_compiles_without_a_gpu(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from seechat_lite.nn.kernels import attention, linear
+    from seechat_lite.engines.torch.kernels import attention, linear
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, launches = (vars(linear) | vars(attention))[name], []
@@ -102,7 +102,7 @@ def kind(value: torch.Tensor | int | float) -> str:
 
 def run_at_full_size() -> None:
     """Everything that launches a kernel, with ChatGLM-6B's sizes and without numbers."""
-    from seechat_lite.nn.kernels import attention, linear
+    from seechat_lite.engines.torch.kernels import attention, linear
 
     def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -144,7 +144,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
     ],
 )
 def test_blocks(rows: int, inputs: int, outputs: int, block: int, shared: bool, bits: int) -> None:
-    from seechat_lite.nn.kernels import linear as kernels
+    from seechat_lite.engines.torch.kernels import linear as kernels
 
     torch.manual_seed(inputs)
     codes, scales = quantize_blocks(torch.randn(outputs, inputs), bits=bits, block_size=block)
@@ -169,7 +169,7 @@ def test_blocks(rows: int, inputs: int, outputs: int, block: int, shared: bool, 
 @needs_interpreter
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 5), (700, 20)])
 def test_one_row_of_floats(inputs: int, outputs: int) -> None:
-    from seechat_lite.nn.kernels import linear
+    from seechat_lite.engines.torch.kernels import linear
 
     torch.manual_seed(inputs)
     x, weight, bias = torch.randn(1, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
@@ -184,8 +184,8 @@ def test_one_row_of_floats(inputs: int, outputs: int) -> None:
 @needs_interpreter
 @pytest.mark.parametrize(("rows", "hidden"), [(1, 64), (3, 100)])
 def test_a_sum_and_its_norm(rows: int, hidden: int) -> None:
-    from seechat_lite.nn import decoder
-    from seechat_lite.nn.kernels import attention
+    from seechat_lite.engines.torch import decoder
+    from seechat_lite.engines.torch.kernels import attention
 
     torch.manual_seed(hidden)
     norm = torch.nn.LayerNorm(hidden, 1e-3)
@@ -200,8 +200,8 @@ def test_a_sum_and_its_norm(rows: int, hidden: int) -> None:
 @needs_interpreter
 @pytest.mark.parametrize(("rows", "heads", "head", "length"), [(1, 3, 16, 0), (3, 2, 24, 45)])
 def test_a_step_of_attention(rows: int, heads: int, head: int, length: int) -> None:
-    from seechat_lite.nn import decoder
-    from seechat_lite.nn.kernels import attention as kernels
+    from seechat_lite.engines.torch import decoder
+    from seechat_lite.engines.torch.kernels import attention as kernels
 
     torch.manual_seed(length)
     capacity, scale = 60, head**-0.5
@@ -230,7 +230,7 @@ def test_steps_of_the_engine(form: str, tmp_path: Path, monkeypatch: pytest.Monk
     from reference import data
     from seechat_export.export import export_bundle
     from seechat_lite.engines import EngineOptions
-    from seechat_lite.engines.torch import TorchEngine
+    from seechat_lite.engines.torch.engine import TorchEngine
     from seechat_lite.prompt import Prompt
     from seechat_lite.source import open_source
 
@@ -267,7 +267,7 @@ def test_without_triton_a_log_line_says_so(caplog: pytest.LogCaptureFixture) -> 
     """Here there is no GPU, or Triton is missing: plain torch it is."""
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
-    from seechat_lite.nn.kernels import fused
+    from seechat_lite.engines.torch.kernels import fused
 
     fused.cache_clear()
     assert not fused(torch.device("cpu"))

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from networks import TorchEngine, chatglm_of
 from reference import data, greedy, lm_error, load_json, tensors
 from seechat_lite.prompt import Prompt
-from seechat_weights.lm import open_lm
-from seechat_weights.quantized import Quantized, pack
+from seechat_weights.lm.checkpoint import open_lm
+from seechat_weights.lm.quantized import Quantized, pack
 
 TOLERANCE = 5e-4
 QUANTIZED = ["int8", "int4", "int4-qe"]

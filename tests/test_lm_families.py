@@ -16,7 +16,7 @@ from reference import (
     random_array,
 )
 from seechat_export.export import export_bundle
-from seechat_weights.lm import SAT_CONFIG, SAT_FILE, open_lm
+from seechat_weights.lm.checkpoint import SAT_CONFIG, SAT_FILE, open_lm
 
 TINY = data("chatglm_tiny")
 

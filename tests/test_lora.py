@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 from networks import TorchEngine, chatglm_of
 from reference import data, lm_error, random_array, tensors
 from seechat_lite.prompt import Prompt
-from seechat_weights.lm import open_lm
-from seechat_weights.names import lm_shapes
+from seechat_weights.lm.chatglm import lm_shapes
+from seechat_weights.lm.checkpoint import open_lm
 
 TOLERANCE = 5e-4
 TINY = data("chatglm_tiny")

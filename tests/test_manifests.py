@@ -20,12 +20,12 @@ from seechat_export.export import export_bundle
 from seechat_export.synthetic import write_tokenizer
 from seechat_export.vision_graph import export_vision
 from seechat_lite.nn.vision import streamed
-from seechat_weights import lm as lm_module
-from seechat_weights.accounting import Shapes, part
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import CheckpointError
-from seechat_weights.lm import LM, open_lm
-from seechat_weights.names import OLD_VOCABULARY
+from seechat_weights.files.accounting import Shapes, part
+from seechat_weights.lm import checkpoint as lm_module
+from seechat_weights.lm.chatglm import OLD_VOCABULARY
+from seechat_weights.lm.checkpoint import LM, open_lm
 from seechat_weights.vision import weights as eyes_module
 from seechat_weights.vision.blip_names import BlipSettings
 from seechat_weights.vision.weights import VisionWeights, load_clip, load_seechat

@@ -9,11 +9,11 @@ import pytest
 
 import seechat_lite as sl
 from seechat_lite import memory
-from seechat_lite.engines import onnx_memory
-from seechat_lite.engines.onnx_memory import bundle_plan as plan
-from seechat_lite.engines.onnx_memory import check_memory
+from seechat_lite.engines.onnx import memory as onnx_memory
+from seechat_lite.engines.onnx.memory import bundle_plan as plan
+from seechat_lite.engines.onnx.memory import check_memory
 from seechat_lite.memory import MemoryPlan, human
-from seechat_weights.bundle import Decoder, FileHash, Manifest, TokenizerConfig
+from seechat_weights.bundle.manifest import Decoder, FileHash, Manifest, TokenizerConfig
 from seechat_weights.config import LMConfig, VisionConfig
 
 CHATGLM = Manifest(

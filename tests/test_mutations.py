@@ -15,10 +15,10 @@ from safetensors.torch import save
 
 from hostile import READ
 from reference import data
-from seechat_weights.bundle import Manifest
-from seechat_weights.checkpoints import read_json
+from seechat_weights.bundle.manifest import Manifest
 from seechat_weights.errors import SeechatError
-from seechat_weights.names import lm_config
+from seechat_weights.files.checkpoint import read_json
+from seechat_weights.lm.chatglm import lm_config
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),

@@ -7,11 +7,11 @@ import torch
 
 from reference import data, load_json, manifest
 from seechat_export.reference_chatglm import ChatGLM
-from seechat_weights.accounting import Shapes
-from seechat_weights.checkpoints import open_checkpoint
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import CheckpointError
-from seechat_weights.names import (
+from seechat_weights.files.accounting import Shapes
+from seechat_weights.files.checkpoint import open_checkpoint
+from seechat_weights.lm.chatglm import (
     OLD_VOCABULARY,
     lm_config,
     lm_shapes,

@@ -14,16 +14,17 @@ from networks import run_torch
 from reference import data, greedy, load_json, random_array, run_onnx, tensors
 from seechat_export.export import export_bundle
 from seechat_export.vision_graph import export_vision
-from seechat_lite.engines import Engine, EngineOptions, create, onnx_devices
-from seechat_lite.engines.onnx import OnnxEngine
-from seechat_lite.engines.onnx_devices import Device, find_device
+from seechat_lite.engines import Engine, EngineOptions, create
+from seechat_lite.engines.onnx import devices as onnx_devices
+from seechat_lite.engines.onnx.devices import Device, find_device
+from seechat_lite.engines.onnx.engine import OnnxEngine
 from seechat_lite.nn.vision import streamed
 from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import Prompt
 from seechat_lite.source import open_source
-from seechat_weights.bundle import read_manifest
+from seechat_weights.bundle.manifest import read_manifest
+from seechat_weights.bundle.precisions import PRECISIONS
 from seechat_weights.errors import EngineError, MemoryPlanError
-from seechat_weights.precisions import PRECISIONS
 from seechat_weights.vision.blip_names import BlipSettings
 from seechat_weights.vision.weights import load_clip, load_seechat
 

@@ -16,9 +16,9 @@ from onnx import TensorProto, helper
 import seechat_lite as sl
 from seechat_lite.cli.main import main
 from seechat_weights.builtin import BUILTIN
-from seechat_weights.bundle import MANIFEST, read_manifest, sha256
+from seechat_weights.bundle.manifest import MANIFEST, read_manifest, sha256
+from seechat_weights.bundle.onnx_graph import check_decoder, check_graphs, check_vision, read_graph
 from seechat_weights.errors import BundleError
-from seechat_weights.onnx_graph import check_decoder, check_graphs, check_vision, read_graph
 
 DECODER, VISION = "decoder.onnx", "vision.onnx"
 

@@ -19,7 +19,7 @@ from reference import data
 from seechat_lite.cli.main import main
 from seechat_lite.cli.terminal import PlainFormatter
 from seechat_weights.builtin import BUILTIN
-from seechat_weights.bundle import MANIFEST
+from seechat_weights.bundle.manifest import MANIFEST
 from seechat_weights.errors import SeechatError
 from seechat_weights.plain_text import many_lines, one_line, safe_json, spoken
 

@@ -15,8 +15,8 @@ from pretend_card import CARD, pretend_card
 from reference import data
 from seechat_export.export import export_bundle
 from seechat_lite.engines import EngineOptions
-from seechat_lite.engines.torch import TorchEngine
-from seechat_lite.engines.torch_graphs import Recorder
+from seechat_lite.engines.torch.cuda_graphs import Recorder
+from seechat_lite.engines.torch.engine import TorchEngine
 from seechat_lite.prompt import Prompt
 from seechat_lite.source import open_source
 from seechat_weights.errors import MemoryPlanError
@@ -142,7 +142,7 @@ def test_steps_are_recorded_with_plain_operations_as_well(card: torch.device) ->
         def forward(self, x: torch.Tensor, *unused: object, logit_rows: int) -> torch.Tensor:
             return (x * 2)[-logit_rows:].float()
 
-    from seechat_lite.nn.decoder import Cache
+    from seechat_lite.engines.torch.decoder import Cache
 
     keys = torch.zeros(1, 8, 4, device=card)
     recorder = Recorder(Doubles(), Cache([keys], [keys]), vocab_size=4)  # type: ignore[arg-type]

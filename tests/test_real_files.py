@@ -24,12 +24,12 @@ from seechat_export.export import export_bundle
 from seechat_export.reference_chatglm import ChatGLM, KVCache
 from seechat_lite.prompt import position_ids
 from seechat_lite.tokenizer import Tokenizer
-from seechat_weights.checkpoints import open_checkpoint
 from seechat_weights.config import LMConfig
+from seechat_weights.files.checkpoint import open_checkpoint
 from seechat_weights.identify import identify
-from seechat_weights.lm import open_lm
-from seechat_weights.names import lm_config, lm_shapes
-from seechat_weights.tokenizer_file import completed
+from seechat_weights.lm.chatglm import lm_config, lm_shapes
+from seechat_weights.lm.checkpoint import open_lm
+from seechat_weights.lm.tokenizer_file import completed
 from seechat_weights.vision.blip_names import map_visualglm, visualglm_overlay
 
 _BESIDE = Path(__file__).parents[1].parent / "shared" / "reference"

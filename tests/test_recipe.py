@@ -364,8 +364,8 @@ def test_the_graph_with_photographs_computes_what_torch_does(tmp_path: Path) -> 
     from vision import TOKENS
 
     from seechat_export.vision_graph import export_vision
+    from seechat_weights.bundle.onnx_graph import VISION_OPERATORS
     from seechat_weights.config import VisionConfig
-    from seechat_weights.onnx_graph import VISION_OPERATORS
 
     network = photo_network()
     round_to_int8(network)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from large_requests import FILLINGS, LARGEST, PLACES, Watched, history, request, watched
 from seechat_lite import json_structure
 from seechat_lite.json_structure import MAX_DEPTH, MAX_PARTS, too_complex
+from seechat_lite.server.access import client_of
 from seechat_lite.server.budget import Budget
 from seechat_lite.server.errors import ApiError
-from seechat_lite.server.guard import client_of
 from seechat_lite.server.settings import Settings
 from serving import Running, asking, running
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 import seechat_lite as sl
 from seechat_lite.chat import Stats
 from seechat_lite.engines.base import Cancelled
-from seechat_lite.server.desk import Ask, Desk, Turn
 from seechat_lite.server.errors import ApiError
 from seechat_lite.server.fair_queue import FairQueue
+from seechat_lite.server.scheduler import Ask, Desk, Turn
 from seechat_lite.server.settings import Settings
 from serving import IMAGES, PATIENCE, Running, asking, data_url, running, wait_until
 

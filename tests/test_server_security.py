@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 import trustme
 
+from seechat_lite.server import listen as server_run
 from seechat_lite.server import logs
-from seechat_lite.server import run as server_run
 from seechat_lite.server.budget import Budget
 from seechat_lite.server.errors import ApiError
 from seechat_lite.server.fetch import Fetcher, is_public, resolve
-from seechat_lite.server.intake import Intake
+from seechat_lite.server.request_limits import Intake
 from seechat_lite.server.settings import Settings
 from serving import PANDA, PATIENCE, Running, asking, data_url, running, wait_until
 

@@ -15,13 +15,13 @@ import pytest
 import seechat_lite as sl
 from reference import data
 from seechat_export.export import export_bundle
-from seechat_lite import bench
+from seechat_lite import benchmark as bench
 from seechat_lite.cli.main import main
-from seechat_lite.server import run as server
+from seechat_lite.server import listen as server
 from seechat_lite.source import open_source
-from seechat_weights import bundle as bundles
-from seechat_weights import checkpoints
-from seechat_weights.lm import SAT_FILE, open_lm
+from seechat_weights.bundle import manifest as bundles
+from seechat_weights.files import checkpoint as checkpoints
+from seechat_weights.lm.checkpoint import SAT_FILE, open_lm
 from seechat_weights.model_files import Openings, find_model
 from seechat_weights.vision import weights
 from seechat_weights.vision.blip_names import BlipSettings

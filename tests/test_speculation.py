@@ -11,8 +11,8 @@ import seechat_lite as sl
 from seechat_lite.engines.base import Cancelled
 from seechat_lite.generate import generate
 from seechat_lite.prompt import Prompt
+from seechat_lite.prompt_lookup import LONGEST, PromptLookup
 from seechat_lite.sampling import Sampling
-from seechat_lite.speculation import LONGEST, PromptLookup
 
 VOCABULARY = 40
 EOS = VOCABULARY - 1

@@ -10,7 +10,7 @@ import torch
 from seechat_export import synthetic
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.config import LMConfig, PixelSpec, VisionNetwork
-from seechat_weights.lm import open_lm
+from seechat_weights.lm.checkpoint import open_lm
 from seechat_weights.vision.network import PUBLISHED_VISION
 from seechat_weights.vision.weights import load_clip
 

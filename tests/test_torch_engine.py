@@ -19,13 +19,13 @@ from seechat_lite.cli import options
 from seechat_lite.cli.main import main
 from seechat_lite.engines import Engine, EngineOptions, create
 from seechat_lite.engines.base import Cancelled
-from seechat_lite.engines.torch import DTYPES, TorchEngine
-from seechat_lite.engines.torch_memory import device_plan
-from seechat_lite.nn.linears import QUANTIZATIONS, BlockLinear
+from seechat_lite.engines.torch.engine import DTYPES, TorchEngine
+from seechat_lite.engines.torch.linears import QUANTIZATIONS, BlockLinear
+from seechat_lite.engines.torch.memory import device_plan
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_tables
 from seechat_lite.source import open_source
-from seechat_weights.bundle import Decoder, Manifest, TokenizerConfig
+from seechat_weights.bundle.manifest import Decoder, Manifest, TokenizerConfig
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import EngineError, MemoryPlanError
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from reference import data, random_array
 from seechat_export.export import export_bundle
 from seechat_lite.cli.main import main
-from seechat_weights.checkpoints import open_checkpoint
-from seechat_weights.lm import open_lm
+from seechat_weights.files.checkpoint import open_checkpoint
+from seechat_weights.lm.checkpoint import open_lm
 
 State = dict[str, torch.Tensor]
 

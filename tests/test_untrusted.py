@@ -13,10 +13,10 @@ import pytest
 import seechat_export
 import seechat_lite
 import seechat_weights
-from seechat_weights.bundle import read_manifest
+from seechat_weights.bundle.manifest import read_manifest
 from seechat_weights.errors import SeechatError
+from seechat_weights.files.untrusted import open_file, read_file
 from seechat_weights.identify import identify
-from seechat_weights.untrusted import open_file, read_file
 
 READING = {"open", "read_bytes", "read_text", "memmap", "fromfile", "copyfile", "loadtxt"}
 # other places that open files, each for a reason: (file, how) -> how often
@@ -24,18 +24,18 @@ ALLOWED = {
     ("untrusted.py", "open"): 1,  # this is where
     # the system's own, whose names we choose
     ("terminal.py", "open"): 1,
-    ("worker.py", "open"): 2,
-    ("bench.py", "read_text"): 2,
+    ("pictures/worker.py", "open"): 2,
+    ("benchmark.py", "read_text"): 2,
     ("memory.py", "read_text"): 2,
     # our own package
     ("page/__init__.py", "read_bytes"): 1,
     # pictures: opened without waiting, as a regular file, there
-    ("server/images.py", "open"): 1,
+    ("server/image_urls.py", "open"): 1,
     ("lite/seechat_lite/images.py", "open"): 1,
     ("cli/options.py", "open"): 1,  # a pipe, whose bytes are the picture
     # arrays of files that open_file opened
-    ("bundle_arrays.py", "memmap"): 2,
-    ("bundle_arrays.py", "fromfile"): 1,
+    ("bundle/arrays.py", "memmap"): 2,
+    ("bundle/arrays.py", "fromfile"): 1,
     # what an export writes, and reads back
     ("export/seechat_export/cli.py", "read_text"): 1,
     ("vision_graph.py", "open"): 1,
@@ -43,7 +43,7 @@ ALLOWED = {
     ("export/seechat_export/export.py", "open"): 3,
     ("plan.py", "open"): 1,
     # no files
-    ("intake.py", "open"): 1,
+    ("request_limits.py", "open"): 1,
     ("app.py", "open"): 1,
 }
 
@@ -75,7 +75,7 @@ def test_nothing_else_opens_files() -> None:
                               if how == name and place.endswith("/" + end))  # fmt: skip
                 if count > allowed:
                     unknown.append((place, name, count))
-    assert not unknown, "use seechat_weights.untrusted, or say here why not"
+    assert not unknown, "use seechat_weights.files.untrusted, or say here why not"
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:

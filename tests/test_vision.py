@@ -18,11 +18,11 @@ from networks import run_torch
 from reference import data, load_json, run_onnx, tensors
 from seechat_export.parity import VisionCheck
 from seechat_export.vision_graph import export_vision
-from seechat_lite.nn.streamed import Streamed
+from seechat_lite.nn.layer_streaming import Streamed
 from seechat_lite.nn.vision import streamed
-from seechat_weights.checkpoints import open_checkpoint
 from seechat_weights.config import PixelSpec, VisionConfig
 from seechat_weights.errors import CheckpointError
+from seechat_weights.files.checkpoint import open_checkpoint
 from seechat_weights.vision.clip_config import clip_settings
 from seechat_weights.vision.clip_names import map_clip
 from seechat_weights.vision.weights import load_clip

@@ -6,8 +6,8 @@ import pytest
 
 from reference import data, manifest
 from seechat_lite.nn.bridges import BRIDGES
-from seechat_weights.checkpoints import open_checkpoint
 from seechat_weights.errors import CheckpointError
+from seechat_weights.files.checkpoint import open_checkpoint
 from seechat_weights.vision.bridge_names import map_bridge
 from seechat_weights.vision.clip_names import map_clip
 from seechat_weights.vision.network import BRIDGE_TENSORS, PUBLISHED_VISION

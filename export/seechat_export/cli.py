@@ -10,13 +10,13 @@ from typing import Any
 from seechat_lite.cli.options import add_vision_options, vision_files
 from seechat_lite.conversation import FORMATS
 from seechat_lite.memory import human
-from seechat_weights.checkpoints import Opener
+from seechat_weights.bundle.precisions import BLOCK_SIZES, PRECISIONS, VISION_PRECISIONS
 from seechat_weights.errors import SeechatError
-from seechat_weights.files import local_path
+from seechat_weights.files.checkpoint import Opener
+from seechat_weights.files.reading import local_path
 from seechat_weights.identify import check_given
 from seechat_weights.model_files import Openings
 from seechat_weights.plain_text import one_line
-from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS, VISION_PRECISIONS
 
 # options that name published weights: a path, or a Hub id
 _PUBLISHED = (
@@ -86,7 +86,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _synthetic(args: argparse.Namespace) -> int:
-    from seechat_export.bars import Bars
+    from seechat_export.progress import Bars
     from seechat_export.synthetic import write_synthetic
 
     with Bars() as bars:
@@ -116,8 +116,8 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     openings = Openings()
     downloads = _fetch(args, openings)
     try:
-        from seechat_export.bars import Bars
         from seechat_export.export import export_bundle
+        from seechat_export.progress import Bars
         from seechat_lite.source import open_source
     except ImportError as e:
         raise SeechatError(

@@ -12,8 +12,8 @@ For GPUs a second graph, `half`, computes in float16 over the same weights and h
 an If has to know the lengths on the host, so that in every layer they would be fetched from the
 device, which waits for all work before.
 
-The weights lie in their file as seechat_weights.layout says, whose order of heads makes every
-family's rotary embedding one ordinary rotation; the scale stays that of a head's true size.
+The weights lie in their file as seechat_weights.bundle.layout says, whose order of heads makes
+every family's rotary embedding one ordinary rotation. The scale is that of a head's true size.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from seechat_weights.bundle.layout import Item, Stored, decoder_layout
+from seechat_weights.bundle.precisions import Precision
 from seechat_weights.config import LMConfig
-from seechat_weights.layout import Item, Stored, decoder_layout
-from seechat_weights.precisions import Precision
 
 OPSET, HALF_OPSET = 24, 21  # 24 brought TensorScatter; fewer devices have it
 MICROSOFT = "com.microsoft"
@@ -105,7 +105,7 @@ class Weights:
 
 
 class DecoderGraph:
-    """A decoder over the weights of seechat_weights.layout.decoder_layout; families subclass it.
+    """A decoder over weights that lie as bundle.layout.decoder_layout says; families subclass it.
 
     config, precision, block_size: what the weights were laid out with.
     location: the weights file's name beside the graph.

@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from seechat_weights.checkpoints import STEMS
 from seechat_weights.errors import CheckpointError, SeechatError
-from seechat_weights.files import line
+from seechat_weights.files.checkpoint import STEMS
+from seechat_weights.files.reading import line
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 _HUB_ID = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9_.-]+))?(?:/(.+))?")

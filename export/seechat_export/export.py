@@ -29,23 +29,30 @@ from seechat_export.quantize import stored_arrays
 from seechat_export.workplace import Workplace
 from seechat_lite.conversation import FORMATS
 from seechat_lite.memory import human
-from seechat_lite.nn.blocks import FRACTIONS
+from seechat_lite.nn.block_quantization import FRACTIONS
 from seechat_lite.source import Source as ModelSource
 from seechat_lite.source import spoken_format
 from seechat_lite.tokenizer import Tokenizer
-from seechat_weights.audit import check_half
-from seechat_weights.bundle import MANIFEST, Decoder, FileHash, Manifest, TokenizerConfig, sha256
+from seechat_weights.bundle.layout import Item, decoder_layout, reordered_prefix
+from seechat_weights.bundle.manifest import (
+    MANIFEST,
+    Decoder,
+    FileHash,
+    Manifest,
+    TokenizerConfig,
+    sha256,
+)
+from seechat_weights.bundle.onnx_graph import check_graphs
+from seechat_weights.bundle.precisions import BLOCK_SIZES, PRECISIONS, VISION_PRECISIONS, Precision
 from seechat_weights.config import LMConfig, VisionConfig, half_graph
 from seechat_weights.errors import BundleError, CheckpointError, SeechatError
-from seechat_weights.files import local_path
-from seechat_weights.layout import Item, decoder_layout, reordered_prefix
-from seechat_weights.lm import ALL, LM, Rows, open_lm
-from seechat_weights.names import OLD_IMAGE_TOKENS, OLD_VOCABULARY
-from seechat_weights.onnx_graph import check_graphs
-from seechat_weights.precisions import BLOCK_SIZES, PRECISIONS, VISION_PRECISIONS, Precision
-from seechat_weights.quantized import Quantized
-from seechat_weights.tokenizer_file import MAX_BYTES, completed, is_first_form
-from seechat_weights.untrusted import read_file
+from seechat_weights.files.audit import check_half
+from seechat_weights.files.reading import local_path
+from seechat_weights.files.untrusted import read_file
+from seechat_weights.lm.chatglm import OLD_IMAGE_TOKENS, OLD_VOCABULARY
+from seechat_weights.lm.checkpoint import ALL, LM, Rows, open_lm
+from seechat_weights.lm.quantized import Quantized
+from seechat_weights.lm.tokenizer_file import MAX_BYTES, completed, is_first_form
 from seechat_weights.vision.weights import GRAPH as VISION_GRAPH
 from seechat_weights.vision.weights import VisionWeights
 
@@ -82,7 +89,7 @@ def export_bundle(
 ) -> Manifest:
     """Write the bundle `out` from the checkpoint `lm` and, optionally, a vision network.
 
-    lm, checkpoint, adapter, prefix: as seechat_weights.lm.open_lm takes them; or lm is what
+    lm, checkpoint, adapter, prefix: as lm.checkpoint.open_lm takes them; or lm is what
     open_source made of them. tokenizer: the ice_text.model, if it is not beside the weights.
     vision: weights, or a module in eval mode, float32 pixels [n, 3, S, S] to embeddings [n, tokens,
     hidden], and its description. vision_precision: "fp32", "fp16" or "int8"; by default fp32 in an

@@ -22,13 +22,13 @@ from seechat_export.reference_chatglm import Block, prefix_mask
 from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import position_ids
 from seechat_lite.rotary import rotary_rows, rotary_tables
-from seechat_weights.bundle import Manifest
-from seechat_weights.bundle_arrays import BundleArrays
+from seechat_weights.bundle.arrays import BundleArrays
+from seechat_weights.bundle.layout import reordered_prefix
+from seechat_weights.bundle.manifest import Manifest
+from seechat_weights.bundle.precisions import PRECISIONS, VISION_PRECISIONS
 from seechat_weights.config import LMConfig, VisionConfig
 from seechat_weights.errors import BundleError, CheckpointError
-from seechat_weights.layout import reordered_prefix
-from seechat_weights.lm import ALL, LM, Rows
-from seechat_weights.precisions import PRECISIONS, VISION_PRECISIONS
+from seechat_weights.lm.checkpoint import ALL, LM, Rows
 
 CONTEXT, ANSWER = 22, 5  # tokens of the check's prompt before [gMASK], and after <sop>
 HEAD_ROWS = 8192  # rows of lm_head multiplied at a time

@@ -19,12 +19,12 @@ from torch.nn import functional as F
 
 from seechat_export.quantize import stored_arrays
 from seechat_lite.memory import available_memory, human
-from seechat_lite.nn.blocks import dequantize_blocks
+from seechat_lite.nn.block_quantization import dequantize_blocks
+from seechat_weights.bundle.layout import Item, decoder_layout
+from seechat_weights.bundle.precisions import Precision, smaller_precisions
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import BundleError, MemoryPlanError
-from seechat_weights.layout import Item, decoder_layout
-from seechat_weights.lm import ALL, Rows
-from seechat_weights.precisions import Precision, smaller_precisions
+from seechat_weights.lm.checkpoint import ALL, Rows
 
 PROCESS = 260_000_000  # bytes of Python, torch and ONNX Runtime themselves
 SAMPLE = 1 << 23  # weights converted to see how long it takes

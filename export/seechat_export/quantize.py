@@ -1,6 +1,6 @@
 """Weights as a precision stores them: rearranged, transposed, or in blocks of 8 or 4 bits.
 
-Blocks, and how a weight becomes codes and scales of them, are in seechat_lite.nn.blocks.
+How a weight becomes codes and scales of blocks is in seechat_lite.nn.block_quantization.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seechat_lite.nn.blocks import dequantize_blocks, quantize_blocks
+from seechat_lite.nn.block_quantization import dequantize_blocks, quantize_blocks
+from seechat_weights.bundle.layout import Item, head_order, inverse_order, reordered
+from seechat_weights.bundle.precisions import Precision
 from seechat_weights.config import LMConfig
-from seechat_weights.layout import Item, head_order, inverse_order, reordered
-from seechat_weights.precisions import Precision
-from seechat_weights.quantized import Quantized, pack
+from seechat_weights.lm.quantized import Quantized, pack
 
 ALL = slice(None)
 

@@ -29,12 +29,19 @@ from seechat_export.export import (
 )
 from seechat_export.workplace import Workplace
 from seechat_lite.nn.attention import vit_settings
-from seechat_weights.bundle import MANIFEST, Decoder, FileHash, Manifest, TokenizerConfig, sha256
+from seechat_weights.bundle.layout import Item, Stored, decoder_layout
+from seechat_weights.bundle.manifest import (
+    MANIFEST,
+    Decoder,
+    FileHash,
+    Manifest,
+    TokenizerConfig,
+    sha256,
+)
+from seechat_weights.bundle.precisions import PRECISIONS, Precision
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import CheckpointError
-from seechat_weights.layout import Item, Stored, decoder_layout
-from seechat_weights.names import OLD_VOCABULARY, lm_shapes
-from seechat_weights.precisions import PRECISIONS, Precision
+from seechat_weights.lm.chatglm import OLD_VOCABULARY, lm_shapes
 from seechat_weights.vision.network import PUBLISHED_VISION
 
 SHARD_BYTES = 2_000_000_000  # the published shards were cut so, when the vocabulary was the old one

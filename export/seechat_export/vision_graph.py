@@ -20,11 +20,11 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 
-from seechat_lite.nn.blocks import quantize_blocks
-from seechat_lite.nn.streamed import Streamed
+from seechat_lite.nn.block_quantization import quantize_blocks
+from seechat_lite.nn.layer_streaming import Streamed
+from seechat_weights.bundle.precisions import VISION_PRECISIONS
 from seechat_weights.config import VisionConfig
 from seechat_weights.errors import CheckpointError, OptionError
-from seechat_weights.precisions import VISION_PRECISIONS
 from seechat_weights.vision.bundled import BLOCK_SIZE, CODES, HALF, SCALES, TRANSPOSED
 
 OPSET = 21  # opset 23's Attention measured no faster and runs on fewer devices

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from seechat_weights.errors import BundleError
-from seechat_weights.untrusted import read_file
+from seechat_weights.files.untrusted import read_file
 
 FORMAT, VERSION = "seechat-export-journal", 1
 JOURNAL, NEW_JOURNAL, LOCK, BUNDLE = "journal.json", "journal.json.new", "export.lock", "bundle"

@@ -33,10 +33,10 @@ from seechat_lite.images import (
 )
 from seechat_lite.one_at_a_time import OneAtATime
 from seechat_lite.prompt import Prompt
-from seechat_lite.speculation import PromptLookup
+from seechat_lite.prompt_lookup import PromptLookup
 from seechat_lite.text_stream import TextStream
 from seechat_lite.tokenizer import Tokenizer
-from seechat_weights.bundle import Manifest
+from seechat_weights.bundle.manifest import Manifest
 from seechat_weights.config import PixelSpec
 from seechat_weights.errors import ContextError, EngineError, OptionError
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 
 from seechat_lite.engines.base import Cancelled, Engine
 from seechat_lite.prompt import Prompt
+from seechat_lite.prompt_lookup import PromptLookup
 from seechat_lite.sampling import Sampler, Sampling
-from seechat_lite.speculation import PromptLookup
 from seechat_weights.errors import OptionError
 
 

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from seechat_lite.cache_folder import verify_once
 from seechat_lite.chat import IMAGE_CACHE, Model
 from seechat_lite.conversation import FORMATS
 from seechat_lite.engines import EngineOptions, engine_class, not_for
 from seechat_lite.memory import MIN_CONTEXT, MemoryPlan
 from seechat_lite.source import Source, open_source
 from seechat_lite.tokenizer import Tokenizer
-from seechat_lite.verified import verify_once
 from seechat_weights.errors import BundleError, ContextError, OptionError
 from seechat_weights.vision.weights import VisionFiles
 

@@ -28,8 +28,8 @@ def rotary_rows(
     """Cosines and sines of tokens at `positions`, int64 [2, tokens]; each float32 [tokens, width].
 
     The first half of a row belongs to the position in the context, the second to the position in
-    the answer: the order of heads in a bundle (see seechat_weights.layout). `width` is half the
-    graph's head size; where it pads the quarters of a head, the rows are padded too.
+    the answer: the order of heads in a bundle (see seechat_weights.bundle.layout). `width` is half
+    the graph's head size; where it pads the quarters of a head, the rows are padded too.
     """
     padding = width // 2 - tables.shape[-1]
     rows = np.pad(tables[:, positions], ((0, 0), (0, 0), (0, 0), (0, padding)))

@@ -10,14 +10,14 @@ from functools import cached_property
 from pathlib import Path
 
 from seechat_weights.builtin import BUILTIN
-from seechat_weights.bundle import Decoder, Manifest, TokenizerConfig, read_manifest
-from seechat_weights.checkpoints import Opener
+from seechat_weights.bundle.manifest import Decoder, Manifest, TokenizerConfig, read_manifest
 from seechat_weights.errors import BundleError, CheckpointError, EngineError
-from seechat_weights.files import local_path
+from seechat_weights.files.checkpoint import Opener
+from seechat_weights.files.reading import local_path
 from seechat_weights.identify import identify
-from seechat_weights.lm import LM, open_lm
+from seechat_weights.lm.chatglm import OLD_IMAGE_TOKENS, OLD_VOCABULARY
+from seechat_weights.lm.checkpoint import LM, open_lm
 from seechat_weights.model_files import Openings, is_bundle
-from seechat_weights.names import OLD_IMAGE_TOKENS, OLD_VOCABULARY
 from seechat_weights.vision.bundled import bundled_vision
 from seechat_weights.vision.weights import VisionFiles, VisionWeights
 
@@ -59,11 +59,12 @@ def open_source(
 ) -> Source:
     """Find out what `path` is and open it; of published weights only headers are read.
 
-    path: a bundle, None for the built-in one, or whatever seechat_weights.lm.open_lm reads, as
-    `adapter` and `prefix`. vision: files that published weights are to see with, if not with what
-    they bring. tokenizer: the ice_text.model, if it is not beside them. only_bundles: whether
-    published weights are refused, in words that say how they can be used. opener: opens
-    checkpoints, such as an Openings, where others have read the same files.
+    path: a bundle, None for the built-in one, or whatever lm.checkpoint.open_lm reads, as are
+        adapter and prefix.
+    vision: files that published weights are to see with, if not with what they bring.
+    tokenizer: the ice_text.model, if it is not beside them.
+    only_bundles: refuse published weights, in words that say how they can be used.
+    opener: opens checkpoints, such as an Openings, where others have read the same files.
 
     Raises BundleError where there is neither, CheckpointError for published weights, EngineError
     for files that are given to a bundle.

@@ -13,9 +13,9 @@ from pathlib import Path
 from seechat_lite.pieces import Pieces
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import BundleError
-from seechat_weights.files import LFS_POINTER
-from seechat_weights.tokenizer_file import MAX_BYTES, completed
-from seechat_weights.untrusted import read_file
+from seechat_weights.files.reading import LFS_POINTER
+from seechat_weights.files.untrusted import read_file
+from seechat_weights.lm.tokenizer_file import MAX_BYTES, completed
 
 _BLANKS = {f"<|blank_{k}|>": " " * k for k in range(2, 81)}
 _WHITESPACE = {"<n>": "\n", "<|tab|>": "\t", **_BLANKS}

@@ -20,7 +20,7 @@ from vision import TOKENS, Bridge, Features, Vision
 
 from seechat_export.export import export_bundle
 from seechat_export.reference_chatglm import ChatGLM
-from seechat_weights.bundle import MANIFEST, FileHash, sha256
+from seechat_weights.bundle.manifest import MANIFEST, FileHash, sha256
 from seechat_weights.config import PixelSpec, VisionConfig
 
 VISION_GRAPH = "vision.onnx"

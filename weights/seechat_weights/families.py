@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seechat_weights.checkpoints import TensorInfo
 from seechat_weights.errors import CheckpointError
-from seechat_weights.files import first_bytes
+from seechat_weights.files.checkpoint import TensorInfo
+from seechat_weights.files.reading import first_bytes
 from seechat_weights.model_files import CONFIG, TOKENIZER, find_model, model_place
 from seechat_weights.vision.bridge_names import bridge_prefix
 from seechat_weights.vision.clip_names import CLIP_FORMS, clip_library

@@ -11,14 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from seechat_weights.bundle import MANIFEST, Manifest, read_manifest
-from seechat_weights.checkpoints import (
-    WEIGHT_SUFFIXES,
-    NoWeightsError,
-    Opener,
-    SeveralFilesError,
-    open_checkpoint,
-)
+from seechat_weights.bundle.manifest import MANIFEST, Manifest, read_manifest
 from seechat_weights.errors import CheckpointError
 from seechat_weights.families import (
     CHATGLM_HUB,
@@ -30,13 +23,27 @@ from seechat_weights.families import (
     need,
     whole,
 )
-from seechat_weights.files import LFS_POINTER, first_bytes, local_path, read_json, shown, unreadable
-from seechat_weights.lm import open_lm
-from seechat_weights.lora import ADAPTER_CONFIG, check_adapter, config_like, open_adapter
+from seechat_weights.files.checkpoint import (
+    WEIGHT_SUFFIXES,
+    NoWeightsError,
+    Opener,
+    SeveralFilesError,
+    open_checkpoint,
+)
+from seechat_weights.files.reading import (
+    LFS_POINTER,
+    first_bytes,
+    local_path,
+    read_json,
+    shown,
+    unreadable,
+)
+from seechat_weights.files.tensor_view import ITEM_BYTES
+from seechat_weights.files.untrusted import open_file, read_file
+from seechat_weights.lm.checkpoint import open_lm
+from seechat_weights.lm.lora import ADAPTER_CONFIG, check_adapter, config_like, open_adapter
+from seechat_weights.lm.tokenizer_file import MAX_BYTES, completed
 from seechat_weights.model_files import CONFIG, TOKENIZER, is_bundle, model_place
-from seechat_weights.stored import ITEM_BYTES
-from seechat_weights.tokenizer_file import MAX_BYTES, completed
-from seechat_weights.untrusted import open_file, read_file
 
 __all__ = ["Identity", "check_given", "describe_bundle", "identify"]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from seechat_weights.bundle import MANIFEST
-from seechat_weights.checkpoints import Checkpoint, open_checkpoint
+from seechat_weights.bundle.manifest import MANIFEST
 from seechat_weights.errors import CheckpointError
-from seechat_weights.files import first_bytes, local_path
+from seechat_weights.files.checkpoint import Checkpoint, open_checkpoint
+from seechat_weights.files.reading import first_bytes, local_path
 
 CONFIG, TOKENIZER = "config.json", "ice_text.model"
 SAT_FILE, SAT_CONFIG = "mp_rank_00_model_states.pt", "model_config.json"

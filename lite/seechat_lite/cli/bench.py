@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from seechat_lite.cache_folder import cache_folder
 from seechat_lite.cli.options import (
     UsageError,
     add_load_options,
@@ -15,10 +16,9 @@ from seechat_lite.cli.options import (
     load_options,
 )
 from seechat_lite.cli.terminal import print_json, print_table, say
-from seechat_lite.folders import cache_folder
+from seechat_weights.bundle.precisions import PRECISIONS
 from seechat_weights.errors import SeechatError
 from seechat_weights.plain_text import one_line
-from seechat_weights.precisions import PRECISIONS
 
 LAYOUT = 2  # of the bundles that an export writes; synthetic ones are kept by it
 
@@ -52,7 +52,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _bench(args: argparse.Namespace, usage_error: UsageError) -> int:
-    from seechat_lite.bench import measure, rows
+    from seechat_lite.benchmark import measure, rows
 
     options = load_options(args, usage_error)
     if args.repeat < 1:

@@ -36,11 +36,11 @@ def _info(args: argparse.Namespace, usage_error: UsageError) -> int:
     from seechat_lite.engines import EngineOptions, engine_class
     from seechat_lite.memory import available_memory, human
     from seechat_lite.source import open_source
-    from seechat_weights.bundle import verify_hashes
-    from seechat_weights.files import local_path
+    from seechat_weights.bundle.manifest import verify_hashes
+    from seechat_weights.bundle.onnx_graph import check_graphs
+    from seechat_weights.files.reading import local_path
     from seechat_weights.identify import describe_bundle
     from seechat_weights.model_files import is_bundle
-    from seechat_weights.onnx_graph import check_graphs
 
     check_context(args, usage_error)
     check_engine(args, usage_error)

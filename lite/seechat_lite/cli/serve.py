@@ -84,7 +84,7 @@ def _serve(args: argparse.Namespace, usage_error: UsageError) -> int:
     if args.format not in (None, *FORMATS):
         usage_error(f"--format is {args.format}; expected one of {', '.join(FORMATS)}")
     try:
-        from seechat_lite.server.run import serve
+        from seechat_lite.server.listen import serve
         from seechat_lite.server.settings import Settings
     except ImportError as e:
         raise SeechatError(

@@ -12,8 +12,8 @@ from seechat_lite.source import Source
 from seechat_weights.errors import EngineError
 
 ENGINES = {
-    "onnx": ("seechat_lite.engines.onnx", "OnnxEngine"),
-    "torch": ("seechat_lite.engines.torch", "TorchEngine"),
+    "onnx": ("seechat_lite.engines.onnx.engine", "OnnxEngine"),
+    "torch": ("seechat_lite.engines.torch.engine", "TorchEngine"),
 }
 DEFAULT = "onnx"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from seechat_lite.nn.attention import register_attention, vit_settings
 from seechat_lite.nn.blip import EvaTower, QFormerBridge
 from seechat_lite.nn.bridges import BRIDGES
-from seechat_lite.nn.streamed import Streamed
+from seechat_lite.nn.layer_streaming import Streamed
 from seechat_weights.config import VisionConfig, VisionNetwork
 from seechat_weights.errors import CheckpointError, EngineError
 from seechat_weights.vision.weights import VisionWeights

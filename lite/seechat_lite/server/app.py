@@ -14,19 +14,19 @@ from starlette.routing import Route
 
 from seechat_lite.chat import Model
 from seechat_lite.server import openapi, page, schemas
+from seechat_lite.server.access import Framing, Guard
 from seechat_lite.server.bodies import Bodies
-from seechat_lite.server.completions import Completions, json_response, unknown_model
-from seechat_lite.server.desk import Desk
+from seechat_lite.server.demo_api import Legacy
 from seechat_lite.server.errors import HANDLED, handle
 from seechat_lite.server.fetch import Fetcher
-from seechat_lite.server.guard import Framing, Guard
-from seechat_lite.server.images import Images
-from seechat_lite.server.intake import Intake
-from seechat_lite.server.legacy import Legacy
+from seechat_lite.server.image_urls import Images
 from seechat_lite.server.logs import RequestLog
 from seechat_lite.server.metrics import Metrics, memory
+from seechat_lite.server.openai_api import Completions, json_response, unknown_model
+from seechat_lite.server.request_limits import Intake
+from seechat_lite.server.scheduler import Desk
 from seechat_lite.server.settings import Settings
-from seechat_weights.bundle import Manifest
+from seechat_weights.bundle.manifest import Manifest
 
 
 def create_app(

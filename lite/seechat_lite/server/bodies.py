@@ -8,7 +8,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from seechat_lite.engines.allocation import trim_heap
+from seechat_lite.allocation import trim_heap
 from seechat_lite.json_structure import too_complex
 from seechat_lite.server.errors import ApiError
 

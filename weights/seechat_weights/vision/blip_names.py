@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seechat_weights.accounting import (
+from seechat_weights.config import VisionNetwork
+from seechat_weights.errors import CheckpointError
+from seechat_weights.files.accounting import (
     Shape,
     Shapes,
     account,
@@ -25,9 +27,7 @@ from seechat_weights.accounting import (
     patches_a_side,
     sizes_of,
 )
-from seechat_weights.checkpoints import Checkpoint
-from seechat_weights.config import VisionNetwork
-from seechat_weights.errors import CheckpointError
+from seechat_weights.files.checkpoint import Checkpoint
 from seechat_weights.vision.network import blip_parameters
 from seechat_weights.vision.part import Part
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from seechat_weights.accounting import Shape, Shapes, account, check_shapes, few
 from seechat_weights.errors import CheckpointError
+from seechat_weights.files.accounting import Shape, Shapes, account, check_shapes, few
 from seechat_weights.vision.network import BRIDGE_TENSORS, bridge_parameters
 from seechat_weights.vision.part import Part
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from seechat_weights.accounting import FLOATS, Shape, Shapes, account, check_shapes
-from seechat_weights.bundle import Manifest
-from seechat_weights.checkpoints import open_checkpoint
+from seechat_weights.bundle.manifest import Manifest
 from seechat_weights.errors import BundleError, CheckpointError
+from seechat_weights.files.accounting import FLOATS, Shape, Shapes, account, check_shapes
+from seechat_weights.files.checkpoint import open_checkpoint
 from seechat_weights.vision.network import parameters
 from seechat_weights.vision.weights import VisionWeights
 

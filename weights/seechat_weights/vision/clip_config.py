@@ -8,9 +8,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from seechat_weights.checkpoints import read_json
 from seechat_weights.config import PixelSpec
 from seechat_weights.errors import CheckpointError
+from seechat_weights.files.checkpoint import read_json
 from seechat_weights.vision.clip_names import ClipNames
 from seechat_weights.vision.network import ACTIVATIONS
 

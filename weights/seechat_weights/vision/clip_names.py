@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from seechat_weights.accounting import (
+from seechat_weights.config import VisionNetwork
+from seechat_weights.errors import CheckpointError
+from seechat_weights.files.accounting import (
     Shape,
     Shapes,
     account,
@@ -15,8 +17,6 @@ from seechat_weights.accounting import (
     patches_a_side,
     sizes_of,
 )
-from seechat_weights.config import VisionNetwork
-from seechat_weights.errors import CheckpointError
 from seechat_weights.vision.network import clip_parameters
 from seechat_weights.vision.part import Part
 

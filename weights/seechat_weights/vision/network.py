@@ -4,8 +4,8 @@ Parameters are named as nn.vision's networks in seechat_lite have them. Every re
 every maker of random ones, takes names and shapes from here.
 """
 
-from seechat_weights.accounting import Shape
 from seechat_weights.config import VisionConfig, VisionNetwork
+from seechat_weights.files.accounting import Shape
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 TOWER, BRIDGE = "tower.clip.", "bridge."  # where a network has CLIP and its bridge

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from seechat_weights.accounting import Shape
+from seechat_weights.files.accounting import Shape
 
 
 @dataclass(frozen=True)

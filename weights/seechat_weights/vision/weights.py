@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from seechat_weights.accounting import Shape
-from seechat_weights.audit import Place, check_vision
-from seechat_weights.checkpoints import Checkpoint, Opener, open_checkpoint, read_json
 from seechat_weights.config import PixelSpec, VisionConfig
 from seechat_weights.errors import CheckpointError, SeechatError
-from seechat_weights.files import local_path
+from seechat_weights.files.accounting import Shape
+from seechat_weights.files.audit import Place, check_vision
+from seechat_weights.files.checkpoint import Checkpoint, Opener, open_checkpoint, read_json
+from seechat_weights.files.reading import local_path
 from seechat_weights.model_files import find_model
 from seechat_weights.vision.blip_names import (
     BlipNames,

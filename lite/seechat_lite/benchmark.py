@@ -1,0 +1,332 @@
+"""Measure a bundle on this machine: load, picture, first token, prefill, decode, memory.
+
+Speeds are set against what the hardware allows: a decode step must read all of the decoder's
+weights and the whole cache once, so the memory bandwidth bounds it from below (the roofline). The
+bandwidth is measured between the steps, so that a busy moment of the machine slows both; not for
+the torch engine, which may run elsewhere. Every figure is the median of its runs, of which the
+first is not counted.
+"""
+
+import logging
+import os
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import psutil
+from PIL import Image
+
+from seechat_lite.chat import Model
+from seechat_lite.loading import load
+from seechat_lite.memory import MemoryPlan, human
+from seechat_lite.prompt import Prompt
+from seechat_weights.bundle.manifest import Manifest
+
+PREFILL = (32, 128, 512)  # prompt lengths, tokens
+DECODE = (32, 256, 1024, 1920)  # context lengths at which steps are timed
+STEPS = 8  # steps timed at each, in every repetition
+TURN_TOKENS = 16  # of each answer in a dialogue
+WATCH_SECONDS = 0.02  # between two looks at the memory
+BANDWIDTH_BYTES = 1 << 28  # far more than any cache holds
+
+
+@dataclass
+class Report:
+    """What was measured; times in seconds, memory and bandwidth in bytes."""
+
+    name: str
+    precision: str
+    block_size: int
+    engine: str
+    device: str  # as it was chosen, or "auto"
+    dtype: str  # the same
+    machine: str  # its processor, whatever the device
+    threads: int  # of the processor
+    context: int
+    load: float
+    first_token: float  # of a short question in a loaded model, with a picture where it can see
+    encode_image: float | None  # None for a text-only bundle
+    prefill: dict[int, float] = field(default_factory=dict)  # prompt tokens: tokens per second
+    decode: dict[int, float] = field(default_factory=dict)  # context tokens: seconds per token
+    # not of the torch engine: bytes read from memory for one token, and per second by all threads
+    token_bytes: dict[int, int] = field(default_factory=dict)
+    bandwidth: float | None = None
+    turns: list[int] = field(default_factory=list)  # resident memory after each
+    # resident memory at its peak: with the pages of mapped files, which the system takes back when
+    # it needs them, and without, which is what the plan is about (Linux only, as the next)
+    peak_memory: int = 0
+    peak_anonymous: int | None = None
+    anonymous_memory: int | None = None  # between answers
+    planned_memory: int | None = None  # not of the torch engine, nor of a card's
+
+    def roofline(self, context: int) -> float:
+        """The share of the memory bandwidth that decoding at `context` reaches, if measured."""
+        assert self.bandwidth
+        return self.token_bytes[context] / self.bandwidth / self.decode[context]
+
+
+def measure(
+    path: Path | None,
+    *,
+    options: Mapping[str, Any],
+    repeat: int = 3,
+    turns: int = 0,
+    say: Callable[[str], None] = lambda stage: None,
+) -> Report:
+    """Load the model at `path` and measure it; `say` hears what is being measured.
+
+    options: what load() takes. turns: of a dialogue held at the end, to see what it does to the
+    memory. Raises what that raises.
+    """
+    say("load")
+    plans: list[MemoryPlan] = []
+    start = time.perf_counter()
+    with Anonymous() as anonymous, load(path, **options, announce=plans.append) as model:
+        loaded = time.perf_counter() - start
+        manifest, context = model.manifest, model.engine.context
+        precision = manifest.decoder.precision if manifest.files else "as published"
+        # whether the weights are read from this machine's memory
+        plan, here = plans[0], model.engine.step_bytes(0) is not None
+        report = Report(
+            name=manifest.name,
+            precision=options.get("quantize") or precision,
+            block_size=manifest.decoder.block_size,
+            engine=model.engine.runtime(),
+            device=options.get("device") or "auto",
+            dtype=options.get("dtype") or "auto",
+            machine=_machine(),
+            threads=options.get("threads") or _cores(),
+            context=context,
+            load=loaded,
+            first_token=0.0,
+            encode_image=None,
+            planned_memory=plan.total if here else None,
+        )
+        if manifest.vision:
+            say("picture")
+            size = manifest.vision.pixels.image_size
+            noise = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
+            report.encode_image = _median(repeat, lambda: model.engine.encode_image(noise))
+        say("first token")
+        report.first_token = _first_token(model, repeat)
+        for length in (n for n in PREFILL if n < context):
+            say(f"prefill {length}")
+            prompt = _prompt(manifest, length)
+            seconds = _median(repeat, lambda p=prompt: model.engine.prefill(p))
+            report.prefill[length] = length / seconds
+        # the longest prompt that a chat sends leaves a quarter of the context, at most 512 tokens
+        say("longest prompt")
+        model.engine.prefill(_prompt(manifest, context - min(context // 4, 512)))
+        model.engine.reset()
+        say("dialogue")
+        report.turns = list(_dialogue(model, turns))
+        report.peak_memory = _peak()
+        report.anonymous_memory = Anonymous.now()
+        report.peak_anonymous = anonymous.stop()
+        # of this machine's memory, which the torch engine and cards do not read
+        bandwidth = Bandwidth(report.threads) if here else None
+        for length in (n for n in DECODE if n + repeat * STEPS < context):
+            say(f"decode {length}")
+            report.decode[length] = _decode(model, length, repeat, bandwidth)
+        if bandwidth:
+            for length in report.decode:
+                report.token_bytes[length] = (
+                    model.engine.step_bytes(length + repeat * STEPS // 2) or 0
+                )
+            report.bandwidth = bandwidth.median()
+    return report
+
+
+class Anonymous:
+    """Watches this process's anonymous memory, that is, what is no file's (Linux)."""
+
+    def __init__(self) -> None:
+        self._peak = self.now()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    @staticmethod
+    def now() -> int | None:
+        """Bytes; None where the system does not tell."""
+        return _status("RssAnon") if sys.platform == "linux" else None
+
+    def stop(self) -> int | None:
+        """End the watch; the most bytes that were seen."""
+        self._ended.set()
+        self._thread.join()
+        return self._peak
+
+    def __enter__(self) -> Self:
+        if self._peak is not None:
+            self._thread.start()
+        else:
+            self._ended.set()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(WATCH_SECONDS):
+            self._peak = max(self._peak or 0, self.now() or 0)
+
+
+class Bandwidth:
+    """How fast all threads together read memory, measured again and again."""
+
+    def __init__(self, threads: int) -> None:
+        self._parts = np.array_split(np.ones(BANDWIDTH_BYTES // 8, np.int64), threads)
+        self._pool = ThreadPoolExecutor(threads)
+        self._seconds: list[float] = []
+
+    def measure(self) -> None:
+        """Read more than any cache holds, the best of four times: the first wakes the threads."""
+        passes = []
+        for _ in range(4):
+            start = time.perf_counter()
+            list(self._pool.map(np.max, self._parts))
+            passes.append(time.perf_counter() - start)
+        self._seconds.append(min(passes))
+
+    def median(self) -> float:
+        """Bytes a second."""
+        if not self._seconds:
+            self.measure()
+        return BANDWIDTH_BYTES / statistics.median(self._seconds)
+
+
+def rows(report: Report) -> dict[str, str]:
+    """The report for people: names and values."""
+    blocks = f", blocks of {report.block_size}" if report.block_size else ""
+    rows = {
+        "model": f"{report.name} ({report.precision}{blocks})",
+        "engine": f"{report.engine}, device {report.device}, dtype {report.dtype}",
+        "machine": f"{report.machine}, {report.threads} threads",
+        "load": f"{report.load:.2f} s",
+    }
+    if report.encode_image is not None:
+        rows["picture"] = f"{report.encode_image * 1e3:.3g} ms"
+    rows["first token"] = f"{report.first_token * 1e3:.3g} ms"
+    for length, speed in report.prefill.items():
+        rows[f"prefill {length}"] = f"{speed:.1f} tokens/s"
+    for length, seconds in report.decode.items():
+        of_it = ""
+        if report.bandwidth:
+            read, share = human(report.token_bytes[length]), report.roofline(length)
+            of_it = f", {read} read, {share:.0%} of the bandwidth"
+        rows[f"decode at {length}"] = f"{1 / seconds:.1f} tokens/s ({seconds * 1e3:.3g} ms{of_it})"
+    if report.bandwidth:
+        rows["bandwidth"] = f"{report.bandwidth / 1e9:.1f} GB/s"
+    if report.turns:
+        first, last, most = report.turns[0], report.turns[-1], max(report.turns)
+        rows[f"{len(report.turns)} turns"] = (
+            f"{human(first)} resident after the first, {human(last)} after the last, "
+            f"at most {human(most)}"
+        )
+    rows["resident"] = f"peak {human(report.peak_memory)}, mapped files included"
+    if report.peak_anonymous is not None and report.anonymous_memory is not None:
+        between = human(report.anonymous_memory)
+        rows["anonymous"] = f"peak {human(report.peak_anonymous)}, {between} between answers"
+    if report.planned_memory:
+        planned = human(report.planned_memory)
+        rows["planned"] = f"{planned} at a context of {report.context} tokens"
+    return rows
+
+
+def _median(repeat: int, call: Callable[[], object]) -> float:
+    """Seconds a call takes: the median of `repeat`, after one that is not counted."""
+    call()
+    return statistics.median(_times(call for _ in range(repeat)))
+
+
+def _times(calls: Iterable[Callable[[], object]]) -> list[float]:
+    times = []
+    for call in calls:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _prompt(manifest: Manifest, length: int) -> Prompt:
+    """A prompt of `length` ordinary tokens, its end included."""
+    lm = manifest.lm
+    last = min(lm.mask_id, lm.gmask_id)
+    words = np.random.default_rng(length).integers(5, last, length - 2).tolist()
+    return Prompt([*words, lm.gmask_id, lm.bos_id])
+
+
+def _decode(model: Model, length: int, repeat: int, bandwidth: Bandwidth | None) -> float:
+    """Median seconds of one step with `length` tokens in the cache, or a few more."""
+    times = []
+    model.engine.prefill(_prompt(model.manifest, length))
+    for _ in range(repeat):
+        if bandwidth:
+            bandwidth.measure()
+        times += _times((lambda i=i: model.engine.step(5 + i)) for i in range(STEPS))
+    return statistics.median(times)
+
+
+def _dialogue(model: Model, turns: int) -> Iterator[int]:
+    """Talk, about a picture where the model can see; yields the resident memory after each turn."""
+    chat, process = model.chat(), psutil.Process()
+    image = Image.effect_noise((256, 256), 64) if model.manifest.vision else None
+    log = logging.getLogger("seechat_lite.chat")
+    level = log.level
+    log.setLevel(logging.ERROR)  # a dialogue that is meant to fill the context need not say so
+    for i in range(turns):
+        question = f"第{i + 1}个问题：请详细描述这张图片中的内容，并说明它的主要特点。"
+        chat.ask(question, None if i else image, max_new_tokens=TURN_TOKENS)
+        yield process.memory_info().rss
+    log.setLevel(level)
+
+
+def _first_token(model: Model, repeat: int) -> float:
+    """Median seconds from a question to its first token, in a new chat, the picture new as well."""
+    times = []
+    for i in range(repeat + 1):
+        chat = model.chat()
+        image = None
+        if model.manifest.vision:
+            image = Image.effect_noise((256, 256), 64 + i)
+        chat.ask("这是什么?", image, max_new_tokens=1)
+        assert chat.stats
+        times.append(chat.stats.first_token_seconds)
+    return statistics.median(times[1:])
+
+
+def _peak() -> int:
+    """Peak resident memory of this process, in bytes."""
+    info = psutil.Process().memory_info()
+    found = _status("VmHWM") if sys.platform == "linux" else getattr(info, "peak_wset", None)
+    return found or info.rss
+
+
+def _status(name: str) -> int | None:
+    """A size of Linux's /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _machine() -> str:
+    """The processor's name, as far as the system tells it."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

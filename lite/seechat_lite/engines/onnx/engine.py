@@ -1,0 +1,451 @@
+"""The default engine: ONNX Runtime executes the vision graph and the decoder graph of a bundle.
+
+The key/value cache is one buffer per layer and part, of the context's length, bound as the
+decoder's past and present alike, so that no step copies it; it lives as long as one answer, and on
+a GPU, where it stays between the steps, as long as the engine. The context of a prompt is one
+bidirectional call, everything from <sop> on is causal (see seechat_export.chatglm_graph). The
+embedding table is never loaded: the few rows a prompt needs are read from its file.
+
+On a GPU the bundle's second graph runs, in float16, where it has one; with CUDA a step of one token
+is recorded.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+
+from seechat_lite.allocation import trim_heap, untouched
+from seechat_lite.engines.base import (
+    Cancelled,
+    EngineOptions,
+    check_pixels,
+    check_room,
+    embedded,
+)
+from seechat_lite.engines.onnx.devices import Recorded, find_device, open_session, out_of_memory
+from seechat_lite.engines.onnx.memory import (
+    OnnxPlan,
+    advice,
+    bundle_plan,
+    cache_bytes,
+    check_memory,
+    float_bytes_on_card,
+)
+from seechat_lite.memory import MemoryPlan
+from seechat_lite.native import Native, guarded
+from seechat_lite.onnx_runtime import ort
+from seechat_lite.prompt import Prompt
+from seechat_lite.rotary import rotary_rows, rotary_tables
+from seechat_lite.source import Source
+from seechat_weights.bundle.arrays import BundleArrays
+from seechat_weights.bundle.onnx_graph import check_decoder, check_vision
+from seechat_weights.bundle.precisions import PRECISIONS, VISION_PRECISIONS, stored_precision
+from seechat_weights.config import LMConfig
+from seechat_weights.errors import EngineError, MemoryPlanError
+
+log = logging.getLogger(__name__)
+
+
+class OnnxEngine(Native):
+    """See engines.base.Engine; devices as onnx_devices.find_device takes them."""
+
+    reads_checkpoints = False
+    own_options = frozenset[str]()
+    _cancelled = False
+    _options: ort.RunOptions | None = None  # of the running call, and of the next ones
+
+    @guarded
+    def __init__(
+        self, source: Source, *, context: int, options: EngineOptions, plan: MemoryPlan
+    ) -> None:
+        self.context = context
+        self._folder, self._manifest = source.path, source.manifest
+        self._device = find_device(options.device)
+        assert isinstance(plan, OnnxPlan)
+        self._plan = plan
+        options = replace(options, keep_vision=plan.keep_vision)
+        self._vision = OnnxVision(source, options)
+        half = plan.card == 2 or options.dtype == "fp16"
+        self._dtype = np.dtype("f2" if half else "f4")  # of what the decoder is given
+        self._records = half and self._device.kind == "cuda"
+        with self._memory_planned():
+            self._decoder: ort.InferenceSession | None = self._open_decoder(options, half=half)
+        self._read_arrays()
+        self._begin_empty()
+        self._fork = "never" if self._device.on_card else "idle"
+
+    @classmethod
+    def plan(cls, source: Source, *, context: int, options: EngineOptions) -> OnnxPlan:
+        manifest, device = source.manifest, find_device(options.device)
+        seeing = find_device(options.vision_device or options.device)
+        dtypes = ("fp32", "fp16") if manifest.decoder.half in manifest.files else ("fp32",)
+        if options.dtype not in (None, *dtypes):
+            raise EngineError(
+                f"{source.path}: dtype is {options.dtype!r}; with this engine the bundle computes "
+                f"in {' or '.join(dtypes)}: choose that, or export it again"
+            )
+        if options.dtype == "fp16" and device.kind == "cpu":
+            log.warning(
+                "fp16 on the CPU is slower than fp32 with this engine and saves no memory: it is "
+                "for GPUs"
+            )
+        return bundle_plan(
+            manifest,
+            context=context,
+            keep_vision=options.keep_vision,
+            card=float_bytes_on_card(manifest, device.kind, options.dtype),
+            vision_card=float_bytes_on_card(manifest, seeing.kind, options.dtype),
+        )
+
+    @classmethod
+    def check(cls, plan: MemoryPlan, source: Source, *, options: EngineOptions) -> None:
+        assert isinstance(plan, OnnxPlan)
+        check_memory(plan, source.manifest, budget=options.max_memory)
+
+    @classmethod
+    def runtime(cls) -> str:
+        return f"onnxruntime {ort.__version__}"
+
+    def step_bytes(self, tokens: int) -> int | None:
+        if self._plan.card:
+            return None
+        lm, decoder = self._manifest.lm, self._manifest.decoder
+        form = PRECISIONS[decoder.precision]
+        weights = self._manifest.files[f"{decoder.graph}.data"].bytes * form.widening
+        return weights + cache_bytes(lm, form, tokens)
+
+    def _open_decoder(self, options: EngineOptions, *, half: bool) -> ort.InferenceSession:
+        lm, decoder = self._manifest.lm, self._manifest.decoder
+        exact = PRECISIONS[decoder.precision].exact
+        if self._plan.card and exact:  # GroupQueryAttention is for half precision there
+            log.warning(
+                "%s: a card leaves attention in float32 to the CPU, which is slow: "
+                "export at another precision, or use the torch engine",
+                self._manifest.name,
+            )
+        graph = decoder.half if half else decoder.graph
+        check_decoder(self._folder, self._manifest, graph)
+        return open_session(
+            self._folder / graph,
+            self._device,
+            {
+                "inputs_embeds": (None, None, lm.hidden_size),
+                **dict.fromkeys(_cache_names(lm), (None, lm.num_heads, None, None)),
+                "logits": (None, lm.vocab_size),
+            },
+            threads=options.threads,
+            exact=options.dtype == "fp32" or exact,
+            record=self._records,
+            limit=options.max_memory and options.max_memory - self._plan.cache,
+        )
+
+    def _read_arrays(self) -> None:
+        """What the graph does not hold: embeddings, angles and a prefix."""
+        arrays = BundleArrays(self._folder, self._manifest)
+        self._arrays: BundleArrays | None = arrays
+        self._rotary = rotary_tables(self._manifest.lm.head_size, self.context + 1)
+        prefix = arrays.prefix  # from here on [tokens, layers, key and value, heads, head]
+        self._prefix = np.empty((0,)) if prefix is None else np.moveaxis(prefix, 3, 0)
+
+    def _begin_empty(self) -> None:
+        """No cache yet: how it will look, and what counts its tokens."""
+        decoder = self._manifest.decoder
+        precision = stored_precision(decoder.precision, head_bits=decoder.head_bits)
+        cache = next(i for i in self._opened().get_inputs() if i.name == "past_key_0")
+        self._head = cache.shape[3]
+        self._cache_dtype = np.dtype({"tensor(float)": "f4", "tensor(float16)": "f2"}[cache.type])
+        self._cache: dict[str, ort.OrtValue] = {}  # by the graph's names of the past
+        self._on_card: dict[str, ort.OrtValue] = {}  # the same, which there outlives an answer
+        self._recorded: Recorded | None = None
+        self._binding: ort.IOBinding | None = self._opened().io_binding()
+        self._length = 0  # tokens in the cache, those of a prefix included
+        self._next_position = np.zeros((2, 1), np.int64)  # of the token that the next step appends
+        # for more, the card would make floats of all weights of 8 bits: 1.1 GB for the head
+        self._at_once = 4 if self._device.on_card and precision.in_bytes else self.context
+
+    def encode_image(self, pixels: np.ndarray) -> np.ndarray:
+        self.check_open()
+        check_pixels(pixels, self._manifest.vision, self._folder)
+        with self._memory_planned():
+            return self._vision.encode(pixels)
+
+    @guarded
+    def prefill(self, prompt: Prompt) -> np.ndarray:
+        embeds, positions, split = embedded(
+            prompt, self._manifest.lm, context=self.context, rows=self._rows
+        )
+        with self._memory_planned():
+            self._begin()
+            if split:
+                self._run(embeds[:split], positions[:, :split], bidirectional=True)
+            logits = self._run(embeds[split:], positions[:, split:])[0]
+        self._next_position = positions[:, -1:].copy()
+        self._next_position[1] += 1
+        self._options = _run_options()  # steps are short: keep their memory from one to the next
+        return logits
+
+    def step(self, token_id: int) -> np.ndarray:
+        return self.extend([token_id])[0]
+
+    @guarded
+    def extend(self, token_ids: Sequence[int]) -> np.ndarray:
+        if not self._cache:
+            raise EngineError("step() before prefill(): there is no prompt to continue")
+        free = self.context + len(self._prefix) - self._length
+        check_room(len(token_ids), free, self.context)
+        logits = []
+        with self._memory_planned():
+            for i in range(0, len(token_ids), self._at_once):
+                part = token_ids[i : i + self._at_once]
+                positions = self._next_position.repeat(len(part), axis=1)
+                positions[1] += np.arange(len(part))
+                logits.append(self._run(self._rows(part), positions, rows=len(part)))
+                self._next_position[1] += len(part)
+        return np.concatenate(logits)
+
+    @guarded
+    def forget(self, tokens: int) -> None:
+        self._length -= tokens  # what lies behind the length is never read, only overwritten
+        self._next_position[1] -= tokens
+
+    def cancel(self) -> None:
+        self._cancelled = True  # first: a prompt may just be changing the options
+        if self._options:
+            self._options.terminate = True
+
+    def reset(self) -> None:
+        with self._lock:
+            if not self._ended:
+                self._empty()
+            self._cancelled = False
+
+    def _empty(self) -> None:
+        """Free the cache, but for a card's."""
+        if self._binding:
+            self._binding.clear_binding_inputs()  # the cache goes with its bindings
+            self._binding.clear_binding_outputs()
+        self._cache.clear()
+        self._length = 0
+        trim_heap()
+
+    def _release(self) -> None:
+        self._empty()
+        self._on_card.clear()
+        # a binding holds its session; embeddings their file
+        self._recorded = self._binding = self._decoder = self._arrays = None
+        self._vision.close()
+
+    def _opened(self) -> ort.InferenceSession:
+        self.check_open()
+        assert self._decoder
+        return self._decoder
+
+    def _begin(self) -> None:
+        """An empty cache, but for the prefix."""
+        self._empty()
+        self._cache = dict(self._on_card) or self._new_cache()
+        if self._device.on_card:
+            self._on_card = dict(self._cache)
+        assert self._binding
+        self._bind_cache(self._binding)
+        self._length = len(self._prefix)
+        self._options = _run_options(return_memory=True)
+
+    def _new_cache(self) -> dict[str, ort.OrtValue]:
+        """Buffers [1, heads, context, head] that begin with the prefix, by the past's names."""
+        lm, cache = self._manifest.lm, {}
+        shape = (1, lm.num_heads, len(self._prefix) + self.context, self._head)
+        buffers = untouched((2 * lm.num_layers, *shape), self._cache_dtype)
+        for i, name in enumerate(_cache_names(lm)):
+            if len(self._prefix):  # [tokens, layers, key and value, heads, head]
+                layer, part = divmod(i, 2)
+                prefix = self._prefix[:, layer, part].swapaxes(0, 1)
+                buffers[i][0, :, : len(self._prefix)] = prefix
+            cache[name] = self._device.tensor(buffers[i])
+        return cache
+
+    def _bind_cache(self, binding: ort.IOBinding) -> None:
+        for name, value in self._cache.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(name.replace("past", "present"), value)
+
+    def _rows(self, ids: Sequence[int]) -> np.ndarray:
+        """Word embeddings as they are stored, [tokens, hidden]."""
+        assert self._arrays is not None
+        return self._arrays.rows(ids)
+
+    def _run(
+        self,
+        embeds: np.ndarray,
+        positions: np.ndarray,
+        *,
+        bidirectional: bool = False,
+        rows: int = 1,
+    ) -> np.ndarray:
+        """Append tokens (embeddings [s, hidden], positions [2, s]).
+
+        Returns the logits [rows, vocab] of the last ones. Raises Cancelled.
+        """
+        if self._cancelled:
+            raise Cancelled
+        total = self._length + len(embeds)
+        cos, sin = rotary_rows(self._rotary, positions, self._head // 2)
+        feeds = {
+            "inputs_embeds": embeds[None].astype(self._dtype, copy=False),
+            "rotary_cos": cos.astype(self._dtype, copy=False),
+            "rotary_sin": sin.astype(self._dtype, copy=False),
+            "last_index": np.array([total - 1], np.int32),
+            "total_length": np.array(total, np.int32),
+            "bidirectional": np.array(bidirectional),
+            "logit_rows": np.arange(len(embeds) - rows, len(embeds)),
+        }
+        feeds = {name: np.asarray(array, order="C") for name, array in feeds.items()}
+        try:
+            logits = self._call(feeds, rows)
+        except Exception as e:  # ONNX Runtime raises its own unrelated exception types
+            if self._cancelled:
+                raise Cancelled from None
+            raise EngineError(
+                f"ONNX Runtime failed after {self._length} tokens ({str(e).splitlines()[0]}): "
+                "if memory was short, load the model with a smaller context"
+            ) from e
+        self._length = total
+        return logits
+
+    def _call(self, feeds: dict[str, np.ndarray], rows: int) -> np.ndarray:
+        """One call of the decoder, as a recorded one if it appends one token to what is cached."""
+        decoder = self._opened()
+        alone = self._records and len(feeds["rotary_cos"]) == 1
+        if alone and self._recorded and self._recorded.proven:
+            return self._recorded.run(feeds)
+        assert self._binding
+        for name, array in feeds.items():
+            self._binding.bind_cpu_input(name, array)
+        logits = np.empty((rows, self._manifest.lm.vocab_size), np.float32)
+        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        decoder.run_with_iobinding(self._binding, self._options)
+        if alone:
+            self._prove(feeds, logits)
+        return logits
+
+    def _prove(self, feeds: dict[str, np.ndarray], logits: np.ndarray) -> None:
+        """Make a step once more, recorded: no more are recorded unless that gives the same."""
+        try:
+            if self._recorded is None:
+                binding = self._opened().io_binding()
+                self._bind_cache(binding)
+                self._recorded = Recorded(
+                    self._opened(),
+                    self._device,
+                    binding,
+                    feeds,
+                    capacity=self.context + len(self._prefix),
+                    vocab_size=self._manifest.lm.vocab_size,
+                )
+            self._records = self._recorded.agrees(feeds, logits)
+            said = "they would give other numbers"
+        except Exception as e:  # ONNX Runtime raises its own unrelated exception types
+            self._records, said = False, str(e).splitlines()[0]
+        if not self._records:
+            log.warning("steps are not recorded: %s", said)
+            self._recorded = None
+
+    @contextmanager
+    def _memory_planned(self) -> Iterator[None]:
+        """Turn a card's lack of memory into an error that says what to do."""
+        try:
+            yield
+        except Exception as e:  # ONNX Runtime raises its own unrelated exception types
+            if not self._plan.card or not (said := out_of_memory(e)):
+                raise
+            how = advice(self._plan, self._manifest, self._plan.total - 1, last="free some of it")
+            raise MemoryPlanError(
+                f"the card's memory is short ({said}); {self._manifest.name} needs {self._plan}: "
+                f"{how}"
+            ) from e
+
+
+class OnnxVision(Native):
+    """A bundle's vision graph, loaded with the first picture: text alone needs none of it."""
+
+    def __init__(self, source: Source, options: EngineOptions) -> None:
+        self._folder = source.path
+        self._manifest = source.manifest
+        self._options = options
+        self.device = find_device(options.vision_device or options.device)
+        self._session: ort.InferenceSession | None = None
+        self._checked = False  # whether the graph is one that an export writes
+        self._run: ort.RunOptions | None = None  # of the picture that is being read
+        self._fork = "never" if self.device.on_card else "idle"
+
+    @guarded
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Embeddings of pictures: float32 [n, 3, S, S] to float32 [n, tokens, hidden]."""
+        vision, exact = self._manifest.vision, self._options.dtype == "fp32"
+        assert vision is not None
+        precision = VISION_PRECISIONS[vision.precision]
+        half = self.device.on_card and not exact and vision.half in self._manifest.files
+        size = vision.pixels.image_size
+        # for one picture, preparing the weights takes longer than it saves, and twice the memory;
+        # int8 products need it
+        mapped = (
+            not self._options.keep_vision
+            and not precision.integers
+            and self.device.provider == "CPUExecutionProvider"
+        )
+        graph = vision.half if half else vision.graph
+        if not self._checked:
+            check_vision(self._folder, self._manifest, graph)
+        self._checked = True
+        session = self._session or open_session(
+            self._folder / graph,
+            self.device,
+            {
+                "pixel_values": (None, 3, size, size),
+                "image_embeds": (None, vision.tokens, self._manifest.lm.hidden_size),
+            },
+            threads=self._options.threads,
+            as_written=mapped,
+            exact=exact or precision.exact,
+            limit=self._options.max_memory,
+        )
+        self._session = session if self._options.keep_vision else None
+        feeds = {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
+        self._run = _run_options(return_memory=True)
+        self.check_open()  # cancel() knows of this run from here on
+        try:
+            (found,) = session.run(["image_embeds"], feeds, self._run)
+        except Exception as e:  # ONNX Runtime raises its own unrelated exception types
+            raise EngineError(
+                f"ONNX Runtime failed on a picture ({str(e).splitlines()[0]}): if memory is short, "
+                "close other programs, or read pictures elsewhere with vision_device"
+            ) from e
+        return np.asarray(found)
+
+    def cancel(self) -> None:
+        if self._run:
+            self._run.terminate = True
+
+    def unload(self) -> None:
+        """Free the session, which the next picture opens again."""
+        self._session = None
+
+    def _release(self) -> None:
+        self.unload()
+
+
+def _cache_names(lm: LMConfig) -> list[str]:
+    """The graph's names of the past's buffers: key and value of every layer in turn."""
+    return [f"past_{part}_{i}" for i in range(lm.num_layers) for part in ("key", "value")]
+
+
+def _run_options(*, return_memory: bool = False) -> ort.RunOptions:
+    """return_memory: of large activations, to the system, when the run ends."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", "-1")  # none that is recorded
+    if return_memory:  # not a card's, which recorded steps go on to use
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options

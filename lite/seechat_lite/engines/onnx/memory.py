@@ -1,0 +1,165 @@
+"""What a bundle takes of memory with ONNX Runtime, known before anything is loaded.
+
+The sums are the most that is held: the weights as the kernels keep them; then either the key/value
+cache of a full context and a workspace for the longest prompt, or the vision network, if that is
+released after every picture; else all of them. On a card the cache stays.
+
+What counts is memory that the system cannot take back. Pages of mapped files (weights that were
+copied for the kernels, a vision network that runs as written) are resident besides, as long as
+nothing else needs them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from seechat_lite import memory
+from seechat_lite.memory import (
+    KEPT_VISION,
+    MemoryPlan,
+    check_room,
+    human,
+    smaller_context,
+)
+from seechat_weights.bundle.manifest import Manifest
+from seechat_weights.bundle.precisions import (
+    PRECISIONS,
+    VISION_PRECISIONS,
+    Precision,
+    smaller_precisions,
+)
+from seechat_weights.config import LMConfig
+
+CARDS = ("cuda", "dml")  # devices with a memory of their own, and how their names begin
+RUNTIME = 130 << 20  # Python, numpy, Pillow and ONNX Runtime themselves
+VISION_WORKSPACE = 300 << 20  # what a picture's activations and one layer's weights take
+
+
+@dataclass(frozen=True)
+class OnnxPlan(MemoryPlan):
+    """A MemoryPlan whose vision network may be released before the prompt is read."""
+
+    keep_vision: bool = True  # or it is released after every picture
+    card: int = 0  # see float_bytes_on_card
+    vision_card: int = 0  # the same of vision, whose bytes are not here if it lies elsewhere
+
+    @property
+    def on_host(self) -> bool:
+        return not self.card
+
+    @property
+    def total(self) -> int:
+        if self.keep_vision:
+            return super().total
+        cache, stays = (0, self.cache) if self.card else (self.cache, 0)
+        return self.weights + stays + max(self.vision + RUNTIME, cache + self.workspace)
+
+    @property
+    def parts(self) -> str:
+        if self.keep_vision or not self.vision:
+            return super().parts
+        sizes = [f"{n} {human(getattr(self, n))}" for n in ("weights", "cache", "workspace")]
+        stay = 2 if self.card else 1
+        rest = f"({' + '.join(sizes[stay:])}, or before that vision {human(self.vision)})"
+        return " + ".join([*sizes[:stay], rest])
+
+
+def bundle_plan(
+    manifest: Manifest,
+    *,
+    context: int,
+    keep_vision: bool | None = None,
+    card: int = 0,
+    vision_card: int | None = None,
+) -> OnnxPlan:
+    """The memory plan of a bundle at a context of `context` tokens, where the decoder runs.
+
+    keep_vision: None keeps a vision network of up to KEPT_VISION bytes, on a card any. card,
+    vision_card: see float_bytes_on_card; vision_card is None for the decoder's device.
+    """
+    vision_card = card if vision_card is None else vision_card
+    lm, precision = manifest.lm, PRECISIONS[manifest.decoder.precision]
+
+    def stored(graph: str) -> int:  # a graph and the weights beside it
+        return sum(f.bytes for name, f in manifest.files.items() if name.startswith(graph))
+
+    vision = 0
+    if manifest.vision:
+        file, form = stored(manifest.vision.graph), VISION_PRECISIONS[manifest.vision.precision]
+        half = vision_card == 2 and manifest.vision.half in manifest.files
+        vision = file * (1 if half else form.widening)  # prepared for speed
+        if keep_vision is None:
+            keep_vision = bool(vision_card) or vision <= KEPT_VISION
+        if bool(vision_card) != bool(card):
+            vision = 0
+        elif not (keep_vision or form.integers or card):  # mapped, widened a layer at a time
+            vision = VISION_WORKSPACE
+    # what a layer of the longest prompt holds at once, as measured: the MLP's and the attention's,
+    # and what an arena leaves between them
+    activations = context * (2 * lm.inner_size + 18 * lm.hidden_size) * (card or 4)
+    weights = stored(manifest.decoder.graph) * (1 if card == 2 else precision.widening)
+    if precision.block and not card:  # the kernels add the sum of every block to its scale
+        weights += weights * 4 // (manifest.decoder.block_size * precision.bits // 8 + 4)
+    return OnnxPlan(
+        weights=weights,
+        cache=cache_bytes(lm, precision, context + manifest.decoder.prefix_tokens),
+        vision=vision,
+        workspace=RUNTIME + activations,
+        context=context,
+        keep_vision=keep_vision is not False,
+        card=card,
+        vision_card=vision_card,
+    )
+
+
+def float_bytes_on_card(manifest: Manifest, device: str, dtype: str | None) -> int:
+    """Bytes of a number that the default engine computes with on `device`; 0 for the CPU.
+
+    dtype: "fp32" where float16 is not wanted.
+    """
+    if not device.lower().startswith(CARDS):
+        return 0
+    return 2 if dtype != "fp32" and manifest.decoder.half in manifest.files else 4
+
+
+def cache_bytes(lm: LMConfig, precision: Precision, tokens: int) -> int:
+    """Bytes of the keys and values of `tokens` tokens: float16 but in a float32 model."""
+    number = np.dtype(precision.cache_dtype).itemsize
+    return 2 * lm.num_layers * lm.hidden_size * tokens * number
+
+
+def check_memory(needed: OnnxPlan, manifest: Manifest, *, budget: int | None = None) -> None:
+    """Raise MemoryPlanError if `needed` exceeds what is free, or `budget` bytes.
+
+    Of a card only the budget is known. The error has the sums and the next smaller setting that
+    fits.
+    """
+    check_room(
+        needed,
+        manifest.name,
+        free=None if needed.card else memory.available_memory(),
+        budget=budget,
+        advice=lambda room, last: advice(needed, manifest, room, last=last),
+    )
+
+
+def advice(needed: OnnxPlan, manifest: Manifest, room: int, *, last: str) -> str:
+    """The next smaller setting that takes at most `room` bytes, in words; or `last`."""
+
+    def fits(context: int, keep_vision: bool) -> bool:
+        smaller = bundle_plan(
+            manifest,
+            context=context,
+            keep_vision=keep_vision,
+            card=needed.card,
+            vision_card=needed.vision_card,
+        )
+        return smaller.total <= room
+
+    smaller = smaller_context(needed.context, lambda n: fits(n, needed.keep_vision))
+    if needed.keep_vision and needed.vision and fits(needed.context, False):
+        return "load it with keep_vision=False (--no-keep-vision)"
+    if smaller:
+        return f"load it with context={smaller} (--context {smaller})"
+    lower = smaller_precisions(manifest.decoder.precision)
+    return f"export it with --precision {lower[0].name}, or {last}" if lower else last

@@ -1,0 +1,91 @@
+"""Steps of the torch engine as CUDA graphs: recorded for each number of tokens, then replayed."""
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seechat_lite.engines.torch.decoder import Cache, Decoder, KernelPlace
+from seechat_lite.engines.torch.kernels import KERNEL_ROWS
+
+RECORDING = threading.Lock()  # CUDA records one graph at a time in a process
+
+
+class Recorder:
+    """Steps of a decoder over one cache, whose memory they go on to use.
+
+    All graphs take their memory from one pool, and all are recorded on one stream, for which
+    libraries keep their workspace: they never run at the same time, and what a step leaves is read
+    before the next one runs.
+    """
+
+    def __init__(self, decoder: Decoder, cache: Cache, *, vocab_size: int) -> None:
+        like = cache.keys[0]
+        self._decoder, self._cache = decoder, cache
+        # of steps of any number of tokens, there and here
+        self._logits = like.new_empty((KERNEL_ROWS, vocab_size), dtype=torch.float32)
+        self._answer = torch.empty(self._logits.shape, pin_memory=True)
+        self._stream = torch.cuda.Stream(like.device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._steps: dict[int, _Step] = {}  # by how many tokens they append
+
+    def has(self, rows: int) -> bool:
+        """Whether a step of so many tokens is recorded."""
+        return rows in self._steps
+
+    def run(self, embeds: Tensor, positions: np.ndarray, length: int) -> np.ndarray:
+        """Logits, float32 [rows, vocab], of tokens [rows, hidden] behind `length` others.
+
+        At most KERNEL_ROWS rows.
+        """
+        rows = len(embeds)
+        step = self._steps.get(rows) or _Step(self._decoder, self._cache, self._logits[:rows])
+        step.take(embeds, positions, length)
+        if rows not in self._steps:
+            with RECORDING:
+                step.record(self._stream, self._pool)
+            self._steps[rows] = step
+        step.replay()
+        self._answer[:rows].copy_(self._logits[:rows])  # waits: nothing is said of non_blocking
+        return self._answer[:rows].numpy().copy()
+
+
+class _Step:
+    """A step of some tokens, with the memory it reads and writes."""
+
+    def __init__(self, decoder: Decoder, cache: Cache, logits: Tensor) -> None:
+        """logits: float32 [rows, vocab], where the step leaves them."""
+        like, rows = cache.keys[0], len(logits)
+        self._decoder, self._cache, self._logits = decoder, cache, logits
+        hidden = decoder.final_layernorm.normalized_shape[0]
+        self._embeds = like.new_zeros((rows, hidden))
+        self._positions = torch.zeros((2, rows), dtype=torch.int64, device=like.device)
+        self._length = torch.zeros(1, dtype=torch.int32, device=like.device)
+        self._graph = torch.cuda.CUDAGraph()
+
+    def take(self, embeds: Tensor, positions: np.ndarray, length: int) -> None:
+        self._embeds.copy_(embeds.to(self._embeds.dtype))
+        self._positions.copy_(torch.from_numpy(positions))
+        self._length.fill_(length)
+
+    def record(self, stream: torch.cuda.Stream, pool: Any) -> None:
+        # once without recording: it compiles kernels and allocates what libraries keep, and what
+        # it writes into the cache is written again by the step itself
+        now = torch.cuda.current_stream(stream.device)
+        stream.wait_stream(now)
+        with torch.cuda.stream(stream):
+            self._run()
+        now.wait_stream(stream)
+        # other threads may use the GPU meanwhile, for another model
+        with torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local"):
+            self._run()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    def _run(self) -> None:
+        place = KernelPlace(self._positions, self._length)
+        rows = len(self._logits)
+        self._logits.copy_(self._decoder(self._embeds, place, self._cache, logit_rows=rows))

@@ -1,0 +1,401 @@
+"""The engine for GPUs: torch executes a bundle of any precision, or published weights as they are.
+
+The key/value cache is one buffer per layer and part, of the context's length. A prompt is one
+forward of known size: its context sees itself both ways without a mask, what follows is causal. A
+step on a GPU is a recorded CUDA graph of Triton kernels (nn.kernels), which reads how many tokens
+there are on the device; elsewhere it is plain torch. The embedding table is never loaded: the few
+rows a prompt needs are read from its file.
+"""
+
+import logging
+import re
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seechat_lite import memory
+from seechat_lite.engines.base import (
+    OPTIONAL,
+    Cancelled,
+    EngineOptions,
+    check_pixels,
+    check_room,
+    embedded,
+)
+from seechat_lite.engines.torch.cuda_graphs import Recorder
+from seechat_lite.engines.torch.decoder import (
+    Cache,
+    Decoder,
+    KernelPlace,
+    PromptKernelPlace,
+    TorchPlace,
+)
+from seechat_lite.engines.torch.kernels import KERNEL_ROWS, fused
+from seechat_lite.engines.torch.linears import QUANTIZATIONS
+from seechat_lite.engines.torch.memory import TorchPlan, advice, device_plan
+from seechat_lite.engines.torch.settings import torch_settings
+from seechat_lite.engines.torch.vision import TorchVision
+from seechat_lite.engines.torch.weights import CheckpointWeights, Weights, build, weights_of
+from seechat_lite.memory import MemoryPlan
+from seechat_lite.native import Native, guarded
+from seechat_lite.prompt import Prompt
+from seechat_lite.source import Source
+from seechat_weights.errors import EngineError, MemoryPlanError
+
+if TYPE_CHECKING:
+    from seechat_lite.engines.onnx.engine import OnnxVision
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# torch's allocator and graphs, Triton, cuBLAS
+NO_MEMORY = re.compile("out of memory|ALLOC_FAILED|can't allocate", re.IGNORECASE)
+
+
+class TorchEngine(Native):
+    """See engines.base.Engine; devices are torch's: "cpu", "cuda", "cuda:1".
+
+    Raises EngineError (device, dtype, quantization), CheckpointError and MemoryPlanError.
+    """
+
+    reads_checkpoints = True
+    own_options = frozenset(OPTIONAL)
+    _cancelled = False
+
+    @guarded
+    def __init__(
+        self,
+        source: Source,
+        *,
+        context: int,
+        options: EngineOptions,
+        plan: MemoryPlan | None = None,
+        weights: Weights | None = None,
+    ) -> None:
+        """weights: if not those of `source`, such as a benchmark's."""
+        if plan is None:
+            plan = self.plan(source, context=context, options=options, weights=weights)
+            self.check(plan, source, options=options)
+        assert isinstance(plan, TorchPlan)
+        self._plan = plan
+        self.context = context
+        self._source = source
+        self._manifest = manifest = source.manifest
+        self._options = options
+        self._device = _device(options.device)
+        self._dtype = _dtype(options.dtype, self._device)
+        self._weights = weights or _weights(source, options, self._dtype)
+        prefix = self._weights.prefix
+        self._prefix = None if prefix is None else torch.from_numpy(prefix)
+        self._before = _prefix_tokens(self._weights)
+        # held while a picture is read, and while a step is recorded
+        self._device_lock = threading.Lock()
+        self._vision = _sight(source, options, self._device, self._dtype)
+        self._cache: Cache | None = None
+        self._recorder: Recorder | None = None
+        self._length = 0  # tokens in the cache, those of a prefix included; 0 before a prompt
+        self._next = np.zeros((2, 1), np.int64)  # positions of the token that comes next
+        self._lend_memory()
+        with self._memory_planned():
+            self._decoder: Decoder | None = build(
+                manifest.lm,
+                self._weights,
+                positions=context + 1,
+                dtype=self._dtype,
+                device=self._device,
+                quantize=options.quantize,
+                rounded_rotary=options.rounded_rotary,
+            )
+        # bitsandbytes' modules decide on the CPU what to do: they cannot be recorded
+        self._fused = fused(self._device)
+        self._records = self._fused and options.quantize in (None, "int4")
+
+    @classmethod
+    def plan(
+        cls,
+        source: Source,
+        *,
+        context: int,
+        options: EngineOptions,
+        weights: Weights | None = None,
+    ) -> TorchPlan:
+        device = _device(options.device)
+        dtype = _dtype(options.dtype, device)
+        if dtype == torch.bfloat16:
+            log.warning(
+                "bf16: ChatGLM-6B was trained in fp16, whose numbers are eight times finer; expect "
+                "other answers than its authors'"
+            )
+        weights = weights or _weights(source, options, dtype)
+        blocks = weights.blocks if isinstance(weights, CheckpointWeights) else {}
+        vision, held = _sight(source, options, device, dtype), 0
+        if isinstance(vision, TorchVision) and vision.device == device:
+            held = vision.held
+        found = device_plan(
+            source.manifest,
+            context=context + _prefix_tokens(weights),
+            dtype_bytes=dtype.itemsize,
+            quantize=options.quantize,
+            blocks=blocks,
+            vision=held,
+        )
+        in_bits = source.manifest.decoder.block_size or options.quantize or 4 in blocks.values()
+        return replace(found, device=str(device), quantizable=not in_bits)
+
+    @classmethod
+    def check(cls, plan: MemoryPlan, source: Source, *, options: EngineOptions) -> None:
+        assert isinstance(plan, TorchPlan)
+        free = memory.available_memory()
+        if not plan.on_host:
+            free, _ = torch.cuda.mem_get_info(plan.device)
+        memory.check_room(
+            plan,
+            source.manifest.name,
+            free=free,
+            budget=options.max_memory,
+            advice=lambda room, last: advice(plan, room, last=last),
+            where=f" on {plan.device}",
+        )
+
+    @classmethod
+    def runtime(cls) -> str:
+        return f"torch {torch.__version__}"
+
+    def step_bytes(self, tokens: int) -> int | None:
+        return None  # it may run elsewhere
+
+    def encode_image(self, pixels: np.ndarray) -> np.ndarray:
+        self.check_open()
+        check_pixels(pixels, self._manifest.vision, self._source.path)
+        assert self._vision
+        with self._device_lock, self._memory_planned(self._vision.unload):
+            return self._vision.encode(pixels)
+
+    @guarded
+    @torch.inference_mode()
+    def prefill(self, prompt: Prompt) -> np.ndarray:
+        embeds, positions, split = embedded(
+            prompt, self._manifest.lm, context=self.context, rows=self._weights.rows
+        )
+        with self._memory_planned():
+            self._begin()
+            at = torch.from_numpy(np.ascontiguousarray(positions)).to(self._device)
+            place = TorchPlace(at, self._length, context=split)
+            if self._fused:
+                place = PromptKernelPlace(at, self._length_there(), place)
+            logits = self._opened()(
+                torch.from_numpy(embeds).to(self._dtype).to(self._device),
+                place,
+                self._cache,
+                between_layers=self._raise_if_cancelled,
+            )
+            self._length += len(embeds)
+            self._next = positions[:, -1:] + [[0], [1]]
+            return logits[0].cpu().numpy()
+
+    def step(self, token_id: int) -> np.ndarray:
+        return self.extend([token_id])[0]
+
+    @guarded
+    @torch.inference_mode()
+    def extend(self, token_ids: Sequence[int]) -> np.ndarray:
+        if self._cache is None or not self._length:
+            raise EngineError("step() before prefill(): there is no prompt to continue")
+        check_room(len(token_ids), self.context + self._before - self._length, self.context)
+        rows = len(token_ids)
+        positions = self._next.repeat(rows, axis=1)
+        positions[1] += np.arange(rows)
+        embeds = torch.from_numpy(self._weights.rows(token_ids))
+        self._raise_if_cancelled()
+        with self._memory_planned():
+            if self._records and rows <= KERNEL_ROWS:
+                if self._recorder is None:
+                    self._recorder = Recorder(
+                        self._opened(), self._cache, vocab_size=self._manifest.lm.vocab_size
+                    )
+                with nullcontext() if self._recorder.has(rows) else self._device_lock:
+                    logits = self._recorder.run(embeds, positions, self._length)
+            else:
+                logits = self._run(embeds, positions).cpu().numpy()
+        self._length += rows
+        self._next[1] += rows
+        return logits
+
+    @guarded
+    def forget(self, tokens: int) -> None:
+        self._length -= tokens  # what lies behind the length is never read, only overwritten
+        self._next[1] -= tokens
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    def reset(self) -> None:
+        with self._lock:
+            self._cancelled = False
+            self._length = 0
+            if self._recorder is None:  # recorded steps go on to use the memory of this one cache
+                self._cache = None
+
+    def _release(self) -> None:
+        self._recorder = None
+        self.reset()
+        self._decoder = None
+        if self._device.type == "cuda" and self._options.max_memory is not None:
+            torch.cuda.set_per_process_memory_fraction(1.0, self._device)
+        if self._vision is not None:
+            self._vision.close()
+        self._return_memory()
+
+    def _opened(self) -> Decoder:
+        self.check_open()
+        assert self._decoder
+        return self._decoder
+
+    def _raise_if_cancelled(self) -> None:
+        if self._cancelled:
+            raise Cancelled
+
+    def _length_there(self) -> Tensor:
+        return torch.tensor([self._length], dtype=torch.int32, device=self._device)
+
+    def _begin(self) -> None:
+        """An empty cache, but for the prefix."""
+        if self._cache is None:
+            self._cache = Cache.empty(
+                self._manifest.lm,
+                self._weights.head,
+                self._before + self.context,
+                dtype=self._dtype,
+                device=self._device,
+            )
+        if self._prefix is not None:
+            for layer, (keys, values) in enumerate(self._prefix):
+                self._cache.keys[layer][:, : self._before] = keys.to(self._device)
+                self._cache.values[layer][:, : self._before] = values.to(self._device)
+        self._length = self._before
+
+    def _run(self, embeds: Tensor, positions: np.ndarray) -> Tensor:
+        """A step that is not recorded: logits [rows, vocab]."""
+        assert self._cache is not None
+        at = torch.from_numpy(positions).to(self._device)
+        place = TorchPlace(at, self._length)
+        if self._fused:
+            place = KernelPlace(at, self._length_there())
+        return self._opened()(
+            embeds.to(self._dtype).to(self._device),
+            place,
+            self._cache,
+            logit_rows=len(embeds),
+            between_layers=self._raise_if_cancelled,
+        )
+
+    def _lend_memory(self) -> None:
+        """Keep to the budget."""
+        budget = self._options.max_memory
+        if self._device.type == "cuda":  # also without one: an earlier engine's may be in force
+            _, total = torch.cuda.mem_get_info(self._device)
+            share = 1.0 if budget is None else min(budget / total, 1.0)
+            torch.cuda.set_per_process_memory_fraction(share, self._device)
+
+    @contextmanager
+    def _memory_planned(self, release: Callable[[], None] | None = None) -> Iterator[None]:
+        """Turn an out-of-memory into an error that says what to do, and give the memory back.
+
+        release: lets go of what is in use; default, of the cache.
+        """
+        # kernels and graphs belong to the device that is the current one; -1 leaves it as it is
+        here = self._device.index if self._device.type == "cuda" else -1
+        try:
+            on_gpu = self._device.type == "cuda"
+            settings = torch_settings(threads=self._options.threads, on_gpu=on_gpu)
+            with torch.cuda.device(here), settings:
+                yield
+        except RuntimeError as e:
+            if not NO_MEMORY.search(str(e)):
+                raise
+            first = str(e).splitlines()[0]
+            # they hold the memory, and who catches our error holds them
+            traceback.clear_frames(e.__traceback__)
+        else:
+            return
+        if release:
+            release()
+        else:
+            self._recorder = None
+            self.reset()
+        self._return_memory()
+        how = advice(self._plan, self._plan.total - 1, last="close other programs")
+        raise MemoryPlanError(
+            f"{self._device} is out of memory ({first}); {self._manifest.name} needs "
+            f"{self._plan}: {how}"
+        )
+
+    def _return_memory(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _weights(source: Source, options: EngineOptions, dtype: torch.dtype) -> Weights:
+    if options.quantize not in (None, *QUANTIZATIONS):
+        raise EngineError(
+            f"quantize is {options.quantize!r}; expected one of {', '.join(QUANTIZATIONS)}: "
+            "choose one"
+        )
+    return weights_of(source, quantize=options.quantize, exact=dtype == torch.float32)
+
+
+def _prefix_tokens(weights: Weights) -> int:
+    return 0 if weights.prefix is None else weights.prefix.shape[3]
+
+
+def _sight(
+    source: Source, options: EngineOptions, device: torch.device, dtype: torch.dtype
+) -> "TorchVision | OnnxVision | None":
+    """What reads pictures, where there is something, not yet loaded: a graph that none of our
+    networks is the same as, such as the built-in model's, is left to ONNX Runtime."""
+    if source.manifest.vision is None:
+        return None
+    if source.vision is None:
+        # imported here: nothing else needs ONNX Runtime
+        from seechat_lite.engines.onnx.engine import OnnxVision
+
+        keep, place = options.keep_vision is not False, options.vision_device or "cpu"
+        return OnnxVision(source, replace(options, keep_vision=keep, vision_device=place))
+    if options.vision_device:
+        device = _device(options.vision_device)
+    # as they were published and trained, however few bits the language model has
+    half = device.type == "cuda" and dtype != torch.float32
+    wanted = torch.float16 if half else torch.float32
+    return TorchVision(source.vision, device=device, dtype=wanted, keep=options.keep_vision)
+
+
+def _device(name: str) -> torch.device:
+    """A device of torch that is there: "auto" takes the GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("another kind")
+        device = torch.empty(1, device=device).device  # with its number
+    except (RuntimeError, AssertionError):
+        found = "auto, cpu" + (", cuda" if torch.cuda.is_available() else "")
+        raise EngineError(
+            f"device {name!r} is not there for torch {torch.__version__}; it offers: {found}"
+        ) from None
+    return device
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    if name is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise EngineError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}: choose one")
+    return DTYPES[name]

@@ -1,0 +1,118 @@
+"""Linears over weights of few bits: the blocks of a bundle, and bitsandbytes' modules."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seechat_lite.engines.torch import kernels
+from seechat_lite.nn.block_quantization import dequantize_blocks
+from seechat_weights.errors import EngineError
+
+CHUNK = 1 << 26  # weights that are numbers at the same time when many rows are multiplied
+
+
+class Linear(nn.Linear):
+    """A linear of floats; a step's one row is multiplied by a kernel, where these run."""
+
+    def forward(self, input: Tensor, *, gelu: bool = False) -> Tensor:
+        if len(input) == 1 and kernels.fused(input.device):
+            return kernels.linear.linear(input.contiguous(), self.weight, self.bias, gelu=gelu)
+        y = super().forward(input)
+        return F.gelu(y, approximate="tanh") if gelu else y
+
+
+class BlockLinear(nn.Module):
+    """A linear whose weight stays in blocks of 8 or 4 bits.
+
+    codes: uint8 [outputs, blocks, block_size * bits / 8]; scales [outputs, blocks], or [outputs, 1]
+    if all blocks of a row share one: see nn.blocks. Where the kernels run, the codes are put into
+    their order, in place, and a few rows are multiplied with them as they are; for more, and
+    elsewhere, the weight is made of them first.
+    """
+
+    def __init__(self, codes: Tensor, scales: Tensor, *, inputs: int, bits: int) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.bits = bits
+        self.codes: Tensor
+        self.scales: Tensor
+        self.fused = kernels.fused(codes.device)
+        if self.fused:
+            codes = kernels.linear.interleaved(codes, bits=bits)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales.expand(codes.shape[:2]))
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        if self.fused and len(x) <= kernels.KERNEL_ROWS:
+            weight = self.codes, self.scales, self.bias
+            return kernels.linear.block_linear(x.contiguous(), *weight, bits=self.bits, gelu=gelu)
+        parts = []
+        # plain torch makes the weight in float32 first, with copies of its codes
+        rows = max(1, (CHUNK if self.fused else CHUNK // 8) // self.inputs)
+        for i in range(0, len(self.codes), rows):
+            bias = None if self.bias is None else self.bias[i : i + rows]
+            parts.append(F.linear(x, self.weight(slice(i, i + rows), x.dtype), bias))
+        y = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        return F.gelu(y, approximate="tanh") if gelu else y
+
+    def weight(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight, [rows, inputs]."""
+        codes, scales = self.codes[rows], self.scales[rows]
+        if self.fused:
+            return kernels.linear.dequantized(
+                codes, scales, bits=self.bits, inputs=self.inputs, dtype=dtype
+            )
+        return dequantize_blocks(codes, scales, bits=self.bits, inputs=self.inputs).to(dtype)
+
+
+def with_gelu(linear: nn.Module, x: Tensor) -> Tensor:
+    """GELU (tanh) of a linear's output, in the kernel that computes it where there is one."""
+    if isinstance(linear, Linear | BlockLinear):
+        return linear(x, gelu=True)
+    return F.gelu(linear(x), approximate="tanh")
+
+
+BLOCK = 128  # inputs that share a scale in weights that are put into blocks as they are loaded
+# names of --quantize, and bits of a weight with its share of the scales; the first makes blocks,
+# the others are bitsandbytes'
+QUANTIZATIONS = {"int4": 4 + 32 / BLOCK, "nf4": 4.13, "fp4": 4.13, "int8": 8.01}
+
+
+def bitsandbytes_linear(kind: str, dtype: torch.dtype) -> Callable[[Tensor], nn.Module]:
+    """A function of a weight [outputs, inputs] that makes a linear of it, quantized to `kind`.
+
+    It is quantized on the device it is on. Raises EngineError without bitsandbytes.
+    """
+    try:
+        bnb: Any = import_module("bitsandbytes").nn  # its types do not say what its modules take
+    except ImportError as e:
+        raise EngineError(
+            f"{e.name} is not installed; quantize={kind!r} needs it: pip install bitsandbytes"
+        ) from None
+
+    def make(weight: Tensor) -> nn.Module:
+        (outputs, inputs), device = weight.shape, weight.device
+        if kind == "int8":
+            with torch.device("meta"):
+                linear = bnb.Linear8bitLt(
+                    inputs, outputs, bias=False, has_fp16_weights=False, threshold=6.0
+                )
+            # only a weight that comes from the CPU is quantized on its way to the device
+            weight = weight.cpu()
+            params = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        else:
+            with torch.device("meta"):
+                linear = bnb.Linear4bit(
+                    inputs, outputs, bias=False, compute_dtype=dtype, quant_type=kind
+                )
+            params = bnb.Params4bit(weight, requires_grad=False, quant_type=kind)
+        linear.weight = params.to(device)
+        return linear
+
+    return make

@@ -1,0 +1,85 @@
+"""What a model takes of a GPU's memory, known before anything is loaded."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from seechat_lite.engines.torch.linears import BLOCK, CHUNK, QUANTIZATIONS
+from seechat_lite.memory import MemoryPlan, smaller_context
+from seechat_weights.bundle.layout import HEAD, decoder_layout
+from seechat_weights.bundle.manifest import Manifest
+from seechat_weights.bundle.precisions import stored_precision
+
+RUNTIME = 150 << 20  # cuBLAS' workspaces, recorded steps, what an allocator cannot use
+
+
+@dataclass(frozen=True)
+class TorchPlan(MemoryPlan):
+    """device: of torch, whose memory it is. quantizable: whether fewer bits can be asked for."""
+
+    device: str = "cpu"
+    quantizable: bool = False
+
+    @property
+    def on_host(self) -> bool:
+        return self.device == "cpu"
+
+
+def device_plan(
+    manifest: Manifest,
+    *,
+    context: int,
+    dtype_bytes: int,
+    quantize: str | None = None,
+    blocks: Mapping[str, int] | None = None,
+    vision: int = 0,
+) -> TorchPlan:
+    """Bytes at a context of `context` tokens, those of a prefix included.
+
+    dtype_bytes: of a number that is computed with. quantize: a name of nn.linears.QUANTIZATIONS.
+    blocks: bits of published weights that are in blocks (see torch_weights.CheckpointWeights).
+    vision: bytes of the network that is held beside the decoder; what a picture takes for a moment
+    is less than a prompt does.
+    """
+    blocks = blocks or {}
+    lm, decoder = manifest.lm, manifest.decoder
+    precision = stored_precision(decoder.precision, head_bits=decoder.head_bits)
+    weights = 0.0
+    for item in decoder_layout(lm, precision, decoder.block_size):
+        if item.bits:
+            weights += sum(s.nbytes for s in item.stored)
+        elif bits := blocks.get(item.key):
+            (outputs, inputs), scales = item.shape, 1
+            count = -(-inputs // BLOCK)
+            if item.key == HEAD:  # which may be quantized here: others have one scale a row
+                scales = count
+            weights += outputs * (count * BLOCK * bits / 8 + 4 * scales)
+        elif quantize and item.kind == "linear":
+            weights += math.prod(item.shape) * QUANTIZATIONS[quantize] / 8
+        else:
+            weights += math.prod(item.shape) * dtype_bytes
+    width = lm.num_heads * lm.padded_head_size
+    # what a layer of the longest prompt holds at once: the MLP's, or the attention's
+    rows = context * (4 * lm.hidden_size + max(2 * lm.inner_size, 8 * width))
+    in_blocks = decoder.block_size or quantize or blocks
+    made = CHUNK if in_blocks else 0  # a weight that is made of blocks
+    return TorchPlan(
+        weights=round(weights),
+        cache=2 * lm.num_layers * width * context * dtype_bytes,
+        vision=vision,
+        workspace=RUNTIME + (rows + made) * dtype_bytes,
+        context=context,
+    )
+
+
+def advice(plan: TorchPlan, room: int, *, last: str) -> str:
+    """The next smaller setting that fits `room` bytes, in words; or `last`."""
+    if plan.vision and plan.total - plan.vision <= room:
+        return "load it with keep_vision=False (--no-keep-vision)"
+    per_token = (plan.cache + plan.workspace - RUNTIME) / plan.context
+    fixed = plan.total - per_token * plan.context
+    if smaller := smaller_context(plan.context, lambda n: fixed + per_token * n <= room):
+        return f"load it with context={smaller} (--context {smaller})"
+    if plan.quantizable:
+        return 'load it with quantize="int4" (--quantize int4), or export it with --precision int4'
+    return last if plan.on_host else f"{last}, or take a card with more memory"

@@ -1,0 +1,68 @@
+"""The torch engine's vision: pictures to embeddings, on the language model's device or another."""
+
+import weakref
+
+import numpy as np
+import torch
+from torch import nn
+
+from seechat_lite.engines.torch.settings import torch_settings
+from seechat_lite.memory import KEPT_VISION
+from seechat_lite.native import Native, guarded
+from seechat_weights.errors import EngineError
+from seechat_weights.vision.weights import VisionWeights
+
+
+class TorchVision(Native):
+    """Runs the network of `weights`; built with the first picture: text alone needs none of it."""
+
+    def __init__(
+        self, weights: VisionWeights, *, device: torch.device, dtype: torch.dtype, keep: bool | None
+    ) -> None:
+        """keep: hold the weights on the device, or bring them there layer by layer for every
+        picture; None does so on the CPU, if there are many."""
+        self.device = device
+        self._weights = weights
+        self._dtype = dtype
+        size = weights.numbers * dtype.itemsize
+        self._keep = keep if keep is not None else device.type != "cpu" or size <= KEPT_VISION
+        self.held = size if self._keep else 0  # bytes on the device between pictures
+        self._network: nn.Module | None = None
+
+    @guarded
+    @torch.inference_mode()
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Embeddings of pictures: float32 [n, 3, S, S] to float32 [n, tokens, hidden]."""
+        if self._network is None:
+            self._network = self._built()
+        given = torch.from_numpy(np.ascontiguousarray(pixels, np.float32))
+        with torch_settings(threads=0, on_gpu=self.device.type == "cuda"):
+            return self._network(given.to(self.device).to(self._dtype)).float().cpu().numpy()
+
+    def unload(self) -> None:
+        """Free the network, which the next picture builds again."""
+        self._network = None
+
+    def _release(self) -> None:
+        self.unload()
+
+    def _built(self) -> nn.Module:
+        try:
+            from seechat_lite.nn.vision import streamed  # takes seconds: the transformers library
+
+            network = streamed(self._weights, self.device, self._dtype)
+        except ImportError as e:
+            raise EngineError(
+                f"{e.name} is not installed; pictures need it with the engine 'torch': "
+                'pip install "seechat-lite[torch]"'
+            ) from None
+        network = network.loaded() if self._keep else network
+        here = weakref.ref(self)  # not to keep this alive by what it holds
+
+        def raise_if_closed(*_: object) -> None:
+            if vision := here():
+                vision.check_open()
+
+        for module in network.modules():  # a picture takes seconds: close() ends it between two
+            module.register_forward_pre_hook(raise_if_closed)
+        return network

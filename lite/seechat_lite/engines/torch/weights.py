@@ -1,0 +1,217 @@
+"""Weights for nn.decoder, tensor by tensor onto the device: from a bundle or a checkpoint."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seechat_lite.engines.torch.decoder import Decoder
+from seechat_lite.engines.torch.linears import (
+    BLOCK,
+    CHUNK,
+    QUANTIZATIONS,
+    BlockLinear,
+    bitsandbytes_linear,
+)
+from seechat_lite.nn.block_quantization import quantize_blocks
+from seechat_lite.rotary import rotary_tables
+from seechat_lite.source import Source
+from seechat_weights.bundle.arrays import BundleArrays
+from seechat_weights.bundle.layout import HEAD, head_order, reordered_prefix
+from seechat_weights.bundle.manifest import Manifest
+from seechat_weights.config import LMConfig
+from seechat_weights.errors import EngineError
+from seechat_weights.lm.checkpoint import ALL, LM
+
+
+@dataclass(frozen=True)
+class Given:
+    """One tensor of ours: an array [outputs, inputs] or [size], or codes and scales.
+
+    bits: of the blocks that a weight is in or, where it is one array, is to be put into.
+    """
+
+    key: str
+    arrays: Sequence[np.ndarray | Tensor]
+    bits: int = 0
+
+
+class Weights(Protocol):
+    """Where the weights of a decoder come from, heads in a bundle's order."""
+
+    @property
+    def head(self) -> int:
+        """Size of a head, padded or not."""
+        ...
+
+    @property
+    def prefix(self) -> np.ndarray | None:
+        """A P-tuning prefix, [layers, 2 (key, value), heads, tokens, head]."""
+        ...
+
+    def rows(self, ids: Sequence[int]) -> np.ndarray:
+        """Word embeddings [tokens, hidden]."""
+        ...
+
+    def tensors(self) -> Iterator["Given"]:
+        """Every tensor but the word embeddings, weights before their biases."""
+        ...
+
+
+@dataclass(frozen=True)
+class BundleWeights:
+    """The weights file, embeddings and prefix of a bundle, all mapped."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def head(self) -> int:
+        return self.manifest.lm.padded_head_size
+
+    @cached_property
+    def _arrays(self) -> BundleArrays:
+        return BundleArrays(self.folder, self.manifest)
+
+    @property
+    def prefix(self) -> np.ndarray | None:
+        return self._arrays.prefix
+
+    def rows(self, ids: Sequence[int]) -> np.ndarray:
+        return self._arrays.rows(ids)
+
+    def tensors(self) -> Iterator[Given]:
+        for item in self._arrays.items:
+            arrays = self._arrays.stored(item)
+            if item.kind == "linear" and not item.bits:  # stored transposed
+                arrays = [arrays[0].T]
+            yield Given(item.key, arrays, item.bits)
+
+
+@dataclass(frozen=True)
+class CheckpointWeights:
+    """Published weights, put into a bundle's order as they are read.
+
+    blocks: bits of the tensors that are to be in blocks: the integers of their authors, where these
+    have as many, else made of floats.
+    """
+
+    lm: LM
+    blocks: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def head(self) -> int:
+        return self.lm.config.head_size
+
+    @property
+    def prefix(self) -> np.ndarray | None:
+        if self.lm.prefix is None:
+            return None
+        return reordered_prefix(self.lm.prefix, self.lm.config, padded=False)
+
+    def rows(self, ids: Sequence[int]) -> np.ndarray:
+        return self.lm.read("word_embeddings.weight", np.asarray(ids))
+
+    def tensors(self) -> Iterator[Given]:
+        order = head_order(self.lm.config, "rows", padded=False)
+        for key in self.lm.shapes:
+            self.lm.audit(key)
+            rows, bits = order if "query_key_value" in key else ALL, self.blocks.get(key, 0)
+            if bits and bits == self.lm.bits(key):
+                published = self.lm.quantized(key, rows)
+                yield Given(key, [published.blocks(BLOCK), published.scales[:, None]], bits)
+            elif key != "word_embeddings.weight":
+                yield Given(key, [self.lm.read(key, rows)], bits)
+
+
+def weights_of(source: Source, *, quantize: str | None, exact: bool) -> Weights:
+    """The weights of a bundle or of published files.
+
+    Integers that a checkpoint's authors made stay what they are. With them goes a head that was
+    left as floats, which gets 8 bits, as in an export, unless all is to be `exact`. Only more bits
+    than `quantize` makes can be quantized. Raises EngineError.
+    """
+    decoder, lm = source.manifest.decoder, source.lm
+    stored = decoder.precision if decoder.block_size else ""
+    weights: Weights = BundleWeights(source.path, source.manifest)
+    if lm:
+        bits = {key: lm.bits(key) for key in lm.shapes if key != "word_embeddings.weight"}
+        blocks = {key: n for key, n in bits.items() if n}
+        if quantize and blocks:
+            most = max(blocks.values())
+            stored = f"int{most}" if most < QUANTIZATIONS[quantize] else ""
+        elif blocks and not exact:
+            blocks = {HEAD: 8, **blocks}
+        weights = CheckpointWeights(lm, {} if quantize else blocks)
+    if quantize and stored:
+        raise EngineError(
+            f"{source.path}: its weights are {stored} already; expected more bits to make "
+            f"{quantize} of: load it without quantize"
+        )
+    return weights
+
+
+def build(
+    config: LMConfig,
+    weights: Weights,
+    *,
+    positions: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None = None,
+    rounded_rotary: bool = False,
+) -> Decoder:
+    """The decoder with its weights on `device`, where one tensor at a time is brought.
+
+    quantize: a name of nn.linears.QUANTIZATIONS, of float weights. Raises EngineError.
+    """
+    tables = torch.from_numpy(rotary_tables(config.head_size, positions, rounded=rounded_rotary))
+    padding = weights.head // 4 - tables.shape[-1]  # rotates zeros
+    with torch.device("meta"):
+        decoder = Decoder(config, weights.head, torch.empty(0))
+    decoder.rotary = F.pad(tables, (0, padding)).to(device)
+    few_bits = bitsandbytes_linear(quantize, dtype) if quantize not in (None, "int4") else None
+
+    def tensor(array: np.ndarray | Tensor) -> Tensor:
+        if isinstance(array, Tensor):
+            return array
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+    def place(array: np.ndarray | Tensor, to: torch.dtype = dtype) -> Tensor:
+        # to the device as it is stored, and only there to the type and order it is needed in
+        stored = tensor(array)
+        if stored.is_contiguous():
+            return stored.to(device).to(to)
+        made = torch.empty(stored.shape, dtype=to, device=device)
+        columns = max(1, CHUNK // len(stored))  # of a transposed matrix, which lie side by side
+        for i in range(0, stored.shape[1], columns):
+            made[:, i : i + columns] = stored[:, i : i + columns].to(device)
+        return made
+
+    for given in weights.tensors():
+        name, _, kind = given.key.rpartition(".")
+        module = decoder.get_submodule(name)
+        linear, bits = len(given.arrays[0].shape) > 1, given.bits
+        if quantize == "int4" and linear:
+            bits = 4
+        if bits:
+            if len(given.arrays) == 1:
+                (weight,) = given.arrays
+                stored = quantize_blocks(tensor(weight), bits=bits, block_size=BLOCK, device=device)
+            else:
+                codes, scales = given.arrays
+                stored = place(codes, torch.uint8), place(scales, torch.float32)
+            inputs = cast(nn.Linear, module).in_features
+            decoder.set_submodule(name, BlockLinear(*stored, inputs=inputs, bits=bits))
+        elif few_bits and linear:
+            decoder.set_submodule(name, few_bits(place(given.arrays[0])))
+        else:
+            parameter = nn.Parameter(place(given.arrays[0]), requires_grad=False)
+            setattr(module, kind, parameter)
+    return decoder.eval().requires_grad_(False)

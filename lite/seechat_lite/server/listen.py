@@ -1,0 +1,181 @@
+"""Listens, serves until a signal, and ends cleanly: what uvicorn does, with limits of our own."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from seechat_lite.chat import Model
+from seechat_lite.interrupts import EXIT_CODE, raise_on_ctrl_c
+from seechat_lite.server import logs
+from seechat_lite.server.app import create_app
+from seechat_lite.server.scheduler import Desk
+from seechat_lite.server.settings import Settings
+from seechat_weights.bundle.manifest import Manifest
+from seechat_weights.errors import SeechatError
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 512
+HEADER_SECONDS = 15.0  # a client must have sent a request's headers by then
+MAX_HEADER_BYTES = 32 << 10
+READ_BYTES = 16 << 10  # at once: a body in chunks of one byte keeps the loop 0.2 s, not 4
+
+
+def serve(
+    load: Callable[[], Model],
+    manifest: Manifest,
+    *,
+    settings: Settings,
+    listening: Callable[[str], None],
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    context: int = 2048,
+    format: str | None = None,
+    log_json: bool = False,
+    verbose: bool = False,
+) -> int:
+    """Serve until SIGTERM (returns 0) or Ctrl-C (returns 130).
+
+    load, manifest, context, format: see create_app. port: 0 for any free one. listening: told the
+    server's address once it accepts connections; the model may still load. Raises what loading the
+    model raises, and SeechatError when the address cannot be listened on.
+    """
+    logs.set_up(as_json=log_json, verbose=verbose)
+    failures: list[Exception] = []
+
+    def failed(error: Exception) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(
+        load, manifest, settings=settings, context=context, format=format, failed=failed
+    )
+    desk: Desk = app.state.desk
+    server = _Server(configure(app), desk, settings.grace)
+    with _listen(host, port) as sock:
+        listening(_address(host, sock))
+        raise_on_ctrl_c()  # from here on uvicorn takes care of signals
+        server.run([sock])
+    if not desk.idle:  # loading, or in a call that does not end: it cannot be waited for
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(server.exit_code)
+    if failures:
+        raise failures[0]
+    return server.exit_code
+
+
+def configure(app: Starlette) -> uvicorn.Config:
+    """uvicorn's settings: limits for connections and headers, and none of its own logging."""
+    return uvicorn.Config(
+        app,
+        http=_Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=1,
+    )
+
+
+class _Server(uvicorn.Server):
+    """Ends running answers before it closes their connections, and lives on after a signal."""
+
+    def __init__(self, config: uvicorn.Config, desk: Desk, grace: float) -> None:
+        super().__init__(config)
+        self._desk = desk
+        self._grace = grace
+        self.exit_code = 0
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in self.servers:
+            listener.close()
+        log.info("stopping")
+        await self._desk.stop(self._grace)
+        await asyncio.sleep(0)  # the last pieces are on their way
+        await super().shutdown(sockets)
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Unlike uvicorn's, not to die of the signal afterwards: it was done as told."""
+
+        def handle(number: int, frame: object) -> None:
+            self.exit_code = EXIT_CODE if number == signal.SIGINT else 0
+            if number == signal.SIGINT and sys.stderr.isatty():
+                os.write(2, b"\n")  # after the terminal's ^C
+            self.handle_exit(number, None)
+
+        handled = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, handle) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Protocol(H11Protocol):
+    """Closes connections that take too long over their headers, or to begin at all."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if hasattr(transport, "max_size"):  # asyncio's own for Unix; others read less anyway
+            transport.max_size = READ_BYTES  # pyright: ignore[reportAttributeAccessIssue]
+        self._expect_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        between = self.cycle is None or self.cycle.response_complete
+        if not between:
+            self._headers_came()
+        elif self._late is None:
+            self._expect_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._headers_came()
+        super().connection_lost(exc)
+
+    def _expect_headers(self) -> None:
+        self._late = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+
+    def _headers_came(self) -> None:
+        if self._late:
+            self._late.cancel()
+            self._late = None
+
+
+@contextmanager
+def _listen(host: str, port: int) -> Generator[socket.socket, None, None]:
+    try:
+        family, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
+    except OSError as e:
+        reason = (e.strerror or str(e)).partition(" (while")[0]  # the address is said already
+        raise SeechatError(
+            f"{host}:{port}: cannot listen there ({reason}); expected a free port of this "
+            "machine: choose another --port or --host"
+        ) from None
+    with sock:
+        yield sock
+
+
+def _address(host: str, sock: socket.socket) -> str:
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{sock.getsockname()[1]}"

@@ -1,0 +1,157 @@
+"""Where each tensor of the decoder lies in a bundle's weights file, and in what form.
+
+The file is what `seechat export` writes beside the decoder's graph: the tensors one after another,
+in the order of the network, each at the start of a page. Attention's heads are rearranged where a
+family needs it, which leaves every product as it was:
+- ChatGLM's published order [head][q | k | v][head_size] becomes [q | k | v][head][head_size];
+- within a head of its q and k, the quarters [a1 a2 b1 b2] become [a1 b1 a2 b2], which makes the
+  two-dimensional rotary embedding one ordinary rotation whose angles come from two positions;
+- a head whose size is no multiple of 8, which ONNX Runtime wants, has each of its pieces (quarters,
+  or LLaMA's halves) padded with zeros.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from seechat_weights.bundle.precisions import Precision
+from seechat_weights.config import LMConfig
+from seechat_weights.lm.families import LM_FAMILIES, LMTensor
+
+HEAD = "lm_head.weight"
+ALIGN = 4096  # a page: lets a runtime map each tensor straight from the file
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One array in the weights file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+
+@dataclass(frozen=True)
+class Item:
+    """One of our tensors and the arrays stored for it.
+
+    kind: "vector", stored as it is, or "linear", stored as the precision says. shape: the
+    tensor's, [outputs, inputs] of a linear, once its heads are rearranged. heads: which axis runs
+    over heads and is rearranged first: "rows" (query_key_value), "columns" (the attention's dense)
+    or "" for neither. bits: of the integers of a linear in blocks, else 0.
+    """
+
+    key: str
+    kind: str
+    shape: tuple[int, ...]
+    heads: str
+    stored: tuple[Stored, ...]
+    bits: int = 0
+
+    @property
+    def end(self) -> int:
+        """Where the next one may begin, bytes from the file's start; of the last, its size."""
+        return self.stored[-1].end
+
+
+def head_order(config: LMConfig, axis: str, *, padded: bool = True) -> np.ndarray:
+    """For each place of a bundle's attention tensor the published place, -1 for padding; int64.
+
+    axis: what runs over heads: "rows" of query_key_value, "columns" of the attention's dense, or
+    the numbers of one "key" or "value". padded: with heads of config.padded_head_size.
+    """
+    family = LM_FAMILIES[config.family]
+    pieces = np.arange(config.head_size).reshape(len(family.turned), -1)
+    if padded:
+        more = config.padded_head_size // len(pieces) - pieces.shape[1]
+        pieces = np.pad(pieces, ((0, 0), (0, more)), constant_values=-1)
+    turned, plain = pieces[list(family.turned)].ravel(), pieces.ravel()
+    if axis in ("key", "value"):
+        return turned if axis == "key" else plain
+    heads, kv_heads = config.num_heads, config.kv_heads
+    # published heads in the order of a bundle: [q | k | v][head]
+    published = np.arange(heads + 2 * kv_heads)
+    if family.by_head:
+        published = published.reshape(heads, 3).T.ravel()
+    orders = [turned] * (heads + kv_heads) + [plain] * kv_heads
+    if axis == "columns":
+        published, orders = np.arange(heads), [plain] * heads
+    within = np.stack(orders)
+    return np.where(within < 0, -1, within + published[:, None] * config.head_size).ravel()
+
+
+def reordered(array: Any, order: np.ndarray, axis: int = 0) -> Any:
+    """`array`, of numpy or torch, with its places along `axis` in `order`, and zeros for -1."""
+    if np.array_equal(order, np.arange(array.shape[axis])):
+        return array
+    before = (slice(None),) * (axis % array.ndim)
+    moved = array[(*before, order)]
+    if (order < 0).any():
+        moved[(*before, order < 0)] = 0
+    return moved
+
+
+def inverse_order(order: np.ndarray) -> np.ndarray:
+    """For each published place the one in a bundle: what undoes `reordered`."""
+    return order.argsort(kind="stable")[(order < 0).sum() :]
+
+
+def reordered_prefix(prefix: np.ndarray, config: LMConfig, *, padded: bool = True) -> np.ndarray:
+    """A P-tuning prefix [layers, 2 (key, value), heads, tokens, head_size] as a cache holds it."""
+    orders = [head_order(config, axis, padded=padded) for axis in ("key", "value")]
+    return np.stack([reordered(prefix[:, i], orders[i], axis=-1) for i in (0, 1)], axis=1)
+
+
+def decoder_layout(config: LMConfig, precision: Precision, block_size: int) -> list[Item]:
+    """The decoder's tensors but for the word embeddings, in file order.
+
+    A linear of float weights is stored transposed, [inputs, outputs]; one in blocks as codes, uint8
+    [outputs, blocks, block_size * bits / 8], and scales [outputs, blocks] (see ONNX Runtime's
+    MatMulNBits).
+    """
+    items: list[Item] = []
+    end = 0
+    for tensor in _tensors(config):
+        key, shape, bits = tensor.key, tensor.shape, _bits(tensor, precision)
+        kind = "linear"
+        arrays: list[tuple[str, str, tuple[int, ...]]]
+        arrays = [(f"{key}_t", precision.dtype, shape[::-1])]
+        if len(shape) == 1:
+            kind, arrays = "vector", [(key, "float32", shape)]
+        elif bits:
+            outputs, inputs = shape
+            blocks, name = -(-inputs // block_size), key.removesuffix(".weight")
+            arrays = [
+                (f"{name}.quant", "uint8", (outputs, blocks, block_size * bits // 8)),
+                (f"{name}.scales", precision.dtype, (outputs, blocks)),
+            ]
+        stored = []
+        for name, dtype, size in arrays:
+            stored.append(Stored(name, dtype, size, -(-end // ALIGN) * ALIGN))
+            end = stored[-1].end
+        items.append(Item(key, kind, shape, tensor.heads, tuple(stored), bits))
+    return items
+
+
+def _tensors(config: LMConfig) -> Iterator[LMTensor]:
+    yield from LM_FAMILIES[config.family].layout(config)
+    yield LMTensor(HEAD, (config.vocab_size, config.hidden_size))
+
+
+def _bits(tensor: LMTensor, precision: Precision) -> int:
+    """Bits of the integers in blocks that a tensor is stored as; 0 where it is not."""
+    if not precision.block or len(tensor.shape) == 1:
+        return 0
+    return (precision.head_bits or precision.bits) if tensor.key == HEAD else precision.bits

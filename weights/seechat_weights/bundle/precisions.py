@@ -1,0 +1,104 @@
+"""The precisions that a bundle's LM and its vision network can be exported at: one row each.
+
+A new precision of the LM is a row here, a function in seechat_lite/nn/block_quantization.py and
+golden integers in a test.
+"""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the LM's linear weights are stored.
+
+    bits: bits of a weight. block: whether a scale is kept for every `block_size` inputs of an
+    output row (weight-only quantization); otherwise the weights are stored as `dtype`. tolerance:
+    how far the graph may be from the torch network, in standard deviations of its result: fp16
+    rounds what the cache holds, and products of integers round their inputs to 8 bits a block.
+    """
+
+    name: str
+    bits: int
+    block: bool
+    dtype: str  # numpy name of the stored float weights, or of the scales
+    tolerance: float
+    head_bits: int = 0  # of lm_head, where an export gives it more than the other weights
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is rounded: float32 weights, and a float32 cache."""
+        return self.dtype == "float32" and not self.block
+
+    @property
+    def cache_dtype(self) -> str:
+        """What keys and values are held in."""
+        return "float32" if self.exact else "float16"
+
+    @property
+    def widening(self) -> int:
+        """How many times its stored size a weight takes on the CPU, which computes in float32."""
+        return 2 if self.dtype == "float16" else 1
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether some weights are integers of 8 bits."""
+        return self.block and 8 in (self.bits, self.head_bits)
+
+
+PRECISIONS: dict[str, Precision] = {
+    p.name: p
+    for p in (
+        Precision("fp32", 32, block=False, dtype="float32", tolerance=2e-3),
+        Precision("fp16", 16, block=False, dtype="float16", tolerance=1e-2),
+        Precision("int8", 8, block=True, dtype="float32", tolerance=0.5),
+        Precision("int4", 4, block=True, dtype="float32", tolerance=0.5),
+    )
+}
+
+BLOCK_SIZES = (32, 64, 128)
+
+
+def stored_precision(name: str, *, head_bits: int) -> Precision:
+    """The precision of a bundle's decoder, as its manifest tells it."""
+    return replace(PRECISIONS[name], head_bits=head_bits)
+
+
+def smaller_precisions(name: str) -> list[Precision]:
+    """Those that take less than `name`, the next one first."""
+    rows = list(PRECISIONS.values())
+    return rows[rows.index(PRECISIONS[name]) + 1 :]
+
+
+@dataclass(frozen=True)
+class VisionPrecision:
+    """How the matrices of a vision network are stored; all else is float32.
+
+    bits: of a number, its share of a block's scale included. integers: whether matrices of products
+    are integers in blocks, which the runtime prepares for its kernels and cannot run as written.
+    tolerance: see Precision.
+    """
+
+    name: str
+    bits: int
+    tolerance: float
+    integers: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is rounded."""
+        return self.name == "fp32"
+
+    @property
+    def widening(self) -> int:
+        """See Precision: float16 becomes float32, integers become codes and sums for kernels."""
+        return 1 if self.exact else 2
+
+
+VISION_PRECISIONS: dict[str, VisionPrecision] = {
+    p.name: p
+    for p in (
+        VisionPrecision("fp32", 32, tolerance=2e-3),
+        VisionPrecision("fp16", 16, tolerance=5e-2),
+        VisionPrecision("int8", 9, tolerance=0.5, integers=True),
+    )
+}

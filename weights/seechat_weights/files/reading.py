@@ -1,0 +1,117 @@
+"""Looking into files that nobody has vouched for.
+
+What is no file, too large or malformed is refused before anything is made of it.
+"""
+
+import codecs
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from seechat_weights.errors import CheckpointError
+from seechat_weights.files.untrusted import open_file, read_file
+from seechat_weights.plain_text import one_line
+
+LFS_POINTER = b"version https://git-lfs"
+MAX_JSON = 8 << 20  # bytes; the largest published index has 40 kB
+
+
+def local_path(given: str | Path) -> Path:
+    """A path as people write it: `~` is their home, unless something here is called so."""
+    path = Path(given)
+    if not str(given).startswith("~") or os.path.lexists(path):
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:  # a user who is not known
+        return path
+
+
+def first_bytes(path: Path, count: int = len(LFS_POINTER)) -> bytes:
+    """The first bytes of a regular file that has any.
+
+    Raises CheckpointError: missing, a folder, device, pipe or loop of links, empty, or a Git LFS
+    pointer.
+    """
+    try:
+        with open_file(path) as f:
+            head = f.read(max(count, len(LFS_POINTER)))
+    except OSError as e:
+        raise unreadable(path, e) from None
+    if head.startswith(LFS_POINTER):
+        raise CheckpointError(
+            f"{path}: a Git LFS pointer, not the file itself; expected the real file: "
+            "run `git lfs pull` or download it from the model page"
+        )
+    if not head:
+        raise CheckpointError(f"{path}: empty; expected a checkpoint file: download it again")
+    return head[:count]
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    reason = (error.strerror if isinstance(error, OSError) else None) or line(error)
+    return CheckpointError(
+        f"{path}: cannot be read ({reason}); expected a checkpoint file or folder: check the path"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's JSON object (config, index). Raises CheckpointError."""
+    first_bytes(path)
+    try:
+        text = read_file(path, limit=MAX_JSON)
+    except OSError as e:
+        raise unreadable(path, e) from None
+    return parse_json(text, str(path))
+
+
+def parse_json(text: bytes, where: str) -> dict[str, Any]:
+    """A JSON object without repeated names, NaN or infinities; `where` names it in errors."""
+    try:
+        data = json.loads(decoded(text), object_pairs_hook=_once, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(
+            f"{where}: not valid JSON ({line(e)}); expected an object: download the file again"
+        ) from None
+    if not isinstance(data, dict):
+        raise CheckpointError(
+            f"{where}: holds a JSON {type(data).__name__}; expected an object: "
+            "download the file again"
+        )
+    return data
+
+
+def decoded(text: bytes) -> str:
+    """UTF-8, with or without the mark that Windows' editors begin it with.
+
+    Raises ValueError, which names UTF-16.
+    """
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in text[:4]:
+        raise ValueError("it is in UTF-16 or UTF-32, save it as UTF-8")
+    return text.decode("utf-8-sig")
+
+
+def line(error: Exception) -> str:
+    """An error's first line, short and printable."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return one_line(lines[0][:160])
+
+
+def shown(name: object) -> str:
+    """A name from a file, for a message: one line, short, nothing that commands a terminal."""
+    text = one_line(name[:200]) if isinstance(name, str) else ascii(name)
+    return text if len(text) <= 100 else text[:100] + "…"
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        name = next(k for k, _ in pairs if k in seen or seen.add(k))
+        raise ValueError(f"{shown(name)} is there twice")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")

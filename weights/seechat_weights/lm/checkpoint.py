@@ -1,0 +1,339 @@
+"""The language model of a checkpoint, whatever its form: our tensors, one at a time.
+
+    base        Hugging Face folder (ChatGLM-6B in fp16, int8, int4, int4-qe; VisualGLM-6B) or SAT
+    checkpoint  SEEChat's checkpoint_N.pth, laid over the base: any subset of the LM's tensors
+    adapter     PEFT's LoRA, merged into the linears it belongs to
+    prefix      a P-tuning prefix; one may also be in the base or in the checkpoint
+
+Nothing is converted on disk or kept: a tensor is read from its mapped file, dequantized, merged and
+put into our order when it is asked for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seechat_weights.config import LMConfig
+from seechat_weights.errors import CheckpointError
+from seechat_weights.files.accounting import account, few, part
+from seechat_weights.files.audit import (
+    Place,
+    check_gains,
+    check_matrix,
+    check_numbers,
+    check_table,
+    is_nothing,
+)
+from seechat_weights.files.checkpoint import (
+    Checkpoint,
+    Opener,
+    TensorInfo,
+    open_checkpoint,
+    read_json,
+)
+from seechat_weights.files.reading import local_path
+from seechat_weights.lm.chatglm import (
+    FORMS,
+    OLD_IMAGE_TOKENS,
+    OLD_VOCABULARY,
+    LMNames,
+    Published,
+    lm_config,
+    lm_shapes,
+    map_lm,
+)
+from seechat_weights.lm.lora import LoRA, check_adapter, check_pairs, open_adapter
+from seechat_weights.lm.prefix import read_prefix
+from seechat_weights.lm.quantized import Quantized
+from seechat_weights.model_files import SAT_CONFIG, SAT_FILE, find_model
+
+ALL = slice(None)
+Rows = slice | np.ndarray  # rows of a tensor: a slice, or their numbers
+
+# what stands before a prefix encoder's tensors in the file of a P-tuning run
+_ENCODERS = ("transformer.prefix_encoder.", "prefix_encoder.")
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Where one of our parameters comes from, and what is done to it."""
+
+    role: str
+    checkpoint: Checkpoint
+    published: Published
+    order: np.ndarray | None = None  # the published row of each of ours, where they differ
+    loras: tuple[LoRA, ...] = ()
+
+
+class LM:
+    """ChatGLM-6B out of one or several checkpoints. Made by `open_lm`.
+
+    config: its shape. prefix: float32 [layers, 2 (key, value), heads, tokens, head_size], heads as
+    published, or None. conversation: the format its family speaks. tokenizer: the file it should
+    have. sources: role ("lm", "checkpoint", "adapter", "prefix") -> files read. ignored:
+    role -> tensor -> reason. vision_keys: role -> tensors that belong to a vision tower.
+    """
+
+    def __init__(self, config: LMConfig, *, tokenizer: Path, conversation: str) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.conversation = conversation
+        self.prefix: np.ndarray | None = None
+        self.sources: dict[str, list[Path]] = {}
+        self.ignored: dict[str, dict[str, str]] = {}
+        self.vision_keys: dict[str, list[str]] = {}
+        self._expected = lm_shapes(config)
+        self._tensors: dict[str, _Tensor] = {}
+        self._audited: set[Published] = set()
+
+    @property
+    def shapes(self) -> dict[str, TensorInfo]:
+        """Our key -> shape and dtype, as `read` gives them (bfloat16 comes as float32)."""
+        return {key: TensorInfo(self._expected[key], _dtype(t)) for key, t in self._tensors.items()}
+
+    def read(self, key: str, rows: Rows = ALL) -> np.ndarray:
+        """One of our tensors, or some of its rows; may be a view of the mapped file.
+
+        float16 or float32 as stored; float32 where it is quantized or merged.
+        """
+        tensor = self._tensors[key]
+        if tensor.order is None and not tensor.loras:
+            return _published(tensor, rows)
+        outputs = self._expected[key][0]
+        order = (np.arange(outputs) if tensor.order is None else tensor.order)[rows]
+        found = _published(tensor, order)
+        if not tensor.loras:
+            return found
+        merged = found.astype(np.float32)
+        for lora in tensor.loras:
+            merged += lora.delta(order, outputs)
+        return merged
+
+    def audit(self, key: str) -> None:
+        """Look at the published numbers of one of our tensors, once; reads all of it.
+
+        Raises CheckpointError for what no trained model has: see seechat_weights.files.audit.
+        """
+        tensor = self._tensors[key]
+        if tensor.published in self._audited:
+            return
+        for name in _keys(tensor.published):
+            place, array = Place(tensor.checkpoint.source(name), name), tensor.checkpoint.read(name)
+            check_numbers(array, place)
+            if name == tensor.published.scale or key.endswith("layernorm.weight"):
+                check_gains(array, place)
+            elif key in ("word_embeddings.weight", "lm_head.weight"):
+                old = self.config.vocab_size == OLD_VOCABULARY
+                check_table(array, place, unused=OLD_IMAGE_TOKENS if old else 0)
+            elif array.ndim > 1:
+                check_matrix(array, place)
+        self._audited.add(tensor.published)
+
+    def place(self, key: str) -> Place:
+        """Where one of our tensors comes from, for errors."""
+        tensor = self._tensors[key]
+        return Place(tensor.checkpoint.source(tensor.published.key), tensor.published.key)
+
+    def bits(self, key: str) -> int:
+        """Bits to which the authors quantized a tensor; 0 if it is not, or something is merged."""
+        tensor = self._tensors[key]
+        return 0 if tensor.order is not None or tensor.loras else tensor.published.bits
+
+    def quantized(self, key: str, rows: Rows = ALL) -> Quantized:
+        """A tensor that has `bits`, as its authors quantized it, or some of its rows."""
+        return _quantized(self._tensors[key], rows)
+
+    def _lay(self, role: str, checkpoint: Checkpoint, used: Mapping[str, Published]) -> None:
+        """Take these parameters from `checkpoint`, whoever brought them before."""
+        replaced: list[tuple[str, str, str]] = []
+        for key, published in used.items():
+            if old := self._tensors.get(key):
+                file = checkpoint.source(published.key).name
+                replaced += [(old.role, k, file) for k in _keys(old.published)]
+            self._tensors[key] = _Tensor(role, checkpoint, published)
+        # word embeddings may go on serving as the head that a checkpoint does not have
+        still = {(t.role, k) for t in self._tensors.values() for k in _keys(t.published)}
+        for old_role, key, file in replaced:
+            if (old_role, key) not in still:
+                self.ignored.setdefault(old_role, {})[key] = f"replaced by the one in {file}"
+        keys = [k for published in used.values() for k in _keys(published)]
+        self._note(role, {checkpoint.source(key) for key in keys})
+
+    def _merge(self, loras: Mapping[str, LoRA]) -> None:
+        for key, lora in loras.items():
+            tensor = self._tensors[key]
+            self._tensors[key] = replace(tensor, loras=(*tensor.loras, lora))
+
+    def _note(self, role: str, files: set[Path]) -> None:
+        self.sources[role] = sorted({*self.sources.get(role, []), *files})
+
+
+def open_lm(
+    path: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    adapter: str | Path | None = None,
+    prefix: str | Path | None = None,
+    opener: Opener = open_checkpoint,
+) -> LM:
+    """Open ChatGLM-6B and account for every tensor; only headers and a prefix are read.
+
+    path: a Hugging Face folder, or SAT's mp_rank_00_model_states.pt or its folder. checkpoint: a
+    checkpoint_N.pth of SEEChat. adapter: a PEFT folder. prefix: a file or folder of a P-tuning run.
+    opener: opens them, such as an Openings, where others read the same files.
+
+    Raises CheckpointError for whatever is missing, surplus, of another shape or not supported.
+    """
+    lm, base, names, settings = _open_base(local_path(path), opener)
+    _check_tokens(base, names.prefix, settings, str(path))
+    # role, checkpoint, the encoder's tensors, where: the last prefix counts
+    prefixes = [("lm", base, names.prefix, str(path))]
+    if checkpoint is not None:
+        laid = opener(local_path(checkpoint))
+        ours = part(laid.shapes, "lm", where=str(checkpoint))
+        names = map_lm(ours, lm.config, where=str(checkpoint), form="seechat")
+        lm.vision_keys["checkpoint"] = [key for key in laid.shapes if key not in ours]
+        lm.ignored["checkpoint"] = names.ignored
+        lm._lay("checkpoint", laid, names.used)
+        prefixes.append(("checkpoint", laid, names.prefix, str(checkpoint)))
+    if adapter is not None:
+        tuned = open_adapter(local_path(adapter), lm.config, opener=opener)
+        lm._lay("adapter", tuned.checkpoint, {k: Published(v) for k, v in tuned.replaced.items()})
+        check_adapter(tuned, str(adapter))
+        lm._merge(tuned.loras)
+        lm._note("adapter", set(tuned.files))
+    if prefix is not None:
+        prefixes.append(_open_prefix(local_path(prefix), opener))
+    prefixes = [row for row in prefixes if row[2]]
+    for role, _, keys, _ in prefixes[:-1]:
+        reason = f"the prefix in {prefixes[-1][3]} takes its place"
+        lm.ignored.setdefault(role, {}).update(dict.fromkeys(keys.values(), reason))
+    if prefixes:
+        role, found, keys, where = prefixes[-1]
+        lm.prefix = read_prefix(found, keys, lm.config, where=where)
+        first = next(iter(keys.values()))
+        _check_prefix(lm.prefix, Place(found.source(first), first))
+        lm._note(role, {found.source(key) for key in keys.values()})
+    elif settings.get("pre_seq_len"):
+        raise CheckpointError(
+            f"{path}: config.json says that a P-tuning prefix of "
+            f"{settings['pre_seq_len']!r:.80} tokens belongs to it, and none is there; expected "
+            "its weights: give --prefix the folder of its training run, or take pre_seq_len out "
+            "of config.json"
+        )
+    return lm
+
+
+def _open_base(path: Path, opener: Opener) -> tuple[LM, Checkpoint, LMNames, dict[str, Any]]:
+    """The LM with its base laid, that checkpoint, what was found in it, and its settings."""
+    files = find_model(path)
+    file, form = files.weights, files.form
+    settings: dict[str, Any] = {"model_type": "chatglm"}
+    if files.config:
+        settings = read_json(files.config) if form == "huggingface" else _sat_settings(files.config)
+    config = lm_config(settings, where=str(files.config or file.parent / SAT_CONFIG))
+    checkpoint = opener(file)
+    if form == "sat" and FORMS["sat"].head not in checkpoint.shapes:
+        raise CheckpointError(
+            f"{file}: one file, not by SAT; expected a Hugging Face folder with config.json, or "
+            f"VisualGLM-6B's {SAT_FILE}: name the folder it is of"
+        )
+    ours = part(checkpoint.shapes, "lm", where=str(file))
+    names = map_lm(ours, config, where=str(file), form=form)
+    vision = [key for key in checkpoint.shapes if key not in ours]
+    conversation = "visualglm" if vision else "chatglm"
+    lm = LM(config, tokenizer=files.tokenizer, conversation=conversation)
+    lm.vision_keys["lm"] = vision
+    lm.ignored["lm"] = names.ignored
+    lm._lay("lm", checkpoint, names.used)
+    if form == "sat":
+        order = _rows_by_head(config)
+        for key, tensor in lm._tensors.items():
+            if "query_key_value" in key:
+                lm._tensors[key] = replace(tensor, order=order)
+        loras = {}
+        for key, pairs in names.loras.items():
+            rank = check_pairs(checkpoint, pairs, lm.shapes[key].shape, str(file))
+            loras[key] = LoRA(checkpoint, tuple(pairs), 1 / rank)  # SAT's alpha is 1
+        lm._merge(loras)
+    return lm, checkpoint, names, settings if form == "huggingface" else {}
+
+
+def _sat_settings(path: Path) -> dict[str, Any]:
+    """SAT's model_config.json in the words of ChatGLM-6B's config.json."""
+    settings = read_json(path)
+    if settings.get("layernorm_order", "post") != "post":
+        raise CheckpointError(
+            f"{path}: layernorm_order is {settings['layernorm_order']!r:.80}; expected 'post', as "
+            "in ChatGLM-6B: name a checkpoint of VisualGLM-6B"
+        )
+    return {"model_type": "chatglm", **settings}
+
+
+def _rows_by_head(config: LMConfig) -> np.ndarray:
+    """SAT's row for each of our query_key_value rows: [q | k | v][head] there, reversed here."""
+    rows = np.arange(3 * config.hidden_size).reshape(3, config.num_heads, config.head_size)
+    return rows.transpose(1, 0, 2).ravel()
+
+
+def _open_prefix(path: Path, opener: Opener) -> tuple[str, Checkpoint, dict[str, str], str]:
+    """What a P-tuning run saved: the prefix encoder's tensors and nothing else."""
+    checkpoint, where = opener(path), str(path)
+    keys = list(checkpoint.shapes)
+    encoder = next((e for e in _ENCODERS if any(k.startswith(e) for k in keys)), None)
+    if encoder is None:
+        raise CheckpointError(
+            f"{where}: holds no P-tuning prefix ({few(keys)}); expected {_ENCODERS[0]}*: give "
+            "--prefix the folder or file of a P-tuning run"
+        )
+    names = {k.removeprefix(encoder): k for k in keys if k.startswith(encoder)}
+    account(checkpoint.shapes, names.values(), (), where)
+    if (path / "config.json").is_file():
+        _check_tokens(checkpoint, names, read_json(path / "config.json"), where)
+    return "prefix", checkpoint, names, where
+
+
+def _check_tokens(
+    checkpoint: Checkpoint, names: Mapping[str, str], settings: Mapping[str, Any], where: str
+) -> None:
+    """See that a prefix is as long as the config.json beside it says."""
+    said, key = settings.get("pre_seq_len"), names.get("embedding.weight")
+    if said and key and checkpoint.shapes[key].shape[:1] != (said,):
+        raise CheckpointError(
+            f"{where}: {key} is {list(checkpoint.shapes[key].shape)}, pre_seq_len in config.json "
+            f"is {said!r:.80}; expected as many rows: take both from the same training run"
+        )
+
+
+def _check_prefix(prefix: np.ndarray, place: Place) -> None:
+    check_numbers(prefix, place)
+    if is_nothing(prefix):
+        raise place.error(
+            "makes a prefix of zeros", "a trained one", "take the one of a later step, or leave it"
+        )
+
+
+def _keys(published: Published) -> list[str]:
+    return [published.key, published.scale] if published.scale else [published.key]
+
+
+def _dtype(tensor: _Tensor) -> str:
+    if tensor.published.bits or tensor.loras:
+        return "float32"
+    return tensor.checkpoint.shapes[tensor.published.key].dtype
+
+
+def _published(tensor: _Tensor, rows: Rows) -> np.ndarray:
+    """Rows of a tensor in the published order, dequantized."""
+    if tensor.published.bits:
+        return _quantized(tensor, rows).dequantized()
+    return tensor.checkpoint.read(tensor.published.key)[rows]
+
+
+def _quantized(tensor: _Tensor, rows: Rows) -> Quantized:
+    read, published = tensor.checkpoint.read, tensor.published
+    scales = read(published.scale)[rows].astype(np.float32)
+    return Quantized(read(published.key)[rows], scales, published.bits)

@@ -1,0 +1,238 @@
+"""LoRA: small matrices that a fine-tuning added to some linears, merged into them when read.
+
+A linear's weight becomes W + scaling * B @ A. PEFT keeps its matrices in a folder of their own
+(adapter_config.json, adapter_model.*); SAT keeps them beside the weights they belong to.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seechat_weights.config import LMConfig
+from seechat_weights.errors import CheckpointError
+from seechat_weights.files.accounting import Shape, account, check_shapes
+from seechat_weights.files.audit import Place, check_numbers, is_nothing
+from seechat_weights.files.checkpoint import (
+    Checkpoint,
+    Opener,
+    TensorInfo,
+    open_checkpoint,
+    read_json,
+)
+from seechat_weights.files.reading import shown
+from seechat_weights.lm.chatglm import FORMS, lm_shapes
+
+log = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_PEFT = "base_model.model."
+# what PEFT puts between a module's name and its tensor's
+_WRAPPING = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
+_MATRIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+# ways of starting that leave the base weights alone; PiSSA, OLoRA, CorDA, LoftQ change them too
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+# settings of PEFT that make an adapter another thing than a product beside each of some linears
+_UNLIKE_LORA = (
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "kasa_config", "monteclora_config"),
+    *("arrow_config", "layer_replication"),
+    "alora_invocation_tokens",  # acts on the end of a prompt only
+    "enable_lora",  # before PEFT 0.3: one matrix for two thirds of the rows
+)
+_MODULE = re.compile(r"\^?[\w.]+")  # a key of alpha_pattern; "^" stands for the name's beginning
+_MERGE = (
+    "merge the adapter with PEFT (merge_and_unload, save_pretrained) and give --lm the merged "
+    "checkpoint"
+)
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """What is added to one linear [outputs, inputs]."""
+
+    checkpoint: Checkpoint
+    # A [r, inputs] and B [outputs / n, r]; n pairs divide the rows among themselves
+    pairs: tuple[tuple[str, str], ...]
+    scaling: float
+
+    def delta(self, rows: np.ndarray, outputs: int) -> np.ndarray:
+        """float32 [rows, inputs] to add to these rows of the published weight."""
+        read, size = self.checkpoint.read, outputs // len(self.pairs)
+        inputs = self.checkpoint.shapes[self.pairs[0][0]][0][1]
+        delta = np.empty((len(rows), inputs), np.float32)
+        for i, (a, b) in enumerate(self.pairs):
+            mine = rows // size == i
+            part = read(b)[rows[mine] - i * size].astype(np.float32)
+            delta[mine] = part @ read(a).astype(np.float32)
+        return delta * np.float32(self.scaling)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT adapter, checked against the LM it is for."""
+
+    checkpoint: Checkpoint
+    files: tuple[Path, ...]
+    loras: dict[str, LoRA]  # our linear -> what is added
+    replaced: dict[str, str]  # our parameter -> the adapter's own (biases, modules_to_save)
+
+
+def check_pairs(
+    checkpoint: Checkpoint, pairs: list[tuple[str, str]], shape: Shape, where: str
+) -> int:
+    """See that matrices fit their linear and each other; returns their rank."""
+    outputs, inputs = shape
+    found = checkpoint.shapes[pairs[0][0]].shape
+    rank = found[0] if found else 0
+    if rank < 1 or outputs % len(pairs):
+        raise CheckpointError(
+            f"{where}: {pairs[0][0]} is {list(found)} in {len(pairs)} parts of [{outputs}, "
+            f"{inputs}]; expected [rank, {inputs}]: take model and adapter of the same kind"
+        )
+    expected: dict[str, Shape] = {}
+    for a, b in pairs:
+        expected |= {a: (rank, inputs), b: (outputs // len(pairs), rank)}
+    check_shapes(checkpoint.shapes, expected, where)
+    return rank
+
+
+def open_adapter(folder: Path, config: LMConfig, *, opener: Opener = open_checkpoint) -> Adapter:
+    """Open a PEFT LoRA adapter for ChatGLM-6B.
+
+    Raises CheckpointError: no adapter, another method than LoRA, tensors that are missing, surplus
+    or of another shape.
+    """
+    given = folder
+    if folder.is_file():  # one of a run's files, its settings beside it
+        folder = folder.parent
+    names = [folder / name for name in _ADAPTER_FILES if (folder / name).exists()]
+    # else under any name, as trainers that are not PEFT's own call it
+    source = names[0] if names and given is folder else given
+    if not (folder / ADAPTER_CONFIG).exists():
+        raise CheckpointError(
+            f"{given}: no PEFT adapter; expected a folder with {ADAPTER_CONFIG} and "
+            f"{' or '.join(_ADAPTER_FILES)}: give --adapter the folder that save_pretrained wrote"
+        )
+    settings = read_json(folder / ADAPTER_CONFIG)
+    _refuse_other_methods(settings, str(folder / ADAPTER_CONFIG))
+    checkpoint, where = opener(source), str(source)
+    expected, form = lm_shapes(config), FORMS["huggingface"]
+    published = {form.head if k == "lm_head.weight" else form.body + k: k for k in expected}
+    matrices: dict[str, dict[str, str]] = {}
+    replaced: dict[str, str] = {}
+    for key in checkpoint.shapes:
+        name = _WRAPPING.sub("", key.removeprefix(_PEFT))
+        matrix = _MATRIX.fullmatch(name)
+        ours = published.get(f"{matrix[1]}.weight" if matrix else name)
+        if ours is None or not key.startswith(_PEFT):
+            continue  # named by account() below
+        if matrix:
+            matrices.setdefault(ours, {})[matrix[2]] = key
+        else:
+            replaced[ours] = key
+    needed = [
+        pair.get(part, f"{next(iter(pair.values()))} (its lora_{part})")
+        for pair in matrices.values()
+        for part in "AB"
+    ]
+    advice = f"download it again, or {_MERGE}"
+    account(checkpoint.shapes, [*needed, *replaced.values()], (), where, advice=advice)
+    check_shapes(checkpoint.shapes, {key: expected[k] for k, key in replaced.items()}, where)
+    loras = {}
+    for ours, pair in matrices.items():
+        pairs = [(pair["A"], pair["B"])]
+        rank = check_pairs(checkpoint, pairs, expected[ours], where)
+        module = next(k for k, v in published.items() if v == ours).removesuffix(".weight")
+        loras[ours] = LoRA(checkpoint, tuple(pairs), _scaling(settings, module, rank, where))
+    files = sorted({checkpoint.source(key) for key in checkpoint.shapes})
+    return Adapter(checkpoint, (folder / ADAPTER_CONFIG, *files), loras, replaced)
+
+
+def config_like(shapes: Mapping[str, TensorInfo]) -> LMConfig:
+    """The sizes of a ChatGLM-6B that an adapter's matrices could be for."""
+    layers, config = 0, LMConfig()
+    for key, (shape, _) in shapes.items():
+        if len(shape) == 2 and re.search(r"\.(lm_head|word_embeddings)\.(?!lora)", key):
+            config = replace(config, vocab_size=shape[0])
+        if not (found := re.search(r"\.layers\.(\d{1,3})\.(\w+)\.(\w+)\.lora_([AB])\.", key)):
+            continue
+        layers = max(layers, int(found[1]) + 1)
+        size = shape[-1 if found[4] == "A" else 0] if len(shape) == 2 else 0
+        name = (found[3], found[4])
+        if name in (("query_key_value", "A"), ("dense", "A"), ("dense_h_to_4h", "A")):
+            config = replace(config, hidden_size=size)
+        elif name in (("dense_4h_to_h", "A"), ("dense_h_to_4h", "B")):
+            config = replace(config, inner_size=size)
+    return replace(config, num_layers=max(layers, config.num_layers), num_heads=1)
+
+
+def check_adapter(adapter: Adapter, where: str) -> None:
+    """Read all of an adapter. Raises CheckpointError for NaN, or if it would change nothing."""
+    checkpoint, nothing = adapter.checkpoint, []
+    for lora in adapter.loras.values():
+        for pair in lora.pairs:
+            matrices = {key: checkpoint.read(key) for key in pair}
+            for key, matrix in matrices.items():
+                check_numbers(matrix, Place(checkpoint.source(key), key))
+            nothing += [key for key, matrix in matrices.items() if is_nothing(matrix)][-1:]
+    for key in adapter.replaced.values():
+        check_numbers(checkpoint.read(key), Place(checkpoint.source(key), key))
+    if nothing and len(nothing) == len(adapter.loras) and not adapter.replaced:
+        raise CheckpointError(
+            f"{where}: changes nothing: of all its {len(nothing)} products one matrix is zeros, "
+            f"such as {nothing[0]}; expected a trained adapter: take the one of a later step, or "
+            "leave it out"
+        )
+    if nothing:
+        log.warning(
+            "%s: %d of its %d products change nothing, such as %s",
+            where, len(nothing), len(adapter.loras), nothing[0],
+        )  # fmt: skip
+
+
+def _refuse_other_methods(settings: Mapping[str, Any], where: str) -> None:
+    method, start = settings.get("peft_type"), settings.get("init_lora_weights")
+    other = next((name for name in _UNLIKE_LORA if settings.get(name)), None)
+    patterns = settings.get("alpha_pattern") or {}
+    if method != "LORA":
+        found = f"peft_type is {shown(method)}"
+    elif other:
+        found = f"{other} is {shown(settings[other])}"
+    elif start not in _STARTS:
+        found = f"init_lora_weights is {shown(start)}, which may change the base weights as well"
+    elif not isinstance(patterns, dict) or not all(map(_MODULE.fullmatch, patterns)):
+        # PEFT takes them for regular expressions, which could be made to run for ever
+        found = f"alpha_pattern is {shown(patterns)}, not names of modules"
+    else:
+        return
+    raise CheckpointError(f"{where}: {found}; expected plain LoRA: {_MERGE}")
+
+
+def _scaling(settings: Mapping[str, Any], module: str, rank: int, where: str) -> float:
+    """alpha / rank, or alpha / sqrt(rank) of rank-stabilized LoRA.
+
+    fan_in_fan_out needs no care: it says how the base model stores its weights, and ChatGLM-6B's
+    are [outputs, inputs], as is B @ A.
+    """
+    named = (
+        alpha
+        for name, alpha in (settings.get("alpha_pattern") or {}).items()
+        if f".{module}".endswith(f".{name}") or name == f"^{module}"
+    )
+    alpha = next(named, settings.get("lora_alpha"))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e6:
+        raise CheckpointError(
+            f"{where}: lora_alpha of {module} is {alpha!r:.80} in {ADAPTER_CONFIG}; expected a "
+            "number: take both files from the same training run"
+        )
+    if not settings.get("rank_pattern") and settings.get("r") != rank:
+        raise CheckpointError(
+            f"{where}: the matrices of {module} have rank {rank}, expected r = "
+            f"{settings.get('r')!r:.80} of {ADAPTER_CONFIG}: take both from the same training run"
+        )
+    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
