@@ -132,6 +132,7 @@ def test_the_pictures_of_the_readme_are_answered_as_it_says() -> None:
 
 
 def test_the_wheel_is_small_and_whole(tmp_path: Path) -> None:
+    page = ROOT / "lite/seechat_lite/server/page"
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path],
         check=True,
@@ -144,7 +145,7 @@ def test_the_wheel_is_small_and_whole(tmp_path: Path) -> None:
     for needed in (
         "seechat_weights/builtin/bundle/seechat.json",
         "seechat_lite/py.typed",
-        *(f"seechat_lite/server/page/{n}" for n in ("index.html", "page.css", "page.js")),
+        *(f"seechat_lite/server/page/{p.relative_to(page).as_posix()}" for p in page.rglob("*.*")),
     ):
         assert needed in names
     assert any(n.endswith("licenses/NOTICE") for n in names)

@@ -246,6 +246,24 @@ def test_the_largest_pictures_of_a_format_are_read(format: str, size: tuple[int,
     assert peak.bytes - before < 450_000_000
 
 
+def test_a_thread_of_a_picture() -> None:
+    """Pillow's table for resizing has 32 bytes for every pixel of a side."""
+    before, peak = psutil.Process().memory_info().rss, Peak()
+    with peak:
+        refused(png(15_000_000, 1, (b"IDAT", zlib.compress(bytes(15_000_001))), colour=0))
+    assert peak.bytes - before < 450_000_000
+
+
+@pytest.mark.parametrize(
+    ("mode", "format", "options"),
+    [("RGBA", "TIFF", {"compression": "tiff_lzw"}), ("LA", "TIFF", {}), ("RGBA", "TGA", {})],
+)
+def test_memory_that_no_header_says(mode: str, format: str, options: dict[str, Any]) -> None:
+    """Little to decode, and more for what is then made of it than a worker is first given."""
+    white = Image.new(mode, (4000, 3900), (255,) * len(mode))
+    assert (read(saved(white, format, **options), PLAIN).round() == 255).all()
+
+
 def test_a_jpeg_of_too_many_scans() -> None:
     content = saved(colours(2048, 2048), "JPEG", progressive=True)
     at = content.rindex(b"\xff\xda")
@@ -413,6 +431,26 @@ def test_no_metadata_of_a_png_fails_or_takes_much(kind: bytes) -> None:
     rows = (b"IDAT", zlib.compress(bytes(4 * 13)))
     for body in (b"", b"\1", bomb):
         assert read(png(4, 4, (kind, body), rows)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_metadata_without_end(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kilobyte of it may be a megabyte to search, twenty thousand times in a file."""
+    looked = []
+    for name in ("orientation_of_exif", "orientation_of_xmp", "_inflated"):
+        real = getattr(headers, name)
+        monkeypatch.setattr(headers, name, lambda b, real=real: looked.append(b) or real(b))
+    content = saved(colours(), format)
+    if format == "PNG":
+        profile = b"Raw profile type exif\0\0" + zlib.compress(b"\n\n\n" + b"0" * 99999)
+        text = png(9, 9, (b"zTXt", profile), (b"tEXt", b"a\0b"), (b"eXIf", b"II*\0"))[33:-12]
+        content = content[:33] + text * 200 + content[33:]
+    else:
+        block = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(60000)
+        segment = b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block
+        content = content[:2] + segment * 200 + content[2:]
+    assert read(content).shape == (3, 32, 32)
+    assert len(looked) < 100  # it is opened twice at most
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

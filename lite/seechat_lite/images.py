@@ -348,11 +348,11 @@ def _from_file(file: Any) -> Picture:
         at = file.tell() if file.seekable() else None
     except Exception:  # a reader may have no more than read()
         at = None
-    data = b""
+    data = bytearray()  # a reader may give a byte at a time
     try:
         if at is not None:
             file.seek(0)
-        while part := file.read(min(MAX_BYTES + 1 - len(data), 1 << 24) if data else 1 << 24):
+        while part := file.read(min(MAX_BYTES + 1 - len(data), 1 << 24)):
             if inspect.iscoroutine(part):
                 part.close()
             if not isinstance(part, bytes | bytearray | memoryview):
@@ -373,7 +373,7 @@ def _from_file(file: Any) -> Picture:
             f"{name}: cannot be read ({str(e).strip() or type(e).__name__}); expected an open "
             "binary file: check it"
         ) from None
-    return _from_bytes(data, name)
+    return _from_bytes(bytes(data), name)
 
 
 def _from_bytes(data: bytes, name: str) -> Picture:

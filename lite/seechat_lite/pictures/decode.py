@@ -23,6 +23,7 @@ BUDGET = 360_000_000  # bytes that decoding one picture may take, its file aside
 # the number of pixels passed over by all scans of a JPEG; 17 passes of the largest picture
 MAX_SCANNED = 2_000_000_000
 EASY_PIXELS = 16_000_000  # of a baseline JPEG or plain PNG: a quarter of a second, 64 MB
+EASY_SIDE = 65_535  # pixels: resizing takes 32 bytes and more for each of a side
 
 # bytes a pixel that a decoder holds beside Pillow's own copy, measured (docs/decisions/vision.md)
 _DECODER_BYTES = {"WEBP": 13, "AVIF": 14, HEIF: 14, "QOI": 5, "ICO": 5, "CUR": 5}
@@ -31,6 +32,10 @@ _PIXEL_BYTES = {"1": 1, "L": 1, "P": 1}  # of Pillow's copy by mode; I;16 takes 
 _TILE_WIDTH, _TILE_LENGTH, _ROWS_PER_STRIP = 322, 323, 278
 _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _ORIENTATION = 258, 277, 274
 _MAX_SAMPLE_VALUE, _PLANAR = 281, 284
+
+
+class TooMuchMemoryError(ImageError):
+    """Memory that was asked for was not there: found while decoding, not by a header."""
 
 
 @dataclass
@@ -51,6 +56,7 @@ def is_easy(header: Header | None) -> bool:
         and header.pixels <= EASY_PIXELS
         and header.bits <= 16
         and min(header.size) > 0
+        and max(header.size) <= EASY_SIDE
     )
 
 
@@ -170,19 +176,20 @@ def check_opened(image: Image.Image) -> None:
 def undecodable(error: Exception) -> ImageError:
     """What a decoder's exception means."""
     if isinstance(error, MemoryError):
-        return _too_much_memory()
+        return too_much_memory()
     # the second is a warning that the worker, or the host application, has made an error
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return too_large("too many pixels", f"{MAX_PIXELS // 10**6} million")
     why = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
     if "out of memory" in why:
-        return _too_much_memory()
+        return too_much_memory()
     return headers.damaged("".join(c if c.isprintable() else "?" for c in why))
 
 
-def _too_much_memory() -> ImageError:
-    return too_large(
-        f"decoding takes more than {BUDGET // 10**6} MB", f"{MAX_PIXELS // 10**6} million pixels"
+def too_much_memory() -> TooMuchMemoryError:
+    return TooMuchMemoryError(
+        f"decoding takes more than {BUDGET // 10**6} MB; expected at most {MAX_PIXELS // 10**6} "
+        "million pixels, and ordinary ones: make the picture smaller, or save it as PNG"
     )
 
 

@@ -15,7 +15,10 @@ from seechat_weights.errors import ImageError
 MAX_CHUNKS = 100_000  # before the pixels end; a PNG of 256 MB in chunks of 8 kB has 32 000
 _FILL = re.compile(rb"\xff+")
 _MAX_PROFILE = 1 << 20  # bytes of a compressed text
+_MAX_LOOKS = 16  # blocks of metadata that are searched; each takes milliseconds
+_MAX_TAGS = 1000  # of an EXIF block
 _ORIENTATION = 0x0112  # the EXIF tag
+_PROFILES = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # names of texts in a PNG
 _XMP = re.compile(rb"tiff:Orientation(?:=[\"']|>)([1-8])")
 
 
@@ -45,7 +48,7 @@ def damaged(why: str) -> ImageError:
 def read_jpeg(data: bytes) -> Header:
     """Raises ImageError for what ends before its pixels."""
     view, at = memoryview(data), 2
-    kept, orientation, frame, count = [view[:2]], 0, b"", 0
+    kept, orientation, frame, count, looks = [view[:2]], 0, b"", 0, 0
     while True:
         count += 1
         if count > MAX_CHUNKS:
@@ -69,11 +72,11 @@ def read_jpeg(data: bytes) -> Header:
         body = data[at + 4 : end]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             frame = frame or bytes([marker]) + body
-        if marker == 0xE1 and not orientation:
+        if marker == 0xE1 and not orientation and looks < _MAX_LOOKS:
             if body.startswith((b"Exif\0", b"MM\0*", b"II*\0")):
-                orientation = orientation_of_exif(body) or 0
+                looks, orientation = looks + 1, orientation_of_exif(body) or 0
             elif b"ns.adobe.com/xap" in body[:64]:
-                orientation = orientation_of_xmp(body) or 0
+                looks, orientation = looks + 1, orientation_of_xmp(body) or 0
         if marker == 0xDA:
             break
         if marker in (0xE0, 0xEE) or not (0xE1 <= marker <= 0xEF or marker == 0xFE):
@@ -116,7 +119,7 @@ def _coefficients(width: int, height: int, sampling: list[int]) -> int:
 def read_png(data: bytes) -> Header:
     """Raises ImageError for what ends before its pixels."""
     view, at, pieces = memoryview(data), 8, [memoryview(data)[:8]]
-    head, orientation, bits, count, pixels = b"", 0, None, 0, False
+    head, orientation, bits, count, looks, pixels = b"", 0, None, 0, 0, False
     while at + 8 <= len(data):
         length = int.from_bytes(data[at : at + 4], "big")
         kind, end = data[at + 4 : at + 8], at + 12 + length
@@ -134,7 +137,13 @@ def read_png(data: bytes) -> Header:
             pixels = True
         elif kind == b"sBIT" and length == 1:
             bits = data[at + 8] if at + 8 < len(data) else None
-        elif not orientation and length <= _MAX_PROFILE:
+        elif (
+            not orientation
+            and looks < _MAX_LOOKS
+            and length <= _MAX_PROFILE
+            and (kind == b"eXIf" or data.startswith(_PROFILES, at + 8))
+        ):
+            looks += 1
             orientation = _orientation_of_chunk(kind, data[at + 8 : at + 8 + length])
         if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND") or (kind == b"tRNS" and not pixels):
             pieces.append(view[at:end])
@@ -160,9 +169,9 @@ def _orientation_of_chunk(kind: bytes, body: bytes) -> int:
         return orientation_of_exif(body) or 0
     if kind in (b"iTXt", b"zTXt", b"tEXt"):
         name, _, text = body.partition(b"\0")
-        if name == b"XML:com.adobe.xmp":
+        if name == _PROFILES[0][:-1]:
             return orientation_of_xmp(_inflated(text) if text[:1] == b"\1" else text) or 0
-        if name == b"Raw profile type exif":  # ImageMagick's, as hexadecimal
+        if name == _PROFILES[1][:-1]:  # ImageMagick's, as hexadecimal
             text = _inflated(text[1:]) if kind == b"zTXt" else text
             try:
                 profile = bytes.fromhex("".join(text.decode("latin-1").split("\n")[3:]))
@@ -190,7 +199,7 @@ def orientation_of_exif(block: bytes) -> int | None:
     try:
         (at,) = struct.unpack_from(order + "I", block, 4)
         (count,) = struct.unpack_from(order + "H", block, at)
-        for entry in range(at + 2, at + 2 + 12 * count, 12):
+        for entry in range(at + 2, at + 2 + 12 * min(count, _MAX_TAGS), 12):
             tag, kind, number = struct.unpack_from(order + "HHI", block, entry)
             form = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}.get(kind)
             if tag == _ORIENTATION and form and number == 1:

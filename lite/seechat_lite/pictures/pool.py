@@ -59,12 +59,17 @@ def ask(
     """
     _wait_for(_slots, stopped)
     try:
-        found = _exchange(request | {"budget": SMALL}, data, stopped)
-        if "needs" not in found[0]:
-            return _answer(*found)
+        took = CPU_SECONDS / 2  # where it is not known
+        request |= {"budget": SMALL, "seconds": CPU_SECONDS}
+        with suppress(decode.TooMuchMemoryError):
+            found = _exchange(request, data, stopped)
+            if "needs" not in found[0]:
+                return _answer(*found)
+            took = found[0]["seconds"]
         _wait_for(_large, stopped)
         try:
-            found = _exchange(request | {"budget": decode.BUDGET}, data, stopped)
+            request |= {"budget": decode.BUDGET, "seconds": CPU_SECONDS - took}
+            found = _exchange(request, data, stopped)
             _end(_idle)  # the memory of a large picture is not kept
             return _answer(*found)
         finally:
@@ -151,7 +156,7 @@ def _exchange(
     threading.Thread(target=talk, name="seechat-picture", daemon=True).start()
     kept = False
     try:
-        _watch(current, done, stopped, request["budget"])
+        _watch(current, done, stopped, budget=request["budget"], seconds=request["seconds"])
         if not answers:
             raise _died(current.process)
         head, body = answers[0]
@@ -169,7 +174,12 @@ def _exchange(
 
 
 def _watch(
-    current: _Worker, done: threading.Event, stopped: Callable[[], bool], budget: int
+    current: _Worker,
+    done: threading.Event,
+    stopped: Callable[[], bool],
+    *,
+    budget: int,
+    seconds: float,
 ) -> None:
     """Wait until the answer is there. Raises ImageError and Cancelled."""
     start, process, spent = time.monotonic(), None, 0.0
@@ -183,10 +193,10 @@ def _watch(
             took, held = _cpu_seconds(process) - spent, process.memory_info().rss
         except psutil.Error:
             continue  # it has just ended
-        if took > CPU_SECONDS or time.monotonic() - start > WALL_SECONDS:
+        if took > seconds or time.monotonic() - start > WALL_SECONDS:
             raise _too_slow()
         if held > budget + _BASE:
-            raise decode._too_much_memory()
+            raise decode.too_much_memory()
 
 
 def _cpu_seconds(process: psutil.Process) -> float:

@@ -6,9 +6,11 @@ with the number of bytes that follow it. It ends when its stdin does.
 """
 
 import json
+import math
 import os
 import signal
 import sys
+import time
 import warnings
 from contextlib import suppress
 from types import SimpleNamespace
@@ -53,18 +55,21 @@ def main() -> None:
     while (line := _line(requests)) is not None:
         request = json.loads(line)
         data = _read(requests, request["bytes"])
-        _bound(request["budget"])
+        _bound(request["budget"], request["seconds"])
         _end_with_parent(requests, True)
+        start = time.process_time()
         try:
             head, body = answer(request, data)
-        except ImageError as e:
-            head, body = {"error": str(e)}, b""
-        except MemoryError:
-            head, body = {"error": str(decode._too_much_memory())}, b""
-        except Exception as e:  # a mistake of ours, or damage that shows only when it is converted
-            head, body = {"error": str(decode.undecodable(e))}, b""
+        except Exception as e:
+            # no ImageError: a mistake of ours, or damage that shows only when it is converted
+            error = e if isinstance(e, ImageError) else decode.undecodable(e)
+            head, body = {"error": str(error)}, b""
+            # what is made of the pixels takes memory as well, which no header says
+            if isinstance(error, decode.TooMuchMemoryError) and request["budget"] < request["full"]:
+                head = {"needs": request["full"]}
         _end_with_parent(requests, False)
         del data
+        head["seconds"] = time.process_time() - start
         _write(answers, json.dumps(head | {"bytes": len(body)}).encode() + b"\n")
         _write(answers, body)
 
@@ -136,7 +141,7 @@ def _write(file: int, data: bytes) -> None:
         os._exit(0)
 
 
-def _bound(budget: int) -> None:
+def _bound(budget: int, seconds: float) -> None:
     """Have the system refuse memory beyond the budget, and end this process when it takes too long.
 
     Where it cannot (not on Linux), pool.py looks.
@@ -147,9 +152,9 @@ def _bound(budget: int) -> None:
         return
     with suppress(ValueError, OSError):
         used = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = int(used.ru_utime + used.ru_stime) + CPU_SECONDS + 1
+        end = math.ceil(used.ru_utime + used.ru_stime + seconds) + 1
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, hard))
+        resource.setrlimit(resource.RLIMIT_CPU, (end, hard))
     if sys.platform != "linux":
         return
     with suppress(ValueError, OSError), open("/proc/self/status") as status:  # noqa: PTH123
