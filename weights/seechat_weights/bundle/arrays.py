@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ class BundleArrays:
         for row, i in zip(rows, ids, strict=True):
             if not 0 <= i < lm.vocab_size:
                 raise IndexError(f"token id {i}: expected 0 to {lm.vocab_size - 1}")
-            stored = os.pread(self._table, size, int(i) * size)
+            stored = os.pread(self._table.fileno(), size, int(i) * size)
             if len(stored) != size:
                 raise BundleError(
                     f"{self.folder / decoder.embeddings}: shorter than when it was loaded; "
@@ -56,10 +57,10 @@ class BundleArrays:
         return rows
 
     @cached_property
-    def _table(self) -> int:
+    def _table(self) -> FileIO:
         """The embeddings' file, open as long as this object lives."""
-        file = os.open(self.folder / self.manifest.decoder.embeddings, os.O_RDONLY)
-        weakref.finalize(self, os.close, file)
+        file = open_file(self.folder / self.manifest.decoder.embeddings)
+        weakref.finalize(self, file.close)
         return file
 
     @property
