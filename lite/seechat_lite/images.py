@@ -9,14 +9,12 @@ import hashlib
 import inspect
 import os
 import stat
-from base64 import b64decode
-from binascii import Error as Base64Error
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, TypeAlias
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
@@ -33,6 +31,7 @@ from seechat_lite.pictures.reduce import (
     reduce,
 )
 from seechat_lite.pictures.reduce import thumbnail as reduced
+from seechat_lite.pictures.written import from_base64, from_data_url, is_data_url, looks_like_base64
 from seechat_weights.config import PixelSpec
 from seechat_weights.errors import BundleError, EngineError, ImageError
 
@@ -124,6 +123,15 @@ def several(image: Any) -> Iterator[ImageSource]:
         yield one
 
 
+def message_picture(given: Any) -> ImageSource:
+    """A picture of a message: as other pictures are given, or in base64. Raises ImageError."""
+    if isinstance(given, str) and looks_like_base64(given) and not _exists(given):
+        return from_base64(given, limit=MAX_BYTES)
+    if not _is_one(given):
+        raise _wrong_type(given)
+    return given
+
+
 def load_image(source: ImageSource) -> Picture:
     """Read a picture's file and say what it is; it is decoded when its pixels are asked for.
 
@@ -141,8 +149,8 @@ def load_image(source: ImageSource) -> Picture:
     if isinstance(source, PreparedImage):
         raise ImageError("a prepared picture; expected one that is not: pass it to its model")
     if isinstance(source, str):
-        if source[:5].lower() == "data:":
-            return _from_bytes(_from_data_url(source), "data: URL")
+        if is_data_url(source):
+            return _from_bytes(from_data_url(source, limit=MAX_BYTES), "data: URL")
         return _from_path(_path(source))
     if isinstance(source, os.PathLike):
         return _from_path(_fspath(source))
@@ -284,6 +292,13 @@ def _path(text: str) -> str:
     return text
 
 
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # too long for a name
+        return False
+
+
 def _fspath(source: os.PathLike[str]) -> str:
     try:
         path = os.fspath(source)
@@ -322,22 +337,6 @@ def _advice(path: str) -> str:
     if len(path) > 300 or path.startswith(("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")):
         return "if it is the text of base64, decode it and pass the bytes"
     return "check the path"
-
-
-def _from_data_url(url: str) -> bytes:
-    head, comma, content = url.partition(",")
-    if not comma:
-        raise ImageError("data: URL: no comma; expected data:image/png;base64,…: check it")
-    if len(content) > MAX_BYTES * 4 // 3:
-        raise _too_many_bytes("data: URL", len(content) * 3 // 4)
-    if "base64" not in head.lower().split(";"):
-        return unquote_to_bytes(content)
-    try:
-        return b64decode("".join(content.split()), validate=True)
-    except (Base64Error, ValueError):
-        raise ImageError(
-            "data: URL: its base64 is damaged; expected data:image/png;base64,…: check it"
-        ) from None
 
 
 def _from_file(file: Any) -> Picture:

@@ -5,8 +5,6 @@ lines. Questions are answered in the order they came; `stop` is heeded while one
 """
 
 import argparse
-import base64
-import binascii
 import dataclasses
 import io
 import json
@@ -24,8 +22,9 @@ from seechat_lite.cli.options import add_load_options, add_model_option, load_op
 from seechat_lite.generation import DEFAULTS
 from seechat_lite.interrupts import OUTPUT_GONE
 from seechat_lite.json_structure import too_complex
+from seechat_lite.pictures.written import from_base64, from_data_url, is_data_url
 from seechat_lite.text_lines import Bytes, LineError, text_lines
-from seechat_weights.errors import SeechatError
+from seechat_weights.errors import ImageError, SeechatError
 from seechat_weights.plain_text import safe_json
 
 if TYPE_CHECKING:
@@ -346,7 +345,9 @@ def _picture(given: object, id: str | int) -> str | bytes:
             return given
         case {"base64": str(text)}:
             try:
-                return base64.b64decode(text, validate=True)
-            except (binascii.Error, ValueError):
-                pass
+                if is_data_url(text):
+                    return from_data_url(text, limit=MAX_LINE)
+                return from_base64(text, limit=MAX_LINE)
+            except ImageError as e:
+                raise RequestError(f"image: {e}; expected a path or {{base64: …}}", id) from None
     raise RequestError(f"image is {_shown(given)}; expected a path or {{base64: …}}", id)

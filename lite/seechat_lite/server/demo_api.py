@@ -17,12 +17,10 @@ from seechat_lite.generation import Generation
 from seechat_lite.server import schemas
 from seechat_lite.server.access import client_of
 from seechat_lite.server.bodies import Bodies
-from seechat_lite.server.budget import Held
 from seechat_lite.server.errors import ApiError
 from seechat_lite.server.image_urls import Images
 from seechat_lite.server.logs import note
 from seechat_lite.server.openai_api import json_response
-from seechat_lite.server.request_limits import held_by
 from seechat_lite.server.scheduler import Ask, Desk, Turn
 
 # (temperature, top_p, top_k, repetition_penalty) of the two demos
@@ -51,7 +49,7 @@ class Legacy:
             raise _bad("expected pairs of a question and its answer", "history")
         turns = [Turn(question=q, answer=a) for q, a in history] + [Turn(question)]
         if body.image or body.image_prompt:
-            file = await self._image(body, held_by(request.scope))
+            file = await self._image(body)
             turns[0] = replace(turns[0], images=tuple(await self._desk.prepare([file])))
         temperature, top_p, top_k, penalty = _CHATGLM if body.text is None else _VISUALGLM
         if body.temperature is not None:
@@ -80,13 +78,10 @@ class Legacy:
             )
         )
 
-    async def _image(self, body: schemas.LegacyRequest, held: Held) -> bytes:
+    async def _image(self, body: schemas.LegacyRequest) -> bytes:
         """The picture, which is then no longer in the body: it may wait long for its turn."""
         image = body.image or body.image_prompt or ""
         body.image = body.image_prompt = None
-        if image.startswith("data:"):
-            [file] = await self._images.read([image], held)
-            return file
         return await self._images.decode(image)
 
 

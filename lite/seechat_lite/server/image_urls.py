@@ -1,20 +1,22 @@
-"""What an image_url may be: a data: URL, an https: address or a file, where the server allows."""
+"""What a picture's text may be: a data: URL, base64, an https: address or a file, as allowed."""
 
 import asyncio
-import binascii
 import os
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from seechat_lite.pictures.written import (
+    from_base64,
+    from_data_url,
+    is_data_url,
+    looks_like_base64,
+)
 from seechat_lite.server.budget import Held
 from seechat_lite.server.errors import ApiError
 from seechat_lite.server.fetch import Fetcher
 from seechat_lite.server.settings import Settings
-
-_BLANKS = b" \t\r\n\f\v"
-_MAX_DATA_HEAD = 1000  # characters before the data in a data: URL
-_MAX_PERCENT = 4 << 20  # characters of a data: URL with %XX, which cost far more than base64
+from seechat_weights.errors import ImageError
 
 
 class Images:
@@ -40,21 +42,18 @@ class Images:
         return files
 
     async def decode(self, text: str) -> bytes:
-        """A file as bare base64. Raises ApiError 400."""
+        """A file as base64 or in a data: URL. Raises ApiError 400."""
         loop = asyncio.get_running_loop()
-        data = await loop.run_in_executor(self._thread, from_base64, text)
-        if len(data) > self._settings.max_image:
-            raise _too_large(self._settings.max_image)
-        return data
+        return await loop.run_in_executor(self._thread, _decoded, text, self._settings.max_image)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False)
 
     async def _one(self, url: str, limit: int, held: Held) -> bytes:
-        scheme = url[:16].partition(":")[0].lower()
+        scheme = url[:16].strip().partition(":")[0].lower()
         loop = asyncio.get_running_loop()
-        if scheme == "data":
-            return await loop.run_in_executor(self._thread, _from_data, url, limit)
+        if is_data_url(url) or looks_like_base64(url):
+            return await loop.run_in_executor(self._thread, _decoded, url, limit)
         if scheme == "https" and self._settings.https_images:
             return await self._fetcher.fetch(url, limit=limit, hold=held.add)
         if scheme == "file" and self._settings.media_path:
@@ -65,8 +64,8 @@ class Images:
         allowed += ["https:"] if self._settings.https_images else []
         allowed += ["file:"] if self._settings.media_path else []
         raise _refused(
-            f"pictures are read from {', '.join(allowed)} URLs here: send the picture itself as "
-            "data:image/png;base64,…"
+            f"pictures are read from {', '.join(allowed)} URLs and base64 here: send the picture "
+            "itself as data:image/png;base64,…"
         )
 
     def _from_file(self, url: str, limit: int) -> bytes:
@@ -99,34 +98,14 @@ class Images:
         return data
 
 
-def _from_data(url: str, limit: int) -> bytes:
-    """The bytes in a data: URL; what is long is copied as seldom as can be."""
-    comma = url.find(",", 0, _MAX_DATA_HEAD)
-    kind, *options = url[len("data:") : comma].lower().split(";")
-    if comma < 0 or not kind.startswith("image/") or not url.isascii():
-        raise _refused("expected a URL like data:image/png;base64,…")
-    if "base64" in options:
-        data = from_base64(url[comma + 1 :])
-    elif len(url) > _MAX_PERCENT:
-        raise _refused(f"a picture in a URL of {len(url)} characters is not base64; expected it so")
-    else:
-        data = unquote_to_bytes(url[comma + 1 :])
-    if len(data) > limit:
-        raise _too_large(limit)
-    return data
-
-
-def from_base64(text: str) -> bytes:
-    """Decode base64 strictly, white space aside. Raises ApiError 400."""
+def _decoded(text: str, limit: int) -> bytes:
+    """The bytes in a data: URL or in base64."""
     try:
-        if not text.isascii():
-            raise ValueError
-        data = text.encode("ascii")
-        if any(blank in data for blank in _BLANKS):
-            data = data.translate(None, _BLANKS)
-        return binascii.a2b_base64(data, strict_mode=True)
-    except (binascii.Error, ValueError):
-        raise _refused("a picture's base64 is damaged") from None
+        if is_data_url(text):
+            return from_data_url(text.lstrip(), limit=limit)
+        return from_base64(text, limit=limit)
+    except ImageError as e:
+        raise _refused(str(e)) from None
 
 
 def _too_large(limit: int) -> ApiError:
