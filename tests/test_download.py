@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+import seechat_lite as sl
 from reference import data
-from seechat_export.download import fetch
 from seechat_lite.cli.main import main
+from seechat_lite.download import fetch
+from seechat_weights.builtin import BUILTIN
 from seechat_weights.errors import CheckpointError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -26,7 +29,7 @@ FILES = {
 FETCH = """
 import json, sys
 from pathlib import Path
-from seechat_export.download import fetch
+from seechat_lite.download import fetch
 path, source = fetch(Path(sys.argv[1]))
 print(json.dumps([str(path), source, sorted(p.name for p in path.iterdir())]))
 """
@@ -177,3 +180,67 @@ def test_the_disk_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", full)
     with pytest.raises(CheckpointError, match="the disk is full"):
         fetch(Path("tiny/chatglm"), offline=True)
+
+
+# --- bundles, as sl.load takes them
+
+LOAD = """
+import sys
+import seechat_lite as sl
+with sl.load(sys.argv[1]) as model:
+    print(model.chat().ask("这是什么？", sys.argv[2]))
+"""
+PANDA = str(Path(__file__).parent.parent / "docs/images/panda.png")
+
+
+@pytest.fixture
+def bundle_hub(hub: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The same Hub, whose repository holds the built-in bundle and more."""
+    files = {p.name: p.read_bytes() for p in BUILTIN.iterdir()} | {"README.md": b"x"}
+    monkeypatch.setattr(sys.modules[__name__], "FILES", files)
+    return hub
+
+
+def test_a_bundle_is_loaded_by_its_id(bundle_hub: dict[str, str], tmp_path: Path) -> None:
+    done = run(LOAD, bundle_hub, "tiny/chatglm", PANDA)
+    assert (done.returncode, done.stdout.strip()) == (0, "这是熊猫。"), done.stderr
+    [folder] = (tmp_path / "hf").rglob("seechat.json")
+    assert "README.md" not in {p.name for p in folder.parent.iterdir()}
+    before = len(Hub.asked)
+    done = run(LOAD, bundle_hub | {"HF_HUB_OFFLINE": "1"}, "tiny/chatglm", PANDA)
+    assert done.stdout.strip() == "这是熊猫。" and len(Hub.asked) == before
+
+
+def test_published_weights_are_refused_before_they_are_fetched(hub: dict[str, str]) -> None:
+    done = run(LOAD, hub, "tiny/chatglm", PANDA)
+    assert "holds no bundle (seechat.json); expected" in done.stderr.splitlines()[-1]
+    assert not any("resolve" in path for path in Hub.asked)
+
+
+def test_a_manifest_from_a_stranger_fetches_nothing_else(
+    bundle_hub: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = FILES["seechat.json"].decode().replace('"decoder.onnx"', '"../decoder.onnx"')
+    monkeypatch.setitem(FILES, "seechat.json", text.encode())
+    done = run(LOAD, bundle_hub, "tiny/chatglm", PANDA)
+    assert "BundleError" in done.stderr.splitlines()[-1]
+    assert not any("decoder" in path for path in Hub.asked if "resolve" in path)
+
+
+def test_a_folder_of_that_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", None)  # asking it fails
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    shutil.copytree(BUILTIN, tmp_path / "owner" / "name")
+    with sl.load("owner/name") as model:
+        assert model.manifest.name == "seechat-lite-builtin"
+    with pytest.raises(sl.BundleError, match="no such folder"):
+        sl.load("owner/typo")
+
+
+@pytest.mark.parametrize("path", ["nowhere", "/nowhere/name", "./owner/name", "a/b/../c", "~/x/y"])
+def test_what_is_no_id_is_looked_for_nowhere(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it fails
+    with pytest.raises(sl.SeechatError) as e:
+        sl.load(path)
+    assert "Hub" not in str(e.value) or path == "a/b/../c"

@@ -96,7 +96,7 @@ def _synthetic(args: argparse.Namespace) -> int:
 
 def _fetch(args: argparse.Namespace, opener: Opener) -> dict[str, dict[str, str]]:
     """Put downloads in the place of Hub ids, each seen to be for its option; tells their origin."""
-    from seechat_export.download import fetch
+    from seechat_lite.download import fetch
 
     if not sys.stderr.isatty():  # read when huggingface_hub is imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -48,7 +48,8 @@ def load(
     The engine "torch" also loads published weights: a folder of ChatGLM-6B, or of VisualGLM-6B with
     its vision.
 
-    path: a bundle, published weights, or what open_source made; None for the built-in model.
+    path: a bundle, published weights, or what open_source made; None for the built-in model. A Hub
+        id, "owner/name", is downloaded where no such path exists (with the extra "download").
     engine: "auto" or a name of engines.ENGINES.
     device: "auto", "cpu", "cuda:1", … or the name of an ONNX Runtime execution provider.
     context: tokens that the prompt and the answer may take together; the cache grows with it.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from seechat_lite.download import fetch
 from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle.manifest import Decoder, Manifest, TokenizerConfig, read_manifest
 from seechat_weights.errors import BundleError, CheckpointError, EngineError
@@ -60,16 +61,18 @@ def open_source(
     """Find out what `path` is and open it; of published weights only headers are read.
 
     path: a bundle, None for the built-in one, or whatever lm.checkpoint.open_lm reads, as are
-        adapter and prefix.
+        adapter and prefix; where no such path exists, a Hub id, which is downloaded (see
+        download.fetch).
     vision: files that published weights are to see with, if not with what they bring.
     tokenizer: the ice_text.model, if it is not beside them.
     only_bundles: refuse published weights, in words that say how they can be used.
     opener: opens checkpoints, such as an Openings, where others have read the same files.
 
-    Raises BundleError where there is neither, CheckpointError for published weights, EngineError
-    for files that are given to a bundle.
+    Raises BundleError where there is neither, CheckpointError for published weights and downloads,
+    EngineError for files that are given to a bundle.
     """
     path = BUILTIN if path is None else local_path(path)
+    path, _ = fetch(path, only_bundles=only_bundles)
     try:
         if is_bundle(path):
             return _bundle(path, vision)

@@ -1,17 +1,20 @@
 """Weights by Hub id, `owner/name[@revision][/file]`: fetched by huggingface_hub into its own cache.
 
-Only what an export reads is downloaded. HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE work as
-huggingface_hub documents them; offline, no socket is opened.
+Only what is read is downloaded: of a bundle the files that its manifest lists. HF_HOME, HF_TOKEN,
+HF_ENDPOINT and HF_HUB_OFFLINE work as huggingface_hub documents them; offline, no socket is opened.
 """
 
 import errno
+import glob
 import re
 from pathlib import Path
 from typing import Any
 
-from seechat_weights.errors import CheckpointError, SeechatError
+from seechat_weights.bundle.manifest import MANIFEST, Manifest
+from seechat_weights.errors import BundleError, CheckpointError, SeechatError
 from seechat_weights.files.checkpoint import STEMS
-from seechat_weights.files.reading import line
+from seechat_weights.files.reading import MAX_JSON, decoded, line
+from seechat_weights.files.untrusted import read_file
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 _HUB_ID = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9_.-]+))?(?:/(.+))?")
@@ -19,8 +22,12 @@ _HUB_ID = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9_.-]+))?(?:/(.+))?")
 _BESIDE = ("*.json", "ice_text.model")
 
 
-def fetch(given: Path, *, offline: bool = False) -> tuple[Path, dict[str, str] | None]:
+def fetch(
+    given: Path, *, offline: bool = False, only_bundles: bool = False
+) -> tuple[Path, dict[str, str] | None]:
     """A local path as it is; what looks like a Hub id and is no path, downloaded.
+
+    offline: take what the cache has. only_bundles: refuse other weights before they are fetched.
 
     Returns where it lies, and its repository and commit for the bundle's provenance.
     Raises CheckpointError: not on the Hub, gated, no network, or offline and not in the cache.
@@ -47,10 +54,21 @@ def fetch(given: Path, *, offline: bool = False) -> tuple[Path, dict[str, str] |
         else:
             info = hub.HfApi(library_name="seechat-lite").model_info(repo, revision=revision)
             names = [s.rfilename for s in info.siblings or []]
-            folder = hub.snapshot_download(
-                **ask, allow_patterns=[file] if file else _needed(names, repo)
-            )
-    except CheckpointError:
+            if file:
+                patterns = [file]
+            elif MANIFEST in names:
+                ask["revision"] = (
+                    info.sha or revision
+                )  # one state of it, whatever happens meanwhile
+                patterns = _of_bundle(Path(hub.hf_hub_download(repo, MANIFEST, revision=info.sha)))
+            elif only_bundles:
+                found = f"{repo} holds no bundle ({MANIFEST})"
+                do = "run published weights with the engine torch, or export them once"
+                raise _refused(given, found, do)
+            else:
+                patterns = _needed(names, repo)
+            folder = hub.snapshot_download(**ask, allow_patterns=patterns)
+    except (BundleError, CheckpointError):
         raise
     except errors.GatedRepoError:
         terms = f"accept its terms on {constants.ENDPOINT}/{repo}, then run `hf auth login`"
@@ -78,6 +96,19 @@ def fetch(given: Path, *, offline: bool = False) -> tuple[Path, dict[str, str] |
     return path, {"repository": repo, "revision": Path(folder).name}
 
 
+def _of_bundle(manifest: Path) -> list[str]:
+    """The files of a bundle. Raises BundleError."""
+    try:
+        text = decoded(read_file(manifest, limit=MAX_JSON))
+    except (OSError, ValueError) as e:
+        raise BundleError(
+            f"{manifest}: cannot be read ({line(e)}); expected a bundle's manifest: download it "
+            "again"
+        ) from None
+    files = Manifest.from_json(text, str(manifest)).files
+    return [MANIFEST, *(glob.escape(name) for name in files)]
+
+
 def _needed(names: list[str], repo: str) -> list[str]:
     """Of a repository's files, one form of its weights, safetensors first, and what is beside."""
     for stem, suffix in (*STEMS, ("adapter_model", ".safetensors"), ("adapter_model", ".bin")):
@@ -86,8 +117,9 @@ def _needed(names: list[str], repo: str) -> list[str]:
         if any(name.endswith(suffix) for name in found):
             return [*found, *_BESIDE]
     raise CheckpointError(
-        f"{repo}: holds no weights that are read here; expected safetensors or .bin of ChatGLM-6B, "
-        f"CLIP or an adapter: name another repository, or one file of it as {repo}/FILE"
+        f"{repo}: holds no weights that are read here; expected a bundle, or safetensors or .bin "
+        "of ChatGLM-6B, CLIP or an adapter: name another repository, or one file of it as "
+        f"{repo}/FILE"
     )
 
 
