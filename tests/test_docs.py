@@ -27,9 +27,10 @@ def examples(name: str) -> list[str]:
         ("README.md", 0, "这是香蕉。能吃。"),
         ("README.zh-CN.md", 0, "这是香蕉。能吃。"),
         ("docs/embedding.md", 0, "这是熊猫。\n"),
-        ("docs/embedding.md", 1, "loading 100%\n"),
-        ("docs/embedding.md", 2, ""),
-        ("docs/embedding.md", 3, "这是熊猫。\n"),
+        ("docs/embedding.md", 1, "\n"),
+        ("docs/embedding.md", 2, "loading 100%\n"),
+        ("docs/embedding.md", 3, ""),
+        ("docs/embedding.md", 4, "这是熊猫。\n"),
     ],
 )
 def test_examples_run(name: str, number: int, expected: str) -> None:
@@ -109,4 +110,4 @@ def test_where_weights_are_published() -> None:
 
 
 def test_no_example_is_forgotten() -> None:
-    assert len(examples("docs/embedding.md")) == 4
+    assert len(examples("docs/embedding.md")) == 5

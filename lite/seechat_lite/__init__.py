@@ -25,7 +25,7 @@ from seechat_weights.errors import (
 )
 
 if TYPE_CHECKING:
-    from seechat_lite.chat import Chat, Model, Stats
+    from seechat_lite.chat import Answer, AnswerStream, Chat, Model, Stats
     from seechat_lite.images import ImageSource, thumbnail
     from seechat_lite.loading import load
     from seechat_lite.prompt import Prompt
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     EyeFiles = VisionFiles
 
 __all__ = [
+    "Answer",
+    "AnswerStream",
     "BundleError",
     "Chat",
     "CheckpointError",
@@ -55,7 +57,7 @@ __all__ = [
 
 # imported when first used: the command line answers --help and Ctrl-C before numpy is there
 _LATER = {
-    **dict.fromkeys(("Chat", "Model", "Stats"), "seechat_lite.chat"),
+    **dict.fromkeys(("Answer", "AnswerStream", "Chat", "Model", "Stats"), "seechat_lite.chat"),
     **dict.fromkeys(("ImageSource", "thumbnail"), "seechat_lite.images"),
     "load": "seechat_lite.loading",
     "Prompt": "seechat_lite.prompt",

@@ -8,16 +8,23 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 import numpy as np
 
 from seechat_lite import history
-from seechat_lite.conversation import FORMATS, CleanStream, Format, Turn, trimmed
+from seechat_lite.conversation import (
+    FORMATS,
+    CleanStream,
+    Format,
+    Turn,
+    description_question,
+    trimmed,
+)
 from seechat_lite.engines import Engine
 from seechat_lite.engines.base import Cancelled
 from seechat_lite.generate import generate
@@ -26,11 +33,13 @@ from seechat_lite.images import (
     ImageSource,
     PreparedImage,
     load_image,
+    message_picture,
     pixels,
     prepared,
     prepared_pixels,
     several,
 )
+from seechat_lite.messages import read_messages
 from seechat_lite.one_at_a_time import OneAtATime
 from seechat_lite.prompt import Prompt
 from seechat_lite.prompt_lookup import PromptLookup
@@ -69,17 +78,25 @@ class Model:
         self._images_lock = threading.RLock()
         self._image_cache = image_cache
 
-    def chat(self, format: str | None = None) -> "Chat":
-        """Begin a conversation; `format` names one of conversation.FORMATS, else the bundle's.
+    def chat(self, format: str | None = None, *, messages: Sequence[Any] = ()) -> "Chat":
+        """Begin a conversation.
 
-        Raises OptionError for an unknown format.
+        format: names one of conversation.FORMATS; None for the bundle's.
+        messages: what was said before, in the OpenAI API's shape; pictures as its parts, or as
+        `{"type": "image", "image": …}` with whatever stream() takes. If the last one is the user's,
+        ask() and stream() without a question answer it.
+
+        Raises OptionError for an unknown format or messages that cannot be read, ImageError.
         """
         name = format or self.manifest.conversation
         if name not in FORMATS:
             raise OptionError(
                 f"unknown conversation format {name!r}; expected one of {', '.join(FORMATS)}"
             )
-        return Chat(self, FORMATS[name])
+        chat = Chat(self, FORMATS[name])
+        if messages:
+            chat.take(messages)
+        return chat
 
     def encode_image(
         self,
@@ -187,7 +204,7 @@ class Model:
             raise Cancelled("stopped while it waited for its turn")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stats:
     """What one answer took."""
 
@@ -206,6 +223,52 @@ class Stats:
         rest = self.seconds - self.first_token_seconds
         return (self.new_tokens - 1) / rest if self.new_tokens > 1 and rest > 0 else 0.0
 
+    def __repr__(self) -> str:
+        forgotten = f", {self.dropped_turns} turns forgotten" if self.dropped_turns else ""
+        return (
+            f"<Stats: {self.prompt_tokens} tokens read, {self.new_tokens} written in "
+            f"{self.seconds:.2f} s (the first after {self.first_token_seconds:.2f} s, then "
+            f"{self.tokens_per_second:.1f} a second), ended by {self.finish_reason!r}{forgotten}>"
+        )
+
+
+class Answer(str):
+    """An answer's text, with what it took."""
+
+    stats: Stats
+
+    def __new__(cls, text: str, stats: Stats) -> Self:
+        answer = super().__new__(cls, text)
+        answer.stats = stats
+        return answer
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, Stats]]:
+        return type(self), (str(self), self.stats)
+
+
+class AnswerStream(Iterator[str]):
+    """The pieces of an answer. stats: what it took, once it has ended; None before."""
+
+    def __init__(self, chat: "Chat", pieces: Generator[str, None, None]) -> None:
+        self._chat = chat
+        self._pieces = pieces
+        self._begun = False
+        self.stats: Stats | None = None
+
+    def __next__(self) -> str:
+        self._begun = True
+        try:
+            return next(self._pieces)
+        except StopIteration:
+            self.stats = self.stats or self._chat.stats
+            raise
+
+    def close(self) -> None:
+        """End the answer here; its turn stays in the history as far as it was said."""
+        self._pieces.close()
+        if self._begun:
+            self.stats = self.stats or self._chat.stats
+
 
 class Chat:
     """One conversation. Made by Model.chat; not to be used by two threads at once, stop() aside."""
@@ -216,6 +279,7 @@ class Chat:
         self.turns: list[Turn] = []
         self.stats: Stats | None = None  # of the last answer
         self._embeds: dict[str, np.ndarray] = {}  # pictures of the turns, by key
+        self._asked: tuple[str, list[ImageSource]] | None = None  # by messages, not yet answered
         self._stop = threading.Event()
         self._answering = False  # whether the engine works for this chat
         self._cancelling = threading.RLock()  # so that it does not begin to work for another one
@@ -223,40 +287,60 @@ class Chat:
 
     def stream(
         self,
-        question: str,
+        question: str | None = None,
         image: ImageSource | Iterable[ImageSource] | None = None,
         *,
         generation: Generation | None = None,
         **options: Unpack[GenerationOptions],
-    ) -> Iterator[str]:
+    ) -> AnswerStream:
         """Ask and yield the answer piece by piece; the pieces joined are the answer.
 
         The turn enters the history when the stream ends, also when it was stopped or closed early;
         not if it fails.
 
+        question: None or blank asks for a description of the picture, or, where the messages that
+        the chat was made of end with a question, for its answer.
         image: a picture or several, shown with this question; later questions remember them.
         generation: all options as one value.
         options: those of sampling.Generation, by name; they count before `generation`.
 
-        Raises ImageError, ContextError (empty question, or too long for the context), EngineError,
-        OptionError (option out of range).
+        Raises ImageError, ContextError (neither question nor picture, or too long for the context),
+        EngineError, OptionError (option out of range).
         """
         chosen = replace(generation or Generation(), **options)
-        if not trimmed(question):
-            raise ContextError("the question is empty; expected some text: type a question")
+        question = question or ""
+        if self._asked:
+            before, pictures = self._asked
+            question = f"{before}\n{question}" if trimmed(question) else before
+            image = [*pictures, *several(image)]
+        elif not trimmed(question):
+            image = list(several(image))
+            if not image:
+                raise ContextError("the question is empty; expected some text: type a question")
         self._stop.clear()  # here, not in the generator: a stop() before its first piece counts
-        return self._stream(question, image, chosen)
+        return AnswerStream(self, self._stream(question, image, chosen))
 
     def ask(
         self,
-        question: str,
+        question: str | None = None,
         image: ImageSource | Iterable[ImageSource] | None = None,
         *,
         generation: Generation | None = None,
         **options: Unpack[GenerationOptions],
-    ) -> str:
-        """The whole answer at once; see stream()."""
-        return "".join(self.stream(question, image, generation=generation, **options))
+    ) -> Answer:
+        """The whole answer at once, a text whose `stats` say what it took; see stream()."""
+        pieces = self.stream(question, image, generation=generation, **options)
+        text = "".join(pieces)
+        assert pieces.stats is not None
+        return Answer(text, pieces.stats)
+
+    def take(self, messages: Sequence[Any]) -> None:
+        """Add messages to the conversation; see Model.chat."""
+        found = read_messages(messages, format=self.format, asking=False)
+        for past in found.past:
+            self.append(past.question(), past.answer(), map(message_picture, past.images))
+        if turn := found.turn:
+            self._asked = turn.question(), [message_picture(image) for image in turn.images]
 
     def append(
         self,
@@ -265,7 +349,7 @@ class Chat:
         image: ImageSource | Iterable[ImageSource] | None = None,
     ) -> None:
         """Put a past turn into the history without running it."""
-        turn, embeds = self._turn(question, image)
+        turn, embeds = self._turn(question, image, answer=answer)
         self._embeds |= embeds
         self.turns.append(replace(turn, answer=answer))
 
@@ -300,14 +384,14 @@ class Chat:
         May be called from any thread.
         """
         self._cleared += 1
-        self.turns, self._embeds = [], {}
+        self.turns, self._embeds, self._asked = [], {}, None
 
     def _stream(
         self,
         question: str,
         image: ImageSource | Iterable[ImageSource] | None,
         generation: Generation,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         start = time.perf_counter()
         try:
             with self.model.answering(self._stop.is_set):
@@ -398,16 +482,19 @@ class Chat:
                 self.turns = [*turns[:-1], replace(turns[-1], answer=answer.shown)]
                 shown = {key for t in self.turns for key in t.images}
                 self._embeds = {k: e for k, e in (self._embeds | embeds).items() if k in shown}
+                self._asked = None
 
     def _turn(
         self,
         question: str,
         image: ImageSource | Iterable[ImageSource] | None,
         *,
+        answer: str = "",
         stopped: Callable[[], bool] = lambda: False,
     ) -> tuple[Turn, dict[str, np.ndarray]]:
         """The turn to be asked and the embeddings of its pictures.
 
+        answer: what is known to be answered, which tells the language that is spoken.
         stopped: asked before each picture, which may take seconds; Cancelled is raised if so.
         """
         embeds: list[tuple[str, np.ndarray]] = []
@@ -416,6 +503,9 @@ class Chat:
                 raise Cancelled("stopped while its pictures were read")
             # the published demo's answers are compared on the published demo's pixels
             embeds.append(self.model.encode_image(source, exact=self.format.demo, stopped=stopped))
+        if embeds and not trimmed(question):
+            said = [text for turn in self.turns for text in (turn.question, turn.answer or "")]
+            question = description_question(self.format, [*said, answer])
         return Turn(question, images=tuple(key for key, _ in embeds)), dict(embeds)
 
     def _fit(

@@ -5,7 +5,7 @@ where a picture's embeddings go. A new format is a row in FORMATS and a golden t
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from seechat_weights.errors import ContextError
@@ -46,6 +46,9 @@ class Format:
     holdback: how many characters at the end of a cleaned text the following text may still change,
     so that an answer can be shown as it grows; None where any of it may change until the end.
     demo: write the history as SEEChat's published demo does, see _render_demo.
+    instructions: whether a system's texts are written, before the question that follows. A model
+    that has seen none answers something else where one stands.
+    describe: what a picture alone asks, in Chinese and in English.
     """
 
     name: str
@@ -60,6 +63,8 @@ class Format:
     clean: Callable[[str], str] = str.strip
     holdback: int | None = 0
     demo: bool = False
+    instructions: bool = True
+    describe: tuple[str, str] = ("描述这张图片。", "Describe this picture.")
 
 
 # White space of every script, control characters, and what has no width: joiners, marks of
@@ -77,6 +82,13 @@ _BLANKS = "".join(
 def trimmed(text: str) -> str:
     """A text without what cannot be seen around it, as text boxes, files and shells leave it."""
     return text.strip(_BLANKS)
+
+
+def description_question(format: Format, said: Iterable[str] = ()) -> str:
+    """What a picture alone asks, in the language of what was said before; Chinese by default."""
+    text = "".join(said)
+    chinese, english = format.describe
+    return english if re.search("[A-Za-z]", text) and not re.search(_HAN, text) else chinese
 
 
 def render(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]:
@@ -244,6 +256,16 @@ FORMATS: dict[str, Format] = {
             stop=("###",),
             trim=True,
         ),
+        # for models that were trained on questions alone
+        Format(
+            name="seechat-plain",
+            turn="###Human: {images}{question} ###Assistant: {answer}",
+            image=("<Img>", "</Img>"),
+            after_images=" ",
+            stop=("###",),
+            trim=True,
+            instructions=False,
+        ),
         Format(
             name="seechat-compat",
             turn="###Human: {images}{question} ###Assistant: {answer}",
@@ -253,6 +275,10 @@ FORMATS: dict[str, Format] = {
             clean=_clean_demo,
             holdback=None,
             demo=True,
+            describe=(
+                "详细描述这张图片",
+                "详细描述这张图片",
+            ),  # what the demo asks of every picture
         ),
         Format(
             name="chatglm",

@@ -1,0 +1,259 @@
+"""Messages in the shape of the OpenAI API, as chat programs send them, become turns.
+
+Chat programs write histories that the models know nothing of: a greeting before any question,
+instructions at the start, in the middle or at the end, results of tools, messages without content.
+All of them have a place here, so that whatever a program sends is answered; only what cannot be
+read is refused. Pictures stay as they were given.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from seechat_lite.conversation import Format, description_question, trimmed
+from seechat_weights.errors import OptionError
+
+INSTRUCTING = ("system", "developer")
+TOOLS = ("tool", "function")
+ROLES = (*INSTRUCTING, "user", "assistant", *TOOLS)
+TEXTS = ("text", "input_text", "output_text", "refusal", "summary_text")
+PICTURES = ("image_url", "input_image", "image")
+
+
+class MessagesError(OptionError):
+    """A conversation that cannot be read. where: the message, as "messages.3.content.0"."""
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(f"{where}: {why}")
+        self.where = where
+
+
+@dataclass
+class Exchange:
+    """A question, its pictures as they were given, and its answer, None where it is not answered.
+
+    The texts are parts, to be joined by line breaks; of a past exchange they may be empty.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
+    answers: list[str] | None = None
+    asked: bool = False  # whether any of the texts are the user's words
+
+    def question(self, most: int | None = None) -> str:
+        """The question as one text; of more than `most` characters, so many that it shows."""
+        return joined(self.texts, most)
+
+    def answer(self, most: int | None = None) -> str:
+        return joined(self.answers or (), most)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """past: answered, oldest first. turn: to be answered. ignored: what had no effect, in words."""
+
+    past: list[Exchange]
+    turn: Exchange | None
+    ignored: list[str]
+
+    @property
+    def question(self) -> Exchange:
+        """The turn. Raises MessagesError if there is none."""
+        if self.turn is None:
+            raise _no_question()
+        return self.turn
+
+
+def read_messages(
+    messages: Sequence[Any], *, format: Format, more: Sequence[Any] = (), asking: bool = True
+) -> Conversation:
+    """Turn messages into exchanges, the last of which is to be answered.
+
+    messages: mappings with `role` and `content`, or objects with model_dump(), as the OpenAI
+    client's answers. format: says whether instructions are written, and what a picture alone asks.
+    more: pictures that belong to the last question.
+    asking: whether there has to be a question: what is empty at the end is then left out, and so is
+    an answer, whose question is answered anew.
+
+    Texts of instructions and tools go to the question that follows, or to the last one. Messages
+    of one side that follow each other are one.
+
+    Raises MessagesError: an unknown role or part, or no question.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
+        raise MessagesError(
+            "messages", f'a {type(messages).__name__}; expected a list of {{"role", "content"}}'
+        )
+    exchanges: list[Exchange] = []
+    waiting: list[str] = []  # texts that go to the next question
+    pictures: list[Any] = []  # the same of pictures
+    unwritten: list[str] = []  # instructions that the format has no place for
+    for i, given in enumerate(messages):
+        where = f"messages.{i}"
+        message = _mapping(given, where)
+        role = message.get("role")
+        if role not in ROLES:
+            shown = f"{role!r:.40}" if role is not None else "missing"
+            raise MessagesError(f"{where}.role", f"{shown}; expected one of {', '.join(ROLES)}")
+        texts, images = _content(message, where)
+        last = exchanges[-1] if exchanges and exchanges[-1].answers is None else None
+        if role == "user":
+            if last is None:
+                last = Exchange()
+                exchanges.append(last)
+            last.texts += waiting + texts
+            last.images += pictures + images
+            last.asked |= any(map(trimmed, texts))
+            waiting, pictures = [], []
+        elif role == "assistant":
+            if not any(texts) and (message.get("tool_calls") or message.get("function_call")):
+                continue  # it asked a tool, whose answer follows
+            if last is None and exchanges:
+                answers = exchanges[-1].answers
+                assert answers is not None
+                answers += filter(None, texts)
+                exchanges[-1].images += images
+                continue
+            if last is None:
+                last = Exchange()
+                exchanges.append(last)
+            last.texts += waiting
+            last.images += pictures + images
+            last.answers = list(filter(None, texts))
+            waiting, pictures = [], []
+        else:
+            pictures += images
+            if role in INSTRUCTING and not format.instructions:
+                unwritten += filter(trimmed, texts)
+            else:
+                waiting += filter(trimmed, texts)
+    pictures += more
+    if not exchanges and not waiting and not pictures and asking:
+        waiting, unwritten = unwritten, []  # all there is
+    if waiting or pictures:
+        if not exchanges or exchanges[-1].answers is not None:
+            exchanges.append(Exchange(asked=bool(waiting)))
+        exchanges[-1].texts += waiting
+        exchanges[-1].images += pictures
+    ignored = ["system texts (this model has learnt none)"] if unwritten else []
+    while asking and len(exchanges) > 1 and _says_nothing(exchanges[-1]):
+        exchanges.pop()
+    if asking and exchanges and (answers := exchanges[-1].answers) is not None:
+        if any(map(trimmed, answers)):
+            ignored.append("the last message, an answer (its question is answered anew)")
+        exchanges[-1].answers = None
+    _describe(exchanges, format)
+    turn = exchanges.pop() if exchanges and exchanges[-1].answers is None else None
+    if asking and not (turn and any(map(trimmed, turn.texts))):
+        raise _no_question()
+    if not format.instructions:  # it has learnt no answers either that nobody asked for
+        exchanges = [e for e in exchanges if e.images or any(map(trimmed, e.texts))]
+    return Conversation(exchanges, turn, ignored)
+
+
+def joined(texts: Sequence[str], most: int | None = None) -> str:
+    """The texts as one; of more than `most` characters, so many that it shows."""
+    if most is None:
+        return "\n".join(texts)
+    parts: list[str] = []
+    for text in texts:
+        parts.append(text[: most + 1])
+        most -= len(text)
+        if most < 0:
+            break
+    return "\n".join(parts)
+
+
+def _describe(exchanges: Sequence[Exchange], format: Format) -> None:
+    """Give pictures that came without words of the user's their question."""
+    said: list[str] = []
+    for exchange in exchanges:
+        own = [text[:1000] for text in (*exchange.texts, *(exchange.answers or ()))]
+        if exchange.images and not exchange.asked:
+            exchange.texts.append(description_question(format, said + own))
+            exchange.asked = True
+        said += own
+
+
+def _says_nothing(exchange: Exchange) -> bool:
+    answered = exchange.answers and any(map(trimmed, exchange.answers))
+    return not (exchange.images or answered or any(map(trimmed, exchange.texts)))
+
+
+def _no_question() -> MessagesError:
+    return MessagesError(
+        "messages", "the question is empty; expected a last message of the user's, text or picture"
+    )
+
+
+def _mapping(given: Any, where: str) -> Mapping[str, Any]:
+    if isinstance(given, Mapping):
+        return given
+    if hasattr(given, "model_dump"):
+        return given.model_dump()
+    raise MessagesError(
+        where, f'a {type(given).__name__}; expected an object {{"role": …, "content": …}}'
+    )
+
+
+def _content(message: Mapping[str, Any], where: str) -> tuple[list[str], list[Any]]:
+    """The texts and the pictures of a message."""
+    content = message.get("content")
+    texts: list[str] = []
+    images: list[Any] = []
+    if isinstance(content, str):
+        texts.append(content)
+    elif isinstance(content, Sequence) and not isinstance(content, bytes | bytearray):
+        for i, part in enumerate(content):
+            _part(part, f"{where}.content.{i}", texts, images)
+    elif isinstance(content, Mapping):
+        _part(content, f"{where}.content", texts, images)
+    elif content is not None:
+        raise MessagesError(
+            f"{where}.content",
+            f"a {type(content).__name__}; expected a text or a list of parts: text, image_url",
+        )
+    if refusal := message.get("refusal"):
+        texts.append(str(refusal))
+    beside = message.get("images")  # as Ollama has them
+    if beside is not None:
+        if isinstance(beside, str) or not isinstance(beside, Sequence):
+            raise MessagesError(f"{where}.images", "expected a list of pictures in base64")
+        images += beside
+    return texts, images
+
+
+def _part(part: Any, where: str, texts: list[str], images: list[Any]) -> None:
+    if isinstance(part, str):
+        texts.append(part)
+        return
+    part = _mapping(part, where)
+    kind = part.get("type")
+    if kind is None:  # told by its field, as some programs leave it
+        kind = next((k for k in ("text", *PICTURES) if part.get(k) is not None), None)
+    if kind in TEXTS:
+        text = part.get("refusal") if kind == "refusal" else part.get("text")
+        if not isinstance(text, str):
+            raise MessagesError(where, f"{kind!r} without a text; expected some, or leave it out")
+        texts.append(text)
+    elif kind in PICTURES:
+        images.append(_picture(part, where))
+    else:
+        shown = f"{kind!r:.40}" if kind is not None else "missing"
+        raise MessagesError(
+            f"{where}.type",
+            f"{shown}; expected text, or image_url for a picture: this model takes nothing else",
+        )
+
+
+def _picture(part: Mapping[str, Any], where: str) -> Any:
+    """The picture in a part: OpenAI's, Anthropic's or Hugging Face's fields."""
+    for name in ("image_url", "image", "url", "path", "base64", "source", "data"):
+        found = part.get(name)
+        if isinstance(found, Mapping):
+            found = next((v for k in ("url", "data", "path") if (v := found.get(k))), None)
+        if found is not None:
+            return found
+    raise MessagesError(
+        where, 'a picture without its content; expected {"image_url": {"url": "data:image/png;…"}}'
+    )
