@@ -208,7 +208,8 @@ def test_a_bundle_is_loaded_by_its_id(bundle_hub: dict[str, str], tmp_path: Path
     assert "README.md" not in {p.name for p in folder.parent.iterdir()}
     before = len(Hub.asked)
     done = run(LOAD, bundle_hub | {"HF_HUB_OFFLINE": "1"}, "tiny/chatglm", PANDA)
-    assert done.stdout.strip() == "这是熊猫。" and len(Hub.asked) == before
+    assert done.stdout.strip() == "这是熊猫。", done.stderr
+    assert len(Hub.asked) == before
 
 
 def test_published_weights_are_refused_before_they_are_fetched(hub: dict[str, str]) -> None:
@@ -243,4 +244,4 @@ def test_what_is_no_id_is_looked_for_nowhere(path: str, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it fails
     with pytest.raises(sl.SeechatError) as e:
         sl.load(path)
-    assert "Hub" not in str(e.value) or path == "a/b/../c"
+    assert "Hub" not in str(e.value)

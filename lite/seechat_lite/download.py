@@ -32,9 +32,9 @@ def fetch(
     Returns where it lies, and its repository and commit for the bundle's provenance.
     Raises CheckpointError: not on the Hub, gated, no network, or offline and not in the cache.
     """
-    match = _HUB_ID.fullmatch(given.as_posix())
+    match = _HUB_ID.fullmatch(given.as_posix()) if ".." not in given.parts else None
     # a path with a typo in its last part is no repository
-    if given.exists() or match is None or given.parent.exists():
+    if match is None or _exists(given) or _exists(given.parent):
         return given, None
     repo, revision, file = match.groups()
     try:
@@ -57,10 +57,7 @@ def fetch(
             if file:
                 patterns = [file]
             elif MANIFEST in names:
-                ask["revision"] = (
-                    info.sha or revision
-                )  # one state of it, whatever happens meanwhile
-                patterns = _of_bundle(Path(hub.hf_hub_download(repo, MANIFEST, revision=info.sha)))
+                patterns = _of_bundle(Path(hub.hf_hub_download(repo, MANIFEST, revision=revision)))
             elif only_bundles:
                 found = f"{repo} holds no bundle ({MANIFEST})"
                 do = "run published weights with the engine torch, or export them once"
@@ -94,6 +91,18 @@ def fetch(
     if not path.exists():
         raise _refused(given, f"{repo} has no file {file}", "check the name")
     return path, {"repository": repo, "revision": Path(folder).name}
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form of an id, which many a path has as well."""
+    return _HUB_ID.fullmatch(text) is not None and ".." not in Path(text).parts
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # what cannot be looked up is there, and is somebody else's to refuse
+        return True
 
 
 def _of_bundle(manifest: Path) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from seechat_lite.download import fetch
+from seechat_lite.download import fetch, is_hub_id
 from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle.manifest import Decoder, Manifest, TokenizerConfig, read_manifest
 from seechat_weights.errors import BundleError, CheckpointError, EngineError
@@ -71,8 +71,10 @@ def open_source(
     Raises BundleError where there is neither, CheckpointError for published weights and downloads,
     EngineError for files that are given to a bundle.
     """
+    may_be_id = path is not None and is_hub_id(str(path))
     path = BUILTIN if path is None else local_path(path)
-    path, _ = fetch(path, only_bundles=only_bundles)
+    if may_be_id:
+        path, _ = fetch(path, only_bundles=only_bundles)
     try:
         if is_bundle(path):
             return _bundle(path, vision)
