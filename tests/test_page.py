@@ -104,6 +104,26 @@ def test_drop_and_paste(server: Running, open_tab: Any, script: str) -> None:
     assert tab.answered(1) == "这是熊猫。"
 
 
+def test_words_that_are_dropped_or_pasted_stay_words(server: Running, open_tab: Any) -> None:
+    """Also those of a spreadsheet, which come with a picture of themselves."""
+    tab = open_tab(server)
+    prevented = tab.page.evaluate(
+        """() => ['paste', 'drop'].map((kind) => {
+            const transfer = new DataTransfer();
+            transfer.setData('text/plain', 'a\\tb');
+            if (kind === 'paste') transfer.items.add(new File(['x'], 'x.png', {type: 'image/png'}));
+            const options = {bubbles: true, cancelable: true};
+            const event = kind === 'paste'
+                ? new ClipboardEvent(kind, {clipboardData: transfer, ...options})
+                : new DragEvent(kind, {dataTransfer: transfer, ...options});
+            document.getElementById('question').dispatchEvent(event);
+            return event.defaultPrevented;
+        })"""
+    )
+    assert prevented == [False, False]
+    assert tab.page.locator("#notice").is_hidden()
+
+
 def test_a_large_photo_is_scaled_down(server: Running, open_tab: Any, tmp_path: Path) -> None:
     Image.open(PANDA_FILE).convert("RGB").resize((4000, 3000)).save(tmp_path / "photo.jpg")
     tab = open_tab(server)
@@ -530,7 +550,7 @@ def test_errors_in_the_language_of_the_page(server: Running, open_tab: Any) -> N
     held: list[Any] = []
     tab.page.route("**/v1/chat/completions", lambda route: held.append(route))
     tab.ask("第一")
-    wait_until(lambda: held)
+    wait_until(lambda: tab.page.locator("#stop").is_visible() and held)
     tab.question.fill("第二")
     held[0].fulfill(status=503, json={"error": {"message": "m", "code": "queue_full"}})
     wait_until(tab.page.get_by_role("button", name="重新发送").is_visible)
@@ -693,6 +713,13 @@ def test_looks(server: Running, open_tab: Any, theme: str, size: Any, tmp_path: 
     tab.page.locator("[data-role=delete]").click()
     look("delete")
     tab.page.keyboard.press("Escape")
+    tab.page.locator("[data-role=rename]").click()
+    look("rename")
+    tab.page.keyboard.press("Escape")
+    tab.page.locator("#search").fill("zebra")
+    wait_until(lambda: tab.titles() == [])
+    look("search")
+    tab.page.locator("#search").fill("")
     if size is PHONE:
         tab.page.locator("#search").press("Escape")
         assert tab.page.evaluate("document.activeElement.id") == "open-list"
@@ -705,7 +732,18 @@ def test_looks(server: Running, open_tab: Any, theme: str, size: Any, tmp_path: 
     tab.page.locator("#send").click()
     tab.page.wait_for_selector(".wrong")
     look("wrong")
-    tab.allow("503")
+    tab.page.unroute_all()
+    held: list[Any] = []
+    tab.page.route("**/v1/chat/completions", lambda route: held.append(route))
+    tab.page.locator("#send").click()
+    wait_until(lambda: tab.page.locator("#stop").is_visible() and held)
+    look("running")
+    refused = {"error": {"message": "m", "code": "invalid_api_key"}}
+    tab.page.route("**/v1/models", lambda route: route.fulfill(status=401, json=refused))
+    tab.page.locator("#stop").click()  # and after every answer the page looks how the server is
+    wait_until(tab.page.locator("#key-dialog").is_visible)
+    look("key")
+    tab.allow("503", "401")
 
 
 def test_every_file_of_the_page_is_served(server: Running) -> None:

@@ -131,8 +131,10 @@ def test_many_large_photos_are_kept(slow: Running, open_tab: Any, tmp_path: Path
     tab.reload()
     assert tab.page.locator(".shown img").count() == 6 and len(tab.answers()) == 2
     wait_until(lambda: tab.page.locator("#pictures img").count() == 1)  # of the draft
+    end = "(e => e.scrollHeight - e.clientHeight - e.scrollTop)(document.getElementById('log'))"
     loaded = "[...document.querySelectorAll('.thumbnail img')].every(i => i.naturalWidth === 1600)"
     wait_until(lambda: tab.page.evaluate(loaded))
+    wait_until(lambda: tab.page.evaluate(end) < 2)  # with all pictures in their places
     assert tab.page.locator("#notice").is_hidden()
     # what is deleted leaves nothing behind
     act(tab, "这是什么？", "删除")
@@ -180,7 +182,7 @@ def test_a_running_question_survives_a_reload(slow: Running, open_tab: Any) -> N
     held: list[Any] = []
     tab.page.route("**/v1/chat/completions", lambda route: held.append(route))
     tab.ask("第二")
-    wait_until(lambda: held)
+    wait_until(lambda: tab.page.locator("#stop").is_visible() and held)
     tab.page.reload()
     tab.ready()
     assert tab.page.locator(".question").all_inner_texts() == ["你好", "第二"]
@@ -226,6 +228,16 @@ def test_two_tabs_with_one_conversation(slow: Running, open_tab: Any) -> None:
     second.ask("再见")
     second.answered(2)
     wait_until(lambda: first.answers() == [said, "好"])
+    # a reader is left where they are while the other tab goes on
+    first.page.set_viewport_size({"width": 900, "height": 330})
+    first.page.mouse.move(500, 150)
+    first.page.mouse.wheel(0, -2000)
+    wait_until(first.page.locator("#newest").is_visible)
+    place = first.page.locator("#log").evaluate("e => e.scrollTop")
+    second.ask("还有")
+    second.answered(3)
+    wait_until(lambda: len(first.answers()) == 3)
+    assert first.page.locator("#log").evaluate("e => e.scrollTop") == place
     first.question.fill("写到一半")
     act(second, "你好", "重命名")
     second.page.get_by_label("标题").fill("招呼")

@@ -15,6 +15,8 @@ const DIFFERENTLY = 0.7; // the least temperature at which another answer may co
 const TITLE = 60; // characters
 
 const log = document.getElementById("log");
+const list = document.getElementById("turns");
+const welcome = document.getElementById("welcome");
 const newest = document.getElementById("newest");
 
 // "open": another conversation; "draft": its draft came from here; "state": what runs has changed
@@ -73,6 +75,7 @@ export async function open(id = null) {
   } catch {
     // a reload opens a new conversation
   }
+  following = true;
   redraw();
   emit("open");
   for (const turn of turns) if (turn.state === "running" && !live.has(turn.id)) endIfAbandoned(turn);
@@ -101,9 +104,22 @@ export async function refresh() {
   }
   if (id !== conversation.id || !found) return;
   Object.assign(conversation, { title: found.title, named: found.named });
-  if (running() || JSON.stringify(kept) === JSON.stringify(turns)) return;
-  turns = kept;
-  redraw();
+  if (running()) return;
+  const same = (a, b) => a.id === b?.id && a.question === b.question;
+  if (!turns.every((turn, i) => same(turn, kept[i]))) {
+    turns = kept;
+    redraw();
+    return;
+  }
+  const newer = kept.slice(turns.length);
+  for (const [i, turn] of turns.entries()) {
+    if (JSON.stringify(turn) === JSON.stringify(kept[i])) continue;
+    Object.assign(turn, kept[i]);
+    views.get(turn.id).draw();
+  }
+  turns.push(...newer);
+  for (const turn of newer) show(turn);
+  if (newer.length) drawFeet();
 }
 
 // The conversation was deleted, here or elsewhere; id: undefined for all.
@@ -317,17 +333,20 @@ const acts = {
 function show(turn) {
   const view = new TurnView(turn, acts);
   views.set(turn.id, view);
-  log.append(view.element);
-  document.getElementById("welcome").hidden = true;
+  list.append(view.element);
+  welcome.hidden = true;
 }
 
 export function redraw() {
+  const top = log.scrollTop;
   views.clear();
-  for (const element of log.querySelectorAll(".turn")) element.remove();
-  document.getElementById("welcome").hidden = turns.length > 0;
+  list.replaceChildren();
+  welcome.hidden = turns.length > 0;
   for (const turn of turns) show(turn);
-  log.scrollTop = 0;
-  toNewest();
+  if (!welcome.hidden) log.scrollTop = 0;
+  follow();
+  // whoever read something above reads on there; pictures have their room by the next frame
+  if (!following) requestAnimationFrame(() => (log.scrollTop = top));
 }
 
 function drawFeet() {
@@ -342,9 +361,9 @@ let lastTop = 0;
 const fromEnd = () => log.scrollHeight - log.clientHeight - log.scrollTop;
 
 export function follow() {
-  const welcoming = !document.getElementById("welcome").hidden; // read from its beginning
-  if (following && !welcoming) log.scrollTop = log.scrollHeight;
-  newest.hidden = welcoming || fromEnd() < NEAR;
+  // a welcome is read from its beginning
+  if (following && welcome.hidden) log.scrollTop = log.scrollHeight;
+  newest.hidden = !welcome.hidden || fromEnd() < NEAR;
 }
 
 export function toNewest() {
@@ -353,12 +372,15 @@ export function toNewest() {
 }
 
 log.addEventListener("scroll", () => {
+  if (!welcome.hidden) return;
   if (fromEnd() < NEAR) following = true;
   else if (log.scrollTop < lastTop) following = false;
   lastTop = log.scrollTop;
   follow();
 });
-new ResizeObserver(follow).observe(log);
+// the window, the line below, and what is said, pictures that take their room
+const sizes = new ResizeObserver(follow);
+for (const element of [log, list]) sizes.observe(element);
 newest.onclick = () => {
   toNewest();
   log.focus();

@@ -160,8 +160,10 @@ export function start() {
     };
   }
   document.addEventListener("paste", (event) => {
-    const files = [...event.clipboardData.files];
-    if (!files.length) return;
+    const { files: found, types } = event.clipboardData;
+    // a spreadsheet copies its cells as text and as a picture: the text is meant
+    if (!found.length || types.includes("text/plain")) return;
+    const files = [...found];
     event.preventDefault();
     addPictures(files);
   });
@@ -177,8 +179,11 @@ export function start() {
 
 function takeDrops() {
   let inside = 0; // elements that a dragged file has entered and not left
+  const hasFiles = (event) => event.dataTransfer.types.includes("Files");
+  // words may be dropped where words are written; a link dropped elsewhere would leave the page
+  const isMeant = (event) => !hasFiles(event) && event.target.closest?.("textarea, input");
   document.addEventListener("dragenter", (event) => {
-    if (!event.dataTransfer.types.includes("Files")) return;
+    if (!hasFiles(event)) return;
     inside += 1;
     $("drop").hidden = false;
   });
@@ -186,8 +191,9 @@ function takeDrops() {
     inside = Math.max(0, inside - 1);
     $("drop").hidden = inside === 0;
   });
-  document.addEventListener("dragover", (event) => event.preventDefault());
+  document.addEventListener("dragover", (event) => isMeant(event) || event.preventDefault());
   document.addEventListener("drop", (event) => {
+    if (isMeant(event)) return;
     event.preventDefault();
     inside = 0;
     $("drop").hidden = true;

@@ -34,7 +34,8 @@ $("language").onchange = (event) => {
 
 // Escape closes what is open, or else ends the answer.
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !document.querySelector("dialog[open]")) chat.stop();
+  if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open]")) return;
+  chat.stop();
 });
 
 let wasRunning = false;
