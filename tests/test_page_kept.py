@@ -65,6 +65,7 @@ def test_the_list(slow: Running, open_tab: Any) -> None:
     wait_until(lambda: tab.titles() == ["香蕉", "绿苹果", "红苹果"])
     tab.page.get_by_role("button", name="红苹果", exact=True).click()
     wait_until(lambda: tab.page.locator(".question").all_inner_texts() == ["红苹果"])
+    assert tab.page.title() == "红苹果 · SEEChat"
     current = tab.page.locator("#conversations [aria-current=page]")
     wait_until(lambda: current.all_text_contents() == ["红苹果"])
     tab.ask("还有呢？")
@@ -97,6 +98,7 @@ def test_the_list(slow: Running, open_tab: Any) -> None:
     act(tab, "红苹果", "删除")  # the open one
     tab.page.locator("#ask-dialog").get_by_role("button", name="删除").click()
     wait_until(tab.page.locator("#welcome").is_visible)
+    assert tab.page.title() == "SEEChat"
     tab.page.get_by_role("button", name="设置").click()
     tab.page.get_by_role("button", name="删除全部对话").click()
     tab.page.locator("#ask-ok").click()

@@ -13,6 +13,7 @@ const SAVING = 500; // milliseconds between writes of an answer that grows
 const MOST_BYTES = 24_000_000; // of pictures in a request; the server takes 32 MiB with all around them
 const DIFFERENTLY = 0.7; // the least temperature at which another answer may come out
 const TITLE = 60; // characters
+const OURS = ["no_server", "no_key"]; // errors of which the server has said nothing
 
 const log = document.getElementById("log");
 const list = document.getElementById("turns");
@@ -149,13 +150,19 @@ export function setDraft(fields, record = conversation) {
   keep(nothing ? store.removeIfEmpty(record.id) : store.saveConversation(record));
 }
 
+// The draft, which is asked now.
+export function takeDraft() {
+  const { draft } = conversation;
+  conversation.draft = { text: "", pictures: [] };
+  return draft;
+}
+
 // --- asking
 
 export async function ask(question, chosen) {
   if (running()) return;
   if (!turns.length && !conversation.named) conversation.title = question.split("\n")[0].slice(0, TITLE);
   conversation.changed = Date.now();
-  conversation.draft = { text: "", pictures: [] };
   const turn = {
     id: store.newId(),
     conversation: conversation.id,
@@ -246,7 +253,7 @@ async function answer(turn, { fresh = false, differently = false }) {
     turn.note = { tokens, speed, seconds, cut: reason === "length", left };
   } catch (error) {
     if (error.name === "AbortError") turn.note = { end: "stopped" };
-    else turn.note = { end: error.cause ?? "refused", detail: error.cause === "no_server" ? "" : error.message };
+    else turn.note = { end: error.cause ?? "refused", detail: OURS.includes(error.cause) ? "" : error.message };
     if (!said && before.answer) {
       Object.assign(turn, before); // the answer there was stays
       if (error.name !== "AbortError") notice(wordsFor(error));

@@ -21,6 +21,7 @@ export function send() {
   if (preparing || chat.running() || !(words || draft.pictures.length)) return;
   const alone = draft.pictures.length > 1 ? "describeAll" : "describe";
   clearNotice();
+  chat.takeDraft();
   chat.ask(words || text(alone), draft.pictures);
   show();
 }

@@ -31,7 +31,10 @@ export function askKey(wrong) {
   dialog.returnValue = "";
   if (!dialog.open) dialog.showModal();
   return new Promise((resolve, reject) => {
-    const closed = () => (dialog.returnValue === "ok" ? resolve($("key").value) : reject(new Error(title)));
+    const closed = () => {
+      if (dialog.returnValue === "ok") resolve($("key").value);
+      else reject(new Error(title, { cause: "no_key" }));
+    };
     dialog.addEventListener("close", closed, { once: true });
   });
 }

@@ -38,6 +38,13 @@ document.addEventListener("keydown", (event) => {
   chat.stop();
 });
 
+function showTitle() {
+  const { title } = chat.current();
+  document.title = title ? `${title} · SEEChat` : "SEEChat";
+}
+chat.events.addEventListener("open", showTitle);
+store.onChange(showTitle);
+
 let wasRunning = false;
 chat.events.addEventListener("state", () => {
   const runs = Boolean(chat.running());

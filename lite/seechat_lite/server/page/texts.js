@@ -323,5 +323,6 @@ export function translate(root = document) {
 export function wordsFor(error) {
   if (error.name === "AbortError") return text("stopped");
   if (error.cause === "no_server") return text("noServer");
+  if (error.cause === "no_key") return text("keyTitle");
   return text("errors")[error.cause] ?? text("refused");
 }
