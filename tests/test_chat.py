@@ -1,6 +1,7 @@
 """Conversations: history, streaming, pictures, stopping, and a context that never overflows."""
 
 import io
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -473,6 +474,14 @@ def test_pictures_outlive_their_turns(small: sl.Model) -> None:
     (_, embeds), *others = chat.prompt("?").images
     np.testing.assert_array_equal(embeds, small.encode_image(picture(1))[1])
     assert not others
+
+
+def test_pictures_without_end(small: sl.Model) -> None:
+    """They are not read once it is certain that they do not fit."""
+    with pytest.raises(sl.ContextError, match=r"the first \d+ pictures"):
+        small.chat().ask("hi", (picture(n) for n in itertools.count()))
+    with pytest.raises(sl.ContextError, match=r"the first \d+ pictures"):
+        small.chat().append("hi", "yes", itertools.repeat(picture(1)))
 
 
 def test_the_latest_pictures_are_kept(small: sl.Model) -> None:

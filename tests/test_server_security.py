@@ -19,7 +19,7 @@ import pytest
 import trustme
 
 from seechat_lite.server import listen as server_run
-from seechat_lite.server import logs
+from seechat_lite.server import logs, request_limits
 from seechat_lite.server.budget import Budget
 from seechat_lite.server.errors import ApiError
 from seechat_lite.server.fetch import Fetcher, is_public, resolve
@@ -204,6 +204,29 @@ def test_bodies_too_large_together(server: Running, monkeypatch: pytest.MonkeyPa
         assert post(server, asking("你好", data_url()))["status"] == 503
     wait_until(lambda: not intakes[0].budget.held)
     assert post(server, asking("你好", data_url()))["choices"]
+
+
+def test_a_refused_body_is_not_held_while_it_is_drained(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else requests that are refused together keep each other out."""
+    intakes: list[Intake] = []
+    drain = Intake._drain
+
+    async def noticing(self: Intake, *args: Any) -> None:
+        intakes.append(self)
+        await drain(self, *args)
+
+    monkeypatch.setattr(Intake, "_drain", noticing)
+    monkeypatch.setattr(request_limits, "DRAIN_SECONDS", PATIENCE)
+    head = (
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+        b"Authorization: Bearer " + KEY.encode() + b"\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as one:
+        one.sendall(head + (b"100000\r\n" + bytes(1 << 20) + b"\r\n") * 3)
+        wait_until(lambda: intakes)
+        assert not intakes[0].budget.held
 
 
 def test_a_slow_body() -> None:

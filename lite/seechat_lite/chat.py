@@ -498,11 +498,18 @@ class Chat:
         stopped: asked before each picture, which may take seconds; Cancelled is raised if so.
         """
         embeds: list[tuple[str, np.ndarray]] = []
+        tokens, context = 0, self.model.engine.context
         for source in several(image):
             if stopped():
                 raise Cancelled("stopped while its pictures were read")
+            if tokens >= context:  # said before the others are read, of which there may be no end
+                raise ContextError(
+                    f"the first {len(embeds)} pictures of the question take {tokens} tokens; the "
+                    f"context holds {context}, answer included: show fewer"
+                )
             # the published demo's answers are compared on the published demo's pixels
             embeds.append(self.model.encode_image(source, exact=self.format.demo, stopped=stopped))
+            tokens += len(embeds[-1][1])
         if embeds and not trimmed(question):
             said = [text for turn in self.turns for text in (turn.question, turn.answer or "")]
             question = description_question(self.format, [*said, answer])

@@ -56,6 +56,9 @@ class Intake:
                 del body  # the application takes it over, and is done with it long before its end
                 await self._run(scope, receive, send, waiting)
         except ApiError as e:
+            e.__traceback__ = None  # what had come is in its frames
+            if held.release() >= LARGE:  # before it is drained: others may be waiting for it
+                trim_heap()
             await self._drain(scope, receive)
             response = e.response()
             response.headers["Connection"] = "close"
