@@ -362,7 +362,7 @@ class Measuring:
 
         def extend() -> None:
             engine.extend([5] * together)
-            engine.forget(together)
+            engine.rewind(together)
 
         engine.prefill(self.prompt(shape.decodes[0]))
         found["tokens at once"] = self.median(extend)

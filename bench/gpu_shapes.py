@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from seechat_lite.engines.torch.weights import Given, Weights
+from seechat_lite.engines.torch.weights import LoadedTensor, Weights
 from seechat_lite.nn.block_quantization import quantize_blocks
 from seechat_weights.bundle.layout import decoder_layout
 from seechat_weights.bundle.manifest import Decoder, Manifest, TokenizerConfig
@@ -137,23 +137,25 @@ class RandomWeights:
     def rows(self, ids: Sequence[int]) -> np.ndarray:
         return self.words[np.asarray(ids) % 512]
 
-    def tensors(self) -> Iterator[Given]:
+    def tensors(self) -> Iterator[LoadedTensor]:
         on = {"device": self.device}
         for item in decoder_layout(
             self.config, PRECISIONS[self.precision], block_of(self.precision)
         ):
             if item.kind == "vector":
                 one = "norm" in item.key and item.key.endswith("weight")
-                yield Given(item.key, [torch.full(item.shape, float(one), **on)])
+                yield LoadedTensor(item.key, [torch.full(item.shape, float(one), **on)])
             elif item.bits:
                 shape, scales = (s.shape for s in item.stored)
                 codes = torch.randint(0, 256, shape, dtype=torch.uint8, **on)
                 spread = 2**item.bits / 12**0.5 * item.shape[1] ** 0.5
-                yield Given(item.key, [codes, torch.full(scales, 1 / spread, **on)], item.bits)
+                yield LoadedTensor(
+                    item.key, [codes, torch.full(scales, 1 / spread, **on)], item.bits
+                )
             else:
                 kind = torch.float16 if self.device.type == "cuda" else torch.float32
                 weight = torch.randn(item.shape, dtype=kind, **on)
-                yield Given(item.key, [weight.mul_(item.shape[1] ** -0.5)])
+                yield LoadedTensor(item.key, [weight.mul_(item.shape[1] ** -0.5)])
 
 
 def random_vision(config: VisionConfig, outputs: int) -> VisionWeights:
@@ -195,7 +197,7 @@ class Blocks:
     def rows(self, ids: Sequence[int]) -> np.ndarray:
         return self.weights.rows(ids)
 
-    def tensors(self) -> Iterator[Given]:
+    def tensors(self) -> Iterator[LoadedTensor]:
         for given in self.weights.tensors():
             array = np.array(given.arrays[0], np.float32)
             if array.ndim < 2:

@@ -38,7 +38,7 @@ class Worker(threading.Thread):
     def ask(self, question: str, pictures: list[str]) -> None:
         self._work.put(lambda chat: self._answer(chat, question, pictures))
 
-    def forget(self) -> None:
+    def rewind(self) -> None:
         """Begin a new conversation, once a running answer has ended."""
         self.stop()
         self._work.put(self._forget)
@@ -133,7 +133,7 @@ class Window:
         for text, command in (
             ("图片… Picture…", self._choose),
             ("停止 Stop", self.worker.stop),
-            ("新对话 New", self.worker.forget),
+            ("新对话 New", self.worker.rewind),
         ):
             ttk.Button(buttons, text=text, command=command).pack(side="left", padx=2)
         self._status = ttk.Label(buttons, text="…", anchor="e")

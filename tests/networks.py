@@ -98,7 +98,7 @@ class TorchEngine:
     def extend(self, token_ids: Sequence[int]) -> np.ndarray:
         return np.stack([self.step(token) for token in token_ids])
 
-    def forget(self, tokens: int) -> None:
+    def rewind(self, tokens: int) -> None:
         self.cache.length -= tokens
         self.position = self.position[:, -1:] - [[0], [tokens]]
 

@@ -24,7 +24,7 @@ from seechat_lite.loading import load as load_model
 from seechat_lite.server.app import create_app
 from seechat_lite.server.fetch import Fetcher
 from seechat_lite.server.listen import configure
-from seechat_lite.server.scheduler import Desk
+from seechat_lite.server.scheduler import Scheduler
 from seechat_lite.server.settings import Settings
 from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle.manifest import read_manifest
@@ -94,8 +94,8 @@ class Running:
         return int(self.url.rpartition(":")[2])
 
     @property
-    def desk(self) -> Desk:
-        return self.app.state.desk
+    def scheduler(self) -> Scheduler:
+        return self.app.state.scheduler
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
@@ -155,7 +155,8 @@ def running(
         try:
             wait_until(
                 lambda: (
-                    server.started and (loading or app.state.desk.status != "loading" or failures)
+                    server.started
+                    and (loading or app.state.scheduler.status != "loading" or failures)
                 )
             )
             assert not failures

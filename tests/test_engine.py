@@ -304,7 +304,7 @@ def test_several_tokens_at_once_are_as_good_as_one_by_one(engine: Engine) -> Non
     # wrong guesses leave no trace once they are taken back
     engine.prefill(prompt)
     engine.extend([answer[0], 77, 78, 79])
-    engine.forget(3)
+    engine.rewind(3)
     logits = [engine.step(token) for token in answer[1:5]]
     np.testing.assert_allclose(logits, case["greedy_step_logits"][2:], rtol=0, atol=TOLERANCE)
 

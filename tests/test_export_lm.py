@@ -22,7 +22,7 @@ from seechat_lite.nn.block_quantization import dequantize_blocks
 from seechat_lite.prompt import Prompt
 from seechat_lite.source import open_source
 from seechat_weights.bundle.arrays import BundleArrays
-from seechat_weights.bundle.layout import Item, Stored, decoder_layout
+from seechat_weights.bundle.layout import ArraySpan, TensorLayout, decoder_layout
 from seechat_weights.bundle.manifest import Manifest, read_manifest
 from seechat_weights.bundle.precisions import PRECISIONS
 from seechat_weights.config import LMConfig
@@ -103,7 +103,9 @@ def test_published_integers_in_blocks(
     weight = Quantized(pack(codes, bits=published), generator.random(3, np.float32), published)
     np.testing.assert_array_equal(weight.codes, codes)
     form = PRECISIONS[precision]
-    item = Item("a", "linear", (3, inputs), "", (Stored("a", "uint8", (3,), 0),), form.bits)
+    item = TensorLayout(
+        "a", "linear", (3, inputs), "", (ArraySpan("a", "uint8", (3,), 0),), form.bits
+    )
     values, scales = stored_arrays(item, weight, LMConfig(), form, block)
     restored = dequantize_blocks(values, scales, bits=form.bits, inputs=inputs)
     np.testing.assert_array_equal(restored.numpy(), weight.dequantized())

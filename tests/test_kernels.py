@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pretend_card import KERNELS, pretend_card
+from pretend_gpu import KERNELS, pretend_gpu
 from seechat_lite.nn.block_quantization import dequantize_blocks, quantize_blocks
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -251,14 +251,14 @@ def test_steps_of_the_engine(form: str, tmp_path: Path, monkeypatch: pytest.Monk
         for turn in range(2):  # recorded steps serve the next prompt as well
             found += [engine.prefill(Prompt(ids[turn:])), engine.step(7)]
             found += [*engine.extend([9, 50, 8])]
-            engine.forget(2)
+            engine.rewind(2)
             found.append(engine.step(11))
             engine.reset()
         assert (engine._recorder is not None) == (device == "cuda")
         return found
 
     expected = logits("cpu")
-    with pretend_card(monkeypatch, triton=True) if INTERPRETED else nullcontext():
+    with pretend_gpu(monkeypatch, triton=True) if INTERPRETED else nullcontext():
         found = logits("cuda")
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 

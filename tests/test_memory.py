@@ -65,33 +65,33 @@ def test_what_changes_the_sums() -> None:
     assert plan(fp16, context=2048).weights == 2 * 3_300_100_000
 
 
-def test_the_sums_on_a_card() -> None:
+def test_the_sums_on_a_gpu() -> None:
     """In float16 weights are what they are in the file, and the cache outlives an answer."""
     decoder, vision = CHATGLM.decoder, CHATGLM.vision
     assert vision is not None
     graphs = {decoder.half: FileHash(100_000, ""), vision.half: FileHash(100_000, "")}
     both = replace(CHATGLM, files=CHATGLM.files | graphs)
     for manifest, dtype, number in ((both, None, 2), (both, "fp32", 4), (CHATGLM, None, 4)):
-        assert onnx_memory.float_bytes_on_card(manifest, "cuda:1", dtype) == number
-        assert onnx_memory.float_bytes_on_card(manifest, "cpu", dtype) == 0
-    half, full = (plan(both, context=2048, card=number) for number in (2, 4))
+        assert onnx_memory.float_bytes_on_gpu(manifest, "cuda:1", dtype) == number
+        assert onnx_memory.float_bytes_on_gpu(manifest, "cpu", dtype) == 0
+    half, full = (plan(both, context=2048, gpu=number) for number in (2, 4))
     assert half.weights == full.weights == 3_300_100_000
     assert half.cache == full.cache == plan(CHATGLM, context=2048).cache
     assert (half.vision, full.vision) == (600_000_000, 1_200_000_000)
-    assert half.keep_vision  # or every new picture would bring it to the card again
+    assert half.keep_vision  # or every new picture would bring it to the GPU again
     assert half.workspace - onnx_memory.RUNTIME == (full.workspace - onnx_memory.RUNTIME) / 2
-    released = plan(both, context=2048, card=2, keep_vision=False)
+    released = plan(both, context=2048, gpu=2, keep_vision=False)
     assert released.total == half.total - half.workspace + onnx_memory.RUNTIME
     fp16 = replace(both, decoder=replace(decoder, precision="fp16"))
-    assert plan(fp16, context=2048, card=4).weights == 2 * 3_300_100_000
-    assert plan(fp16, context=2048, card=2).weights == 3_300_100_000
-    for card, vision_card in ((2, 0), (0, 2)):  # pictures elsewhere
-        apart = plan(both, context=2048, card=card, vision_card=vision_card)
+    assert plan(fp16, context=2048, gpu=4).weights == 2 * 3_300_100_000
+    assert plan(fp16, context=2048, gpu=2).weights == 3_300_100_000
+    for gpu, vision_gpu in ((2, 0), (0, 2)):  # pictures elsewhere
+        apart = plan(both, context=2048, gpu=gpu, vision_gpu=vision_gpu)
         assert apart.vision == 0
-        assert apart.keep_vision == bool(vision_card)
+        assert apart.keep_vision == bool(vision_gpu)
     with pytest.raises(sl.MemoryPlanError, match=r"allow|keep_vision=False"):
         check_memory(half, both, budget=half.total - 1)
-    check_memory(half, both)  # what is free on a card is not known
+    check_memory(half, both)  # what is free on a GPU is not known
 
 
 @pytest.mark.parametrize(

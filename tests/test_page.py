@@ -149,7 +149,7 @@ def test_stop(slow: Running, open_tab: Any) -> None:
             tab.page.keyboard.press(stop)
         said = tab.answered(count)
         assert len(said) > 2 and tab.page.locator(".numbers").last.inner_text() == "已停止"
-        wait_until(lambda: slow.desk.idle)
+        wait_until(lambda: slow.scheduler.idle)
     tab.page.reload()
     assert tab.page.locator(".answer").count() == 2
 
@@ -171,9 +171,9 @@ def test_two_tabs_at_once(slow: Running, open_tab: Any) -> None:
     first = open_tab(slow)
     second = open_tab(slow, first.page.context)
     first.ask("你好")
-    wait_until(lambda: slow.desk.answering)
+    wait_until(lambda: slow.scheduler.answering)
     second.ask("你是谁？")
-    wait_until(lambda: slow.desk.waiting == 1)
+    wait_until(lambda: slow.scheduler.waiting == 1)
     assert second.page.locator("#status").inner_text() == "正在等待…"
     first.page.get_by_role("button", name="停止").click()
     wait_until(lambda: second.page.locator("#status").inner_text() == "正在回答…")
@@ -185,9 +185,9 @@ def test_two_tabs_at_once(slow: Running, open_tab: Any) -> None:
 def test_closing_a_tab_frees_the_model(slow: Running, open_tab: Any) -> None:
     tab = open_tab(slow)
     tab.ask("你好")
-    wait_until(lambda: slow.desk.answering)
+    wait_until(lambda: slow.scheduler.answering)
     tab.page.close()
-    wait_until(lambda: slow.desk.idle)
+    wait_until(lambda: slow.scheduler.idle)
 
 
 def test_errors_are_shown_and_the_question_comes_back(server: Running, open_tab: Any) -> None:
@@ -451,7 +451,7 @@ def test_a_reader_who_scrolled_up_stays_there(slow: Running, open_tab: Any) -> N
     assert tab.page.evaluate(end) < 2 and tab.page.locator("#newest").is_hidden()
     tab.page.unroute("**/v1/chat/completions")
     tab.ask("再说")
-    wait_until(lambda: slow.desk.answering)
+    wait_until(lambda: slow.scheduler.answering)
     tab.page.mouse.move(300, 150)
     tab.page.mouse.wheel(0, -400)
     wait_until(tab.page.locator("#newest").is_visible)

@@ -175,7 +175,7 @@ def test_a_running_question_survives_a_reload(slow: Running, open_tab: Any) -> N
     tab.ready()
     said = tab.answered(1)
     assert len(said) > 2 and "回答被中断" in tab.page.locator(".numbers").inner_text()
-    wait_until(lambda: slow.desk.idle)
+    wait_until(lambda: slow.scheduler.idle)
     say(tab, "完整的回答")
     tab.page.get_by_role("button", name="重新发送").click()
     wait_until(lambda: tab.answers() == ["完整的回答"])
@@ -201,13 +201,13 @@ def test_another_conversation_may_be_read_meanwhile(slow: Running, open_tab: Any
     tab.page.unroute("**/v1/chat/completions")
     tab.page.locator("#new").click()
     tab.ask("你好")
-    wait_until(lambda: slow.desk.answering)
+    wait_until(lambda: slow.scheduler.answering)
     tab.page.get_by_role("button", name="旧的", exact=True).click()
     wait_until(tab.page.locator("#send").is_visible)
-    assert tab.answers() == ["好"] and slow.desk.answering
+    assert tab.answers() == ["好"] and slow.scheduler.answering
     tab.page.get_by_role("button", name="你好", exact=True).click()
     wait_until(tab.page.locator("#stop").is_visible)
-    assert slow.desk.answering
+    assert slow.scheduler.answering
     wait_until(lambda: len(tab.page.locator(".answer").inner_text()) > 5)
     tab.page.locator("#stop").click()
     tab.answered(1)
@@ -217,7 +217,7 @@ def test_two_tabs_with_one_conversation(slow: Running, open_tab: Any) -> None:
     """Each sees what the other adds; neither ends the other's answer, or undoes a deletion."""
     first = open_tab(slow)
     first.ask("你好")
-    wait_until(lambda: slow.desk.answering)
+    wait_until(lambda: slow.scheduler.answering)
     second = open_tab(slow, first.page.context)
     second.page.get_by_role("button", name="你好", exact=True).click()
     wait_until(lambda: second.page.locator(".question").all_inner_texts() == ["你好"])

@@ -351,7 +351,7 @@ def test_a_client_that_goes_frees_its_place(slow: Running) -> None:
     connection.close()
     done = slow.post(asking("你好", max_tokens=1))
     assert done["choices"]
-    wait_until(lambda: slow.desk.idle)
+    wait_until(lambda: slow.scheduler.idle)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -359,12 +359,12 @@ def test_who_waits_and_goes_is_forgotten(slow: Running, stream: bool) -> None:
     first = stream_begun(slow)
     second = slow.connect()
     second.request("POST", "/v1/chat/completions", json.dumps(asking("你好", stream=stream)))
-    wait_until(lambda: slow.desk.waiting == 1)
+    wait_until(lambda: slow.scheduler.waiting == 1)
     second.close()
-    wait_until(lambda: slow.desk.waiting == 0)
-    assert slow.desk.answering
+    wait_until(lambda: slow.scheduler.waiting == 0)
+    assert slow.scheduler.answering
     first.close()
-    wait_until(lambda: slow.desk.idle)
+    wait_until(lambda: slow.scheduler.idle)
 
 
 def test_a_full_queue_refuses(slow: Running) -> None:
@@ -372,13 +372,13 @@ def test_a_full_queue_refuses(slow: Running) -> None:
     for waiting in (1, 2):
         connections.append(slow.connect())
         connections[-1].request("POST", "/v1/chat/completions", json.dumps(asking("你好")))
-        wait_until(lambda n=waiting: slow.desk.waiting == n)
+        wait_until(lambda n=waiting: slow.scheduler.waiting == n)
     status, headers, content = slow.request("POST", "/v1/chat/completions", asking("你好"))
     assert (status, json.loads(content)["error"]["code"]) == (503, "queue_full")
     assert headers["Retry-After"] == "1"
     for connection in connections:
         connection.close()
-    wait_until(lambda: slow.desk.idle)
+    wait_until(lambda: slow.scheduler.idle)
 
 
 def test_first_come_first_served(slow: Running) -> None:
@@ -392,7 +392,7 @@ def test_first_come_first_served(slow: Running) -> None:
     threads = [threading.Thread(target=ask, args=(n,)) for n in range(2)]
     for n, thread in enumerate(threads):
         thread.start()
-        wait_until(lambda n=n: slow.desk.waiting == n + 1)
+        wait_until(lambda n=n: slow.scheduler.waiting == n + 1)
     first.close()
     for thread in threads:
         thread.join()
@@ -436,7 +436,7 @@ def test_an_idle_model_is_unloaded_and_comes_back() -> None:
 
     with running(Settings(keep_alive=0.05), load=load) as server:
         for count in (1, 2):
-            wait_until(lambda: server.desk.status == "unloaded")
+            wait_until(lambda: server.scheduler.status == "unloaded")
             assert len(loads) == count
             assert server.request("GET", "/health")[0] == 200
             with pytest.raises(sl.EngineError, match="closed"):
@@ -458,7 +458,7 @@ def test_while_the_model_loads() -> None:
         answers: list[Any] = []
         thread = threading.Thread(target=lambda: answers.append(server.post(asking("你好"))))
         thread.start()
-        wait_until(lambda: server.desk.waiting == 1)
+        wait_until(lambda: server.scheduler.waiting == 1)
         loaded.set()
         thread.join()
         assert answers[0]["choices"] and server.request("GET", "/health")[0] == 200
@@ -475,7 +475,7 @@ def test_a_model_that_does_not_come_back_is_a_503() -> None:
         return sl.load()
 
     with running(Settings(keep_alive=0.05), load=load) as server:
-        wait_until(lambda: server.desk.status == "unloaded")
+        wait_until(lambda: server.scheduler.status == "unloaded")
         done = server.post(asking("你好"))
         assert (done["status"], done["error"]["code"]) == (503, "out_of_memory")
         assert server.post(asking("你好"))["choices"]
@@ -571,7 +571,7 @@ def test_many_at_once(server: Running) -> None:
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(ask, range(80)))
-    wait_until(lambda: server.desk.idle and server.desk.waiting == 0)
+    wait_until(lambda: server.scheduler.idle and server.scheduler.waiting == 0)
 
 
 def events(content: bytes) -> list[dict[str, Any]]:

@@ -352,9 +352,9 @@ def test_a_key_is_one_client_however_it_is_spelled(
 ) -> None:
     with running(Settings(api_keys=keys)) as server:
         clients: list[str] = []
-        answer = server.desk.answer
+        answer = server.scheduler.answer
         monkeypatch.setattr(
-            server.desk, "answer", lambda ask: clients.append(ask.client) or answer(ask)
+            server.scheduler, "answer", lambda ask: clients.append(ask.client) or answer(ask)
         )
         for sent in (
             "Bearer secret",

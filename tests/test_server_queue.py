@@ -21,7 +21,7 @@ from seechat_lite.chat import Stats
 from seechat_lite.engines.base import Cancelled
 from seechat_lite.server.errors import ApiError
 from seechat_lite.server.fair_queue import FairQueue
-from seechat_lite.server.scheduler import Ask, Desk, Turn
+from seechat_lite.server.scheduler import GenerationRequest, Scheduler, Turn
 from seechat_lite.server.settings import Settings
 from serving import IMAGES, PATIENCE, Running, asking, data_url, running, wait_until
 
@@ -139,13 +139,13 @@ class Asking:
         self._server = server
         self._pool = ThreadPoolExecutor(32)
         self._came = 0
-        answer = server.desk.answer
+        answer = server.scheduler.answer
 
-        def counting(ask: Ask) -> AsyncGenerator[str | Stats, None]:
+        def counting(ask: GenerationRequest) -> AsyncGenerator[str | Stats, None]:
             self._came += 1
             return answer(ask)
 
-        monkeypatch.setattr(server.desk, "answer", counting)
+        monkeypatch.setattr(server.scheduler, "answer", counting)
 
     def __call__(self, question: str, *, key: str) -> Future[Any]:
         """Returns once the request has come: it is being answered, waits, or is refused."""
@@ -227,7 +227,7 @@ def test_a_client_that_goes_while_its_prompt_is_read(
     wait_until(lambda: len(load.read) == 1)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(server.post, asking("Q2", max_tokens=1))
-        wait_until(lambda: server.desk.waiting == 1)
+        wait_until(lambda: server.scheduler.waiting == 1)
         connection.close()
         wait_until(lambda: len(load.read) == 2)  # though nothing lets the first go on
         load.go.set()
@@ -259,16 +259,16 @@ def test_shutting_down_while_a_prompt_is_read() -> None:
     load = Held()
 
     async def shut_down() -> None:
-        desk = Desk(load, format=None, queue=1, keep_alive=None, observe=lambda _: None)
-        await desk.open()
-        answer = asyncio.create_task(desk.whole_answer(Ask("me", Turn("Q1"))))
+        scheduler = Scheduler(load, format=None, queue=1, keep_alive=None, observe=lambda _: None)
+        await scheduler.open()
+        answer = asyncio.create_task(scheduler.whole_answer(GenerationRequest("me", Turn("Q1"))))
         while not load.read:
             await asyncio.sleep(0.01)
-        await desk.stop(0)
+        await scheduler.stop(0)
         with pytest.raises(ApiError, match="shutting down"):
             await answer
-        while not desk.idle:
+        while not scheduler.idle:
             await asyncio.sleep(0.01)
-        desk.close()
+        scheduler.close()
 
     asyncio.run(asyncio.wait_for(shut_down(), PATIENCE))

@@ -41,7 +41,7 @@ class Scripted:
         end = len(self.fed)
         return np.stack([self._logits(i + 1) for i in range(end - len(token_ids), end)])
 
-    def forget(self, tokens: int) -> None:
+    def rewind(self, tokens: int) -> None:
         del self.fed[len(self.fed) - tokens :]
 
     def _logits(self, place: int) -> np.ndarray:

@@ -230,7 +230,7 @@ def test_several_tokens_at_once_and_taken_back() -> None:
     expected = np.stack([engine.step(t) for t in (7, 50, 9)])
     engine.prefill(Prompt(ids))
     np.testing.assert_allclose(engine.extend([7, 50, 9]), expected, rtol=0, atol=1e-5)
-    engine.forget(2)
+    engine.rewind(2)
     np.testing.assert_allclose(engine.step(50), expected[1], rtol=0, atol=1e-5)
 
 

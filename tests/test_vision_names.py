@@ -11,7 +11,7 @@ from seechat_weights.files.checkpoint import open_checkpoint
 from seechat_weights.vision.bridge_names import map_bridge
 from seechat_weights.vision.clip_names import map_clip
 from seechat_weights.vision.network import BRIDGE_TENSORS, PUBLISHED_VISION
-from seechat_weights.vision.part import Part
+from seechat_weights.vision.part import TensorMapping
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_published_clip_is_accounted_for() -> None:
     assert not any(name.startswith("visual.transformer.resblocks.23.") for name in keys)
     value = clip.used["encoder.layers.22.self_attn.v_proj.bias"]
     fused = "visual.transformer.resblocks.22.attn.in_proj_bias"
-    assert value == Part((fused,), share=2, shares=3)
+    assert value == TensorMapping((fused,), share=2, shares=3)
 
 
 def test_whole_clip_files_ignore_the_text_tower() -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from seechat_weights.bundle.layout import Item, Stored, decoder_layout
+from seechat_weights.bundle.layout import ArraySpan, TensorLayout, decoder_layout
 from seechat_weights.bundle.precisions import Precision
 from seechat_weights.config import LMConfig
 
@@ -48,7 +48,12 @@ class Weights:
     """
 
     def __init__(
-        self, tape: Tape, location: str, items: list[Item], block_size: int, dtype: ir.DataType
+        self,
+        tape: Tape,
+        location: str,
+        items: list[TensorLayout],
+        block_size: int,
+        dtype: ir.DataType,
     ) -> None:
         self.tape = tape
         self.location = location
@@ -67,11 +72,11 @@ class Weights:
         y = self._block_linear(x, item) if item.bits else self._float_linear(x, item)
         return self.tape.op("Add", [y, self.vector(f"{key}.bias")]) if bias else y
 
-    def _float_linear(self, x: ir.Value, item: Item) -> ir.Value:
+    def _float_linear(self, x: ir.Value, item: TensorLayout) -> ir.Value:
         (weight,) = self._values(item)
         return self.tape.op("MatMul", [x, weight])
 
-    def _block_linear(self, x: ir.Value, item: Item) -> ir.Value:
+    def _block_linear(self, x: ir.Value, item: TensorLayout) -> ir.Value:
         attributes = {
             "K": item.shape[1],
             "N": item.shape[0],
@@ -84,7 +89,7 @@ class Weights:
         inputs = [x, *self._values(item)]
         return self.tape.op("MatMulNBits", inputs, attributes, domain=MICROSOFT)
 
-    def _values(self, item: Item) -> list[ir.Value]:
+    def _values(self, item: TensorLayout) -> list[ir.Value]:
         return [self._value(self._tensor(stored)) for stored in item.stored]
 
     def _value(self, tensor: ir.ExternalTensor) -> ir.Value:
@@ -93,7 +98,7 @@ class Weights:
             return value
         return self.tape.op("Cast", [value], {"to": self.dtype})
 
-    def _tensor(self, stored: Stored) -> ir.ExternalTensor:
+    def _tensor(self, stored: ArraySpan) -> ir.ExternalTensor:
         return ir.ExternalTensor(
             self.location,
             stored.offset,

@@ -33,7 +33,7 @@ from seechat_lite.nn.block_quantization import FRACTIONS
 from seechat_lite.source import Source as ModelSource
 from seechat_lite.source import spoken_format
 from seechat_lite.tokenizer import Tokenizer
-from seechat_weights.bundle.layout import Item, decoder_layout, reordered_prefix
+from seechat_weights.bundle.layout import TensorLayout, decoder_layout, reordered_prefix
 from seechat_weights.bundle.manifest import (
     MANIFEST,
     Decoder,
@@ -215,7 +215,7 @@ class Source:
         """One of our tensors, or some of its rows."""
         return torch.from_numpy(self.lm.read(key, rows))
 
-    def weight(self, item: Item) -> Tensor | Quantized:
+    def weight(self, item: TensorLayout) -> Tensor | Quantized:
         """The tensor of `item`, as its authors quantized it where the item can hold just that."""
         if 0 < self.lm.bits(item.key) <= item.bits:
             return self.lm.quantized(item.key)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from seechat_export.quantize import stored_arrays
 from seechat_lite.memory import available_memory, human
 from seechat_lite.nn.block_quantization import dequantize_blocks
-from seechat_weights.bundle.layout import Item, decoder_layout
+from seechat_weights.bundle.layout import TensorLayout, decoder_layout
 from seechat_weights.bundle.precisions import Precision, smaller_precisions
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import BundleError, MemoryPlanError
@@ -81,7 +81,7 @@ class ExportPlan:
 
 def make_plan(
     source: Weights,
-    items: Sequence[Item],
+    items: Sequence[TensorLayout],
     folder: Path,
     *,
     precision: Precision,
@@ -112,7 +112,7 @@ def make_plan(
     return ExportPlan(seconds, memory, disk, parts, available_memory(), free)
 
 
-def memory_bytes(config: LMConfig, items: Sequence[Item], precision: Precision) -> int:
+def memory_bytes(config: LMConfig, items: Sequence[TensorLayout], precision: Precision) -> int:
     """The peak of writing and checking the LM, mapped files not counted."""
     stored = {item.key: sum(s.nbytes for s in item.stored) for item in items}
     # rearranged heads: the tensor is copied a few times, in no more than float32
@@ -161,7 +161,7 @@ class _Speed:
 
 def _measure(
     source: Weights,
-    items: Sequence[Item],
+    items: Sequence[TensorLayout],
     folder: Path,
     precision: Precision,
     block_size: int,
@@ -219,7 +219,7 @@ def _time(work: Callable[[int], object], *numbers: int) -> float:
     return min(times)
 
 
-def _weights(item: Item) -> int:
+def _weights(item: TensorLayout) -> int:
     return torch.Size(item.shape).numel()
 
 

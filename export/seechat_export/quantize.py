@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from seechat_lite.nn.block_quantization import dequantize_blocks, quantize_blocks
-from seechat_weights.bundle.layout import Item, head_order, inverse_order, reordered
+from seechat_weights.bundle.layout import TensorLayout, head_order, inverse_order, reordered
 from seechat_weights.bundle.precisions import Precision
 from seechat_weights.config import LMConfig
 from seechat_weights.lm.quantized import Quantized, pack
@@ -21,7 +21,7 @@ ALL = slice(None)
 
 
 def _published_blocks(
-    item: Item, weight: Quantized, config: LMConfig, block_size: int
+    item: TensorLayout, weight: Quantized, config: LMConfig, block_size: int
 ) -> list[Tensor]:
     """What quantize_blocks gives, from published integers and their rows' scales, nothing lost."""
     scales = weight.scales
@@ -36,14 +36,14 @@ def _published_blocks(
     return [codes, torch.from_numpy(scales)[:, None].expand(codes.shape[:2])]
 
 
-def _reordered(array: Any, item: Item, config: LMConfig) -> Any:
+def _reordered(array: Any, item: TensorLayout, config: LMConfig) -> Any:
     """A published array of `item`, whose axis of heads comes into a bundle's order."""
     order = head_order(config, item.heads)
     return reordered(array, order, axis=1 if item.heads == "columns" else 0)
 
 
 def stored_arrays(
-    item: Item,
+    item: TensorLayout,
     tensor: Tensor | Quantized,
     config: LMConfig,
     precision: Precision,
@@ -66,7 +66,7 @@ def stored_arrays(
 
 
 def restored_tensor(
-    item: Item, stored: Sequence[np.ndarray], config: LMConfig, *, rows: slice = ALL
+    item: TensorLayout, stored: Sequence[np.ndarray], config: LMConfig, *, rows: slice = ALL
 ) -> Tensor:
     """Our tensor of `item`, float32, from its arrays in a bundle: the inverse of stored_arrays.
 

@@ -29,7 +29,7 @@ from seechat_export.export import (
 )
 from seechat_export.workplace import Workplace
 from seechat_lite.nn.attention import vit_settings
-from seechat_weights.bundle.layout import Item, Stored, decoder_layout
+from seechat_weights.bundle.layout import ArraySpan, TensorLayout, decoder_layout
 from seechat_weights.bundle.manifest import (
     MANIFEST,
     Decoder,
@@ -271,7 +271,7 @@ def write_synthetic_bundle(
 
 
 def _random_blocks(
-    stored: Stored, item: Item, precision: Precision, generator: np.random.Generator
+    stored: ArraySpan, item: TensorLayout, precision: Precision, generator: np.random.Generator
 ) -> Iterator[bytes | memoryview]:
     """An array's bytes, piece by piece, with the scale that keeps activations near unit.
 

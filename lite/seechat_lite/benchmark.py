@@ -65,7 +65,7 @@ class Report:
     peak_memory: int = 0
     peak_anonymous: int | None = None
     anonymous_memory: int | None = None  # between answers
-    planned_memory: int | None = None  # not of the torch engine, nor of a card's
+    planned_memory: int | None = None  # not of the torch engine, nor of a GPU's
 
     def roofline(self, context: int) -> float:
         """The share of the memory bandwidth that decoding at `context` reaches, if measured."""
@@ -131,7 +131,7 @@ def measure(
         report.peak_memory = _peak()
         report.anonymous_memory = Anonymous.now()
         report.peak_anonymous = anonymous.stop()
-        # of this machine's memory, which the torch engine and cards do not read
+        # of this machine's memory, which the torch engine and GPUs do not read
         bandwidth = Bandwidth(report.threads) if here else None
         for length in (n for n in DECODE if n + repeat * STEPS < context):
             say(f"decode {length}")

@@ -58,7 +58,7 @@ def generate(
                 right += 1
             if guess and lookup:
                 lookup.learn(len(guess), right)
-                engine.forget(len(guess) - right)
+                engine.rewind(len(guess) - right)
             guess = lookup.guess(remaining - 1) if lookup else []
             rows = engine.extend([token, *guess]) if guess else engine.step(token)[None]
     except Cancelled:

@@ -101,7 +101,7 @@ class Engine(Protocol):
         """
         ...
 
-    def forget(self, tokens: int) -> None:
+    def rewind(self, tokens: int) -> None:
         """Take back the last `tokens` appended by step() or extend()."""
         ...
 
@@ -113,7 +113,7 @@ class Engine(Protocol):
         ...
 
     def reset(self) -> None:
-        """Free the cache (a card keeps its), and forget a cancel(): the answer is complete."""
+        """Free the cache (a GPU keeps its), and forget a cancel(): the answer is complete."""
         ...
 
     def close(self) -> None:

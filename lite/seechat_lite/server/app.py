@@ -24,7 +24,7 @@ from seechat_lite.server.logs import RequestLog
 from seechat_lite.server.metrics import Metrics, memory
 from seechat_lite.server.openai_api import Completions, json_response, unknown_model
 from seechat_lite.server.request_limits import Intake
-from seechat_lite.server.scheduler import Desk
+from seechat_lite.server.scheduler import Scheduler
 from seechat_lite.server.settings import Settings
 from seechat_weights.bundle.manifest import Manifest
 
@@ -43,10 +43,10 @@ def create_app(
 
     load: opens the model of `manifest`; called in the model's thread when the application starts,
     and again after keep_alive unloaded it. failed: told if that first loading fails; nothing can
-    be answered then, and the server should end. `app.state.desk` is its Desk.
+    be answered then, and the server should end. `app.state.scheduler` is its Scheduler.
     """
     metrics = Metrics()
-    desk = Desk(
+    scheduler = Scheduler(
         load,
         format=format,
         queue=settings.queue,
@@ -65,8 +65,8 @@ def create_app(
         context=context,
     )
     bodies = Bodies()
-    completions = Completions(desk, bodies, images, names=names, context=context)
-    legacy = Legacy(desk, bodies, images)
+    completions = Completions(scheduler, bodies, images, names=names, context=context)
+    legacy = Legacy(scheduler, bodies, images)
     document = openapi.document(with_key=bool(settings.api_keys))
 
     async def models(_: Request) -> Response:
@@ -78,17 +78,17 @@ def create_app(
         return json_response(about)
 
     async def health(_: Request) -> Response:
-        status = desk.status
+        status = scheduler.status
         body = schemas.Health(
             status=status,
-            waiting=desk.waiting,
-            answering=desk.answering,
+            waiting=scheduler.waiting,
+            answering=scheduler.answering,
             memory_bytes=memory(),
         )
         return JSONResponse(body.model_dump(), 200 if status in ("ok", "unloaded") else 503)
 
     async def numbers(_: Request) -> Response:
-        return metrics.response(waiting=desk.waiting, loaded=desk.status == "ok")
+        return metrics.response(waiting=scheduler.waiting, loaded=scheduler.status == "ok")
 
     async def describe(_: Request) -> Response:
         return JSONResponse(document)
@@ -97,15 +97,15 @@ def create_app(
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async def open_model() -> None:
             try:
-                await desk.open()
+                await scheduler.open()
             except Exception as e:
                 failed(e)
 
         loading = asyncio.create_task(open_model())
         yield
-        await desk.stop(0)
+        await scheduler.stop(0)
         loading.cancel()
-        desk.close()
+        scheduler.close()
         bodies.close()
         images.close()
 
@@ -138,5 +138,5 @@ def create_app(
         exception_handlers=dict.fromkeys(HANDLED, handle),
         lifespan=lifespan,
     )
-    app.state.desk = desk
+    app.state.scheduler = scheduler
     return app

@@ -21,7 +21,7 @@ from seechat_lite.server.errors import ApiError
 from seechat_lite.server.image_urls import Images
 from seechat_lite.server.logs import note
 from seechat_lite.server.openai_api import json_response
-from seechat_lite.server.scheduler import Ask, Desk, Turn
+from seechat_lite.server.scheduler import GenerationRequest, Scheduler, Turn
 
 # (temperature, top_p, top_k, repetition_penalty) of the two demos
 _CHATGLM = (0.95, 0.7, 0, 1.0)
@@ -32,8 +32,8 @@ _MAX_LENGTH = 2048
 class Legacy:
     """The endpoint."""
 
-    def __init__(self, desk: Desk, bodies: Bodies, images: Images) -> None:
-        self._desk = desk
+    def __init__(self, scheduler: Scheduler, bodies: Bodies, images: Images) -> None:
+        self._scheduler = scheduler
         self._bodies = bodies
         self._images = images
 
@@ -50,11 +50,11 @@ class Legacy:
         turns = [Turn(question=q, answer=a) for q, a in history] + [Turn(question)]
         if body.image or body.image_prompt:
             file = await self._image(body)
-            turns[0] = replace(turns[0], images=tuple(await self._desk.prepare([file])))
+            turns[0] = replace(turns[0], images=tuple(await self._scheduler.prepare([file])))
         temperature, top_p, top_k, penalty = _CHATGLM if body.text is None else _VISUALGLM
         if body.temperature is not None:
             temperature = body.temperature if body.temperature >= 0.001 else 0.0
-        ask = Ask(
+        ask = GenerationRequest(
             client_of(request.scope),
             turns[-1],
             tuple(turns[:-1]),
@@ -67,7 +67,7 @@ class Legacy:
             ),
             max_length=body.max_length or _MAX_LENGTH,
         )
-        text, stats = await self._desk.whole_answer(ask)
+        text, stats = await self._scheduler.whole_answer(ask)
         note(request, stats)
         return json_response(
             schemas.LegacyAnswer(

@@ -17,7 +17,7 @@ from seechat_lite.chat import Model
 from seechat_lite.interrupts import EXIT_CODE, raise_on_ctrl_c
 from seechat_lite.server import logs
 from seechat_lite.server.app import create_app
-from seechat_lite.server.scheduler import Desk
+from seechat_lite.server.scheduler import Scheduler
 from seechat_lite.server.settings import Settings
 from seechat_weights.bundle.manifest import Manifest
 from seechat_weights.errors import SeechatError
@@ -59,13 +59,13 @@ def serve(
     app = create_app(
         load, manifest, settings=settings, context=context, format=format, failed=failed
     )
-    desk: Desk = app.state.desk
-    server = _Server(configure(app), desk, settings.grace)
+    scheduler: Scheduler = app.state.scheduler
+    server = _Server(configure(app), scheduler, settings.grace)
     with _listen(host, port) as sock:
         listening(_address(host, sock))
         raise_on_ctrl_c()  # from here on uvicorn takes care of signals
         server.run([sock])
-    if not desk.idle:  # loading, or in a call that does not end: it cannot be waited for
+    if not scheduler.idle:  # loading, or in a call that does not end: it cannot be waited for
         logging.shutdown()
         sys.stdout.flush()
         os._exit(server.exit_code)
@@ -94,9 +94,9 @@ def configure(app: Starlette) -> uvicorn.Config:
 class _Server(uvicorn.Server):
     """Ends running answers before it closes their connections, and lives on after a signal."""
 
-    def __init__(self, config: uvicorn.Config, desk: Desk, grace: float) -> None:
+    def __init__(self, config: uvicorn.Config, scheduler: Scheduler, grace: float) -> None:
         super().__init__(config)
-        self._desk = desk
+        self._scheduler = scheduler
         self._grace = grace
         self.exit_code = 0
 
@@ -104,7 +104,7 @@ class _Server(uvicorn.Server):
         for listener in self.servers:
             listener.close()
         log.info("stopping")
-        await self._desk.stop(self._grace)
+        await self._scheduler.stop(self._grace)
         await asyncio.sleep(0)  # the last pieces are on their way
         await super().shutdown(sockets)
 

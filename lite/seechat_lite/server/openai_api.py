@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: from a request to an Ask, and from an answer to JSON or events."""
+"""POST /v1/chat/completions: a request to a GenerationRequest, an answer to JSON or events."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ from seechat_lite.server.errors import ApiError, as_api_error, unsupported
 from seechat_lite.server.image_urls import Images
 from seechat_lite.server.logs import note
 from seechat_lite.server.request_limits import held_by
-from seechat_lite.server.scheduler import Ask, Desk, Turn
+from seechat_lite.server.scheduler import GenerationRequest, Scheduler, Turn
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +47,15 @@ class Completions:
     """
 
     def __init__(
-        self, desk: Desk, bodies: Bodies, images: Images, *, names: Sequence[str], context: int
+        self,
+        scheduler: Scheduler,
+        bodies: Bodies,
+        images: Images,
+        *,
+        names: Sequence[str],
+        context: int,
     ) -> None:
-        self._desk = desk
+        self._scheduler = scheduler
         self._bodies = bodies
         self._images = images
         self._names = names
@@ -60,11 +66,11 @@ class Completions:
         head = _Head(self._names[0])
         if stream:
             return await self._stream(request, head, ask, with_usage=usage)
-        text, stats = await self._desk.whole_answer(ask)
+        text, stats = await self._scheduler.whole_answer(ask)
         note(request, stats)
         return json_response(head.completion(text, stats))
 
-    async def _asked(self, request: Request) -> tuple[Ask, bool, bool]:
+    async def _asked(self, request: Request) -> tuple[GenerationRequest, bool, bool]:
         """What is asked, whether as a stream, and whether with its usage.
 
         Apart from answer(), so that the request is not held while it waits for its turn.
@@ -76,7 +82,7 @@ class Completions:
         drafts = _turns(body.messages)
         urls = [url for d in drafts for url in d.urls]
         read = await self._images.read(urls, held_by(request.scope))
-        files = iter(await self._desk.prepare(read))
+        files = iter(await self._scheduler.prepare(read))
         *past, turn = (
             Turn(
                 joined(d.texts, self._most),
@@ -90,10 +96,10 @@ class Completions:
         return ask, bool(body.stream), usage
 
     async def _stream(
-        self, request: Request, head: "_Head", ask: Ask, *, with_usage: bool
+        self, request: Request, head: "_Head", ask: GenerationRequest, *, with_usage: bool
     ) -> Response:
         """Headers are sent with the first piece, so that errors before it have their status."""
-        answer = self._desk.answer(ask)
+        answer = self._scheduler.answer(ask)
         try:
             first = await anext(answer)
         except BaseException:
@@ -198,7 +204,9 @@ def json_response(body: BaseModel) -> Response:
     return Response(to_json(body), media_type="application/json")
 
 
-def _ask(client: str, body: schemas.ChatRequest, turn: Turn, past: tuple[Turn, ...]) -> Ask:
+def _ask(
+    client: str, body: schemas.ChatRequest, turn: Turn, past: tuple[Turn, ...]
+) -> GenerationRequest:
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     stop = [text for text in stop if text]  # a form's field that nobody filled in stops nothing
     if len(stop) > MAX_STOPS or any(len(text) > MAX_STOP_LENGTH for text in stop):
@@ -217,7 +225,7 @@ def _ask(client: str, body: schemas.ChatRequest, turn: Turn, past: tuple[Turn, .
     limit = body.max_completion_tokens or body.max_tokens or Generation.max_new_tokens
     if limit == -1:  # the context is what limits it
         limit = schemas.MAX_INTEGER
-    return Ask(
+    return GenerationRequest(
         client,
         turn,
         past,

@@ -1,4 +1,4 @@
-"""The desk where answers are given: one model, one at a time, clients in turn.
+"""Who is answered when: one model, one answer at a time, clients in turn.
 
 Everything that touches the model runs in one thread. The pieces of an answer go to the client's
 task through a queue, so a slow client keeps nobody waiting; when that task is cancelled, its place
@@ -39,7 +39,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """All that one answer needs.
 
     client: names who asks; clients take turns.
@@ -52,7 +52,7 @@ class Ask:
     max_length: int | None = None  # prompt and answer together, instead of max_new_tokens
 
 
-class Desk:
+class Scheduler:
     """Made and used in the event loop's thread.
 
     load: opens the model, here and again after it was unloaded. queue: how many may wait.
@@ -114,7 +114,7 @@ class Desk:
         finally:
             self._leave()
 
-    async def answer(self, ask: Ask) -> AsyncGenerator[str | Stats, None]:
+    async def answer(self, ask: GenerationRequest) -> AsyncGenerator[str | Stats, None]:
         """Wait for a turn; yield the answer's pieces as they come, and at its end the Stats.
 
         Raises ApiError when the queue is full or the server stops, and what Chat.stream raises.
@@ -170,7 +170,7 @@ class Desk:
             gone.set()
         return ready
 
-    async def whole_answer(self, ask: Ask) -> tuple[str, Stats]:
+    async def whole_answer(self, ask: GenerationRequest) -> tuple[str, Stats]:
         """The pieces joined, and the Stats."""
         text = ""
         async with aclosing(self.answer(ask)) as answer:
@@ -269,7 +269,9 @@ class Desk:
             self._model.close()
             self._model = None
 
-    def _run(self, ask: Ask, running: "_Running", put: Callable[[str], object]) -> Stats:
+    def _run(
+        self, ask: GenerationRequest, running: "_Running", put: Callable[[str], object]
+    ) -> Stats:
         try:
             chat = self._loaded().chat(self._format)
             for turn in ask.past:

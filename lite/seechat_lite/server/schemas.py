@@ -26,7 +26,7 @@ class ImageURL(_Request):
     )
 
 
-class Part(_Request):
+class TensorMapping(_Request):
     """A text or a picture. One model for both: a union would build a large picture twice."""
 
     type: Literal["text", "image_url"]
@@ -48,7 +48,7 @@ class Message(_Request):
     """One message; the text of system and developer messages precedes the next question."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | FastList[Part] | None = None
+    content: str | FastList[TensorMapping] | None = None
 
 
 def _not_zero(tokens: int) -> int:

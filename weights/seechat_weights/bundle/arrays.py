@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seechat_weights.bundle.layout import Item, decoder_layout
+from seechat_weights.bundle.layout import TensorLayout, decoder_layout
 from seechat_weights.bundle.manifest import Manifest
 from seechat_weights.bundle.precisions import stored_precision
 from seechat_weights.errors import BundleError
@@ -77,13 +77,13 @@ class BundleArrays:
             return np.fromfile(f, decoder.embeddings_dtype).reshape(shape)
 
     @cached_property
-    def items(self) -> Sequence[Item]:
+    def items(self) -> Sequence[TensorLayout]:
         """The decoder's tensors in file order."""
         decoder = self.manifest.decoder
         precision = stored_precision(decoder.precision, head_bits=decoder.head_bits)
         return decoder_layout(self.manifest.lm, precision, decoder.block_size)
 
-    def stored(self, item: Item) -> list[np.ndarray]:
+    def stored(self, item: TensorLayout) -> list[np.ndarray]:
         """The mapped arrays of a tensor: private copies, of which nothing reaches the file."""
         return [self._weights[s.offset : s.end].view(s.dtype).reshape(s.shape) for s in item.stored]
 

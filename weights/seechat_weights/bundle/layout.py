@@ -26,7 +26,7 @@ ALIGN = 4096  # a page: lets a runtime map each tensor straight from the file
 
 
 @dataclass(frozen=True)
-class Stored:
+class ArraySpan:
     """One array in the weights file."""
 
     name: str
@@ -44,7 +44,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Item:
+class TensorLayout:
     """One of our tensors and the arrays stored for it.
 
     kind: "vector", stored as it is, or "linear", stored as the precision says. shape: the
@@ -57,7 +57,7 @@ class Item:
     kind: str
     shape: tuple[int, ...]
     heads: str
-    stored: tuple[Stored, ...]
+    stored: tuple[ArraySpan, ...]
     bits: int = 0
 
     @property
@@ -114,14 +114,14 @@ def reordered_prefix(prefix: np.ndarray, config: LMConfig, *, padded: bool = Tru
     return np.stack([reordered(prefix[:, i], orders[i], axis=-1) for i in (0, 1)], axis=1)
 
 
-def decoder_layout(config: LMConfig, precision: Precision, block_size: int) -> list[Item]:
+def decoder_layout(config: LMConfig, precision: Precision, block_size: int) -> list[TensorLayout]:
     """The decoder's tensors but for the word embeddings, in file order.
 
     A linear of float weights is stored transposed, [inputs, outputs]; one in blocks as codes, uint8
     [outputs, blocks, block_size * bits / 8], and scales [outputs, blocks] (see ONNX Runtime's
     MatMulNBits).
     """
-    items: list[Item] = []
+    items: list[TensorLayout] = []
     end = 0
     for tensor in _tensors(config):
         key, shape, bits = tensor.key, tensor.shape, _bits(tensor, precision)
@@ -139,9 +139,9 @@ def decoder_layout(config: LMConfig, precision: Precision, block_size: int) -> l
             ]
         stored = []
         for name, dtype, size in arrays:
-            stored.append(Stored(name, dtype, size, -(-end // ALIGN) * ALIGN))
+            stored.append(ArraySpan(name, dtype, size, -(-end // ALIGN) * ALIGN))
             end = stored[-1].end
-        items.append(Item(key, kind, shape, tensor.heads, tuple(stored), bits))
+        items.append(TensorLayout(key, kind, shape, tensor.heads, tuple(stored), bits))
     return items
 
 

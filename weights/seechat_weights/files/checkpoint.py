@@ -26,8 +26,8 @@ from seechat_weights.files.reading import (
 from seechat_weights.files.tensor_view import (
     MAX_TENSORS,
     Block,
-    Stored,
     TensorInfo,
+    TensorView,
     open_safetensors,
     verify,
 )
@@ -82,7 +82,7 @@ class Checkpoint:
     def __init__(self, path: Path, files: list[Path]) -> None:
         self.path = path
         self.shapes: dict[str, TensorInfo] = {}
-        self._stored: dict[str, Stored] = {}
+        self._stored: dict[str, TensorView] = {}
         self._verified: set[tuple[Path, Block]] = set()
         for file in files:
             tensors = _open_file(file)
@@ -259,7 +259,7 @@ def _all_shards(folder: Path, stem: str, suffix: str, shards: list[Path]) -> lis
     )
 
 
-def _open_file(path: Path) -> dict[str, Stored]:
+def _open_file(path: Path) -> dict[str, TensorView]:
     head = first_bytes(path)
     other = next((row for row in _OTHERS if re.match(row[0], head, re.IGNORECASE)), None)
     try:

@@ -53,7 +53,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorView:
     """A tensor in a file."""
 
     file: Path
@@ -145,7 +145,7 @@ def verify(file: Path, block: Block) -> None:
         )
 
 
-def open_safetensors(path: Path) -> dict[str, Stored]:
+def open_safetensors(path: Path) -> dict[str, TensorView]:
     """The tensors of a safetensors file; reads its header.
 
     Raises CheckpointError for a header that does not describe exactly the bytes of the file.
@@ -174,7 +174,7 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _described(path: Path, name: str, entry: Any, base: int) -> Stored:
+def _described(path: Path, name: str, entry: Any, base: int) -> TensorView:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _damaged(path, f"tensor {shown(name)} without dtype, shape and data_offsets")
     kind, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -197,7 +197,7 @@ def _described(path: Path, name: str, entry: Any, base: int) -> Stored:
     if end - begin != count * ITEM_BYTES[dtype]:
         raise _damaged(path, f"tensor {shown(name)} of shape {shape} in {end - begin} bytes")
     info = TensorInfo(tuple(shape), dtype)
-    return Stored(path, info, Block(base + begin, end - begin), 0, tuple(strides))
+    return TensorView(path, info, Block(base + begin, end - begin), 0, tuple(strides))
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

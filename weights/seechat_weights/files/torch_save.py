@@ -21,8 +21,8 @@ from seechat_weights.files.tensor_view import (
     MAX_NAME,
     MAX_TENSORS,
     Block,
-    Stored,
     TensorInfo,
+    TensorView,
     check_names,
 )
 from seechat_weights.files.untrusted import open_file
@@ -39,7 +39,7 @@ _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1
 _MAX_DEPTH = 32  # of modules in a TorchScript archive
 
 
-def open_torch(path: Path, *, zipped: bool) -> dict[str, Stored]:
+def open_torch(path: Path, *, zipped: bool) -> dict[str, TensorView]:
     """The tensors of a file by torch.save, a training script's wrapping taken off.
 
     Raises CheckpointError: truncated, damaged or hostile.
@@ -60,7 +60,7 @@ def open_torch(path: Path, *, zipped: bool) -> dict[str, Stored]:
                 f"{storage.count} numbers of {storage.dtype}",
             )
         info = TensorInfo(shape, storage.dtype)
-        tensors[name] = Stored(path, info, block, tensor.offset, strides)
+        tensors[name] = TensorView(path, info, block, tensor.offset, strides)
         tensors[name].check(name)
     return tensors
 
@@ -225,7 +225,7 @@ def _sizes(sizes: Any) -> tuple[int, ...]:
     """A shape or strides: a tuple, or the torch.Size that newer files hold."""
     if isinstance(sizes, Inert) and sizes.name == "torch.Size" and isinstance(sizes.state, tuple):
         sizes = sizes.state[0] if len(sizes.state) == 1 else ()
-    return sizes if isinstance(sizes, tuple) else (-1,)  # refused by Stored.check
+    return sizes if isinstance(sizes, tuple) else (-1,)  # refused by TensorView.check
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

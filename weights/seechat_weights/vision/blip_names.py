@@ -29,7 +29,7 @@ from seechat_weights.files.accounting import (
 )
 from seechat_weights.files.checkpoint import Checkpoint
 from seechat_weights.vision.network import blip_parameters
-from seechat_weights.vision.part import Part
+from seechat_weights.vision.part import TensorMapping
 
 # VisualGLM-6B's vision half in its Hugging Face folder and in its SAT file
 SAT_PREFIXES = ("image_encoder.", "mixins.eva.model.")
@@ -54,7 +54,7 @@ class BlipNames:
     queries: int
     outputs: int  # the LM's hidden size
     network: VisionNetwork  # the tensors do not tell its heads
-    used: dict[str, Part]  # our parameter -> where it comes from
+    used: dict[str, TensorMapping]  # our parameter -> where it comes from
     sizes: dict[str, Shape]  # our parameter -> its shape
     ignored: dict[str, str]  # published tensor -> reason
 
@@ -194,7 +194,7 @@ def map_visualglm(source: Overlay) -> BlipNames:
 
 def _map(
     source: Overlay,
-    find: Callable[[str], Part],
+    find: Callable[[str], TensorMapping],
     reasons: Iterable[tuple[str, str]],
     blocks: int,
     layers: int,
@@ -253,14 +253,14 @@ _SEECHAT_NAMES = {
 }
 
 
-def _seechat_part(ours: str) -> Part:
+def _seechat_part(ours: str) -> TensorMapping:
     name = ours
     for old, new in _SEECHAT_NAMES.items():
         name = name.replace(old, new)
     if name.endswith("attn.qkv.bias"):  # the key's bias is zero, and not published
         at = name.removesuffix("qkv.bias")
-        return Part((f"{at}q_bias", None, f"{at}v_bias"))
-    return Part((name,))
+        return TensorMapping((f"{at}q_bias", None, f"{at}v_bias"))
+    return TensorMapping((name,))
 
 
 _SAT_VIT = {
@@ -285,41 +285,41 @@ _SAT_QFORMER = {
 }
 
 
-def _sat_part(ours: str, prefix: str, layers: int) -> Part:
+def _sat_part(ours: str, prefix: str, layers: int) -> TensorMapping:
     """SAT's names: one fused tensor for q, k and v, and each layer norm one place further on.
 
     A post-norm layer of SAT begins with the norm that ends BERT's layer before.
     """
     vit, qformer = f"{prefix}vit.", f"{prefix}qformer.transformer."
     if ours == "tower.vit.embeddings.class_embedding":
-        return Part((f"{vit}transformer.word_embeddings.weight",), rank=2)
+        return TensorMapping((f"{vit}transformer.word_embeddings.weight",), rank=2)
     if ours == "tower.vit.embeddings.position_embedding":
-        return Part((f"{vit}transformer.position_embeddings.weight",), rank=2)
+        return TensorMapping((f"{vit}transformer.position_embeddings.weight",), rank=2)
     if ours == "bridge.query_tokens":
-        return Part((f"{qformer}word_embeddings.weight",), rank=2)
+        return TensorMapping((f"{qformer}word_embeddings.weight",), rank=2)
     if ours.startswith("bridge.projection."):
-        return Part((ours.replace("bridge.projection", f"{prefix}glm_proj"),))
+        return TensorMapping((ours.replace("bridge.projection", f"{prefix}glm_proj"),))
     name = ours.removeprefix("tower.vit.")
     if name != ours:
         for old, new in _SAT_VIT.items():
             name = name.replace(old, new)
-        return Part((vit + name,))
+        return TensorMapping((vit + name,))
     name, kind = ours.removeprefix("bridge.qformer.").rsplit(".", 1)
     if name == "layernorm":
-        return Part((f"{qformer}layers.0.input_layernorm.{kind}",))
+        return TensorMapping((f"{qformer}layers.0.input_layernorm.{kind}",))
     _, _, number, name = name.split(".", 3)
     if name == "output_query.LayerNorm":
         i = int(number) + 1
         at = f"layers.{i}.input_layernorm" if i < layers else "final_layernorm"
-        return Part((f"{qformer}{at}.{kind}",))
+        return TensorMapping((f"{qformer}{at}.{kind}",))
     at = f"{qformer}layers.{number}."
     fused = re.fullmatch(r"(cross)?attention\.attention\.(query|key|value)", name)
     if fused and not fused[1]:
         share = ("query", "key", "value").index(fused[2])
-        return Part((f"{at}attention.query_key_value.{kind}",), share=share, shares=3)
+        return TensorMapping((f"{at}attention.query_key_value.{kind}",), share=share, shares=3)
     if fused and fused[2] != "query":
         share = ("key", "value").index(fused[2])
-        return Part((f"{at}cross_attention.key_value.{kind}",), share=share, shares=2)
+        return TensorMapping((f"{at}cross_attention.key_value.{kind}",), share=share, shares=2)
     for old, new in _SAT_QFORMER.items():
         name = name.replace(old, new)
-    return Part((f"{at}{name}.{kind}",))
+    return TensorMapping((f"{at}{name}.{kind}",))

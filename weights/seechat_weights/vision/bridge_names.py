@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files.accounting import Shape, Shapes, account, check_shapes, few
 from seechat_weights.vision.network import BRIDGE_TENSORS, bridge_parameters
-from seechat_weights.vision.part import Part
+from seechat_weights.vision.part import TensorMapping
 
 _PREFIXES = ("model.mm_projector.", "mm_projector.", "llama_proj.", "")  # LLaVA, SEEChat
 # buffers of frozen networks that a training run of SEEChat leaves beside its projector
@@ -20,7 +20,7 @@ class BridgeNames:
     name: str  # a key of BRIDGE_TENSORS
     inputs: int
     outputs: int
-    used: dict[str, Part]  # our parameter -> where it comes from
+    used: dict[str, TensorMapping]  # our parameter -> where it comes from
     sizes: dict[str, Shape]  # our parameter -> its shape
     ignored: dict[str, str]  # published tensor -> reason
 
@@ -60,5 +60,5 @@ def map_bridge(shapes: Shapes, *, where: str) -> BridgeNames:
     outputs, inputs = first
     sizes = bridge_parameters(name, inputs, outputs)
     check_shapes(shapes, {keys[k]: shape for k, shape in sizes.items()}, where)
-    used = {k: Part((key,)) for k, key in keys.items()}
+    used = {k: TensorMapping((key,)) for k, key in keys.items()}
     return BridgeNames(name, inputs, outputs, used, sizes, ignored)

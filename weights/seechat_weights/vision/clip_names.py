@@ -18,7 +18,7 @@ from seechat_weights.files.accounting import (
     sizes_of,
 )
 from seechat_weights.vision.network import clip_parameters
-from seechat_weights.vision.part import Part
+from seechat_weights.vision.part import TensorMapping
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ClipNames:
     form: str  # "openai" (their own file), "open_clip" or "huggingface"
     image_size: int
     network: VisionNetwork  # that runs, without the last layer; the tensors do not tell its heads
-    used: dict[str, Part]  # our parameter -> where it comes from
+    used: dict[str, TensorMapping]  # our parameter -> where it comes from
     sizes: dict[str, Shape]  # our parameter -> its shape
     ignored: dict[str, str]  # published tensor -> reason
 
@@ -138,14 +138,14 @@ def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
     return ClipNames(clip_library(form, shapes), side * patch, network, used, sizes, ignored)
 
 
-def _clip_part(ours: str, form: ClipForm) -> Part:
+def _clip_part(ours: str, form: ClipForm) -> TensorMapping:
     if form.name == "huggingface":
-        return Part((form.prefix + ours,))
+        return TensorMapping((form.prefix + ours,))
     name = ours
     for old, new in _OPEN_CLIP_NAMES.items():
         name = name.replace(old, new)
     fused = re.fullmatch(r"(.*)self_attn\.([qkv])_proj\.(weight|bias)", name)
     if fused:
         key = f"{form.prefix}{fused[1]}attn.in_proj_{fused[3]}"
-        return Part((key,), share="qkv".index(fused[2]), shares=3)
-    return Part((form.prefix + name,))
+        return TensorMapping((key,), share="qkv".index(fused[2]), shares=3)
+    return TensorMapping((form.prefix + name,))

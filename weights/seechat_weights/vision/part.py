@@ -9,7 +9,7 @@ from seechat_weights.files.accounting import Shape
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorMapping:
     """Where a parameter comes from: published tensors, put together row by row.
 
     keys: concatenated; None stands for as many zeros as its neighbour has numbers. Of the rows, the

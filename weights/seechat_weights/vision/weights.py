@@ -33,7 +33,7 @@ from seechat_weights.vision.bridge_names import map_bridge
 from seechat_weights.vision.clip_config import clip_settings
 from seechat_weights.vision.clip_names import map_clip
 from seechat_weights.vision.network import BRIDGE, TOWER
-from seechat_weights.vision.part import Part
+from seechat_weights.vision.part import TensorMapping
 
 PUBLISHED = BlipSettings()
 GRAPH = "vision.onnx"
@@ -252,7 +252,7 @@ def _resized(names: BlipNames, image_size: int) -> BlipNames:
 
 
 @dataclass(frozen=True)
-class _ResizedPositions(Part):
+class _ResizedPositions(TensorMapping):
     """Position embeddings for another number of patches than the published ones."""
 
     published: Shape = ()
@@ -302,7 +302,7 @@ class _Names(Protocol):
     """Where parameters come from, by their names within a part of the network."""
 
     @property
-    def used(self) -> Mapping[str, Part]: ...
+    def used(self) -> Mapping[str, TensorMapping]: ...
     @property
     def sizes(self) -> Mapping[str, Shape]: ...
     @property

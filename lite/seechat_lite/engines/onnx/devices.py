@@ -1,4 +1,4 @@
-"""ONNX Runtime's devices, the sessions made on them, and steps recorded on a card."""
+"""ONNX Runtime's devices, the sessions made on them, and steps recorded on a GPU."""
 
 import contextlib
 import re
@@ -21,7 +21,7 @@ DEVICES = {
     "coreml": "CoreMLExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
 }
-# flash, memory-efficient or plain attention (1 + 2 + 16). By default cuDNN's on cards from Hopper
+# flash, memory-efficient or plain attention (1 + 2 + 16). By default cuDNN's on GPUs from Hopper
 # on, which makes a plan for every length of prompt
 ATTENTION = 19
 NO_MEMORY = re.compile(r"Failed to allocate memory.*|Available memory of .*|.*out of memory.*")
@@ -42,11 +42,11 @@ class Device:
         return next((name for name in CARDS if DEVICES[name] == self.provider), "cpu")
 
     @property
-    def on_card(self) -> bool:
+    def on_gpu(self) -> bool:
         return self.kind in CARDS
 
     def tensor(self, array: np.ndarray) -> ort.OrtValue:
-        """An array there: on a card a copy, else the array itself."""
+        """An array there: on a GPU a copy, else the array itself."""
         return ort.OrtValue.ortvalue_from_numpy(array, self.kind, self.number)
 
 
@@ -65,7 +65,7 @@ def find_device(name: str) -> Device:
         raise EngineError(
             f"device {name!r} is not in this ONNX Runtime; it offers: auto, {known}{hint}"
         )
-    if colon and not (device.on_card and number.isdecimal()):
+    if colon and not (device.on_gpu and number.isdecimal()):
         raise EngineError(f"device is {name!r}; expected its name, or such as cuda:1: choose one")
     return device
 
@@ -98,7 +98,7 @@ def open_session(
     options.enable_mem_reuse = False
     if as_written:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    chosen = {"device_id": str(device.number)} if device.on_card else {}
+    chosen = {"device_id": str(device.number)} if device.on_gpu else {}
     if device.kind == "cuda":
         chosen |= {
             "arena_extend_strategy": "kSameAsRequested",  # not to the next power of two
@@ -153,9 +153,9 @@ def out_of_memory(error: BaseException) -> str:
 class Recorded:
     """A decoder's step of one token as a CUDA graph, which finds everything where it lay before.
 
-    ONNX Runtime records a session whose nodes are all on the card, and none of them control flow,
+    ONNX Runtime records a session whose nodes are all on the GPU, and none of them control flow,
     where inputs and outputs are bound there too. On the host stays the total length, which chooses
-    kernels: here it is the cache's. How far to read they learn on the card.
+    kernels: here it is the cache's. How far to read they learn on the GPU.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ from seechat_lite.engines.onnx.memory import (
     bundle_plan,
     cache_bytes,
     check_memory,
-    float_bytes_on_card,
+    float_bytes_on_gpu,
 )
 from seechat_lite.memory import MemoryPlan
 from seechat_lite.native import Native, guarded
@@ -68,14 +68,14 @@ class OnnxEngine(Native):
         self._plan = plan
         options = replace(options, keep_vision=plan.keep_vision)
         self._vision = OnnxVision(source, options)
-        half = plan.card == 2 or options.dtype == "fp16"
+        half = plan.gpu == 2 or options.dtype == "fp16"
         self._dtype = np.dtype("f2" if half else "f4")  # of what the decoder is given
         self._records = half and self._device.kind == "cuda"
         with self._memory_planned():
             self._decoder: ort.InferenceSession | None = self._open_decoder(options, half=half)
         self._read_arrays()
         self._begin_empty()
-        self._fork = "never" if self._device.on_card else "idle"
+        self._fork = "never" if self._device.on_gpu else "idle"
 
     @classmethod
     def plan(cls, source: Source, *, context: int, options: EngineOptions) -> OnnxPlan:
@@ -96,8 +96,8 @@ class OnnxEngine(Native):
             manifest,
             context=context,
             keep_vision=options.keep_vision,
-            card=float_bytes_on_card(manifest, device.kind, options.dtype),
-            vision_card=float_bytes_on_card(manifest, seeing.kind, options.dtype),
+            gpu=float_bytes_on_gpu(manifest, device.kind, options.dtype),
+            vision_gpu=float_bytes_on_gpu(manifest, seeing.kind, options.dtype),
         )
 
     @classmethod
@@ -110,7 +110,7 @@ class OnnxEngine(Native):
         return f"onnxruntime {ort.__version__}"
 
     def step_bytes(self, tokens: int) -> int | None:
-        if self._plan.card:
+        if self._plan.gpu:
             return None
         lm, decoder = self._manifest.lm, self._manifest.decoder
         form = PRECISIONS[decoder.precision]
@@ -120,9 +120,9 @@ class OnnxEngine(Native):
     def _open_decoder(self, options: EngineOptions, *, half: bool) -> ort.InferenceSession:
         lm, decoder = self._manifest.lm, self._manifest.decoder
         exact = PRECISIONS[decoder.precision].exact
-        if self._plan.card and exact:  # GroupQueryAttention is for half precision there
+        if self._plan.gpu and exact:  # GroupQueryAttention is for half precision there
             log.warning(
-                "%s: a card leaves attention in float32 to the CPU, which is slow: "
+                "%s: a GPU leaves attention in float32 to the CPU, which is slow: "
                 "export at another precision, or use the torch engine",
                 self._manifest.name,
             )
@@ -158,13 +158,13 @@ class OnnxEngine(Native):
         self._head = cache.shape[3]
         self._cache_dtype = np.dtype({"tensor(float)": "f4", "tensor(float16)": "f2"}[cache.type])
         self._cache: dict[str, ort.OrtValue] = {}  # by the graph's names of the past
-        self._on_card: dict[str, ort.OrtValue] = {}  # the same, which there outlives an answer
+        self._on_gpu: dict[str, ort.OrtValue] = {}  # the same, which there outlives an answer
         self._recorded: Recorded | None = None
         self._binding: ort.IOBinding | None = self._opened().io_binding()
         self._length = 0  # tokens in the cache, those of a prefix included
         self._next_position = np.zeros((2, 1), np.int64)  # of the token that the next step appends
-        # for more, the card would make floats of all weights of 8 bits: 1.1 GB for the head
-        self._at_once = 4 if self._device.on_card and precision.in_bytes else self.context
+        # for more, the GPU would make floats of all weights of 8 bits: 1.1 GB for the head
+        self._at_once = 4 if self._device.on_gpu and precision.in_bytes else self.context
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         self.check_open()
@@ -207,7 +207,7 @@ class OnnxEngine(Native):
         return np.concatenate(logits)
 
     @guarded
-    def forget(self, tokens: int) -> None:
+    def rewind(self, tokens: int) -> None:
         self._length -= tokens  # what lies behind the length is never read, only overwritten
         self._next_position[1] -= tokens
 
@@ -223,7 +223,7 @@ class OnnxEngine(Native):
             self._cancelled = False
 
     def _empty(self) -> None:
-        """Free the cache, but for a card's."""
+        """Free the cache, but for a GPU's."""
         if self._binding:
             self._binding.clear_binding_inputs()  # the cache goes with its bindings
             self._binding.clear_binding_outputs()
@@ -233,7 +233,7 @@ class OnnxEngine(Native):
 
     def _release(self) -> None:
         self._empty()
-        self._on_card.clear()
+        self._on_gpu.clear()
         # a binding holds its session; embeddings their file
         self._recorded = self._binding = self._decoder = self._arrays = None
         self._vision.close()
@@ -246,9 +246,9 @@ class OnnxEngine(Native):
     def _begin(self) -> None:
         """An empty cache, but for the prefix."""
         self._empty()
-        self._cache = dict(self._on_card) or self._new_cache()
-        if self._device.on_card:
-            self._on_card = dict(self._cache)
+        self._cache = dict(self._on_gpu) or self._new_cache()
+        if self._device.on_gpu:
+            self._on_gpu = dict(self._cache)
         assert self._binding
         self._bind_cache(self._binding)
         self._length = len(self._prefix)
@@ -355,15 +355,15 @@ class OnnxEngine(Native):
 
     @contextmanager
     def _memory_planned(self) -> Iterator[None]:
-        """Turn a card's lack of memory into an error that says what to do."""
+        """Turn a GPU's lack of memory into an error that says what to do."""
         try:
             yield
         except Exception as e:  # ONNX Runtime raises its own unrelated exception types
-            if not self._plan.card or not (said := out_of_memory(e)):
+            if not self._plan.gpu or not (said := out_of_memory(e)):
                 raise
             how = advice(self._plan, self._manifest, self._plan.total - 1, last="free some of it")
             raise MemoryPlanError(
-                f"the card's memory is short ({said}); {self._manifest.name} needs {self._plan}: "
+                f"the GPU's memory is short ({said}); {self._manifest.name} needs {self._plan}: "
                 f"{how}"
             ) from e
 
@@ -379,7 +379,7 @@ class OnnxVision(Native):
         self._session: ort.InferenceSession | None = None
         self._checked = False  # whether the graph is one that an export writes
         self._run: ort.RunOptions | None = None  # of the picture that is being read
-        self._fork = "never" if self.device.on_card else "idle"
+        self._fork = "never" if self.device.on_gpu else "idle"
 
     @guarded
     def encode(self, pixels: np.ndarray) -> np.ndarray:
@@ -387,7 +387,7 @@ class OnnxVision(Native):
         vision, exact = self._manifest.vision, self._options.dtype == "fp32"
         assert vision is not None
         precision = VISION_PRECISIONS[vision.precision]
-        half = self.device.on_card and not exact and vision.half in self._manifest.files
+        half = self.device.on_gpu and not exact and vision.half in self._manifest.files
         size = vision.pixels.image_size
         # for one picture, preparing the weights takes longer than it saves, and twice the memory;
         # int8 products need it
@@ -446,6 +446,6 @@ def _run_options(*, return_memory: bool = False) -> ort.RunOptions:
     """return_memory: of large activations, to the system, when the run ends."""
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", "-1")  # none that is recorded
-    if return_memory:  # not a card's, which recorded steps go on to use
+    if return_memory:  # not a GPU's, which recorded steps go on to use
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options

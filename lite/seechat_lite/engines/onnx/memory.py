@@ -2,7 +2,7 @@
 
 The sums are the most that is held: the weights as the kernels keep them; then either the key/value
 cache of a full context and a workspace for the longest prompt, or the vision network, if that is
-released after every picture; else all of them. On a card the cache stays.
+released after every picture; else all of them. On a GPU the cache stays.
 
 What counts is memory that the system cannot take back. Pages of mapped files (weights that were
 copied for the kernels, a vision network that runs as written) are resident besides, as long as
@@ -40,18 +40,18 @@ class OnnxPlan(MemoryPlan):
     """A MemoryPlan whose vision network may be released before the prompt is read."""
 
     keep_vision: bool = True  # or it is released after every picture
-    card: int = 0  # see float_bytes_on_card
-    vision_card: int = 0  # the same of vision, whose bytes are not here if it lies elsewhere
+    gpu: int = 0  # see float_bytes_on_gpu
+    vision_gpu: int = 0  # the same of vision, whose bytes are not here if it lies elsewhere
 
     @property
     def on_host(self) -> bool:
-        return not self.card
+        return not self.gpu
 
     @property
     def total(self) -> int:
         if self.keep_vision:
             return super().total
-        cache, stays = (0, self.cache) if self.card else (self.cache, 0)
+        cache, stays = (0, self.cache) if self.gpu else (self.cache, 0)
         return self.weights + stays + max(self.vision + RUNTIME, cache + self.workspace)
 
     @property
@@ -59,7 +59,7 @@ class OnnxPlan(MemoryPlan):
         if self.keep_vision or not self.vision:
             return super().parts
         sizes = [f"{n} {human(getattr(self, n))}" for n in ("weights", "cache", "workspace")]
-        stay = 2 if self.card else 1
+        stay = 2 if self.gpu else 1
         rest = f"({' + '.join(sizes[stay:])}, or before that vision {human(self.vision)})"
         return " + ".join([*sizes[:stay], rest])
 
@@ -69,15 +69,15 @@ def bundle_plan(
     *,
     context: int,
     keep_vision: bool | None = None,
-    card: int = 0,
-    vision_card: int | None = None,
+    gpu: int = 0,
+    vision_gpu: int | None = None,
 ) -> OnnxPlan:
     """The memory plan of a bundle at a context of `context` tokens, where the decoder runs.
 
-    keep_vision: None keeps a vision network of up to KEPT_VISION bytes, on a card any. card,
-    vision_card: see float_bytes_on_card; vision_card is None for the decoder's device.
+    keep_vision: None keeps a vision network of up to KEPT_VISION bytes, on a GPU any. GPU,
+    vision_gpu: see float_bytes_on_gpu; vision_gpu is None for the decoder's device.
     """
-    vision_card = card if vision_card is None else vision_card
+    vision_gpu = gpu if vision_gpu is None else vision_gpu
     lm, precision = manifest.lm, PRECISIONS[manifest.decoder.precision]
 
     def stored(graph: str) -> int:  # a graph and the weights beside it
@@ -86,19 +86,19 @@ def bundle_plan(
     vision = 0
     if manifest.vision:
         file, form = stored(manifest.vision.graph), VISION_PRECISIONS[manifest.vision.precision]
-        half = vision_card == 2 and manifest.vision.half in manifest.files
+        half = vision_gpu == 2 and manifest.vision.half in manifest.files
         vision = file * (1 if half else form.widening)  # prepared for speed
         if keep_vision is None:
-            keep_vision = bool(vision_card) or vision <= KEPT_VISION
-        if bool(vision_card) != bool(card):
+            keep_vision = bool(vision_gpu) or vision <= KEPT_VISION
+        if bool(vision_gpu) != bool(gpu):
             vision = 0
-        elif not (keep_vision or form.integers or card):  # mapped, widened a layer at a time
+        elif not (keep_vision or form.integers or gpu):  # mapped, widened a layer at a time
             vision = VISION_WORKSPACE
     # what a layer of the longest prompt holds at once, as measured: the MLP's and the attention's,
     # and what an arena leaves between them
-    activations = context * (2 * lm.inner_size + 18 * lm.hidden_size) * (card or 4)
-    weights = stored(manifest.decoder.graph) * (1 if card == 2 else precision.widening)
-    if precision.block and not card:  # the kernels add the sum of every block to its scale
+    activations = context * (2 * lm.inner_size + 18 * lm.hidden_size) * (gpu or 4)
+    weights = stored(manifest.decoder.graph) * (1 if gpu == 2 else precision.widening)
+    if precision.block and not gpu:  # the kernels add the sum of every block to its scale
         weights += weights * 4 // (manifest.decoder.block_size * precision.bits // 8 + 4)
     return OnnxPlan(
         weights=weights,
@@ -107,12 +107,12 @@ def bundle_plan(
         workspace=RUNTIME + activations,
         context=context,
         keep_vision=keep_vision is not False,
-        card=card,
-        vision_card=vision_card,
+        gpu=gpu,
+        vision_gpu=vision_gpu,
     )
 
 
-def float_bytes_on_card(manifest: Manifest, device: str, dtype: str | None) -> int:
+def float_bytes_on_gpu(manifest: Manifest, device: str, dtype: str | None) -> int:
     """Bytes of a number that the default engine computes with on `device`; 0 for the CPU.
 
     dtype: "fp32" where float16 is not wanted.
@@ -131,13 +131,13 @@ def cache_bytes(lm: LMConfig, precision: Precision, tokens: int) -> int:
 def check_memory(needed: OnnxPlan, manifest: Manifest, *, budget: int | None = None) -> None:
     """Raise MemoryPlanError if `needed` exceeds what is free, or `budget` bytes.
 
-    Of a card only the budget is known. The error has the sums and the next smaller setting that
+    Of a GPU only the budget is known. The error has the sums and the next smaller setting that
     fits.
     """
     check_room(
         needed,
         manifest.name,
-        free=None if needed.card else memory.available_memory(),
+        free=None if needed.gpu else memory.available_memory(),
         budget=budget,
         advice=lambda room, last: advice(needed, manifest, room, last=last),
     )
@@ -151,8 +151,8 @@ def advice(needed: OnnxPlan, manifest: Manifest, room: int, *, last: str) -> str
             manifest,
             context=context,
             keep_vision=keep_vision,
-            card=needed.card,
-            vision_card=needed.vision_card,
+            gpu=needed.gpu,
+            vision_gpu=needed.vision_gpu,
         )
         return smaller.total <= room
 

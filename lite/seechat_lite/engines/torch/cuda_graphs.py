@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seechat_lite.engines.torch.decoder import Cache, Decoder, KernelPlace
+from seechat_lite.engines.torch.decoder import Cache, Decoder, KernelOps
 from seechat_lite.engines.torch.kernels import KERNEL_ROWS
 
 RECORDING = threading.Lock()  # CUDA records one graph at a time in a process
@@ -86,6 +86,6 @@ class _Step:
         self._graph.replay()
 
     def _run(self) -> None:
-        place = KernelPlace(self._positions, self._length)
+        place = KernelOps(self._positions, self._length)
         rows = len(self._logits)
         self._logits.copy_(self._decoder(self._embeds, place, self._cache, logit_rows=rows))

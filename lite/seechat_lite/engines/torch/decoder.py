@@ -36,7 +36,7 @@ class Cache:
         return cls(keys, [torch.zeros_like(k) for k in keys])
 
 
-class Place(Protocol):
+class StepOps(Protocol):
     """How new tokens go through a layer: between its linears."""
 
     def add_norm(self, branch: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor: ...
@@ -45,7 +45,7 @@ class Place(Protocol):
 
 
 @dataclass(frozen=True)
-class TorchPlace:
+class TorchOps:
     """Behind `length` tokens; the first `context` of the new ones see each other both ways."""
 
     positions: Tensor  # int64 [2, rows]
@@ -71,7 +71,7 @@ class TorchPlace:
 
 
 @dataclass(frozen=True)
-class KernelPlace:
+class KernelOps:
     """Causally behind as many tokens as `length`, int32 [1] on the device, says at the time."""
 
     positions: Tensor  # int64 [2, rows]
@@ -88,10 +88,10 @@ class KernelPlace:
 
 
 @dataclass(frozen=True)
-class PromptKernelPlace(KernelPlace):
+class PromptKernelOps(KernelOps):
     """The same for a prompt, but that it attends in torch, which is made for many rows."""
 
-    prompt: TorchPlace
+    prompt: TorchOps
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         return self.prompt.attend(queries, keys, values, scale)
@@ -123,25 +123,25 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         rotary: Tensor,
-        place: Place,
+        ops: StepOps,
         keys: Tensor,
         values: Tensor,
         next_norm: nn.LayerNorm,
     ) -> Tensor:
         """From this layer's normed input to that of what comes next, whose norm it is."""
-        branch = self.attention["dense"](self._attended(x, rotary, place, keys, values))
-        x = place.add_norm(branch, x, self.post_attention_layernorm)
+        branch = self.attention["dense"](self._attended(x, rotary, ops, keys, values))
+        x = ops.add_norm(branch, x, self.post_attention_layernorm)
         wide = with_gelu(self.mlp["dense_h_to_4h"], x)
-        return place.add_norm(self.mlp["dense_4h_to_h"](wide), x, next_norm)
+        return ops.add_norm(self.mlp["dense_4h_to_h"](wide), x, next_norm)
 
     def _attended(
-        self, x: Tensor, rotary: Tensor, place: Place, keys: Tensor, values: Tensor
+        self, x: Tensor, rotary: Tensor, ops: StepOps, keys: Tensor, values: Tensor
     ) -> Tensor:
         # by itself, so that nothing of a long prompt's attention is held during its MLP
         qkv = self.attention["query_key_value"](x).unflatten(-1, self.split)
-        queries = place.append(qkv, rotary, keys, values)
+        queries = ops.append(qkv, rotary, keys, values)
         del qkv
-        return place.attend(queries, keys, values, self.scale).flatten(1)
+        return ops.attend(queries, keys, values, self.scale).flatten(1)
 
 
 class Decoder(nn.Module):
@@ -159,7 +159,7 @@ class Decoder(nn.Module):
     def forward(
         self,
         embeds: Tensor,
-        place: Place,
+        ops: StepOps,
         cache: Cache,
         *,
         logit_rows: int = 1,
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
         ):
             if between_layers:
                 between_layers()
-            x = layer(x, self.rotary, place, keys, values, norm)
+            x = layer(x, self.rotary, ops, keys, values, norm)
         return self.lm_head(x[-logit_rows:]).float()
 
 
@@ -191,7 +191,7 @@ def append(
     """Rotate queries and keys, and put keys and values into the cache behind `length` tokens.
 
     qkv: [rows, 3, heads, head]; rotary: float32 [2 (cos, sin), positions, head / 4]; positions:
-    int64 [2, rows]; keys, values: [heads, capacity, head], changed in place. Returns the rotated
+    int64 [2, rows]; keys, values: [heads, capacity, head], changed in ops. Returns the rotated
     queries, [rows, heads, head].
     """
     # [2, 2, rows, head / 4] to [rows, 1, head / 2]: the first half turns by the first position

@@ -33,9 +33,9 @@ from seechat_lite.engines.torch.cuda_graphs import Recorder
 from seechat_lite.engines.torch.decoder import (
     Cache,
     Decoder,
-    KernelPlace,
-    PromptKernelPlace,
-    TorchPlace,
+    KernelOps,
+    PromptKernelOps,
+    TorchOps,
 )
 from seechat_lite.engines.torch.kernels import KERNEL_ROWS, fused
 from seechat_lite.engines.torch.linears import QUANTIZATIONS
@@ -187,9 +187,9 @@ class TorchEngine(Native):
         with self._memory_planned():
             self._begin()
             at = torch.from_numpy(np.ascontiguousarray(positions)).to(self._device)
-            place = TorchPlace(at, self._length, context=split)
+            place = TorchOps(at, self._length, context=split)
             if self._fused:
-                place = PromptKernelPlace(at, self._length_there(), place)
+                place = PromptKernelOps(at, self._length_there(), place)
             logits = self._opened()(
                 torch.from_numpy(embeds).to(self._dtype).to(self._device),
                 place,
@@ -229,7 +229,7 @@ class TorchEngine(Native):
         return logits
 
     @guarded
-    def forget(self, tokens: int) -> None:
+    def rewind(self, tokens: int) -> None:
         self._length -= tokens  # what lies behind the length is never read, only overwritten
         self._next[1] -= tokens
 
@@ -285,9 +285,9 @@ class TorchEngine(Native):
         """A step that is not recorded: logits [rows, vocab]."""
         assert self._cache is not None
         at = torch.from_numpy(positions).to(self._device)
-        place = TorchPlace(at, self._length)
+        place = TorchOps(at, self._length)
         if self._fused:
-            place = KernelPlace(at, self._length_there())
+            place = KernelOps(at, self._length_there())
         return self._opened()(
             embeds.to(self._dtype).to(self._device),
             place,

@@ -82,4 +82,4 @@ def advice(plan: TorchPlan, room: int, *, last: str) -> str:
         return f"load it with context={smaller} (--context {smaller})"
     if plan.quantizable:
         return 'load it with quantize="int4" (--quantize int4), or export it with --precision int4'
-    return last if plan.on_host else f"{last}, or take a card with more memory"
+    return last if plan.on_host else f"{last}, or take a GPU with more memory"

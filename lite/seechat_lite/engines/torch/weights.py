@@ -31,7 +31,7 @@ from seechat_weights.lm.checkpoint import ALL, LM
 
 
 @dataclass(frozen=True)
-class Given:
+class LoadedTensor:
     """One tensor of ours: an array [outputs, inputs] or [size], or codes and scales.
 
     bits: of the blocks that a weight is in or, where it is one array, is to be put into.
@@ -59,7 +59,7 @@ class Weights(Protocol):
         """Word embeddings [tokens, hidden]."""
         ...
 
-    def tensors(self) -> Iterator["Given"]:
+    def tensors(self) -> Iterator["LoadedTensor"]:
         """Every tensor but the word embeddings, weights before their biases."""
         ...
 
@@ -86,12 +86,12 @@ class BundleWeights:
     def rows(self, ids: Sequence[int]) -> np.ndarray:
         return self._arrays.rows(ids)
 
-    def tensors(self) -> Iterator[Given]:
+    def tensors(self) -> Iterator[LoadedTensor]:
         for item in self._arrays.items:
             arrays = self._arrays.stored(item)
             if item.kind == "linear" and not item.bits:  # stored transposed
                 arrays = [arrays[0].T]
-            yield Given(item.key, arrays, item.bits)
+            yield LoadedTensor(item.key, arrays, item.bits)
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,16 @@ class CheckpointWeights:
     def rows(self, ids: Sequence[int]) -> np.ndarray:
         return self.lm.read("word_embeddings.weight", np.asarray(ids))
 
-    def tensors(self) -> Iterator[Given]:
+    def tensors(self) -> Iterator[LoadedTensor]:
         order = head_order(self.lm.config, "rows", padded=False)
         for key in self.lm.shapes:
             self.lm.audit(key)
             rows, bits = order if "query_key_value" in key else ALL, self.blocks.get(key, 0)
             if bits and bits == self.lm.bits(key):
                 published = self.lm.quantized(key, rows)
-                yield Given(key, [published.blocks(BLOCK), published.scales[:, None]], bits)
+                yield LoadedTensor(key, [published.blocks(BLOCK), published.scales[:, None]], bits)
             elif key != "word_embeddings.weight":
-                yield Given(key, [self.lm.read(key, rows)], bits)
+                yield LoadedTensor(key, [self.lm.read(key, rows)], bits)
 
 
 def weights_of(source: Source, *, quantize: str | None, exact: bool) -> Weights:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretend_card import CARD, pretend_card
+from pretend_gpu import CARD, pretend_gpu
 from reference import data
 from seechat_export.export import export_bundle
 from seechat_lite.engines import EngineOptions
@@ -28,13 +28,13 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    with pretend_card(monkeypatch, triton=False):
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    with pretend_gpu(monkeypatch, triton=False):
         yield CARD
 
 
-def test_the_card_refuses_what_a_real_one_refuses(card: torch.device) -> None:
-    there, here = torch.ones(3, device=card), torch.ones(3)
+def test_the_gpu_refuses_what_a_real_one_refuses(gpu: torch.device) -> None:
+    there, here = torch.ones(3, device=gpu), torch.ones(3)
     with pytest.raises(RuntimeError, match="same device"):
         there + here
     with pytest.raises((RuntimeError, TypeError)):
@@ -46,8 +46,8 @@ def test_the_card_refuses_what_a_real_one_refuses(card: torch.device) -> None:
     assert (there.cpu() + here).tolist() == [2, 2, 2]
 
 
-def test_a_graph_replays_what_was_recorded(card: torch.device) -> None:
-    x, graph = torch.ones(2, device=card), torch.cuda.CUDAGraph()
+def test_a_graph_replays_what_was_recorded(gpu: torch.device) -> None:
+    x, graph = torch.ones(2, device=gpu), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = (x * 3).unflatten(0, (1, 2))
         z = y + 1
@@ -97,14 +97,14 @@ def test_answers_are_those_of_the_cpu(
         return answers(engine, picture=eyes is not None)
 
     expected = run("cpu", "fp32")
-    with pretend_card(monkeypatch, triton=False):
+    with pretend_gpu(monkeypatch, triton=False):
         found = run("auto", dtype)
     bar = {"fp32": 5e-4, "fp16": 0.2}[dtype]
     np.testing.assert_allclose(found, expected, rtol=0, atol=bar)
 
 
 def test_a_refused_budget_is_not_in_force_afterwards(
-    card: torch.device, monkeypatch: pytest.MonkeyPatch
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, shares = data("chatglm_tiny"), []
     lend = lambda share, device: shares.append(share)  # noqa: E731
@@ -120,8 +120,8 @@ def test_the_gpu_program_runs_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--here", "--out", str(tmp_path)])
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # its code for cards needs a real one
-    with pretend_card(monkeypatch, triton=False):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # its code for GPUs needs a real one
+    with pretend_gpu(monkeypatch, triton=False):
         runpy.run_path(str(ROOT / "bench/gpu.py"), run_name="__main__")
     report = json.loads((tmp_path / "gpu-pretended-card-tiny.json").read_text("utf-8"))
     found = {name: stage["found"] for name, stage in report["stages"].items()}
@@ -133,7 +133,7 @@ def test_the_gpu_program_runs_to_its_end(
     assert not [why for why in skipped.values() if "Error" in why], skipped
 
 
-def test_steps_are_recorded_with_plain_operations_as_well(card: torch.device) -> None:
+def test_steps_are_recorded_with_plain_operations_as_well(gpu: torch.device) -> None:
     """The recorder by itself, over a decoder that is one multiplication."""
 
     class Doubles(torch.nn.Module):
@@ -144,7 +144,7 @@ def test_steps_are_recorded_with_plain_operations_as_well(card: torch.device) ->
 
     from seechat_lite.engines.torch.decoder import Cache
 
-    keys = torch.zeros(1, 8, 4, device=card)
+    keys = torch.zeros(1, 8, 4, device=gpu)
     recorder = Recorder(Doubles(), Cache([keys], [keys]), vocab_size=4)  # type: ignore[arg-type]
     for value in (1.0, 5.0):
         found = recorder.run(torch.full((2, 4), value), np.zeros((2, 2), np.int64), 3)

@@ -1,6 +1,6 @@
-"""A graphics card that is none: torch takes its tensors for CUDA's, and the CPU computes them.
+"""A GPU that is none: torch takes its tensors for CUDA's, and the CPU computes them.
 
-Where a program forgets to move something, this card refuses as a real one does: tensors of two
+Where a program forgets to move something, this GPU refuses as a real one does: tensors of two
 devices in one operation, numpy of a tensor that lies there, a kernel that is handed memory of the
 host, anything in a recorded graph that would have to wait. A recorded graph is a list of what was
 called, and to replay it calls them again on the same memory. It says nothing of speed, and it
@@ -25,20 +25,20 @@ WAITS = ("_local_scalar_dense", "nonzero", "item", "equal", "is_nonzero")
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]
 
 
-class OnCard(torch.Tensor):
-    """A tensor that says it lies on the card."""
+class OnGPU(torch.Tensor):
+    """A tensor that says it lies on the GPU."""
 
     numbers: torch.Tensor
 
     @staticmethod
-    def __new__(cls, numbers: torch.Tensor) -> "OnCard":
+    def __new__(cls, numbers: torch.Tensor) -> "OnGPU":
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             numbers.size(),
             strides=numbers.stride(),
             storage_offset=numbers.storage_offset(),
             dtype=numbers.dtype,
-            device="meta",  # torch's own code knows no cards here
+            device="meta",  # torch's own code knows no GPUs here
         )
         made.numbers = numbers
         return made
@@ -51,12 +51,12 @@ class OnCard(torch.Tensor):
     def device(self) -> torch.device:  # type: ignore[override]
         return CARD
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "OnCard":
-        return OnCard(self.numbers.clone())
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OnGPU":
+        return OnGPU(self.numbers.clone())
 
 
-class Card(TorchDispatchMode):
-    """Sends every operation here, so that what is asked of the card is made there."""
+class PretendGPU(TorchDispatchMode):
+    """Sends every operation here, so that what is asked of the GPU is made there."""
 
     recording: "Graph | None" = None
 
@@ -80,7 +80,7 @@ class Graph:
 
 
 class Kernel:
-    """A kernel of Triton's interpreter, launched on the card."""
+    """A kernel of Triton's interpreter, launched on the GPU."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -88,7 +88,7 @@ class Kernel:
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
             for arg in args:
-                if isinstance(arg, torch.Tensor) and not isinstance(arg, OnCard):
+                if isinstance(arg, torch.Tensor) and not isinstance(arg, OnGPU):
                     raise ValueError(
                         "Pointer argument cannot be accessed from Triton (cpu tensor?)"
                     )
@@ -123,12 +123,12 @@ def mapped(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
 
 
 def inside(value: Any) -> Any:
-    return value.numbers if isinstance(value, OnCard) else value
+    return value.numbers if isinstance(value, OnGPU) else value
 
 
 def record(call: Any, args: Any, kwargs: Any, made: Any) -> None:
-    if Card.recording is not None:
-        Card.recording.calls.append((call, args, kwargs, made))
+    if PretendGPU.recording is not None:
+        PretendGPU.recording.calls.append((call, args, kwargs, made))
 
 
 @torch.inference_mode(False)  # whose tensors torch would not let be views of others
@@ -136,17 +136,17 @@ def record(call: Any, args: Any, kwargs: Any, made: Any) -> None:
 def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name.removeprefix("aten::")
     given = tensors((args, kwargs))
-    there = [isinstance(t, OnCard) for t in given]
+    there = [isinstance(t, OnGPU) for t in given]
     wanted = kwargs.get("device")
-    to_card = any(there) if wanted is None else torch.device(wanted).type == "cuda"
+    to_gpu = any(there) if wanted is None else torch.device(wanted).type == "cuda"
     apart = any(there) and any(t.dim() and not on for t, on in zip(given, there, strict=True))
     if apart and name not in FREE_TO_MIX:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, {name}: "
             f"{[str(t.device) for t in given]}"
         )
-    if Card.recording is not None and (
-        name in WAITS or (given and not all(there) and any(there)) or (any(there) and not to_card)
+    if PretendGPU.recording is not None and (
+        name in WAITS or (given and not all(there) and any(there)) or (any(there) and not to_gpu)
     ):
         raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
     kwargs = dict(kwargs)
@@ -160,11 +160,11 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0] if isinstance(made, torch.Tensor) else made
     memory = {t.untyped_storage().data_ptr() for t in tensors((plain, named))}
     own = all(t.untyped_storage().data_ptr() not in memory for t in tensors(made))
-    if wanted is not None and any(there) != to_card and not own:  # it went to the other memory
+    if wanted is not None and any(there) != to_gpu and not own:  # it went to the other memory
         made = mapped(torch.clone, made)
-    elif to_card and own:
+    elif to_gpu and own:
         record(func, plain, named, made)
-    return mapped(OnCard, made) if to_card else made
+    return mapped(OnGPU, made) if to_gpu else made
 
 
 class Stream:
@@ -176,13 +176,13 @@ class Stream:
 
 @contextmanager
 def recorded(graph: Graph, *unused: Any, **options: Any) -> Iterator[None]:
-    assert Card.recording is None
+    assert PretendGPU.recording is None
     graph.calls.clear()
-    Card.recording = graph
+    PretendGPU.recording = graph
     try:
         yield
     finally:
-        Card.recording = None
+        PretendGPU.recording = None
 
 
 def few_large_programs(patch: pytest.MonkeyPatch) -> None:
@@ -196,8 +196,8 @@ def few_large_programs(patch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def pretend_card(patch: pytest.MonkeyPatch, *, triton: bool) -> Iterator[None]:
-    """A card, for as long as this lasts; `triton`: its kernels run, by the interpreter."""
+def pretend_gpu(patch: pytest.MonkeyPatch, *, triton: bool) -> Iterator[None]:
+    """A GPU, for as long as this lasts; `triton`: its kernels run, by the interpreter."""
     torch._C._set_only_lift_cpu_tensors(True)
     for name, value in {
         "_lazy_init": lambda: None,
@@ -211,7 +211,7 @@ def pretend_card(patch: pytest.MonkeyPatch, *, triton: bool) -> Iterator[None]:
         "memory_allocated": lambda: 0,
         "max_memory_allocated": lambda: 0,
         "max_memory_reserved": lambda: 0,
-        "get_device_name": lambda device=None: "Pretended card",
+        "get_device_name": lambda device=None: "Pretended GPU",
         "Stream": Stream,
         "stream": lambda stream: nullcontext(),
         "current_stream": lambda device=None: Stream(),
@@ -232,7 +232,7 @@ def pretend_card(patch: pytest.MonkeyPatch, *, triton: bool) -> Iterator[None]:
     for module in (engine, kernels):
         patch.setattr(module, "fused", lambda device: triton and device.type == "cuda")
     try:
-        with Card():
+        with PretendGPU():
             yield
     finally:
         torch._C._set_only_lift_cpu_tensors(False)

@@ -1,4 +1,4 @@
-"""The onnx engine as it is on a GPU: in float16, with recorded steps, on a card that is the CPU."""
+"""The onnx engine as it is on a GPU: in float16, with recorded steps, on a GPU that is the CPU."""
 
 import logging
 from dataclasses import replace
@@ -69,7 +69,7 @@ def answers(engine: Engine, name: str) -> np.ndarray:
     """Logits after a reference prompt and after the first tokens of its answer."""
     case = tensors(f"chatglm_tiny/case_{name}.safetensors")
     tokens = load_json("chatglm_tiny/cases.json")["cases"][name]["greedy"][:5]
-    # a copy: what a card's memory holds is copied anyhow, but the pretended one's is the CPU's
+    # a copy: what a GPU's memory holds is copied anyhow, but the pretended one's is the CPU's
     logits = [engine.prefill(Prompt(case["input_ids"][0].tolist())).copy()]
     return np.stack([*logits, *(engine.step(token) for token in tokens)])
 
@@ -131,7 +131,7 @@ def test_float16_takes_several_tokens_and_takes_them_back(
     engine.prefill(prompt)
     engine.step(40)
     engine.extend([7, 8, 9])
-    engine.forget(3)
+    engine.rewind(3)
     assert_close(engine.extend([41, 42, 43]), one_by_one[1:], HALF)
 
 
@@ -178,8 +178,8 @@ def test_devices_by_name_and_number(monkeypatch: pytest.MonkeyPatch) -> None:
         find_device("coreml")
 
 
-class Card:
-    """What the CPU says when it is asked as if it were a card."""
+class PretendGPU:
+    """What the CPU says when it is asked as if it were a GPU."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, str]] = []  # options of the provider, of every session
@@ -210,17 +210,17 @@ SESSION = ort.InferenceSession
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Card:
-    card = Card()
+def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendGPU:
+    gpu = PretendGPU()
     monkeypatch.setattr(onnx_devices.ort, "get_available_providers", lambda: [CUDA, CPU])
-    monkeypatch.setattr(onnx_devices.ort, "InferenceSession", card.session)
+    monkeypatch.setattr(onnx_devices.ort, "InferenceSession", gpu.session)
     monkeypatch.setattr(onnx_devices.ort, "preload_dlls", lambda: None)
     copy = lambda self, array: ort.OrtValue.ortvalue_from_numpy(array.copy())  # noqa: E731
     monkeypatch.setattr(Device, "tensor", copy)
-    return card
+    return gpu
 
 
-def test_a_card_computes_in_float16_unless_told_otherwise(bundles: Path, card: Card) -> None:
+def test_a_gpu_computes_in_float16_unless_told_otherwise(bundles: Path, gpu: PretendGPU) -> None:
     expected = answers(opened(bundles / "fp32", "torch"), "p1")
     for precision, dtype, half in (
         ("int8", None, True),
@@ -229,7 +229,7 @@ def test_a_card_computes_in_float16_unless_told_otherwise(bundles: Path, card: C
     ):
         engine = opened(bundles / precision, device="cuda:1", dtype=dtype, max_memory=10**9)
         assert isinstance(engine, OnnxEngine)
-        asked = card.asked.pop()
+        asked = gpu.asked.pop()
         assert asked["device_id"] == "1"
         assert asked["enable_cuda_graph"] == str(int(half))
         assert asked["use_tf32"] == str(int(half))  # fp32 is asked for where the numbers matter
@@ -237,15 +237,15 @@ def test_a_card_computes_in_float16_unless_told_otherwise(bundles: Path, card: C
         assert_close(answers(engine, "p1"), expected, 0.3)  # the CPU's int8 products round
 
 
-def test_a_provider_that_does_not_start_is_an_error(bundles: Path, card: Card) -> None:
+def test_a_provider_that_does_not_start_is_an_error(bundles: Path, gpu: PretendGPU) -> None:
     """ONNX Runtime itself would go on, on the CPU."""
-    card.loads = False
+    gpu.loads = False
     with pytest.raises(EngineError, match=f"cannot start {CUDA}.*expected NVIDIA's driver"):
         opened(bundles / "int8", device="cuda")
 
 
 @pytest.mark.parametrize("form", ["fp16", "int4", "prefix"])
-def test_recorded_steps(bundles: Path, card: Card, form: str) -> None:
+def test_recorded_steps(bundles: Path, gpu: PretendGPU, form: str) -> None:
     """They find new tokens, positions and lengths where the first ones lay, in every answer."""
     plain = opened(bundles / form, dtype="fp16")
     engine = opened(bundles / form, device="cuda")
@@ -260,7 +260,7 @@ def test_recorded_steps(bundles: Path, card: Card, form: str) -> None:
 
 def test_steps_that_come_out_otherwise_are_not_recorded(
     bundles: Path,
-    card: Card,
+    gpu: PretendGPU,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -268,6 +268,7 @@ def test_steps_that_come_out_otherwise_are_not_recorded(
     engine = opened(bundles / "fp16", device="cuda")
     assert isinstance(engine, OnnxEngine)
     monkeypatch.setattr(onnx_devices.Recorded, "run", lambda *_: np.full((1, 1), np.nan))
+    caplog.clear()  # of what opening on the CPU said
     with caplog.at_level(logging.WARNING):
         np.testing.assert_array_equal(answers(engine, "p1"), expected)
     assert engine._recorded is None
@@ -283,7 +284,9 @@ def test_steps_that_come_out_otherwise_are_not_recorded(
         "Available memory of 20000000 is smaller than requested bytes of 33415168",
     ],
 )
-def test_a_card_without_memory_says_what_would_fit(bundles: Path, card: Card, said: str) -> None:
+def test_a_gpu_without_memory_says_what_would_fit(
+    bundles: Path, gpu: PretendGPU, said: str
+) -> None:
     engine = create(
         "onnx",
         open_source(bundles / "int4"),
@@ -291,15 +294,15 @@ def test_a_card_without_memory_says_what_would_fit(bundles: Path, card: Card, sa
         options=EngineOptions(device="cuda"),
     )
     expected = answers(engine, "p1")
-    card.broken = said
-    with pytest.raises(MemoryPlanError, match=r"card's memory is short.*--context 512"):
+    gpu.broken = said
+    with pytest.raises(MemoryPlanError, match=r"GPU's memory is short.*--context 512"):
         answers(engine, "p1")
-    card.broken = ""
+    gpu.broken = ""
     np.testing.assert_array_equal(answers(engine, "p1"), expected)  # the next answer is whole
 
 
-def test_bytes_are_multiplied_a_few_tokens_at_a_time(bundles: Path, card: Card) -> None:
-    """More, and a card would make floats of all of them."""
+def test_bytes_are_multiplied_a_few_tokens_at_a_time(bundles: Path, gpu: PretendGPU) -> None:
+    """More, and a GPU would make floats of all of them."""
     lengths: list[int] = []
     engine = opened(bundles / "int8", device="cuda")
     assert isinstance(engine, OnnxEngine)
@@ -315,7 +318,7 @@ def test_bytes_are_multiplied_a_few_tokens_at_a_time(bundles: Path, card: Card) 
     assert_close(found, plain.extend(list(range(40, 50))), HALF)
 
 
-def test_a_card_sees_in_float16(bundles: Path, card: Card) -> None:
+def test_a_gpu_sees_in_float16(bundles: Path, gpu: PretendGPU) -> None:
     """With the graph for it; on the CPU, and where fp32 is asked for, with the other."""
     manifest = read_manifest(bundles / "seeing")
     assert manifest.vision and manifest.vision.half in manifest.files
@@ -327,15 +330,15 @@ def test_a_card_sees_in_float16(bundles: Path, card: Card) -> None:
     ):
         engine = opened(bundles / "seeing", device=device, dtype=dtype)
         found = engine.encode_image(pixels)
-        assert card.paths.pop().name == graph
+        assert gpu.paths.pop().name == graph
         assert_close(found, opened(bundles / "seeing").encode_image(pixels), HALF)
 
 
 # --- load() --------------------------------------------------------------------------------------
 
 
-def test_the_plan_for_a_card_is_not_the_machine_s(
-    bundles: Path, card: Card, monkeypatch: pytest.MonkeyPatch
+def test_the_plan_for_a_gpu_is_not_the_machine_s(
+    bundles: Path, gpu: PretendGPU, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("seechat_lite.memory.available_memory", lambda: 1)
     sl.load(bundles / "fp16", device="cuda").close()
