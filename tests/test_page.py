@@ -208,6 +208,7 @@ def test_what_was_said_before_the_server_went_stays(open_tab: Any) -> None:
         wait_until(lambda: len(tab.page.locator(".answer").inner_text()) > 2)
     said = tab.answered(1)
     assert len(said) > 2 and tab.page.locator(".numbers").inner_text() == "连不上服务器"
+    assert tab.page.locator("#announce").text_content() == "连不上服务器"
     assert tab.page.locator("#question").input_value() == ""
     tab.allow("net::ERR")  # the browser's words
 

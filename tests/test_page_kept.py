@@ -195,6 +195,30 @@ def test_a_running_question_survives_a_reload(slow: Running, open_tab: Any) -> N
     assert [m["role"] for m in bodies[0]["messages"]] == ["user", "assistant", "user"]
 
 
+def test_what_another_tab_has_ended_is_not_undone(slow: Running, open_tab: Any) -> None:
+    """An answer that ends while this tab asks who gives it stays as it ended."""
+    tab = open_tab(slow)
+    save = """async ([answer, state]) => {
+        const store = await import('/store.js');
+        const turn = {id: 't', conversation: 'c', at: 1, question: 'q', pictures: [], note: null};
+        await store.saveTurn({...turn, answer, state});
+    }"""
+    tab.page.evaluate(save, ["half", "running"])
+    tab.page.evaluate(
+        """async () => {
+            const store = await import('/store.js');
+            await store.saveConversation({id: 'c', title: 'c', named: true, created: 1, changed: 1,
+                draft: {text: '', pictures: []}});
+        }"""
+    )
+    tab.page.get_by_role("button", name="c", exact=True).click()
+    wait_until(lambda: tab.page.locator(".answer.waiting").count() == 1)
+    tab.page.evaluate(save, ["half and whole", "done"])
+    wait_until(lambda: tab.answers() == ["half and whole"])
+    tab.reload()
+    assert tab.answered(1) == "half and whole"
+
+
 def test_another_conversation_may_be_read_meanwhile(slow: Running, open_tab: Any) -> None:
     tab = open_tab(slow)
     talk(tab, "旧的")

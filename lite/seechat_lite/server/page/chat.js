@@ -87,7 +87,8 @@ export const reopen = () => open(sessionStorage.getItem(OPEN));
 // A turn of which nobody knows was being answered when its tab was closed or loaded again.
 async function endIfAbandoned(turn) {
   if (await store.liveElsewhere(turn.id)) return;
-  if (live.has(turn.id)) return; // asked again meanwhile
+  const now = await store.turn(turn.id).catch(() => turn);
+  if (now?.state !== "running" || live.has(turn.id)) return refresh(); // it ended, or is asked again
   turn.state = "done";
   turn.note = { end: "interrupted" };
   keep(store.saveTurn(turn));
@@ -251,16 +252,19 @@ async function answer(turn, { fresh = false, differently = false }) {
     if (!said) turn.answer = "";
     const { tokens, speed, seconds, reason } = end;
     turn.note = { tokens, speed, seconds, cut: reason === "length", left };
+    finish(run);
+    announce(views.get(turn.id)?.spoken ?? "");
   } catch (error) {
-    if (error.name === "AbortError") turn.note = { end: "stopped" };
-    else turn.note = { end: error.cause ?? "refused", detail: OURS.includes(error.cause) ? "" : error.message };
+    const stopped = error.name === "AbortError";
+    const detail = stopped || OURS.includes(error.cause) ? "" : error.message;
+    turn.note = { end: stopped ? "stopped" : (error.cause ?? "refused"), detail };
     if (!said && before.answer) {
       Object.assign(turn, before); // the answer there was stays
-      if (error.name !== "AbortError") notice(wordsFor(error));
-    } else if (!said && fresh && error.name !== "AbortError") giveBack(run);
-    if (error.name !== "AbortError") announce(wordsFor(error));
+      if (!stopped) notice(wordsFor(error));
+    } else if (!said && fresh && !stopped) giveBack(run);
+    finish(run);
+    announce(wordsFor(error));
   }
-  finish(run);
 }
 
 function finish(run) {
@@ -273,8 +277,6 @@ function finish(run) {
   drawFeet();
   follow();
   emit("state");
-  const view = views.get(turn.id);
-  if (view && turn.answer) announce(turn.note?.end ? text("stopped") : view.spoken);
 }
 
 // A question that could not be asked goes back to where it was written, unless something new is there.

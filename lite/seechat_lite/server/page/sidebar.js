@@ -95,7 +95,12 @@ async function rename(record) {
   const title = (await ask({ title: text("renameTitle"), value: record.title }))?.trim();
   if (!title) return;
   chat.renamed(record.id, title);
-  await keep(store.saveConversation({ ...record, title, named: true }));
+  await keep(renameStored(record, title));
+}
+
+async function renameStored(record, title) {
+  const now = (await store.conversation(record.id)) ?? record; // its draft may have grown since
+  await store.saveConversation({ ...now, title, named: true });
 }
 
 async function remove(record) {

@@ -55,6 +55,8 @@ export const conversation = (id) => transact("readonly", ["conversations"], (sto
 
 export const picture = (id) => transact("readonly", ["pictures"], (store) => store.get(id));
 
+export const turn = (id) => transact("readonly", ["turns"], (store) => store.get(id));
+
 export async function turns(id) {
   const found = await transact("readonly", ["turns"], (store) => store.index("conversation").getAll(id));
   return found.sort((a, b) => a.at - b.at);
