@@ -111,3 +111,13 @@ def test_where_weights_are_published() -> None:
 
 def test_no_example_is_forgotten() -> None:
     assert len(examples("docs/embedding.md")) == 5
+
+
+def test_the_architecture_page_names_the_files_that_there_are() -> None:
+    """Every file named there exists; every file on a package's first floor is named."""
+    named = set(re.findall(r"\b(\w+\.py)\b", (ROOT / "docs/architecture.md").read_text("utf-8")))
+    packages = [ROOT / f"{room}/seechat_{room}" for room in ("weights", "lite", "export")]
+    files = {p.name for package in packages for p in package.rglob("*.py")}
+    assert named <= files | {p.name for p in (ROOT / "tests").glob("*.py")}
+    first = {p.name for package in packages for p in package.glob("*.py")}
+    assert first - named <= {"__init__.py"}
