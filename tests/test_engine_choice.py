@@ -121,6 +121,9 @@ def test_the_torch_engine_leaves_the_process_as_it_was() -> None:
         assert settings() == before
     with pytest.raises(sl.EngineError):
         sl.load(TINY, engine="torch", device="cpu", threads=other, quantize="int3")
+    for threads in (-1, 100_000):  # as many would be started
+        with pytest.raises(sl.OptionError, match="expected 0 to"):
+            sl.load(threads=threads)
     assert settings() == before
 
 

@@ -622,6 +622,14 @@ def test_texts_that_are_no_path(text: str, message: str) -> None:
     assert message in found and len(found) < 500
 
 
+@pytest.mark.parametrize(("tag", "value"), [(259, 34887), (259, 34712), (258, 64)])
+def test_a_tiff_of_another_kind_is_not_called_damaged(tag: int, value: int) -> None:
+    content = saved(Image.new("L", (9, 9)), "TIFF")
+    at = content.index(struct.pack("<HHI", tag, 3, 1)) + 8
+    content = content[:at] + struct.pack("<H", value) + content[at + 2 :]
+    assert "a TIFF of a kind that is not read" in refused(content)
+
+
 def test_a_text_file_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("cat")
     with (tmp_path / "a.png").open() as file:

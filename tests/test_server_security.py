@@ -11,6 +11,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,18 @@ def test_slow_headers(monkeypatch: pytest.MonkeyPatch) -> None:
             with socket.create_connection(("127.0.0.1", server.port), 0.05) as s:
                 s.sendall(begin)
                 wait_until(lambda s=s, begin=begin: closed(s, dribbling=bool(begin)))
+
+
+def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_run, "MAX_CONNECTIONS", 8)
+    with running() as server, ExitStack() as opened:
+        for _ in range(30):
+            s = socket.create_connection(("127.0.0.1", server.port), PATIENCE)
+            opened.enter_context(s)
+        for _ in range(5):
+            assert server.request("GET", "/health")[0] == 200
+        s.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")  # the latest is still there
+        assert s.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
 def closed(s: socket.socket, *, dribbling: bool) -> bool:

@@ -101,6 +101,14 @@ def test_a_file_without_an_honest_size() -> None:
         read_file("/proc/self/status", limit=10)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="its /proc")
+def test_an_error_amid_a_file_says_which() -> None:
+    for read in (lambda f: f.read(9), lambda f: f.readall(), lambda f: f.readinto(bytearray(9))):
+        with open_file("/proc/self/mem") as file, pytest.raises(OSError) as e:
+            read(file)
+        assert e.value.filename == "/proc/self/mem"
+
+
 @pytest.mark.skipif(os.name != "posix", reason="pipes, devices and sockets with names")
 @pytest.mark.parametrize("kind", ["pipe", "device", "socket", "loop", "folder"])
 @pytest.mark.parametrize(

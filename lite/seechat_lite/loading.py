@@ -13,6 +13,7 @@ from seechat_lite.cache_folder import verify_once
 from seechat_lite.chat import IMAGE_CACHE, Model
 from seechat_lite.conversation import FORMATS
 from seechat_lite.engines import EngineOptions, engine_class, not_for
+from seechat_lite.engines.base import MAX_THREADS
 from seechat_lite.memory import MIN_CONTEXT, MemoryPlan
 from seechat_lite.source import Source, open_source
 from seechat_lite.tokenizer import Tokenizer
@@ -78,6 +79,8 @@ def load(
         raise ContextError(
             f"context is {context} tokens; expected at least {MIN_CONTEXT}: choose more"
         )
+    if not 0 <= threads <= MAX_THREADS:
+        raise OptionError(f"threads is {threads}; expected 0 to {MAX_THREADS}: choose fewer")
     if eyes is not None:
         warnings.warn("load(eyes=…) is now load(vision=…)", DeprecationWarning, stacklevel=2)
         vision = vision or eyes

@@ -151,6 +151,7 @@ def vision_files(args: argparse.Namespace, usage_error: UsageError) -> "VisionFi
 def load_options(args: argparse.Namespace, usage_error: UsageError) -> dict[str, Any]:
     """What load() is to be called with; a value that no model would take is wrong usage."""
     from seechat_lite.engines import not_for
+    from seechat_lite.engines.base import MAX_THREADS
     from seechat_lite.memory import parse_size
 
     check_engine(args, usage_error)
@@ -164,8 +165,8 @@ def load_options(args: argparse.Namespace, usage_error: UsageError) -> dict[str,
     }
     for name in not_for(args.engine, (name for name, (_, given) in own.items() if given)):
         usage_error(f"{own[name][0]} with --engine torch")
-    if args.threads < 0:
-        usage_error(f"--threads is {args.threads}; expected 0 or more")
+    if not 0 <= args.threads <= MAX_THREADS:
+        usage_error(f"--threads is {args.threads}; expected 0 to {MAX_THREADS}")
     max_memory = None
     if args.max_memory is not None:
         try:

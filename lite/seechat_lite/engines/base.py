@@ -13,13 +13,16 @@ from seechat_lite.source import Source
 from seechat_weights.config import LMConfig, VisionConfig
 from seechat_weights.errors import ContextError, EngineError
 
+# of the largest machines; ONNX Runtime starts as many as it is told, and each of them spins
+MAX_THREADS = 512
+
 
 @dataclass(frozen=True)
 class EngineOptions:
     """Where and how an engine runs."""
 
     device: str = "auto"
-    threads: int = 0  # on the CPU; 0 is one a core
+    threads: int = 0  # on the CPU, MAX_THREADS at most; 0 is one a core
     vision_device: str | None = None  # None for `device`
     # hold the vision network, or release it after every picture; None for what suits the device
     keep_vision: bool | None = True

@@ -100,6 +100,8 @@ def open_picture(
     except ImageError:
         raise
     except Exception as e:  # a plugin fails with almost any exception on damaged data
+        if format == "TIFF" and (str(e).isdecimal() or str(e) == "unknown pixel mode"):
+            raise _unusual_tiff(e) from None
         raise undecodable(e) from None
     check_size(image.size, image.mode)
     opened = Opened(image)
@@ -118,6 +120,15 @@ def open_picture(
     opened.needs = max(opened.needs, _needs(image, format, header))
     _check_needs(image.size, image.mode, format, opened.needs, budget)
     return opened
+
+
+def _unusual_tiff(error: Exception) -> ImageError:
+    """What is sound and of a kind that Pillow does not have, which names a compression's number."""
+    kind = f"compression {error}" if str(error).isdecimal() else str(error)
+    return ImageError(
+        f"a TIFF of a kind that is not read ({kind}); expected samples of 8 or 16 bits, compressed "
+        "by LZW, Deflate or JPEG: save it again, or as PNG"
+    )
 
 
 def _in_bands(header: Header, budget: int, least: int | None) -> Opened | None:

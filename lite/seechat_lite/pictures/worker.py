@@ -63,7 +63,7 @@ def main() -> None:
         except Exception as e:
             # no ImageError: a mistake of ours, or damage that shows only when it is converted
             error = e if isinstance(e, ImageError) else decode.undecodable(e)
-            head, body = {"error": str(error)}, b""
+            head, body = dict[str, Any](error=str(error)), b""
             # what is made of the pixels takes memory as well, which no header says
             if isinstance(error, decode.TooMuchMemoryError) and request["budget"] < request["full"]:
                 head = {"needs": request["full"]}

@@ -128,7 +128,10 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """Closes connections that take too long over their headers, or to begin at all."""
+    """Closes connections that take too long over their headers, or to begin at all.
+
+    Whoever opens very many and asks nothing keeps nobody else out: the oldest of these make room.
+    """
 
     _late: asyncio.TimerHandle | None = None
 
@@ -151,6 +154,12 @@ class _Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def _expect_headers(self) -> None:
+        if len(self.connections) > MAX_CONNECTIONS // 2:
+            silent = [c for c in self.connections if isinstance(c, _Protocol) and c._late]
+            oldest = min(silent, key=lambda c: c._late.when() if c._late else 0, default=None)
+            if oldest and len(silent) >= MAX_CONNECTIONS // 2:
+                oldest.transport.abort()
+                oldest._headers_came()
         self._late = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
     def _headers_came(self) -> None:

@@ -8,8 +8,11 @@ opened: so a path is looked at first, opened without waiting, and looked at agai
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 # Windows has neither O_NONBLOCK nor O_NOCTTY; elsewhere there is no O_BINARY
 _FLAGS = (
@@ -35,7 +38,7 @@ def open_file(path: Path | str, *, limit: int | None = None) -> FileIO:
         raise OSError(errno.EINVAL, f"no file name: {e}", str(path)) from None
     try:
         _check(os.fstat(file), path, limit)
-        return FileIO(file, "rb")
+        return _Named(file, path)
     except BaseException:
         os.close(file)
         raise
@@ -52,6 +55,34 @@ def read_file(path: Path | str, *, limit: int) -> bytes:
     if not left:
         raise _too_large(path, limit)
     return b"".join(parts)
+
+
+class _Named(FileIO):
+    """A file whose errors say which it is, as those of opening it do."""
+
+    def __init__(self, file: int, path: Path | str) -> None:
+        super().__init__(file, "rb")
+        self._path = str(path)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        with self._naming():
+            return super().read(-1 if size is None else size)
+
+    def readall(self) -> bytes:
+        with self._naming():
+            return super().readall()
+
+    def readinto(self, buffer: Any, /) -> int:
+        with self._naming():
+            return super().readinto(buffer)
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            e.filename = e.filename or self._path
+            raise
 
 
 def _check(status: os.stat_result, path: Path | str, limit: int | None) -> None:
