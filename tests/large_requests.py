@@ -83,6 +83,16 @@ PLACES: dict[str, tuple[str, str, str]] = {
         '},{"role":"user","content":"a"}]}',
     ),
     "messages": ("/v1/chat/completions", '{"messages":', "}"),
+    "pictures of a message": (
+        "/v1/chat/completions",
+        '{"messages":[{"role":"user","content":"a","images":[',
+        "]}]}",
+    ),
+    "result of a tool": (
+        "/v1/chat/completions",
+        '{"messages":[{"role":"user","content":"a"},{"role":"tool","content":',
+        "}]}",
+    ),
     **{
         name: (
             "/v1/chat/completions",
@@ -99,6 +109,10 @@ PLACES: dict[str, tuple[str, str, str]] = {
             "max_completion_tokens",
             "stream_options",
             "response_format",
+            "tool_choice",
+            "function_call",
+            "images",
+            "image_data",
             "unknown",
         )
     },

@@ -126,8 +126,9 @@ def test_several_pictures(client: openai.OpenAI) -> None:
 
 
 def test_models(client: openai.OpenAI) -> None:
-    (model,) = client.models.list().data
+    model, alias = client.models.list().data
     assert model.id == MODEL and model.object == "model"
+    assert (alias.id, alias.root) == ("gpt-4o", MODEL)  # pyright: ignore[reportAttributeAccessIssue]
     assert client.models.retrieve(MODEL).id == MODEL
     assert client.models.retrieve("gpt-4o").id == MODEL
     with pytest.raises(openai.NotFoundError):
@@ -281,20 +282,19 @@ def test_characters_may_be_escaped(server: Running) -> None:
         (asking("x", max_tokens=-2), 422, "invalid_request"),
         (asking("x", top_k=-2), 422, "invalid_request"),
         (asking("x", seed=2**64), 422, "invalid_request"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, 422, "invalid_request"),
-        ({"messages": [user({"type": "input_audio"}, text("x"))]}, 400, "invalid_request"),
+        ({"messages": [{"role": "nobody", "content": "x"}]}, 400, "invalid_messages"),
+        ({"messages": [user({"type": "input_audio"}, text("x"))]}, 400, "invalid_messages"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "invalid_messages"),
-        ({"messages": [user("x"), {"role": "assistant", "content": "y"}]}, 400, "invalid_messages"),
         ({"messages": [{"role": "user"}]}, 400, "invalid_messages"),
-        ({"messages": [user("x"), {"role": "system", "content": "y"}]}, 400, "invalid_messages"),
         (asking(" "), 400, "invalid_messages"),
         (asking("长" * 5000), 400, "context_length_exceeded"),
         (asking("x", n=2), 400, "unsupported"),
-        (asking("x", tools=[{}]), 400, "unsupported"),
-        (asking("x", functions=[{}]), 400, "unsupported"),
+        (asking("x", tools=[{}], tool_choice="required"), 400, "unsupported"),
+        (asking("x", tools=[{}], tool_choice={"type": "function"}), 400, "unsupported"),
+        (asking("x", functions=[{}], function_call={"name": "f"}), 400, "unsupported"),
         (asking("x", logit_bias={"5": 1}), 400, "unsupported"),
         (asking("x", logprobs=True), 400, "unsupported"),
-        (asking("x", presence_penalty=0.5), 400, "unsupported"),
+        (asking("x", presence_penalty=1.5), 400, "unsupported"),
         (asking("x", response_format={"type": "json_object"}), 400, "unsupported"),
         (asking("x", stop="a" * 257), 400, "invalid_value"),
         (asking("x", stop=["a"] * 17), 400, "invalid_value"),
@@ -375,7 +375,7 @@ def test_a_full_queue_refuses(slow: Running) -> None:
         wait_until(lambda n=waiting: slow.scheduler.waiting == n)
     status, headers, content = slow.request("POST", "/v1/chat/completions", asking("你好"))
     assert (status, json.loads(content)["error"]["code"]) == (503, "queue_full")
-    assert headers["Retry-After"] == "1"
+    assert 1 <= int(headers["Retry-After"]) <= 600  # as long as the queue will take
     for connection in connections:
         connection.close()
     wait_until(lambda: slow.scheduler.idle)

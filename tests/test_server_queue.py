@@ -201,7 +201,7 @@ def test_a_full_queue_refuses(held: tuple[Running, Held], monkeypatch: pytest.Mo
     answers = [ask(f"Q{n}", key=str(n)) for n in range(5)]
     status, headers, content = server.request("POST", "/v1/chat/completions", asking("Q5"))
     assert (status, json.loads(content)["error"]["code"]) == (503, "queue_full")
-    assert headers["Retry-After"] == "1"
+    assert 1 <= int(headers["Retry-After"]) <= 600  # as long as the queue will take
     load.go.set()
     assert all(a.result(PATIENCE)["choices"] for a in answers)
     assert order(load) == "01234"

@@ -278,6 +278,7 @@ class Chat:
         self.format = format
         self.turns: list[Turn] = []
         self.stats: Stats | None = None  # of the last answer
+        self.dropped_turns = 0  # for which the last question left no room
         self._embeds: dict[str, np.ndarray] = {}  # pictures of the turns, by key
         self._asked: tuple[str, list[ImageSource]] | None = None  # by messages, not yet answered
         self._stop = threading.Event()
@@ -421,7 +422,7 @@ class Chat:
         prompt, turns = self._fit(
             turn, embeds, reserve=generation.max_new_tokens, stopped=self._stop.is_set
         )
-        dropped = len(before) + 1 - len(turns)
+        dropped = self.dropped_turns = len(before) + 1 - len(turns)
         if dropped:
             log.warning("the context is full: the oldest %d turn(s) are forgotten", dropped)
             if self.format.demo and model.engine.context < DEMO_CONTEXT:

@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,19 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=lambda args: _serve(args, parser.error))
 
 
+def _check_origin(origin: str, usage_error: Callable[[str], Any]) -> None:
+    """Refuse what no browser ever sends, and tell of what lets in more than it seems."""
+    if origin.startswith("file:"):
+        usage_error(f"--cors-origin {origin}: browsers call pages of files `null`: give that")
+    if origin in ("*", "null"):
+        whom = "any web page" if origin == "*" else "pages of files, and of many a web site,"
+        print(f"seechat: --cors-origin {origin} lets {whom} use this server", file=sys.stderr)
+    elif not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#]*/?", origin, re.IGNORECASE):
+        usage_error(
+            f"--cors-origin {origin}: expected an origin as https://example.com, `null` or *"
+        )
+
+
 def _serve(args: argparse.Namespace, usage_error: UsageError) -> int:
     for name, least in (("port", 0), ("queue", 0), ("max_body", 0), ("image_cache", 0)):
         if getattr(args, name) < least:
@@ -70,6 +85,8 @@ def _serve(args: argparse.Namespace, usage_error: UsageError) -> int:
         usage_error("--keep-alive: expected 0 or more")
     if args.media_path and not args.media_path.is_dir():
         usage_error(f"--media-path: {args.media_path} is no folder")
+    for origin in args.cors_origin:
+        _check_origin(origin, usage_error)
     variable = os.environ.get(KEY_VARIABLE)
     keys = [key.strip() for key in args.api_key or ([] if variable is None else [variable])]
     if not all(key and key.isascii() and key.isprintable() for key in keys):

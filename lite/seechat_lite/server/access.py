@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import logging
 import re
 from ipaddress import IPv6Address, ip_address, ip_network
 from urllib.parse import urlsplit
@@ -12,7 +13,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from seechat_lite.server.errors import ApiError
 from seechat_lite.server.settings import Settings
 
+log = logging.getLogger(__name__)
+
 OPEN = ("/health",)  # needs no key, as monitors have none
+# What containers call the machine they run on; no web site can have these names
+CONTAINER_HOSTS = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
+# Programs with a web view; no page of a web site can have such an origin
+PROGRAM_ORIGINS = re.compile(
+    r"(?:tauri|app|capacitor|ionic|vscode-webview|vscode-file|wails)://[A-Za-z0-9._-]{0,100}"
+    r"|https?://tauri\.localhost"
+)
 _CLIENT = "seechat_client"  # where a request's client is kept in its scope
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s\x00-\x20\[\]@/\\?#:]+)(?::[0-9]{1,5})?", re.IGNORECASE)
 
@@ -56,8 +66,9 @@ class Guard:
 
     def __init__(self, app: ASGIApp, *, settings: Settings, public: frozenset[str]) -> None:
         self._app = app
-        self._hosts = {"localhost", *(h.lower() for h in settings.hosts)}
+        self._hosts = {"localhost", *CONTAINER_HOSTS, *(h.lower() for h in settings.hosts)}
         self._origins = frozenset(settings.cors_origins)
+        self._told: set[str] = set()  # of whom the log has told
         self._keys = [_digest(key.encode()) for key in settings.api_keys]
         self._public = public.union(OPEN)
 
@@ -74,14 +85,16 @@ class Guard:
         if name is None or not (name in self._hosts or _is_address(name)):
             return ApiError(
                 403,
-                "this server is not known by that name: start it with --host-name",
+                f"this server is not known by the name {self._tell(host)!r}: start it with "
+                "--host-name, or call it by its address",
                 code="unknown_host",
             )
         origin = headers.get("origin")
-        if origin and origin not in self._origins and _authority(origin) != host.lower():
+        if origin and not (self._allowed(origin) or _authority(origin) == host.lower()):
             return ApiError(
                 403,
-                "web pages of other origins may not use this server: start it with --cors-origin",
+                f"pages and programs of the origin {self._tell(origin)!r} may not use this server: "
+                f"start it with --cors-origin {self._tell(origin)}",
                 code="unknown_origin",
             )
         client = _network(scope)
@@ -101,6 +114,18 @@ class Guard:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
+
+    def _allowed(self, origin: str) -> bool:
+        known = origin in self._origins or "*" in self._origins
+        return known or PROGRAM_ORIGINS.fullmatch(origin) is not None
+
+    def _tell(self, name: str) -> str:
+        """What a message may say of it; the log tells of each once, of some."""
+        shown = "".join(c for c in name[:100] if c.isprintable())
+        if shown not in self._told and len(self._told) < 20:
+            self._told.add(shown)
+            log.warning("refused: %s is neither this server's name nor an origin it lets in", shown)
+        return shown
 
 
 def client_of(scope: Scope) -> str:

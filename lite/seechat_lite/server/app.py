@@ -13,8 +13,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from seechat_lite.chat import Model
+from seechat_lite.conversation import FORMATS
 from seechat_lite.server import openapi, page, schemas
-from seechat_lite.server.access import Framing, Guard
+from seechat_lite.server.access import PROGRAM_ORIGINS, Framing, Guard
+from seechat_lite.server.asking import DROPPED, IGNORED, Asking, unknown_model
 from seechat_lite.server.bodies import Bodies
 from seechat_lite.server.demo_api import Legacy
 from seechat_lite.server.errors import HANDLED, handle
@@ -22,7 +24,7 @@ from seechat_lite.server.fetch import Fetcher
 from seechat_lite.server.image_urls import Images
 from seechat_lite.server.logs import RequestLog
 from seechat_lite.server.metrics import Metrics, memory
-from seechat_lite.server.openai_api import Completions, json_response, unknown_model
+from seechat_lite.server.openai_api import Completions, json_response
 from seechat_lite.server.request_limits import Intake
 from seechat_lite.server.scheduler import Scheduler
 from seechat_lite.server.settings import Settings
@@ -63,14 +65,36 @@ def create_app(
         precision=manifest.decoder.precision,
         vision=f"{vision.tower} + {vision.bridge}" if vision else None,
         context=context,
+        root=manifest.name,
+        capabilities=["completion", *(["vision"] if vision else [])],
+        input_modalities=["text", *(["image"] if vision else [])],
     )
     bodies = Bodies()
-    completions = Completions(scheduler, bodies, images, names=names, context=context)
+    asking = Asking(
+        scheduler,
+        bodies,
+        images,
+        names=names,
+        context=context,
+        format=FORMATS[format or manifest.conversation],
+    )
+    completions = Completions(asking)
     legacy = Legacy(scheduler, bodies, images)
     document = openapi.document(with_key=bool(settings.api_keys))
 
     async def models(_: Request) -> Response:
-        return json_response(schemas.ModelList(data=[about]))
+        listed = [about.model_copy(update={"id": name}) for name in dict.fromkeys(names)]
+        return json_response(schemas.ModelList(data=listed))
+
+    async def index(_: Request) -> Response:
+        paths = sorted(route.path for route in app.routes if isinstance(route, Route))
+        return JSONResponse(
+            {
+                "message": f"seechat-lite serves {manifest.name!r}. Give programs this address as "
+                "the base URL of an OpenAI-compatible server; what it takes is in /openapi.json.",
+                "paths": paths,
+            }
+        )
 
     async def model(request: Request) -> Response:
         if request.path_params["model"] not in names:
@@ -115,17 +139,20 @@ def create_app(
         Middleware(Guard, settings=settings, public=page.PATHS),
         Middleware(Intake, settings=settings),
     ]
-    if settings.cors_origins:
-        cors = Middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
-        )
-        middleware.insert(2, cors)
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_origin_regex=PROGRAM_ORIGINS.pattern,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],  # SDKs send headers of their own
+        expose_headers=["X-Request-Id", "Retry-After", IGNORED, DROPPED],
+    )
+    middleware.insert(2, cors)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", completions.answer, methods=["POST"]),
+            Route("/v1", index),
+            Route("/v1/", index),
             Route("/v1/models", models),
             Route("/v1/models/{model:path}", model),
             Route("/health", health),

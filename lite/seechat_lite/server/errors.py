@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from seechat_lite.messages import MessagesError
 from seechat_lite.server.logs import note_error
 from seechat_weights.errors import (
     ContextError,
@@ -67,6 +68,8 @@ def as_api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
+        case MessagesError():
+            return ApiError(400, str(error), code="invalid_messages", param=error.where)
         case ImageError():
             return ApiError(400, str(error), code="invalid_image", param="messages")
         case ContextError():

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+import secrets
 import sys
 import time
 from datetime import UTC, datetime
@@ -16,6 +18,7 @@ from seechat_weights.plain_text import many_lines, one_line
 
 log = logging.getLogger("seechat_lite.requests")
 
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _STATE = "seechat"  # where a request's notes are kept in its scope
 
 
@@ -51,6 +54,14 @@ def note_error(request: Request, code: str) -> None:
     request.scope[_STATE]["error"] = code
 
 
+def _request_id(scope: Scope) -> bytes:
+    """The name that the client gave its request, or one of ours."""
+    for header, value in scope["headers"]:
+        if header == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return value
+    return b"req_" + secrets.token_hex(8).encode()
+
+
 class RequestLog:
     """ASGI middleware, the outermost. What users ask and what is answered is never logged."""
 
@@ -67,10 +78,13 @@ class RequestLog:
         scope[_STATE] = notes
         status = 499  # nobody was there to be answered
 
+        name = _request_id(scope)
+
         async def noticing(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name)]
             await send(message)
 
         try:
@@ -85,6 +99,7 @@ class RequestLog:
                 "path": scope["path"],
                 "status": status,
                 "seconds": round(time.perf_counter() - start, 3),
+                "request": name.decode(),
             } | notes
             self._metrics.requested(scope["method"], status)
             log.info("request", extra={"fields": fields})

@@ -7,6 +7,7 @@ in the queue is free at once, and a running answer ends within one token.
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
@@ -52,6 +53,13 @@ class GenerationRequest:
     max_length: int | None = None  # prompt and answer together, instead of max_new_tokens
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What is known when an answer begins. dropped_turns: as in Stats."""
+
+    dropped_turns: int
+
+
 class Scheduler:
     """Made and used in the event loop's thread.
 
@@ -82,6 +90,7 @@ class Scheduler:
         self._running: _Running | None = None  # the answer among such things
         self._queue: FairQueue[asyncio.Future[None]] = FairQueue(queue)
         self._unloading: asyncio.TimerHandle | None = None
+        self._usual = 1.0  # seconds that an answer took lately
 
     @property
     def status(self) -> Literal["ok", "loading", "unloaded", "stopping"]:
@@ -94,6 +103,11 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         return len(self._queue)
+
+    @property
+    def _expected_wait(self) -> float:
+        """Seconds until who asks now and finds no place would have been answered."""
+        return self._usual * (len(self._queue) + 1)
 
     @property
     def answering(self) -> bool:
@@ -114,8 +128,8 @@ class Scheduler:
         finally:
             self._leave()
 
-    async def answer(self, ask: GenerationRequest) -> AsyncGenerator[str | Stats, None]:
-        """Wait for a turn; yield the answer's pieces as they come, and at its end the Stats.
+    async def answer(self, ask: GenerationRequest) -> AsyncGenerator[Begun | str | Stats, None]:
+        """Wait for a turn; yield Begun, the answer's pieces as they come, and at its end the Stats.
 
         Raises ApiError when the queue is full or the server stops, and what Chat.stream raises.
         """
@@ -130,13 +144,14 @@ class Scheduler:
             while piece := await running.pieces.get():
                 if isinstance(piece, ApiError):
                     raise piece
-                said = True
+                said |= isinstance(piece, str)
                 yield piece
             try:
                 stats = await done
             except Cancelled:
                 raise _shutting_down() from None
             self._observe(stats)
+            self._usual += (stats.seconds - self._usual) / 4
             if running.stopped:  # of those who hear this, only a shutdown cuts the answer short
                 if not said:
                     raise _shutting_down()
@@ -177,7 +192,7 @@ class Scheduler:
             async for piece in answer:
                 if isinstance(piece, Stats):
                     return text, piece
-                text += piece
+                text += piece if isinstance(piece, str) else ""
         raise AssertionError("an answer ends with its Stats")
 
     async def stop(self, grace: float) -> None:
@@ -219,7 +234,7 @@ class Scheduler:
         place = asyncio.get_running_loop().create_future()
         refused = self._queue.put(client, place)
         if refused and not refused.done():
-            refused.set_exception(_queue_full(len(self._queue)))
+            refused.set_exception(_queue_full(len(self._queue), self._expected_wait))
         try:
             await place
         except asyncio.CancelledError:
@@ -270,7 +285,7 @@ class Scheduler:
             self._model = None
 
     def _run(
-        self, ask: GenerationRequest, running: "_Running", put: Callable[[str], object]
+        self, ask: GenerationRequest, running: "_Running", put: Callable[[str | Begun], object]
     ) -> Stats:
         try:
             chat = self._loaded().chat(self._format)
@@ -283,8 +298,14 @@ class Scheduler:
                 generation = replace(generation, max_new_tokens=max(new, 1))
             stream = chat.stream(question, images, generation=generation)
             running.follow(chat)
+            begun = False
             for piece in stream:
+                if not begun:
+                    put(Begun(chat.dropped_turns))
+                    begun = True
                 put(piece)
+            if not begun:
+                put(Begun(chat.dropped_turns))
             if chat.stats is None:
                 raise AssertionError("a finished stream has its Stats")
             return chat.stats
@@ -297,7 +318,7 @@ class _Running:
 
     def __init__(self) -> None:
         # "" is the end
-        self.pieces: asyncio.Queue[str | ApiError] = asyncio.Queue()
+        self.pieces: asyncio.Queue[str | Begun | ApiError] = asyncio.Queue()
         self._stop = threading.Event()
         self._chat: Chat | None = None
 
@@ -324,12 +345,12 @@ class _Running:
             self._chat.stop()
 
 
-def _queue_full(waiting: int) -> ApiError:
+def _queue_full(waiting: int, seconds: float) -> ApiError:
     return ApiError(
         503,
         f"the queue is full, {waiting} are waiting: try again later",
         code="queue_full",
-        headers={"Retry-After": "1"},
+        headers={"Retry-After": str(min(max(math.ceil(seconds), 1), 600))},
     )
 
 

@@ -4,10 +4,13 @@ Fields that the OpenAI API has and this server has no use for are ignored, unles
 would change an answer: those are refused in completions.py.
 """
 
-from typing import Annotated, Any, Literal, Self, TypeVar
+import re
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+from seechat_lite.messages import ROLES
 
 MAX_INTEGER = 2**63 - 1
 FinishReason = Literal["stop", "length"]
@@ -22,33 +25,55 @@ class _Request(BaseModel):
 
 class ImageURL(_Request):
     url: str = Field(
-        description="data:, https: or file: URL, the latter two if the server reads them"
+        description="data:, https: or file: URL, the latter two if the server reads them, or base64"
     )
 
 
-class TensorMapping(_Request):
+class ImageSource(_Request):
+    """A picture as Anthropic's clients send it."""
+
+    data: str | None = Field(None, description="base64")
+    url: str | None = None
+
+
+class Part(_Request):
     """A text or a picture. One model for both: a union would build a large picture twice."""
 
-    type: Literal["text", "image_url"]
+    type: str | None = Field(None, description="text, image_url, input_text, input_image, image")
     text: str | None = None
+    refusal: str | None = None
     image_url: ImageURL | str | None = None
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> Self:
-        if getattr(self, self.type) is None:
-            raise PydanticCustomError("empty_part", "expected the field of its type")
-        return self
-
-    @property
-    def url(self) -> str | None:
-        return self.image_url.url if isinstance(self.image_url, ImageURL) else self.image_url
+    image: str | None = None
+    source: ImageSource | None = None
 
 
 class Message(_Request):
     """One message; the text of system and developer messages precedes the next question."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | FastList[TensorMapping] | None = None
+    role: str | None = Field(None, description=", ".join(ROLES))
+    content: str | FastList[Part] | None = None
+    images: FastList[str] | None = Field(None, description="base64, as Ollama has it")
+    tool_calls: list[Any] | None = None
+    function_call: dict[str, Any] | None = None
+
+
+class ImageData(_Request):
+    """A picture as llama.cpp's server takes it."""
+
+    data: str
+
+
+_NUMBER = re.compile(r"\s*[+-]?\d{1,20}(\.\d{0,20})?([eE][+-]?\d{1,3})?\s*")
+
+
+def _number(value: Any) -> Any:
+    """A number as it was meant: "0.7" as 0.7, 512.0 as 512. Anything else as it is."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Number = BeforeValidator(_number)
 
 
 def _not_zero(tokens: int) -> int:
@@ -57,7 +82,7 @@ def _not_zero(tokens: int) -> int:
     return tokens
 
 
-Limit = Annotated[int, Field(ge=-1, le=MAX_INTEGER), AfterValidator(_not_zero)]
+Limit = Annotated[int, Number, Field(ge=-1, le=MAX_INTEGER), AfterValidator(_not_zero)]
 
 
 class StreamOptions(_Request):
@@ -73,28 +98,57 @@ class ChatRequest(_Request):
     stream_options: StreamOptions | None = None
     max_tokens: Limit | None = Field(None, description="-1: as many as fit, as LM Studio has it")
     max_completion_tokens: Limit | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=MAX_INTEGER, description="0 or -1: all")
-    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    seed: int | None = Field(
+    temperature: Annotated[float | None, Number] = Field(None, ge=0, le=2)
+    top_p: Annotated[float | None, Number] = Field(None, ge=0, le=1)
+    top_k: Annotated[int | None, Number] = Field(
+        None, ge=-1, le=MAX_INTEGER, description="0 or -1: all"
+    )
+    repetition_penalty: Annotated[float | None, Number] = Field(None, ge=0.01, le=100)
+    seed: Annotated[int | None, Number] = Field(
         None, ge=-MAX_INTEGER - 1, le=MAX_INTEGER, description="-1: as good as none"
     )
     stop: str | FastList[str] | None = None
-    n: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
+    n: Annotated[int | None, Number] = None
+    frequency_penalty: Annotated[float | None, Number] = None
+    presence_penalty: Annotated[float | None, Number] = None
     logit_bias: dict[str, Any] | None = None
     logprobs: bool | None = None
-    tools: list[Any] | None = None
+    tools: list[Any] | None = Field(None, description="ignored unless tool_choice demands a call")
+    tool_choice: str | dict[str, Any] | None = None
     functions: list[Any] | None = None
+    function_call: str | dict[str, Any] | None = None
+    image_data: FastList[ImageData] | None = Field(None, max_length=64)
+    images: FastList[str] | None = Field(None, max_length=64)
     response_format: dict[str, Any] | None = None
+
+
+class CompletionRequest(_Request):
+    """POST /v1/completions, OpenAI's older API: `prompt` is taken as a question."""
+
+    model: str | None = None
+    prompt: str | FastList[str]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Limit | None = None
+    temperature: Annotated[float | None, Number] = Field(None, ge=0, le=2)
+    top_p: Annotated[float | None, Number] = Field(None, ge=0, le=1)
+    top_k: Annotated[int | None, Number] = Field(None, ge=-1, le=MAX_INTEGER)
+    repetition_penalty: Annotated[float | None, Number] = Field(None, ge=0.01, le=100)
+    seed: Annotated[int | None, Number] = Field(None, ge=-MAX_INTEGER - 1, le=MAX_INTEGER)
+    stop: str | FastList[str] | None = None
+    n: Annotated[int | None, Number] = None
+    frequency_penalty: Annotated[float | None, Number] = None
+    presence_penalty: Annotated[float | None, Number] = None
+    logit_bias: dict[str, Any] | None = None
+    logprobs: int | None = None
+    image_data: FastList[ImageData] | None = Field(None, max_length=64)
 
 
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    dropped_turns: int = Field(description="turns for which the context had no room; an addition")
 
 
 class Timings(BaseModel):
@@ -162,6 +216,10 @@ class ModelInfo(BaseModel):
     precision: str
     vision: str | None = Field(description="the vision tower and bridge, null without")
     context: int
+    root: str = Field(description="the model's own name, where `id` is another one of it")
+    capabilities: list[str]
+    input_modalities: list[str]
+    output_modalities: list[str] = ["text"]
 
 
 class ModelList(BaseModel):
@@ -184,11 +242,11 @@ class LegacyRequest(_Request):
     image: str | None = Field(None, description="base64")
     image_prompt: str | None = Field(None, description="base64, the older name")
     history: FastList[FastList[str]] | None = Field(None, max_length=1024)
-    max_length: int | None = Field(None, ge=1, le=MAX_INTEGER)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=MAX_INTEGER)
-    temperature: float | None = Field(None, ge=0, le=100)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    max_length: Annotated[int | None, Number] = Field(None, ge=1, le=MAX_INTEGER)
+    top_p: Annotated[float | None, Number] = Field(None, ge=0, le=1)
+    top_k: Annotated[int | None, Number] = Field(None, ge=0, le=MAX_INTEGER)
+    temperature: Annotated[float | None, Number] = Field(None, ge=0, le=100)
+    repetition_penalty: Annotated[float | None, Number] = Field(None, ge=0.01, le=100)
 
 
 class LegacyAnswer(BaseModel):

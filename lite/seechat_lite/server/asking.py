@@ -1,0 +1,184 @@
+"""From a request of any API to what the scheduler takes, and what every answer says in headers."""
+
+import logging
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request
+
+from seechat_lite.chat import Stats
+from seechat_lite.conversation import Format
+from seechat_lite.generation import Generation
+from seechat_lite.history import MAX_CHARACTERS_PER_TOKEN
+from seechat_lite.messages import read_messages
+from seechat_lite.server import schemas
+from seechat_lite.server.access import client_of
+from seechat_lite.server.bodies import Bodies
+from seechat_lite.server.errors import ApiError, unsupported
+from seechat_lite.server.image_urls import Images
+from seechat_lite.server.request_limits import held_by
+from seechat_lite.server.scheduler import Begun, GenerationRequest, Scheduler, Turn
+
+log = logging.getLogger(__name__)
+
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+SMALL_PENALTY = 1.0  # which changes little; a larger one is meant
+IGNORED, DROPPED = "X-Seechat-Ignored", "X-Seechat-Dropped-Turns"
+
+
+class Asking:
+    """What the APIs share.
+
+    names: what the model may be called; the first is its own name. context: tokens it can hold.
+    format: how conversations are written.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        bodies: Bodies,
+        images: Images,
+        *,
+        names: Sequence[str],
+        context: int,
+        format: Format,
+    ) -> None:
+        self.scheduler = scheduler
+        self.bodies = bodies
+        self.names = names
+        self._images = images
+        self._format = format
+        self._most = context * MAX_CHARACTERS_PER_TOKEN
+        self._told: set[str] = set()
+
+    async def ask(
+        self,
+        request: Request,
+        messages: Sequence[dict[str, Any]],
+        generation: Generation,
+        *,
+        pictures: Sequence[str] = (),
+        ignored: Sequence[str] = (),
+    ) -> tuple[GenerationRequest, list[str]]:
+        """What is asked, and what of it has no effect. pictures: of the last question.
+
+        Raises ApiError, MessagesError, ImageError.
+        """
+        found = read_messages(messages, format=self._format, more=pictures)
+        exchanges = [*found.past, found.question]
+        urls = [url for e in exchanges for url in e.images]
+        if not all(isinstance(url, str) for url in urls):
+            raise ApiError(
+                400, "a picture that is no text", code="invalid_image_url", param="messages"
+            )
+        read = await self._images.read(urls, held_by(request.scope))
+        files = iter(await self.scheduler.prepare(read))
+        *past, turn = (
+            Turn(e.question(self._most), tuple(next(files) for _ in e.images), e.answer(self._most))
+            for e in exchanges
+        )
+        all_ignored = [*ignored, *found.ignored]
+        if new := set(all_ignored) - self._told:
+            self._told |= new
+            log.info("ignored, here and from now on: %s", ", ".join(sorted(new)))
+        return GenerationRequest(
+            client_of(request.scope), turn, tuple(past), generation
+        ), all_ignored
+
+    def check_name(self, name: str | None) -> None:
+        """Raises ApiError 404 for another model's name."""
+        if name and name not in self.names:
+            raise unknown_model(name)
+
+
+def headers(begun: Begun | Stats, ignored: Sequence[str]) -> dict[str, str]:
+    """What an answer's headers tell: what was ignored, and how much was forgotten."""
+    told = {IGNORED: ", ".join(ignored)} if ignored else {}
+    if begun.dropped_turns:
+        told[DROPPED] = str(begun.dropped_turns)
+    return told
+
+
+def generation(
+    *,
+    limit: int | None,
+    stop: str | Sequence[str] | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    repetition_penalty: float | None,
+    seed: int | None,
+) -> Generation:
+    """The options of an answer as clients mean them. Raises ApiError."""
+    stops = [stop] if isinstance(stop, str) else stop or []
+    stops = [text for text in stops if text]  # a form's field that nobody filled in stops nothing
+    if len(stops) > MAX_STOPS or any(len(text) > MAX_STOP_LENGTH for text in stops):
+        raise ApiError(
+            400,
+            f"stop: expected at most {MAX_STOPS} texts of up to {MAX_STOP_LENGTH} characters",
+            code="invalid_value",
+            param="stop",
+        )
+    temperature = temperature or 0.0
+    top_p = 1.0 if top_p is None else top_p
+    if top_p == 0 or temperature < 0.001:  # only the likeliest token is left
+        temperature, top_p = 0.0, 1.0
+    # a seed is a name for an answer; without one, or with other local servers' -1, it is drawn anew
+    seed = secrets.randbits(63) if seed in (None, -1) else seed % 2**64
+    limit = limit or Generation.max_new_tokens
+    return Generation(
+        stop=tuple(stops),
+        max_new_tokens=schemas.MAX_INTEGER if limit < 0 else limit,  # the context is what limits it
+        temperature=temperature,
+        top_p=top_p,
+        top_k=max(top_k or 0, 0),
+        repetition_penalty=repetition_penalty or 1.0,
+        seed=seed,
+    )
+
+
+def not_done(body: schemas.ChatRequest | schemas.CompletionRequest) -> list[str]:
+    """Which of the fields have no effect. Raises ApiError for what would change the answer."""
+    if body.n not in (None, 1):
+        raise unsupported("n", "one answer a request; ask again with another seed", param="n")
+    ignored = []
+    for name in ("frequency_penalty", "presence_penalty"):
+        value = getattr(body, name)
+        if value and abs(value) > SMALL_PENALTY:
+            raise unsupported(name, "use repetition_penalty", param=name)
+        ignored += [name] if value else []
+    for name in ("logit_bias", "logprobs"):
+        if getattr(body, name):
+            raise unsupported(name, "leave it out", param=name)
+    if not isinstance(body, schemas.ChatRequest):
+        return ignored
+    ignored += tools_ignored(body.tools, body.tool_choice)
+    if body.functions:
+        if isinstance(body.function_call, dict):
+            raise _no_calls("function_call")
+        ignored.append("functions")
+    if body.response_format and body.response_format.get("type") != "text":
+        raise unsupported("response_format", "answers are text", param="response_format")
+    return ignored
+
+
+def tools_ignored(tools: Any, choice: str | dict[str, Any] | None) -> list[str]:
+    """Tools are declared to every model; this one calls none. Raises ApiError if it has to."""
+    if isinstance(choice, dict) or choice in ("required", "any"):
+        raise _no_calls("tool_choice")
+    return ["tools"] if tools else []
+
+
+def unknown_model(name: str) -> ApiError:
+    shown = name if len(name) <= 80 else name[:80] + "…"
+    return ApiError(
+        404,
+        f"no model {shown!r} here: ask /v1/models, or leave `model` out",
+        code="model_not_found",
+        param="model",
+    )
+
+
+def _no_calls(name: str) -> ApiError:
+    return unsupported(name, "this model calls no tools; expected auto or none", param=name)
