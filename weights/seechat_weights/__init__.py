@@ -1,5 +1,5 @@
-"""What checkpoints and bundles are: formats, names, precisions. Needs no torch."""
+"""Describes checkpoints and bundles: file formats, tensor names and precisions. Needs no torch."""
 
 from seechat_weights.telemetry import switch_off
 
-SILENT = switch_off()  # here, since lite and export import this package before anything else
+SILENT = switch_off()  # here: lite and export import this package first

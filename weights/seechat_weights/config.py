@@ -1,13 +1,13 @@
-"""The shapes of networks, as manifests and checkpoints state them."""
+"""Describes the shapes of networks, as manifests and checkpoints state them."""
 
 import math
 from dataclasses import dataclass
 
-MAX_LAYERS = 1024  # of any network; more would fill the memory with names before it is refused
+MAX_LAYERS = 1024  # of any network; the names of more layers would fill the memory
 
 
-# the residual of ChatGLM's layers is scaled by it; the published code uses 28 layers, however many
-# there are
+# scales the residual of ChatGLM's layers; the published code computes it with 28 layers, however
+# many there are
 ALPHA = math.sqrt(2 * 28)
 
 
@@ -15,8 +15,9 @@ ALPHA = math.sqrt(2 * 28)
 class LMConfig:
     """Shape of a decoder; the defaults are those of the published ChatGLM-6B.
 
-    family: a name of lm_families.LM_FAMILIES, which says how the decoder computes. pad_id, mask_id
-    and gmask_id are ChatGLM's; num_kv_heads, rope_theta and rope_factor are LLaMA's.
+    family: a name of lm.families.LM_FAMILIES; it says how the decoder computes.
+    pad_id, mask_id, gmask_id: used by ChatGLM only.
+    num_kv_heads, rope_theta, rope_factor: used by LLaMA only.
     """
 
     vocab_size: int = 130528
@@ -38,7 +39,7 @@ class LMConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values; each serves as many heads of queries as the others."""
+        """Number of heads of keys and values. Each serves an equal share of the query heads."""
         return self.num_kv_heads or self.num_heads
 
     @property
@@ -47,7 +48,7 @@ class LMConfig:
 
     @property
     def padded_head_size(self) -> int:
-        """Size of a head in a bundle and its cache: the next multiple of 8, as runtimes want it."""
+        """Size of a head in a bundle and its cache: the next multiple of 8, which runtimes need."""
         return -(-self.head_size // 8) * 8
 
 
@@ -55,11 +56,17 @@ class LMConfig:
 class PixelSpec:
     """How a picture becomes the vision graph's input, float32 [n, 3, image_size, image_size].
 
+    image_size: pixels a side.
+    mean, std: of red, green and blue; a value v in 0..1 becomes (v - mean) / std.
     resize: "squash" ignores the aspect ratio; "crop" resizes the shorter side and cuts the centre;
-    "pad" fits the longer side and fills the rest with `background`.
-    exact: do what the published code does, its oddities included (EXIF orientation ignored, alpha
-    dropped, 16-bit grey saturated, conversion to RGB before the resize if `rgb_first`, else
-    after it); otherwise turn the picture upright, lay alpha over `background`, scale 16 bits.
+        "pad" fits the longer side and fills the rest with `background`.
+    interpolation: the name of a filter, such as "bicubic".
+    background: red, green and blue, 0..255.
+    exact: do what the published code does, with its oddities: EXIF orientation is ignored, alpha is
+        dropped, 16-bit grey is saturated, and the conversion to RGB comes before the resize if
+        `rgb_first`, else after it. Otherwise the picture is turned upright, alpha is laid over
+        `background`, and 16 bits are scaled.
+    rgb_first: see `exact`.
     """
 
     image_size: int = 224
@@ -74,16 +81,16 @@ class PixelSpec:
 
 @dataclass(frozen=True)
 class VisionNetwork:
-    """What nn.vision builds tower and bridge with, beside what VisionConfig itself says."""
+    """The sizes that nn.vision needs, beside those in VisionConfig, to build tower and bridge."""
 
     patch_size: int
     width: int
     inner_size: int
-    layers: int  # that run, which for CLIP is one less than published
+    layers: int  # that run; CLIP runs one less than published
     heads: int
     activation: str = "gelu"  # the exact one; or "quick_gelu"
     layernorm_epsilon: float = 1e-6
-    query_width: int = 0  # a Q-Former's, as the rest
+    query_width: int = 0  # this and the following fields: the Q-Former's
     query_inner_size: int = 0
     query_layers: int = 0
     query_heads: int = 0
@@ -91,10 +98,10 @@ class VisionNetwork:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower, bridge and projector, together one graph: pixels to embeddings.
+    """The vision tower, bridge and projector as one graph from pixels to embeddings.
 
-    With a `network`, the graph's weights lie beside it in a safetensors file, under the names of
-    the network's parameters (see vision.network).
+    If there is a `network`, the graph's weights lie beside it in a safetensors file, under the
+    names of the network's parameters (see vision.network).
     """
 
     graph: str  # ONNX file: pixel_values f32 [n, 3, S, S] -> image_embeds f32 [n, tokens, hidden]
@@ -103,19 +110,19 @@ class VisionConfig:
     bridge: str  # "linear", "mlp2x_gelu", ...
     pixels: PixelSpec = PixelSpec()
     precision: str = "fp32"
-    network: VisionNetwork | None = None  # None: the graph alone knows
+    network: VisionNetwork | None = None  # None: only the graph describes it
 
     @property
     def weights(self) -> str:
-        """The file of the graph's weights, where they are not in the graph itself."""
+        """The file of the graph's weights, if they are not in the graph itself."""
         return f"{self.graph}.data"
 
     @property
     def half(self) -> str:
-        """The same in float16, as Decoder.half."""
+        """The file of the same graph in float16, as Decoder.half."""
         return half_graph(self.graph)
 
 
 def half_graph(graph: str) -> str:
-    """Name of the graph in float16 that may lie beside `graph`."""
+    """The file name of the float16 graph that may lie beside `graph`."""
     return f"{graph.removesuffix('.onnx')}.fp16.onnx"

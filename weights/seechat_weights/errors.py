@@ -1,4 +1,4 @@
-"""The exception tree of seechat-lite, importable from the bottom of the house.
+"""Defines the exceptions of seechat-lite, in the package that all others import.
 
     SeechatError
     ├── BundleError        an exported folder cannot be used as it is
@@ -16,7 +16,7 @@ from seechat_weights.plain_text import one_line
 
 
 class SeechatError(Exception):
-    """Base of all errors raised on purpose; as text it is one line, whatever files had in it."""
+    """Base of all errors raised on purpose. Its text is one line, whatever a file contained."""
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -31,7 +31,7 @@ class CheckpointError(SeechatError):
 
 
 class ImageError(SeechatError):
-    """A picture is missing, damaged, too large or no picture at all."""
+    """A picture is missing, damaged or too large, or the file is not a picture."""
 
 
 class MemoryPlanError(SeechatError):
@@ -47,4 +47,4 @@ class ContextError(SeechatError):
 
 
 class OptionError(SeechatError, ValueError):
-    """An argument of a call, or an option of a command, is not among what is allowed."""
+    """An argument of a call, or an option of a command, has a value that is not allowed."""

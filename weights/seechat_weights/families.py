@@ -1,4 +1,4 @@
-"""How each published model shows in its tensors: what it is, what it still needs, how to use it."""
+"""Recognizes each published model by its tensors; says what it still needs and how to use it."""
 
 import re
 import shlex
@@ -45,9 +45,14 @@ Shapes = Mapping[str, TensorInfo]
 class Identity:
     """What a path holds.
 
-    kind: one word for programs; title: a line for people; facts: name -> value, in order;
-    missing: what else is needed -> where it is published; command: the export that would use it.
-    usable: whether seechat-lite reads it at all; run: the command that uses it without an export.
+    path: the file or folder.
+    kind: one word for programs.
+    title: a line for people.
+    facts: name -> value, in the order to show.
+    missing: what else is needed -> where it is published.
+    command: the export that would use it.
+    usable: whether seechat-lite can read it at all.
+    run: the command that uses it without an export.
     """
 
     path: Path
@@ -61,7 +66,7 @@ class Identity:
 
 
 def _lm(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Identity | None:
-    """ChatGLM-6B and VisualGLM-6B, as Hugging Face folders or SAT's file."""
+    """Recognizes ChatGLM-6B and VisualGLM-6B, as Hugging Face folders or SAT's file."""
     sat = "mixins.chatglm-final.lm_head.weight" in shapes
     embeddings = shapes.get("transformer.word_embeddings.weight")
     if embeddings is None or "transformer.layers.0.attention.query_key_value.weight" not in shapes:
@@ -147,7 +152,7 @@ def _lora(path: Path, shapes: Shapes, _: object) -> Identity | None:
 
 
 def _seechat(path: Path, shapes: Shapes, _: object) -> Identity | None:
-    """SEEChat's checkpoint, BLIP-2's Q-Former file: networks told apart by their prefixes."""
+    """Recognizes SEEChat's checkpoint and BLIP-2's Q-Former file by their networks' prefixes."""
     parts = {
         "ViT": "visual_encoder.",
         "ln_vision": "ln_vision.",
@@ -222,12 +227,12 @@ def _projector(path: Path, shapes: Shapes, _: object) -> Identity | None:
 
 
 def _by_layer(name: str) -> tuple[str, bool]:
-    """Weights before biases, layer by layer: the first is an input, the last an output."""
+    """A sort key: weights before biases, layer by layer; first an input, last an output."""
     return name.rpartition(".")[0], name.endswith("bias")
 
 
 def _others(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Any:
-    """Models that people take for one of this family, by name."""
+    """Recognizes, by name, models that people take for one of this family."""
     if any(k.startswith("transformer.encoder.layers.") for k in shapes):
         return later(path, config)
     if "model.layers.0.self_attn.q_proj.weight" in shapes:
@@ -238,6 +243,11 @@ def _others(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Any:
 
 
 def later(path: Path, config: Mapping[str, Any]) -> Identity:
+    """Describe a later ChatGLM (ChatGLM2, ChatGLM3, GLM-4), which is not read.
+
+    path: its folder or file.
+    config: its config.json.
+    """
     glm4 = config.get("padded_vocab_size") in (151552, 151343)
     name = "GLM-4" if glm4 else "ChatGLM2-6B or ChatGLM3-6B"
     title = f"{name}: another network than ChatGLM-6B under a like name, not of this family"
@@ -248,7 +258,7 @@ RECOGNIZERS = (_lm, _ptuning, _lora, _seechat, _eva, _clip, _projector, _others)
 
 
 def whole(path: Path) -> bool:
-    """Whether a file is there, and not as a pointer."""
+    """Whether a file is there and is not just a Git LFS pointer."""
     try:
         return bool(first_bytes(path))
     except CheckpointError:
@@ -256,10 +266,15 @@ def whole(path: Path) -> bool:
 
 
 def need(*names: str) -> dict[str, str]:
+    """What is missing, and where it is published.
+
+    names: keys of PLACES.
+    """
     return {name: PLACES[name] for name in names}
 
 
 def export(**options: str | None) -> str:
+    """The `seechat export` command with these options; None leaves one out."""
     given = {"lm": "CHATGLM-6B"} | {k: v for k, v in options.items() if v}
     words = " ".join(f"--{k} {shlex.quote(v)}" for k, v in given.items())
     return f"seechat export {words} --precision int4 --out BUNDLE"

@@ -1,6 +1,7 @@
-"""What is this? One look at a folder or file says which published model it holds, or which part.
+"""Says which published model, or which part of one, a folder or file holds.
 
-Judged by tensors, configuration and first bytes, never by the path's name; only headers are read.
+It judges by tensors, configuration and first bytes, never by the name of the path. It reads only
+headers.
 """
 
 import re
@@ -47,7 +48,7 @@ from seechat_weights.model_files import CONFIG, TOKENIZER, is_bundle, model_plac
 
 __all__ = ["Identity", "check_given", "describe_bundle", "identify"]
 
-# options of `seechat export`: what each takes; the first one that takes a kind is the one for it
+# the kinds that each option of `seechat export` takes; the first option with a kind is its own
 _OPTIONS = {
     "lm": ("ChatGLM-6B or VisualGLM-6B", ("chatglm", "visualglm")),
     "adapter": ("a LoRA adapter", ("lora",)),
@@ -65,7 +66,9 @@ _ROLES = ("lm", "checkpoint", "adapter", "prefix", "vision", "tokenizer")  # of 
 def identify(path: str | Path, *, opener: Opener = open_checkpoint) -> Identity:
     """Say what a file or folder is.
 
-    opener: opens checkpoints, such as an Openings, where others go on to read the same files.
+    path: the file or folder.
+    opener: opens checkpoints; an Openings, if others will read the same files.
+
     Raises CheckpointError: unreadable, damaged or unsafe.
     """
     path = local_path(path)
@@ -88,9 +91,15 @@ def identify(path: str | Path, *, opener: Opener = open_checkpoint) -> Identity:
 
 
 def check_given(option: str, path: Path, *, opener: Opener = open_checkpoint) -> None:
-    """See that what `seechat export` is given for --`option` is not a thing for another option.
+    """Check that a path given to an option of `seechat export` does not belong to another option.
 
-    What is not known passes: the option's own reader tells more. Raises CheckpointError.
+    A path of an unknown kind passes: the option's own reader tells more.
+
+    option: the option's name, without dashes.
+    path: what was given.
+    opener: see identify.
+
+    Raises CheckpointError.
     """
     expected, kinds = _OPTIONS[option]
     if not path.exists():
@@ -99,7 +108,7 @@ def check_given(option: str, path: Path, *, opener: Opener = open_checkpoint) ->
             "or name it on the Hub as owner/name"
         )
     if option == "adapter" and (path / "adapter_config.json").is_file():
-        return  # whatever else a training run left in its folder
+        return  # something else that a training run left in its folder
     found = identify(path, opener=opener)
     owner = next((name for name, (_, own) in _OPTIONS.items() if found.kind in own), None)
     if found.kind == "bundle":
@@ -124,7 +133,7 @@ def _identify_folder(folder: Path, opener: Opener) -> Identity:
         if not config:
             found = _with(found, title="weights of which some are missing", missing={CONFIG: hub})
         return _with(found, missing=dict.fromkeys(lost, hub) | found.missing)
-    if (folder / ADAPTER_CONFIG).is_file():  # beside an optimizer and the like
+    if (folder / ADAPTER_CONFIG).is_file():  # beside an optimizer and similar files
         adapters = [
             p for p in sorted(folder.glob("adapter_model.*")) if p.suffix in WEIGHT_SUFFIXES
         ]
@@ -133,7 +142,7 @@ def _identify_folder(folder: Path, opener: Opener) -> Identity:
     try:
         return _by_tensors(folder, config, opener)
     except NoWeightsError:
-        pass  # some other thing
+        pass  # not this kind
     except SeveralFilesError as e:
         return Identity(
             folder, "several", "several files of weights", {"files": str(e)}, usable=False
@@ -151,14 +160,18 @@ def _identify_folder(folder: Path, opener: Opener) -> Identity:
 
 
 def _inner_folders(folder: Path) -> list[Path]:
-    """Folders one or two levels down that hold something to look at."""
+    """Folders one or two levels down that hold a model or a part of one."""
     looked_at = islice(chain(folder.glob("*/"), folder.glob("*/*/")), 1000)
     names = (MANIFEST, CONFIG, TOKENIZER)
     return [inner for inner in looked_at if any((inner / name).is_file() for name in names)]
 
 
 def describe_bundle(folder: Path, manifest: Manifest) -> Identity:
-    """A bundle, as its manifest has it."""
+    """Describe a bundle by its manifest.
+
+    folder: the bundle's folder.
+    manifest: its manifest.
+    """
     lm, decoder, vision, said = manifest.lm, manifest.decoder, manifest.vision, manifest.provenance
     facts = {
         "language model": f"{lm.num_layers} layers, hidden {lm.hidden_size}, {lm.vocab_size} ids",
@@ -186,12 +199,12 @@ def describe_bundle(folder: Path, manifest: Manifest) -> Identity:
 
 
 def _items(value: Any) -> list[tuple[str, Any]]:
-    """Of what a manifest's provenance, which anybody may write, has as an object."""
+    """The items of a manifest's object, made printable: anybody may have written the provenance."""
     return [(shown(k), v) for k, v in value.items()] if isinstance(value, dict) else []
 
 
 def _names(files: Any) -> list[str]:
-    """Files of one role; of many shards, the first."""
+    """The files of one role; for many shards, the first and their number."""
     names = [name for name, _ in _items(files)]
     return names if len(names) < 4 else [f"{names[0]} … ({len(names)} files)"]
 
@@ -220,7 +233,7 @@ def _by_tensors(path: Path, config: Mapping[str, Any], opener: Opener) -> Identi
 
 
 def _tried(found: Identity, path: Path, shapes: Shapes, opener: Opener) -> Identity:
-    """The same, if an export would take it; else why not."""
+    """The same identity if an export would take it; else the identity says why not."""
     try:
         if found.kind in ("chatglm", "visualglm") and CONFIG not in found.missing:
             open_lm(model_place(path), opener=opener)
@@ -233,7 +246,7 @@ def _tried(found: Identity, path: Path, shapes: Shapes, opener: Opener) -> Ident
 
 
 def _by_config(path: Path, config: Mapping[str, Any], missing: dict[str, str]) -> Identity:
-    """From a configuration alone, where the weights are not there."""
+    """Identify by the configuration alone, because the weights are not there."""
     kind = config.get("model_type")
     if any(n in config for n in ("padded_vocab_size", "multi_query_attention", "rmsnorm")):
         return later(path, config)
@@ -265,7 +278,7 @@ def _hub(config: Mapping[str, Any]) -> str:
 
 
 def _lost_shards(folder: Path) -> list[str]:
-    """Files that an index names and that are not there, or as Git LFS pointers only."""
+    """Files that an index names and that are missing, or are only Git LFS pointers."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         single = folder / index.removesuffix(".index.json")
         if (folder / index).is_file() and not single.exists():
@@ -277,7 +290,7 @@ def _lost_shards(folder: Path) -> list[str]:
 
 
 def _tokenizer(path: Path) -> Identity | None:
-    """An ICE tokenizer: a sentencepiece model with ChatGLM's special tokens among its pieces."""
+    """Recognizes an ICE tokenizer: sentencepiece, with ChatGLM's special tokens as pieces."""
     try:
         data = completed(read_file(path, limit=MAX_BYTES))
     except OSError:
@@ -291,7 +304,7 @@ def _tokenizer(path: Path) -> Identity | None:
 
 
 def _pointer(path: Path) -> Identity | None:
-    """A Git LFS pointer, and what it points to."""
+    """Recognizes a Git LFS pointer, and says what it points to."""
     if not path.is_file():
         return None
     with open_file(path) as f:

@@ -1,6 +1,6 @@
-"""What a path that somebody gives for a model stands for: a bundle, or one of two published forms.
+"""Decides what a path given for a model stands for: a bundle, or one of two published forms.
 
-It is decided here, once, by the names of files; of the weights nothing is read.
+The decision is made here, once, by the names of files. No weights are read.
 """
 
 import os
@@ -19,10 +19,12 @@ SAT_FILE, SAT_CONFIG = "mp_rank_00_model_states.pt", "model_config.json"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A published language model.
+    """The files of a published language model.
 
-    form: how its tensors are called. weights: what open_checkpoint opens. config: its settings, if
-    they are there. folders: where its tokenizer may lie, the first choice first.
+    form: how its tensors are named.
+    weights: what open_checkpoint opens.
+    config: the file of its settings, or None if there is none.
+    folders: where its tokenizer may lie, the first choice first.
     """
 
     form: Literal["huggingface", "sat"]
@@ -32,19 +34,24 @@ class ModelFiles:
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer's file, or where it is missing."""
+        """The tokenizer's file; if it is missing, the path where it should be."""
         places = [folder / TOKENIZER for folder in self.folders]
         return next((place for place in places if place.exists()), places[0])
 
 
 class Openings:
-    """Opens checkpoints for one command: each file is read once, however many ask for it."""
+    """Opens checkpoints for one command. Each file is read once, however often it is asked for."""
 
     def __init__(self) -> None:
         self._opened: dict[str, Checkpoint] = {}
 
     def __call__(self, path: Path) -> Checkpoint:
-        """What open_checkpoint(path) gives, and the same again. Raises what that raises."""
+        """Open a checkpoint with open_checkpoint, or return the one opened before.
+
+        path: a folder or file.
+
+        Raises CheckpointError as open_checkpoint.
+        """
         key = os.path.realpath(path)
         if key not in self._opened:
             self._opened[key] = open_checkpoint(path)
@@ -52,14 +59,16 @@ class Openings:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether `path` is a folder that an export wrote, in whatever state it is now."""
+    """Whether `path` is a folder that an export wrote, whatever its state now."""
     return (path / MANIFEST).exists()
 
 
 def find_model(path: str | Path) -> ModelFiles:
-    """The files of a published language model.
+    """Find the files of a published language model.
 
-    path: a Hugging Face folder, or SAT's file or a folder that holds it. Raises CheckpointError.
+    path: a Hugging Face folder, or SAT's file or a folder that holds it.
+
+    Raises CheckpointError.
     """
     path = local_path(path)
     if path.is_dir() and (path / CONFIG).exists():
@@ -67,36 +76,45 @@ def find_model(path: str | Path) -> ModelFiles:
     file = _sat_file(path)
     folders = sat_folders(file if file.is_dir() else file.parent)
     if configs := [f / CONFIG for f in folders if (f / CONFIG).exists()]:
-        # a training run's step, whose settings are those of the model above it
+        # a step of a training run; it shares the settings of the model above it
         return ModelFiles("huggingface", file, configs[0], folders)
     config = next((f / SAT_CONFIG for f in folders if (f / SAT_CONFIG).exists()), None)
-    if config:  # the model's own folder, where its weights may be one below
+    if config:  # the model's own folder; its weights may be one level below
         folders = (config.parent, *(f for f in folders if f != config.parent))
     return ModelFiles("sat", file, config, folders)
 
 
 def model_place(path: Path) -> Path:
-    """What find_model takes for a published model of which `path` is a folder or one file."""
+    """What find_model takes for a published model.
+
+    path: the model's folder, or one file of it.
+    """
     whole = path.is_file() and (path.parent / CONFIG).is_file()
     return path.parent if whole else path
 
 
 def sat_folders(folder: Path) -> tuple[Path, Path]:
-    """Where the settings and the tokenizer of SAT's file in `folder` may lie: there, or above."""
-    return folder, folder.resolve().parent  # of "." that is no part of its name
+    """Where the settings and the tokenizer of SAT's file may lie: in its folder, or above.
+
+    folder: the folder of SAT's file.
+    """
+    return folder, folder.resolve().parent  # "." has no parent in its name
 
 
 def sat_files(folder: Path) -> list[Path]:
-    """SAT's files in a folder: [N/]mp_rank_00_model_states.pt; N is an iteration."""
+    """SAT's files in a folder: [N/]mp_rank_00_model_states.pt; N is an iteration.
+
+    folder: where to look.
+    """
     return [p for p in (folder / SAT_FILE, *sorted(folder.glob(f"*/{SAT_FILE}"))) if p.is_file()]
 
 
 def _sat_file(path: Path) -> Path:
-    """SAT's one file, from itself or a folder that holds it."""
+    """SAT's one file, given itself or a folder that holds it."""
     if path.is_file() or (path.is_dir() and (path.parent / CONFIG).exists()):
         return path
     found = sat_files(path)
-    if len(found) > 1 and (path / "latest").is_file():  # names the iteration to take
+    if len(found) > 1 and (path / "latest").is_file():  # this file names the iteration to take
         latest = first_bytes(path / "latest", 64).decode("utf-8", "replace").strip()
         found = [p for p in found if p.parent.name == latest] or found
     if len(found) == 1:

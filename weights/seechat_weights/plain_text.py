@@ -1,8 +1,8 @@
-"""Text that others wrote, shown to people: nothing in it commands a terminal or forges a line.
+"""Makes text that others wrote safe to show: it cannot command a terminal or forge a line.
 
-Control characters (C0, DEL, C1) move the cursor, set titles, answer for the keyboard; separators
-begin a line that looks like ours; bidirectional overrides show a name backwards. Each is shown as
-its escape instead (\\x1b). All other characters, of any script, stay.
+Control characters (C0, DEL, C1) move the cursor, set titles and answer for the keyboard. Separators
+begin a line that looks like ours. Bidirectional overrides show a name backwards. Each of these is
+shown as its escape instead (\\x1b). All other characters, of any script, stay.
 """
 
 # C0, DEL and C1; Arabic letter mark, marks, embeddings, overrides and isolates; line separators
@@ -18,20 +18,32 @@ _JSON = {c: f"\\u{c:04x}" for c in _COMMANDS if c >= 0x7F}
 
 
 def one_line(text: object) -> str:
-    """A text as one line."""
+    """The text as one line; line breaks and tabs become escapes too.
+
+    text: anything; str() is taken of it.
+    """
     return str(text).translate(_ESCAPED)
 
 
 def many_lines(text: str) -> str:
-    """A text whose line breaks and tabs are its own."""
+    """The text with its own line breaks and tabs.
+
+    text: the text.
+    """
     return text.translate(_KEPT_IN_LINES)
 
 
 def spoken(text: str) -> str:
-    """What a model said, without what is no text in it."""
+    """What a model said, without control characters.
+
+    text: the text.
+    """
     return text.translate(_DROPPED)
 
 
 def safe_json(json: str) -> str:
-    """A JSON text that says the same; JSON itself escapes only part of it."""
+    """The same JSON with all such characters escaped; JSON itself escapes only some of them.
+
+    json: a JSON text.
+    """
     return json.translate(_JSON)

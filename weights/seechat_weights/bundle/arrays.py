@@ -1,4 +1,4 @@
-"""A bundle's arrays where they lie: what both engines, the check of an export and tools map."""
+"""Opens a bundle's arrays where they lie. Both engines, the export's check and tools use it."""
 
 import os
 import weakref
@@ -19,24 +19,32 @@ from seechat_weights.files.untrusted import open_file
 
 @dataclass(frozen=True)
 class BundleArrays:
-    """The embeddings, the prefix and the decoder's weights of the bundle in `folder`."""
+    """The embeddings, the prefix and the decoder's weights of one bundle.
+
+    folder: the bundle's folder.
+    manifest: its manifest, as read_manifest gives it.
+    """
 
     folder: Path
     manifest: Manifest
 
     @cached_property
     def embeddings(self) -> np.ndarray:
-        """The mapped table [vocab, hidden], in the type it is stored in."""
+        """The mapped table of word embeddings, [vocab, hidden], in the type it is stored in."""
         lm, decoder = self.manifest.lm, self.manifest.decoder
         shape = (lm.vocab_size, lm.hidden_size)
         with open_file(self.folder / decoder.embeddings) as f:
             return np.memmap(f, decoder.embeddings_dtype, "r", shape=shape)
 
     def rows(self, ids: Sequence[int]) -> np.ndarray:
-        """Some of the embeddings, [tokens, hidden], read and not mapped: a file that somebody has
-        cut short is an error then, where touching its mapping would end the process.
+        """Read some rows of the embeddings; returns [tokens, hidden].
 
-        Raises BundleError for such a file, IndexError for ids beyond the table.
+        The rows are read and not mapped. If somebody has cut the file short, reading raises an
+        error; touching a mapping of that file would end the process.
+
+        ids: token ids, one a row.
+
+        Raises BundleError for a file that was cut short, IndexError for ids beyond the table.
         """
         if not hasattr(os, "pread"):  # on Windows a mapped file cannot be cut short
             return self.embeddings[ids]
@@ -58,7 +66,7 @@ class BundleArrays:
 
     @cached_property
     def _table(self) -> FileIO:
-        """The embeddings' file, open as long as this object lives."""
+        """The embeddings' file; it stays open as long as this object lives."""
         file = open_file(self.folder / self.manifest.decoder.embeddings)
         weakref.finalize(self, file.close)
         return file
@@ -84,12 +92,15 @@ class BundleArrays:
         return decoder_layout(self.manifest.lm, precision, decoder.block_size)
 
     def stored(self, item: TensorLayout) -> list[np.ndarray]:
-        """The mapped arrays of a tensor: private copies, of which nothing reaches the file."""
+        """The mapped arrays of a tensor. They are private copies: a change never reaches the file.
+
+        item: one of `items`.
+        """
         return [self._weights[s.offset : s.end].view(s.dtype).reshape(s.shape) for s in item.stored]
 
     @cached_property
     def _weights(self) -> np.ndarray:
-        """The decoder's weights file, uint8. Raises BundleError for one that is too short."""
+        """The decoder's weights file, uint8. Raises BundleError if it is too short."""
         path = self.folder / f"{self.manifest.decoder.graph}.data"
         with open_file(path) as f:
             data = np.memmap(f, np.uint8, "c")  # torch wants arrays that could be written

@@ -1,13 +1,13 @@
-"""Where each tensor of the decoder lies in a bundle's weights file, and in what form.
+"""Says where each tensor of the decoder lies in a bundle's weights file, and in what form.
 
-The file is what `seechat export` writes beside the decoder's graph: the tensors one after another,
-in the order of the network, each at the start of a page. Attention's heads are rearranged where a
-family needs it, which leaves every product as it was:
+`seechat export` writes this file beside the decoder's graph. The tensors follow each other in the
+order of the network, and each begins at the start of a page. The heads of the attention are
+rearranged where a family needs it. This leaves every product as it was:
 - ChatGLM's published order [head][q | k | v][head_size] becomes [q | k | v][head][head_size];
-- within a head of its q and k, the quarters [a1 a2 b1 b2] become [a1 b1 a2 b2], which makes the
-  two-dimensional rotary embedding one ordinary rotation whose angles come from two positions;
-- a head whose size is no multiple of 8, which ONNX Runtime wants, has each of its pieces (quarters,
-  or LLaMA's halves) padded with zeros.
+- within a head of its q and k, the quarters [a1 a2 b1 b2] become [a1 b1 a2 b2]; the
+  two-dimensional rotary embedding is then one ordinary rotation with angles from two positions;
+- ONNX Runtime wants head sizes that are multiples of 8; in any other head each piece (quarters, or
+  LLaMA's halves) is padded with zeros.
 """
 
 import math
@@ -47,10 +47,13 @@ class ArraySpan:
 class TensorLayout:
     """One of our tensors and the arrays stored for it.
 
-    kind: "vector", stored as it is, or "linear", stored as the precision says. shape: the
-    tensor's, [outputs, inputs] of a linear, once its heads are rearranged. heads: which axis runs
-    over heads and is rearranged first: "rows" (query_key_value), "columns" (the attention's dense)
-    or "" for neither. bits: of the integers of a linear in blocks, else 0.
+    key: our name of the tensor.
+    kind: "vector" is stored as it is; "linear" is stored as the precision says.
+    shape: of the tensor once its heads are rearranged; [outputs, inputs] for a linear.
+    heads: the axis that runs over heads and is rearranged first: "rows" (query_key_value),
+        "columns" (the attention's dense) or "" for neither.
+    stored: its arrays: one, or codes and scales.
+    bits: size of the integers of a linear in blocks; 0 for every other tensor.
     """
 
     key: str
@@ -62,15 +65,17 @@ class TensorLayout:
 
     @property
     def end(self) -> int:
-        """Where the next one may begin, bytes from the file's start; of the last, its size."""
+        """Where the next tensor may begin, in bytes; for the last tensor, the size of the file."""
         return self.stored[-1].end
 
 
 def head_order(config: LMConfig, axis: str, *, padded: bool = True) -> np.ndarray:
-    """For each place of a bundle's attention tensor the published place, -1 for padding; int64.
+    """For each place of a bundle's attention tensor, its published place; int64, -1 for padding.
 
+    config: the decoder's shape.
     axis: what runs over heads: "rows" of query_key_value, "columns" of the attention's dense, or
-    the numbers of one "key" or "value". padded: with heads of config.padded_head_size.
+        the numbers of one "key" or "value".
+    padded: whether heads have config.padded_head_size.
     """
     family = LM_FAMILIES[config.family]
     pieces = np.arange(config.head_size).reshape(len(family.turned), -1)
@@ -93,7 +98,12 @@ def head_order(config: LMConfig, axis: str, *, padded: bool = True) -> np.ndarra
 
 
 def reordered(array: Any, order: np.ndarray, axis: int = 0) -> Any:
-    """`array`, of numpy or torch, with its places along `axis` in `order`, and zeros for -1."""
+    """Return `array` with its places along `axis` in another order.
+
+    array: a numpy array or a torch tensor.
+    order: the old place for each new one; -1 gives zeros.
+    axis: the axis that is reordered.
+    """
     if np.array_equal(order, np.arange(array.shape[axis])):
         return array
     before = (slice(None),) * (axis % array.ndim)
@@ -104,22 +114,34 @@ def reordered(array: Any, order: np.ndarray, axis: int = 0) -> Any:
 
 
 def inverse_order(order: np.ndarray) -> np.ndarray:
-    """For each published place the one in a bundle: what undoes `reordered`."""
+    """For each published place, its place in a bundle: this undoes `reordered`.
+
+    order: what head_order returned.
+    """
     return order.argsort(kind="stable")[(order < 0).sum() :]
 
 
 def reordered_prefix(prefix: np.ndarray, config: LMConfig, *, padded: bool = True) -> np.ndarray:
-    """A P-tuning prefix [layers, 2 (key, value), heads, tokens, head_size] as a cache holds it."""
+    """Put a P-tuning prefix into the order in which a cache holds it.
+
+    prefix: [layers, 2 (key, value), heads, tokens, head_size], heads as published.
+    config: the decoder's shape.
+    padded: whether heads get config.padded_head_size.
+    """
     orders = [head_order(config, axis, padded=padded) for axis in ("key", "value")]
     return np.stack([reordered(prefix[:, i], orders[i], axis=-1) for i in (0, 1)], axis=1)
 
 
 def decoder_layout(config: LMConfig, precision: Precision, block_size: int) -> list[TensorLayout]:
-    """The decoder's tensors but for the word embeddings, in file order.
+    """The decoder's tensors in file order, without the word embeddings.
 
-    A linear of float weights is stored transposed, [inputs, outputs]; one in blocks as codes, uint8
-    [outputs, blocks, block_size * bits / 8], and scales [outputs, blocks] (see ONNX Runtime's
-    MatMulNBits).
+    A linear of float weights is stored transposed, [inputs, outputs]. A linear in blocks is stored
+    as codes, uint8 [outputs, blocks, block_size * bits / 8], and scales, [outputs, blocks]. See
+    ONNX Runtime's MatMulNBits.
+
+    config: the decoder's shape.
+    precision: how its linears are stored.
+    block_size: inputs that share a scale.
     """
     items: list[TensorLayout] = []
     end = 0
@@ -151,7 +173,7 @@ def _tensors(config: LMConfig) -> Iterator[LMTensor]:
 
 
 def _bits(tensor: LMTensor, precision: Precision) -> int:
-    """Bits of the integers in blocks that a tensor is stored as; 0 where it is not."""
+    """Bits of a tensor's integers in blocks; 0 if it is stored as floats."""
     if not precision.block or len(tensor.shape) == 1:
         return 0
     return (precision.head_bits or precision.bits) if tensor.key == HEAD else precision.bits

@@ -1,7 +1,7 @@
-"""What a bundle is: the one folder that export writes and the runtime reads.
+"""Reads, checks and writes the manifest of a bundle, the folder that export writes and lite reads.
 
-The manifest (`seechat.json`) describes everything the runtime needs to know: the networks' shapes,
-the ONNX graphs, how a picture becomes pixels, which conversation format the model speaks, and a
+The manifest (`seechat.json`) holds everything that the runtime needs to know: the networks' shapes,
+the ONNX graphs, how a picture becomes pixels, the conversation format that the model speaks, and a
 hash of every file. This module knows nothing about ONNX Runtime or torch.
 """
 
@@ -52,8 +52,10 @@ class Decoder:
 
     @property
     def half(self) -> str:
-        """The graph that computes in float16, for GPUs, of the same weights; if there is one,
-        Manifest.files lists it."""
+        """The file of the same decoder in float16, for GPUs; it uses the same weights.
+
+        Manifest.files lists it if the bundle has it.
+        """
         return half_graph(self.graph)
 
 
@@ -71,7 +73,7 @@ class FileHash:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a bundle; written as JSON, read strictly."""
+    """Everything about a bundle. It is written as JSON and read strictly."""
 
     name: str
     lm: LMConfig
@@ -89,9 +91,12 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Self:
-        """Parse a manifest; `where` names the file in errors.
+        """Parse a manifest.
 
-        Raises BundleError for anything that is not a manifest of this version, naming the field.
+        text: the JSON.
+        where: the file's name, for errors.
+
+        Raises BundleError for anything that is not a manifest of this version; it names the field.
         """
         try:
             data = json.loads(text)
@@ -127,7 +132,7 @@ class Manifest:
 
 
 def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
-    """What makes a manifest's values sound: field, value, whether it holds, what is expected."""
+    """The rules for a manifest's values: field, value, whether it holds, what is expected."""
     lm, decoder, tokenizer = manifest.lm, manifest.decoder, manifest.tokenizer
     for name in (
         "vocab_size",
@@ -228,9 +233,11 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check the manifest of a bundle folder and the presence and size of its files.
+    """Read a bundle's manifest and check its values and the presence and size of its files.
 
-    Raises BundleError (missing folder, missing or resized file, bad or newer manifest).
+    folder: the bundle's folder.
+
+    Raises BundleError for a missing folder, a missing or resized file, a bad or newer manifest.
     """
     folder = Path(folder)
     path = folder / MANIFEST
@@ -271,7 +278,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def required_files(manifest: Manifest) -> list[str]:
-    """Names of the files that the manifest's own fields point at."""
+    """The names of the files that the manifest's own fields point at."""
     names = [manifest.decoder.graph, manifest.decoder.embeddings, manifest.tokenizer.file]
     if manifest.decoder.prefix:
         names.append(manifest.decoder.prefix)
@@ -285,9 +292,13 @@ def required_files(manifest: Manifest) -> list[str]:
 def verify_hashes(
     folder: Path, manifest: Manifest, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Compare every file of the bundle with its recorded sha256; BundleError on a difference.
+    """Compare every file of a bundle with its recorded sha256.
 
+    folder: the bundle's folder.
+    manifest: its manifest.
     progress: called with the bytes read so far and the bytes of all files.
+
+    Raises BundleError for the first file that differs or cannot be read.
     """
     done, total = 0, sum(entry.bytes for entry in manifest.files.values())
 
@@ -313,7 +324,11 @@ def verify_hashes(
 
 
 def sha256(path: Path, read: Callable[[int], None] | None = None) -> str:
-    """The hash of a file, hexadecimal; `read` is told the size of every part that was read."""
+    """The sha256 of a file, in hexadecimal.
+
+    path: the file.
+    read: called with the size, in bytes, of every part that was read.
+    """
     digest, part = hashlib.sha256(), memoryview(bytearray(_HASHED_AT_ONCE))
     with open_file(path) as f:
         while size := f.readinto(part):
@@ -326,8 +341,8 @@ def sha256(path: Path, read: Callable[[int], None] | None = None) -> str:
 def _inside(name: str) -> bool:
     """Whether a file's name stays in the bundle folder, on every system.
 
-    Symbolic links are followed, wherever they lead: download caches are made of them, and what a
-    file holds is checked by its hash.
+    Symbolic links are followed wherever they lead, because download caches are made of them. The
+    hash checks what such a file holds.
     """
     parts = name.split("/")
     plain = name.isprintable() and not any(c in name for c in "\\:")

@@ -1,11 +1,12 @@
-"""What a bundle's ONNX graph may be: operators that an export writes, over the bundle's files.
+"""Checks that a bundle's ONNX graph uses only what an export writes, over the bundle's own files.
 
-The manifest's hashes say that a graph is the one that somebody wrote, not that it is harmless: it
-names files to read, operators to run, loops, and sizes. All of that is read here before ONNX
-Runtime sees the graph, in one pass over the file and without the onnx package. Whatever an export
-does not write is refused.
+The manifest's hashes prove that somebody wrote this graph. They do not prove that it is harmless: a
+graph names files to read, operators to run, loops, and sizes. This module reads all of that before
+ONNX Runtime sees the graph. It passes over the file once and does not need the onnx package. It
+refuses whatever an export does not write.
 
-Numbers of fields are those of onnx.proto3 (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto3).
+The numbers of fields are those of onnx.proto3
+(https://github.com/onnx/onnx/blob/main/onnx/onnx.proto3).
 """
 
 import math
@@ -37,8 +38,8 @@ DECODER_OPERATORS = frozenset(
     )
     for name in names.split()
 )  # fmt: skip
-# of networks of convolutions and attention as torch traces them: no control flow, no sequences,
-# nothing that draws lots
+# what torch traces of convolutions and attention: no control flow, no sequences,
+# nothing random
 VISION_OPERATORS = frozenset(
     (domain, name)
     for domain, names in (
@@ -55,11 +56,11 @@ VISION_OPERATORS = frozenset(
     )
     for name in names.split()
 )  # fmt: skip
-# make something large of a few small numbers
+# operators that make a large tensor from a few small numbers
 _GROWING = frozenset(["ConstantOfShape", "Expand", "Pad", "Range", "Resize", "Tile"])
 _MOST_GROWN = 1 << 27  # numbers
-_MOST_COUNT = 1 << 24  # of an integer that may be a size
-_OPEN_END = 1 << 62  # and beyond: the end of a slice
+_MOST_COUNT = 1 << 24  # the largest integer that may be a size
+_OPEN_END = 1 << 62  # this or more stands for the end of a slice
 _MOST_NODES = 200_000  # a decoder of 28 layers has 1700
 _MOST_FIELDS = 5_000_000
 _MOST_WITHIN = 1 << 16  # bytes that a decoder may hold in its graph: three constants
@@ -72,11 +73,11 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 class _RefusedError(ValueError):
-    """What is wrong, in words that follow the file's name."""
+    """A graph is refused; the text says why and follows the file's name."""
 
 
 class External(NamedTuple):
-    """Where a tensor's numbers lie."""
+    """Where a tensor's numbers lie: file, offset and length in bytes."""
 
     file: str
     offset: int
@@ -96,17 +97,23 @@ class Initializer:
 
 @dataclass
 class Graph:
-    """What was found in a graph: its tensors, operators and bytes of its own."""
+    """What was found in a graph: its tensors, its operators and the bytes it holds itself."""
 
     initializers: dict[str, Initializer] = field(default_factory=dict)
     operators: set[tuple[str, str]] = field(default_factory=set)
     nodes: int = 0
     within: int = 0  # bytes of tensors that lie in the graph itself
-    grown: set[str] = field(default_factory=set)  # inputs of operators that make something large
+    grown: set[str] = field(default_factory=set)  # inputs of operators that can make a large tensor
 
 
 def check_graphs(folder: Path, manifest: Manifest) -> None:
-    """All graphs of a bundle. Raises BundleError."""
+    """Check all graphs of a bundle.
+
+    folder: the bundle's folder.
+    manifest: its manifest.
+
+    Raises BundleError.
+    """
     decoder, vision = manifest.decoder, manifest.vision
     for check, part in ((check_decoder, decoder), (check_vision, vision)):
         for graph in (part.graph, part.half) if part else ():
@@ -115,9 +122,13 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
 
 
 def check_decoder(folder: Path, manifest: Manifest, graph: str) -> None:
-    """See that a decoder's graph is what an export writes over its weights file.
+    """Check that a decoder's graph is what an export writes over its weights file.
 
-    graph: its file, the decoder's or its half. Raises BundleError.
+    folder: the bundle's folder.
+    manifest: its manifest.
+    graph: the graph's file: the decoder's own, or its float16 half.
+
+    Raises BundleError.
     """
     decoder = manifest.decoder
     precision = stored_precision(decoder.precision, head_bits=decoder.head_bits)
@@ -138,7 +149,14 @@ def check_decoder(folder: Path, manifest: Manifest, graph: str) -> None:
 
 
 def check_vision(folder: Path, manifest: Manifest, graph: str) -> None:
-    """See that a vision graph is what an export writes. Raises BundleError."""
+    """Check that a vision graph is what an export writes.
+
+    folder: the bundle's folder.
+    manifest: its manifest.
+    graph: the graph's file.
+
+    Raises BundleError.
+    """
     vision = manifest.vision
     assert vision
 
@@ -164,7 +182,7 @@ def _check_places(
     manifest: Manifest,
     places: Mapping[str, tuple[str, tuple[int, ...], External]],
 ) -> None:
-    """Weights beside the graph: in a listed file, and each where the export puts it."""
+    """Check that weights beside the graph lie in a listed file, each where the export puts it."""
     for tensor in found.initializers.values():
         if tensor.external is None:
             continue
@@ -220,14 +238,14 @@ def _check_growth(found: Graph) -> None:
 
 
 class _Reader:
-    """Fields of messages in a mapped file; bounded in how many are looked at."""
+    """Reads the fields of protobuf messages in a mapped file, and limits how many."""
 
     def __init__(self, data: mmap.mmap | bytes) -> None:
         self.data = data
         self._left = _MOST_FIELDS
 
     def fields(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """Number, wire type, and of bytes where they begin and end, else the value twice."""
+        """Yield number, wire type, start and end of each field; a number is given twice instead."""
         at = start
         while at < end:
             self._left -= 1
@@ -266,7 +284,7 @@ class _Reader:
         return bytes(self.data[start:end]).decode("utf-8")  # UnicodeDecodeError is a ValueError
 
     def integers(self, kind: int, start: int, end: int) -> list[int]:
-        """Signed ones of a repeated field, packed or not."""
+        """The signed integers of a repeated field, packed or not."""
         if kind == _VARINT:
             return [_signed(start)]
         found, at = [], start
@@ -283,16 +301,19 @@ def _signed(value: int) -> int:
 
 
 def read_graph(data: mmap.mmap | bytes, *, branches: bool) -> Graph:
-    """Read a ModelProto. branches: whether an If may have two graphs, one level deep.
+    """Read a ModelProto.
 
-    Raises ValueError for what no export writes, whatever the operators.
+    data: the file's bytes.
+    branches: whether an If may have two graphs, one level deep.
+
+    Raises ValueError for anything that no export writes, whatever the operators.
     """
     reader, graph, version, seen = _Reader(data), Graph(), None, False
     for number, kind, start, end in reader.fields(0, len(data)):
         if number == 1:
             version = start
         elif number == 7:
-            if seen or kind != _BYTES:  # messages that come twice are merged
+            if seen or kind != _BYTES:  # protobuf merges messages that come twice
                 raise _RefusedError("two graphs")
             seen = True
             _read_graph(reader, start, end, graph, branches=branches)
@@ -453,7 +474,7 @@ def _read_entry(reader: _Reader, kind: int, start: int, end: int) -> tuple[str, 
 
 
 def _external(entries: Mapping[str, str]) -> External:
-    """Where a tensor lies: all of file, offset and length are said by an export."""
+    """Where a tensor lies. An export always writes all of file, offset and length."""
     if entries.keys() - {"location", "offset", "length"} or not entries.get("location"):
         raise _RefusedError("a tensor whose place is not said")
     numbers = [entries.get(key, "0") for key in ("offset", "length")]

@@ -1,6 +1,6 @@
-"""The precisions that a bundle's LM and its vision network can be exported at: one row each.
+"""Lists the precisions that a bundle's LM and vision network can be exported at, one row each.
 
-A new precision of the LM is a row here, a function in seechat_lite/nn/block_quantization.py and
+A new precision of the LM needs a row here, a function in seechat_lite/nn/block_quantization.py and
 golden integers in a test.
 """
 
@@ -11,10 +11,15 @@ from dataclasses import dataclass, replace
 class Precision:
     """How the LM's linear weights are stored.
 
-    bits: bits of a weight. block: whether a scale is kept for every `block_size` inputs of an
-    output row (weight-only quantization); otherwise the weights are stored as `dtype`. tolerance:
-    how far the graph may be from the torch network, in standard deviations of its result: fp16
-    rounds what the cache holds, and products of integers round their inputs to 8 bits a block.
+    name: what the export's option and the manifest call it.
+    bits: bits of one weight.
+    block: whether every `block_size` inputs of an output row share a scale (weight-only
+        quantization); if not, the weights are stored as `dtype`.
+    dtype: the numpy name of the stored float weights, or of the scales.
+    tolerance: how far the graph may be from the torch network, in standard deviations of its
+        result. fp16 rounds what the cache holds; products of integers round their inputs to 8 bits
+        a block.
+    head_bits: bits of lm_head, if an export gives it more than the other weights.
     """
 
     name: str
@@ -26,12 +31,12 @@ class Precision:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing is rounded: float32 weights, and a float32 cache."""
+        """Whether nothing is rounded: weights and cache are float32."""
         return self.dtype == "float32" and not self.block
 
     @property
     def cache_dtype(self) -> str:
-        """What keys and values are held in."""
+        """The type in which the cache holds keys and values."""
         return "float32" if self.exact else "float16"
 
     @property
@@ -59,22 +64,27 @@ BLOCK_SIZES = (32, 64, 128)
 
 
 def stored_precision(name: str, *, head_bits: int) -> Precision:
-    """The precision of a bundle's decoder, as its manifest tells it."""
+    """The precision of a bundle's decoder.
+
+    name: the manifest's name for it.
+    head_bits: the manifest's bits of lm_head.
+    """
     return replace(PRECISIONS[name], head_bits=head_bits)
 
 
 def smaller_precisions(name: str) -> list[Precision]:
-    """Those that take less than `name`, the next one first."""
+    """The precisions that take less memory than `name`, the next smaller one first."""
     rows = list(PRECISIONS.values())
     return rows[rows.index(PRECISIONS[name]) + 1 :]
 
 
 @dataclass(frozen=True)
 class VisionPrecision:
-    """How the matrices of a vision network are stored; all else is float32.
+    """How the matrices of a vision network are stored. Everything else is float32.
 
-    bits: of a number, its share of a block's scale included. integers: whether matrices of products
-    are integers in blocks, which the runtime prepares for its kernels and cannot run as written.
+    bits: bits of one number, with its share of the block's scale.
+    integers: whether the matrices are integers in blocks; the runtime prepares those for its
+        kernels and cannot run them as written.
     tolerance: see Precision.
     """
 

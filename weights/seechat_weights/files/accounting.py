@@ -1,7 +1,7 @@
-"""Every tensor of a checkpoint is either used or ignored for a stated reason.
+"""Checks that every tensor of a checkpoint is either used or ignored for a stated reason.
 
-One that is missing, surplus or of another shape than the configuration says is an error: a model
-loaded with a tensor silently skipped would answer, and answer wrongly.
+A tensor that is missing, surplus or of another shape than the configuration says is an error. A
+model that silently skipped a tensor would still answer, and answer wrongly.
 """
 
 import math
@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, tuple[Shape, str]]  # a Checkpoint's `shapes`: name -> (shape, dtype)
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
-# Files of SEEChat and VisualGLM hold LM and vision together; a name's beginning says whose it is.
+# Files of SEEChat and VisualGLM hold LM and vision; the start of a name says which it belongs to.
 PARTS = {
     "lm": r"(llama_model|transformer|lm_head|mixins\.(chatglm-\w+|ptuning))\..*",
     "vision": r"(visual_encoder|ln_vision|Qformer|llama_proj|image_encoder|mixins\.eva)\..*"
@@ -24,10 +24,15 @@ PARTS = {
 
 
 def part(shapes: Shapes, name: str, *, where: str) -> dict[str, tuple[Shape, str]]:
-    """The tensors of a part, "lm" or "vision", of a checkpoint that may hold both.
+    """The tensors of one part of a checkpoint that may hold both LM and vision.
 
-    Who reads a part accounts for all of it, so that both together account for every tensor.
-    Raises CheckpointError naming tensors that belong to neither.
+    The reader of a part accounts for all of it, so the two readers account for every tensor.
+
+    shapes: all tensors of the checkpoint.
+    name: "lm" or "vision".
+    where: the checkpoint's path, for errors.
+
+    Raises CheckpointError; it names tensors that belong to neither part.
     """
     unknown = [k for k in shapes if not any(re.fullmatch(p, k) for p in PARTS.values())]
     if unknown:
@@ -46,9 +51,15 @@ def account(
     *,
     advice: str = "download the checkpoint again, or name the right one",
 ) -> dict[str, str]:
-    """See that every tensor is needed or has a reason (pattern, why); returns the ignored ones.
+    """Check that every tensor is needed or has a reason to be ignored; returns the ignored ones.
 
-    Raises CheckpointError naming those that are missing or have no reason.
+    shapes: all tensors.
+    needed: names that must be there.
+    reasons: pairs of a pattern of names and why such tensors are ignored.
+    where: the checkpoint's path, for errors.
+    advice: what to do, for errors.
+
+    Raises CheckpointError; it names tensors that are missing or have no reason.
     """
     needed = dict.fromkeys(needed)
     missing = [k for k in needed if k not in shapes]
@@ -81,7 +92,15 @@ def check_shapes(
     *,
     dtypes: tuple[str, ...] = FLOATS,
 ) -> None:
-    """Compare sizes and dtypes; CheckpointError naming each tensor, what it is and should be."""
+    """Compare shapes and dtypes.
+
+    shapes: what was found.
+    expected: what each tensor should measure.
+    where: the checkpoint's path, for errors.
+    dtypes: the dtypes that are allowed.
+
+    Raises CheckpointError; it names each wrong tensor, what it is and what it should be.
+    """
     wrong = []
     for key, shape in expected.items():
         found, dtype = shapes[key]
@@ -97,7 +116,16 @@ def check_shapes(
 
 
 def sizes_of(shapes: Shapes, key: str, rank: int, *, where: str, advice: str) -> Shape:
-    """A tensor's shape, from which other sizes follow; CheckpointError if it is of another rank."""
+    """A tensor's shape, from which other sizes follow.
+
+    shapes: all tensors.
+    key: the tensor's name.
+    rank: the number of dimensions it must have.
+    where: the checkpoint's path, for errors.
+    advice: what to do, for errors.
+
+    Raises CheckpointError if the tensor has another rank.
+    """
     found = shapes[key][0]
     if len(found) != rank or 0 in found:
         raise CheckpointError(
@@ -107,9 +135,13 @@ def sizes_of(shapes: Shapes, key: str, rank: int, *, where: str, advice: str) ->
 
 
 def count_layers(shapes: Shapes, pattern: str, *, where: str) -> int:
-    """How many layers a network has, of whose names `pattern` finds the beginning and the number.
+    """Count the layers of a network.
 
-    Raises CheckpointError for more than any network has, which would take the memory.
+    shapes: all tensors.
+    pattern: a regular expression of the start of a layer's names; its group is the number.
+    where: the checkpoint's path, for errors.
+
+    Raises CheckpointError for more layers than any network has, since they would fill the memory.
     """
     layer = re.compile(pattern)
     count = len({found[1] for key in shapes if (found := layer.match(key))})
@@ -122,7 +154,12 @@ def count_layers(shapes: Shapes, pattern: str, *, where: str) -> int:
 
 
 def patches_a_side(positions: int, *, where: str, advice: str) -> int:
-    """Of a ViT with `positions` position embeddings, the class token's among them."""
+    """The number of patches a side of a ViT.
+
+    positions: its position embeddings, with that of the class token.
+    where: the checkpoint's path, for errors.
+    advice: what to do, for errors.
+    """
     side = math.isqrt(positions - 1)
     if side * side != positions - 1:
         raise CheckpointError(
@@ -133,5 +170,6 @@ def patches_a_side(positions: int, *, where: str, advice: str) -> int:
 
 
 def few(items: list[str]) -> str:
+    """The first of some items, as words for a message."""
     shown = ", ".join(items[:4])
     return shown if len(items) <= 4 else f"{shown} and {len(items) - 4} more"

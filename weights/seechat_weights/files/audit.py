@@ -1,15 +1,15 @@
-"""Numbers that cannot be a trained model's: found when a tensor is read, named with its file.
+"""Finds numbers that no trained model has, when a tensor is read; its error names tensor and file.
 
-An unfinished download has the right size and zeros inside; training that went wrong leaves NaN.
-Neither shows in a header, both would be exported and answer nonsense.
+An unfinished download has the right size and zeros inside. Training that went wrong leaves NaN. No
+header shows either; the export would keep them and the model would answer nonsense.
 
-What is an error: NaN and infinities anywhere; matrices and norms of zeros, or with as many zeros in
-one run as no training leaves but a missing piece of a download does. What is only warned of: single
-rows of zeros, which pruning leaves. What is nothing: biases of zeros (new ones, a key's), rows of
-the vocabulary that no token has, values that are small.
+Errors: NaN and infinities anywhere; matrices and norms of zeros; and a run of zeros that is longer
+than training leaves, as a missing piece of a download is. Only a warning: single rows of zeros,
+which pruning leaves. Allowed: biases of zeros (new ones, a key's), rows of the vocabulary that no
+token has, and small values.
 
-Magnitudes of floats are ordered as their bits are without the sign: so one pass over integers tells
-all of it, at the speed of memory.
+The bits of a float without its sign are ordered as its magnitude is. So one pass over integers
+finds all of this, at the speed of memory.
 """
 
 import logging
@@ -25,20 +25,20 @@ from seechat_weights.plain_text import one_line
 
 log = logging.getLogger(__name__)
 
-_HOLE = 1 << 16  # bytes of zeros in a row; downloads come in pieces of at least that
-_SHARE = 4  # or a 4th of the tensor, of a small one
+_HOLE = 1 << 16  # bytes of zeros in a row; downloads come in pieces of at least this size
+_SHARE = 4  # or a 4th of a small tensor
 _GRAIN = 512  # numbers looked at together
 _AT_ONCE = 1 << 20  # numbers
 _PADDING = 1024  # rows of a vocabulary that no token has: ChatGLM-6B has 184
 _LOST_ROWS = 64  # of a vocabulary, one after another: more than a few tokens without training
-_NOTHING = 1e-20  # what is smaller moves nothing
-# of programs that have not finished downloading the file they lie beside
+_NOTHING = 1e-20  # a smaller number has no effect
+# names of the files that a download keeps beside an unfinished file
 _UNFINISHED = (".aria2", ".part", ".crdownload", ".download", ".incomplete", ".!qB", ".partial")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which tensor of which file is looked at."""
+    """The tensor and the file that are looked at."""
 
     file: Path
     name: str
@@ -54,13 +54,19 @@ class Place:
 
 
 def unfinished(file: Path) -> Path | None:
-    """What a download that is not finished keeps beside a file, if it is there."""
+    """The file that an unfinished download keeps beside `file`, if there is one."""
     places = (file.with_name(file.name + end) for end in _UNFINISHED)
     return next((place for place in places if place.exists()), None)
 
 
 def check_numbers(array: np.ndarray, place: Place) -> None:
-    """Raise CheckpointError for NaN and infinities."""
+    """Check a tensor for NaN and infinities.
+
+    array: its numbers.
+    place: where they come from, for the error.
+
+    Raises CheckpointError.
+    """
     if array.dtype.kind != "f":
         return
     largest = max((int(part.max()) for part in _magnitudes(array)), default=0)
@@ -71,7 +77,13 @@ def check_numbers(array: np.ndarray, place: Place) -> None:
 
 
 def check_half(array: np.ndarray, place: Place) -> None:
-    """Raise CheckpointError for numbers that became infinite when they were made float16."""
+    """Check that no number became infinite when a tensor was made float16.
+
+    array: its numbers, float16.
+    place: where they come from, for the error.
+
+    Raises CheckpointError.
+    """
     if not all(int(part.max()) < _bits(np.inf, array.dtype) for part in _magnitudes(array)):
         raise place.error(
             f"holds numbers beyond 65504 ({_where(array, np.isinf)})",
@@ -81,7 +93,13 @@ def check_half(array: np.ndarray, place: Place) -> None:
 
 
 def check_matrix(array: np.ndarray, place: Place) -> None:
-    """Raise CheckpointError for a matrix, convolution or table of zeros, or one with a hole."""
+    """Check a matrix, convolution or table for zeros everywhere, or a hole of zeros.
+
+    array: its numbers.
+    place: where they come from, for the error.
+
+    Raises CheckpointError.
+    """
     zeros, largest, at, run, longest, end = 0, 0, 0, 0, 0, 0
     for part in _magnitudes(array):
         grains = _grains(part)
@@ -109,7 +127,13 @@ def check_matrix(array: np.ndarray, place: Place) -> None:
 
 
 def check_gains(array: np.ndarray, place: Place) -> None:
-    """Raise CheckpointError for a norm's weights, or scales, that are mostly zeros."""
+    """Check the weights of a norm, or scales, for being mostly zeros.
+
+    array: its numbers.
+    place: where they come from, for the error.
+
+    Raises CheckpointError.
+    """
     parts = list(_magnitudes(array))
     _refuse_nothing(array, max((int(p.max(initial=0)) for p in parts), default=0), place)
     zeros = sum(int((part == 0).sum()) for part in parts)
@@ -118,9 +142,13 @@ def check_gains(array: np.ndarray, place: Place) -> None:
 
 
 def check_table(array: np.ndarray, place: Place, *, unused: int = 0) -> None:
-    """Raise CheckpointError for a vocabulary's table [tokens, width] with a hole.
+    """Check a vocabulary's table for a hole of zeros.
 
-    unused: rows at its beginning that no text has. At its end some padding may be zeros.
+    array: [tokens, width].
+    place: where it comes from, for the error.
+    unused: rows at its beginning that no text has; some padding at its end may be zeros too.
+
+    Raises CheckpointError.
     """
     parts = np.array_split(array, -(-array.size // _AT_ONCE) or 1)
     empty = np.concatenate([~(part != 0).any(-1) for part in parts])
@@ -137,7 +165,13 @@ def check_table(array: np.ndarray, place: Place, *, unused: int = 0) -> None:
 
 
 def check_vision(array: np.ndarray, place: Place) -> None:
-    """Raise CheckpointError for a tensor of a vision network that no training leaves."""
+    """Check a tensor of a vision network for numbers that no training leaves.
+
+    array: its numbers.
+    place: where they come from, for the error.
+
+    Raises CheckpointError.
+    """
     check_numbers(array, place)
     if array.ndim > 1:
         check_matrix(array, place)
@@ -146,7 +180,7 @@ def check_vision(array: np.ndarray, place: Place) -> None:
 
 
 def is_nothing(array: np.ndarray) -> bool:
-    """Whether a tensor's numbers are all zero, or as good as."""
+    """Whether all numbers of a tensor are zero or have no effect."""
     largest = max((int(part.max()) for part in _magnitudes(array)), default=0)
     return largest < _floor(array.dtype)
 
@@ -158,7 +192,7 @@ def _refuse_nothing(array: np.ndarray, largest: int, place: Place) -> None:
 
 
 def _magnitudes(array: np.ndarray) -> Iterable[np.ndarray]:
-    """Parts of it as unsigned integers that are ordered as the numbers' magnitudes."""
+    """Yield parts of an array as unsigned integers that are ordered as the numbers' magnitudes."""
     if array.dtype.kind == "b" or not array.size:
         return
     kind = np.dtype(f"u{array.itemsize}")
@@ -171,14 +205,14 @@ def _magnitudes(array: np.ndarray) -> Iterable[np.ndarray]:
 
 
 def _grains(part: np.ndarray) -> np.ndarray:
-    """The largest of every _GRAIN numbers, the last ones among them."""
+    """The largest of every _GRAIN numbers; the last group may be shorter."""
     whole = part.size // _GRAIN * _GRAIN
     grains = part[:whole].reshape(-1, _GRAIN).max(1)
     return grains if whole == part.size else np.append(grains, part[whole:].max())
 
 
 def _runs(flags: np.ndarray) -> Iterable[tuple[bool, int]]:
-    """A flag and how often it comes in a row."""
+    """Each flag with the number of times that it comes in a row."""
     if flags.size:
         ends = np.append(np.flatnonzero(flags[1:] != flags[:-1]) + 1, flags.size)
         for start, end in zip(np.append(0, ends[:-1]).tolist(), ends.tolist(), strict=True):
@@ -190,7 +224,7 @@ def _bits(value: float, dtype: np.dtype) -> int:
 
 
 def _floor(dtype: np.dtype) -> int:
-    """Magnitudes below it are as good as zero."""
+    """Magnitudes below this have no effect."""
     return max(_bits(_NOTHING, dtype), 1) if dtype.kind == "f" else 1
 
 

@@ -1,10 +1,10 @@
-"""Safe, lazy readers of published weights: what is in a checkpoint, and one tensor at a time.
+"""Reads published weights safely and lazily: what a checkpoint holds, and one tensor at a time.
 
-Read are Hugging Face and open_clip folders (safetensors or torch's .bin, in one file or in shards)
-and single files: safetensors, torch's zip archives, its old format that is no zip, TorchScript.
-What a file is shows in its first bytes. Opening one reads its headers, a tensor is mapped when it
-is read: a 13 GB checkpoint never has to fit into memory. No code in a file ever runs, and torch is
-not needed.
+It reads Hugging Face and open_clip folders (safetensors or torch's .bin, in one file or in shards)
+and single files: safetensors, torch's zip archives, its older format without zip, and TorchScript.
+The first bytes of a file tell its format. Opening a file reads its headers. A tensor is mapped when
+it is read, so a 13 GB checkpoint never has to fit into memory. No code in a file ever runs, and
+torch is not needed.
 """
 
 import os
@@ -43,7 +43,7 @@ __all__ = [
     "read_json",
 ]
 
-# what a folder's weights are called, first choice first: safetensors before pickles
+# the names of a folder's weights, the first choice first: safetensors before pickles
 STEMS = (
     ("model", ".safetensors"),
     ("open_clip_model", ".safetensors"),
@@ -52,9 +52,9 @@ STEMS = (
 )
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 DEEPSPEED = "mp_rank_00_model_states.pt"  # SwissArmyTransformer's as well
-# what training keeps beside the weights
+# files that training keeps beside the weights
 _STATES = re.compile(r"(optimizer|scheduler|rng_state|scaler|training_args|random_states|bf16_)")
-# what people take for such weights, by its first bytes: what it is, and what to do
+# files that people take for such weights: first bytes, what the file is, what to do
 _CONVERTED = "get the weights it was made from, in safetensors or .bin"
 _ARCHIVE = "unpack it and name the folder"
 _OTHERS = (
@@ -69,15 +69,19 @@ _UNKNOWN = (b"", "not a checkpoint", "name the right file or download it again")
 
 
 class SeveralFilesError(CheckpointError):
-    """A folder holds several files of weights, and nothing tells which is meant."""
+    """A folder holds several files of weights, and nothing says which one is meant."""
 
 
 class NoWeightsError(CheckpointError):
-    """A folder holds no weights under the names that libraries give them."""
+    """A folder holds no weights under the names that libraries use."""
 
 
 class Checkpoint:
-    """Tensors of one or several files, by their published names. Made by `open_checkpoint`."""
+    """Tensors of one or several files, under their published names. Made by `open_checkpoint`.
+
+    path: the folder or file.
+    files: the files that hold the tensors.
+    """
 
     def __init__(self, path: Path, files: list[Path]) -> None:
         self.path = path
@@ -100,15 +104,18 @@ class Checkpoint:
                 self._stored[key], self.shapes[key] = stored, stored.info
 
     def source(self, key: str) -> Path:
-        """The file that holds a tensor."""
+        """The file that holds the tensor `key`."""
         return self._stored[key].file
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor as stored; bfloat16, which numpy lacks, comes as float32.
+        """Read one tensor as stored; bfloat16, which numpy lacks, comes as float32.
 
-        The array may be a private view of the mapped file, unmapped when the array goes. Where the
-        container has checksums, the tensor's is compared when it is first read.
-        Raises CheckpointError for a dtype that numpy cannot hold or a file that went bad.
+        The array may be a private view of the mapped file; it is unmapped when the array goes. If
+        the container has checksums, the tensor's is compared when it is first read.
+
+        key: the tensor's published name.
+
+        Raises CheckpointError for a dtype that numpy cannot hold, or a file that went bad.
         """
         stored = self._stored[key]
         file = stored.file
@@ -124,16 +131,20 @@ class Checkpoint:
             ) from None
 
 
-Opener = Callable[[Path], Checkpoint]  # open_checkpoint, or what calls it
+Opener = Callable[[Path], Checkpoint]  # open_checkpoint, or something that calls it
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint folder or file; reads headers only.
+    """Open a checkpoint; this reads headers only.
 
-    A folder that holds safetensors and .bin is read from safetensors. Sizes stated in an index are
-    not believed, the files' own headers are.
-    Raises CheckpointError: nothing there, Git LFS pointer, truncated file, missing shard, a shard
-    that lacks what the index names, a tensor in two shards, a pickle that would run code.
+    A folder that holds both safetensors and .bin is read from safetensors. The sizes stated in an
+    index are not trusted; the headers of the files are.
+
+    path: a folder or a file.
+
+    Raises CheckpointError: nothing there, a Git LFS pointer, a truncated file, a missing shard, a
+    shard that lacks a tensor that the index names, a tensor in two shards, or a pickle that would
+    run code.
     """
     path = local_path(path)
     try:
@@ -168,9 +179,9 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 
 def _training_file(folder: Path) -> Path | None:
-    """The one file with weights that a training run left in its folder, under a name of its own.
+    """The one file of weights that a training run left in its folder, under its own name.
 
-    Raises CheckpointError where weights are in parts that only the run's own library joins, or in
+    Raises CheckpointError if the weights are in parts that only the run's own library joins, or in
     several files.
     """
     deepspeed = [p for p in (folder, *sorted(folder.glob("*/"))) if (p / DEEPSPEED).is_file()]
@@ -226,7 +237,7 @@ def _open_indexed(folder: Path, index: Path) -> Checkpoint:
                 f"{index}: names the file {shown(name)}, expected one in the same folder; refused: "
                 "download the checkpoint from its publisher"
             )
-        if not os.path.lexists(folder / name):  # which takes any name, however long
+        if not os.path.lexists(folder / name):  # lexists accepts any name, however long
             raise CheckpointError(
                 f"{folder / name}: missing; {index.name} names it: download this shard"
             )
@@ -241,7 +252,7 @@ def _open_indexed(folder: Path, index: Path) -> Checkpoint:
 
 
 def _all_shards(folder: Path, stem: str, suffix: str, shards: list[Path]) -> list[Path]:
-    """Shards without an index: complete if their numbers are."""
+    """The shards of a folder without an index; they are complete if their numbers are."""
     number = re.fullmatch(r".*-of-([0-9]{1,6})", shards[0].name.removesuffix(suffix))
     total = number[1] if number else "?"
     there = set(shards)

@@ -1,13 +1,13 @@
-"""Reading pickles without running them: an interpreter that knows tensors and calls nothing.
+"""Reads pickles without running them, with an interpreter that knows tensors and calls nothing.
 
 A pickle is a program: it names functions of any installed module and has them called. This
 interpreter takes the program apart with the standard library's `pickletools` and builds plain
-lists, dictionaries and descriptions of tensors. Nothing a pickle names is ever looked up: what
-rebuilds a tensor is known by its name, configuration objects of training scripts become inert
-placeholders, and any other name is refused. Work and memory are bounded by `MAX_BYTES` and
-`MAX_OPCODES`.
+lists, dictionaries and descriptions of tensors. It never looks up a name from a pickle. It knows
+the functions that rebuild a tensor by their names, turns configuration objects of training scripts
+into inert placeholders, and refuses every other name. `MAX_BYTES` and `MAX_OPCODES` bound work and
+memory.
 
-The opcodes are documented in CPython's Lib/pickletools.py, the names that torch writes in its
+CPython's Lib/pickletools.py documents the opcodes. The names that torch writes are those of its
 torch/_utils.py and torch/serialization.py.
 """
 
@@ -20,13 +20,11 @@ from typing import Any, BinaryIO, cast
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files.reading import line, shown
 
-MAX_BYTES = 32 << 20  # of one pickle; that of a shard of ChatGLM-6B has 10 kB
+MAX_BYTES = 32 << 20  # of one pickle; a shard of ChatGLM-6B has one of 10 kB
 MAX_OPCODES = 1_000_000
 _MAX_LINE = 4096
 _MAX_DOTTED = 256  # characters of a class's name
-_MAX_INT = (
-    1 << 32
-)  # of a key: larger ones can be chosen so that they all meet in one place of a table
+_MAX_INT = 1 << 32  # of a key: larger ones can be chosen so that all collide in one slot of a table
 
 # classes in the configuration and state that training scripts save beside the weights
 _HARMLESS = re.compile(
@@ -66,7 +64,7 @@ class Storage:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Tensor:
-    """A tensor as a pickle describes it: a strided look into a storage, counted in numbers."""
+    """A tensor as a pickle describes it: a strided view of a storage, counted in numbers."""
 
     storage: Storage
     offset: Any
@@ -76,7 +74,7 @@ class Tensor:
 
 @dataclass(eq=False, slots=True)
 class Inert:
-    """What stands for an object whose class is not known here; it does nothing."""
+    """A placeholder for an object of an unknown class; it does nothing."""
 
     name: str
     state: Any = None  # usually its attributes
@@ -101,7 +99,7 @@ class Window:
 
     def readline(self) -> bytes:
         part = bytes(self._data[self._at : min(self._at + _MAX_LINE, self._end)])
-        part = part[: part.find(b"\n") + 1]  # without a line's end: nothing, which is an error
+        part = part[: part.find(b"\n") + 1]  # empty without a line's end, which is an error
         if b"\\" in part:
             raise ValueError("a backslash in a name")
         self._at += len(part)
@@ -112,16 +110,19 @@ class Window:
 
 
 def unpickle(window: Window, where: str, storages: dict[str, Storage] | None = None) -> Any:
-    """The object that a pickle builds, of plain values, Tensor, Storage and Inert.
+    """Return the object that a pickle builds, made of plain values, Tensor, Storage and Inert.
 
-    Leaves the window after the pickle, and notes its storages in `storages`. Raises
-    CheckpointError, which names the first thing that only running code would make of it.
+    window: the bytes; it is left after the pickle.
+    where: the file's name, for errors.
+    storages: gets the pickle's storages, if given.
+
+    Raises CheckpointError; it names the first thing that only running code could build.
     """
     try:
         return _run(window, where, {} if storages is None else storages)
     except CheckpointError:
         raise
-    # whatever the opcodes of a damaged pickle do to each other
+    # a damaged pickle's opcodes can fail in any of these ways
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as e:
         raise CheckpointError(
             f"{where}: damaged, truncated or no pickle of tensors ({line(e)}); expected a file "
@@ -182,14 +183,14 @@ def _run(window: Window, where: str, storages: dict[str, Storage]) -> Any:
             items = [stack.pop()] if name == "APPEND" else to_mark()
             if isinstance(stack[-1], list):
                 stack[-1] += items
-            elif not isinstance(stack[-1], Inert):  # what a placeholder collects is of no use
+            elif not isinstance(stack[-1], Inert):  # nothing needs what a placeholder collects
                 raise TypeError("no list to append to")
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             if name == "STACK_GLOBAL":
                 attribute, module = stack.pop(), stack.pop()
                 if type(module) is not str or type(attribute) is not str:
                     raise TypeError("a class whose name is no text")
-                # not joined if too long, which could be asked for again and again
+                # not joined if too long: a pickle could ask for it again and again
                 dotted = f"{module[:_MAX_DOTTED]}.{attribute[:_MAX_DOTTED]}"
             else:
                 dotted = str(arg).replace(" ", ".", 1)
@@ -230,7 +231,7 @@ def _global(name: str, where: str) -> _Global:
 
 
 def _call(called: Any, args: Any, where: str) -> Any:
-    """What torch, or nobody, would make of calling a name of the pickle."""
+    """What torch would build by calling a name of the pickle; other names are refused."""
     if not isinstance(called, _Global) or not isinstance(args, tuple):
         raise TypeError("calls what is no class")
     if called.name in _ORDERED:
@@ -251,7 +252,7 @@ def _set_items(target: Any, items: list[Any]) -> None:
         raise TypeError("no dictionary to set items of")
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < _MAX_INT):
-            key = object()  # keeps its place; hashing what is nested can overflow the stack
+            key = object()  # keeps its place; hashing a nested key can overflow the stack
         if key in into:
             raise ValueError(f"{shown(key)} is there twice")
         into[key] = value
@@ -275,7 +276,7 @@ def _storage(described: Any, where: str) -> Storage:
 
 
 def _dtype(name: str) -> str | None:
-    """The dtype of torch's storage classes, named as numpy and torch do."""
+    """The dtype of a torch storage class, under the name that numpy and torch use."""
     module, _, kind = name.rpartition(".")
     return _STORAGES.get(kind) if module in ("torch", "torch.cuda", "torch.storage") else None
 

@@ -1,6 +1,6 @@
-"""Looking into files that nobody has vouched for.
+"""Reads small files that nobody has vouched for.
 
-What is no file, too large or malformed is refused before anything is made of it.
+A file that is missing, too large or malformed is refused before anything is built from it.
 """
 
 import codecs
@@ -18,21 +18,27 @@ MAX_JSON = 8 << 20  # bytes; the largest published index has 40 kB
 
 
 def local_path(given: str | Path) -> Path:
-    """A path as people write it: `~` is their home, unless something here is called so."""
+    """A path as people write it: `~` is their home, unless a file here is called so.
+
+    given: the path.
+    """
     path = Path(given)
     if not str(given).startswith("~") or os.path.lexists(path):
         return path
     try:
         return path.expanduser()
-    except RuntimeError:  # a user who is not known
+    except RuntimeError:  # there is no such user
         return path
 
 
 def first_bytes(path: Path, count: int = len(LFS_POINTER)) -> bytes:
-    """The first bytes of a regular file that has any.
+    """The first bytes of a regular file that is not empty.
 
-    Raises CheckpointError: missing, a folder, device, pipe or loop of links, empty, or a Git LFS
-    pointer.
+    path: the file.
+    count: how many bytes.
+
+    Raises CheckpointError: the file is missing, a folder, a device, a pipe, a loop of links, empty,
+    or a Git LFS pointer.
     """
     try:
         with open_file(path) as f:
@@ -50,6 +56,11 @@ def first_bytes(path: Path, count: int = len(LFS_POINTER)) -> bytes:
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """The error for a file that cannot be read.
+
+    path: the file.
+    error: why.
+    """
     reason = (error.strerror if isinstance(error, OSError) else None) or line(error)
     return CheckpointError(
         f"{path}: cannot be read ({reason}); expected a checkpoint file or folder: check the path"
@@ -57,7 +68,10 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's JSON object (config, index). Raises CheckpointError."""
+    """Read a checkpoint's JSON object (config or index). Raises CheckpointError.
+
+    path: the file, of MAX_JSON bytes at most.
+    """
     first_bytes(path)
     try:
         text = read_file(path, limit=MAX_JSON)
@@ -67,7 +81,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
-    """A JSON object without repeated names, NaN or infinities; `where` names it in errors."""
+    """Parse a JSON object; repeated names, NaN and infinities are refused.
+
+    text: the JSON.
+    where: the file's name, for errors.
+    """
     try:
         data = json.loads(decoded(text), object_pairs_hook=_once, parse_constant=_no_constant)
     except (ValueError, RecursionError) as e:
@@ -83,9 +101,11 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
 
 
 def decoded(text: bytes) -> str:
-    """UTF-8, with or without the mark that Windows' editors begin it with.
+    """Decode UTF-8, with or without the byte order mark that Windows' editors write.
 
-    Raises ValueError, which names UTF-16.
+    text: the bytes.
+
+    Raises ValueError, which names UTF-16 if that is what they are.
     """
     if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in text[:4]:
         raise ValueError("it is in UTF-16 or UTF-32, save it as UTF-8")
@@ -93,13 +113,13 @@ def decoded(text: bytes) -> str:
 
 
 def line(error: Exception) -> str:
-    """An error's first line, short and printable."""
+    """The first line of an error, short and printable."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return one_line(lines[0][:160])
 
 
 def shown(name: object) -> str:
-    """A name from a file, for a message: one line, short, nothing that commands a terminal."""
+    """A name from a file, as a message may show it: one short line that commands no terminal."""
     text = one_line(name[:200]) if isinstance(name, str) else ascii(name)
     return text if len(text) <= 100 else text[:100] + "…"
 

@@ -1,6 +1,7 @@
-"""A tensor where it lies in a file: checked against the file's bounds, mapped only when it is read.
+"""Describes a tensor where it lies in a file, checks its bounds, and maps it when it is read.
 
-Also the safetensors format, whose header says just that (https://github.com/huggingface/safetensors).
+Also reads the safetensors format, whose header says just that
+(https://github.com/huggingface/safetensors).
 """
 
 import math
@@ -37,7 +38,7 @@ _CHUNK = 1 << 20
 
 
 class TensorInfo(NamedTuple):
-    """What is known of a tensor without reading it."""
+    """What is known of a tensor before it is read."""
 
     shape: tuple[int, ...]
     dtype: str  # as stored: "float16", "float32", "bfloat16", "int8", ...
@@ -49,7 +50,7 @@ class Block:
 
     start: int
     size: int
-    crc32: int | None = None  # where the container has one
+    crc32: int | None = None  # if the container has one
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,21 @@ class TensorView:
     strides: tuple[int, ...]
 
     def check(self, name: str) -> None:
-        """Raise CheckpointError unless its numbers lie in its block, no more than are there."""
+        """Check that the tensor's numbers lie in its block, and are no more than the block holds.
+
+        name: the tensor's name, for the error.
+
+        Raises CheckpointError.
+        """
         shape, strides = self.info.shape, self.strides
-        # first: one shape of a million sizes may be that of many tensors
+        # first: many tensors may share one shape of a million sizes
         if len(shape) != len(strides) or len(shape) > _MAX_RANK:
             raise self._absurd(name, f"{len(shape)} dimensions and {len(strides)} strides")
         sizes = (self.offset, *shape, *strides)
         if any(type(n) is not int or not 0 <= n < _MAX_SIZE for n in sizes):
             raise self._absurd(name, "sizes that are no sizes")
         count, room = math.prod(shape), self.block.size // ITEM_BYTES[self.info.dtype]
-        if math.prod(n for n in shape if n) >= _MAX_SIZE:  # even empty, numpy would not have it
+        if math.prod(n for n in shape if n) >= _MAX_SIZE:  # numpy refuses it even if it is empty
             raise self._absurd(name, f"shape {list(shape)}")
         last = self.offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         if count and (count > room or last >= room):
@@ -81,7 +87,7 @@ class TensorView:
             )
 
     def read(self) -> np.ndarray:
-        """The tensor as stored, bfloat16 as float32; a view of the mapped file where possible.
+        """Read the tensor as stored, bfloat16 as float32; a view of the mapped file where possible.
 
         Raises OSError, and TypeError for a dtype that numpy lacks.
         """
@@ -94,7 +100,7 @@ class TensorView:
         skip = start % mmap.ALLOCATIONGRANULARITY
         size = skip + (last + 1) * kind.itemsize
         with open_file(self.file) as f:
-            # private and writable: what the caller changes never reaches the file
+            # private and writable: a caller's change never reaches the file
             mapped = mmap.mmap(f.fileno(), size, access=mmap.ACCESS_COPY, offset=start - skip)
         flat = np.frombuffer(mapped, kind, offset=skip)
         strides = [s * kind.itemsize for s in self.strides]
@@ -111,9 +117,15 @@ class TensorView:
 
 
 def check_names(path: Path, names: Collection[str]) -> None:
-    """Raise CheckpointError for more tensors than any model has, or for names that are none.
+    """Check the number and the form of a checkpoint's tensor names.
 
-    A small file can name very many, each of which takes memory: so it comes before they are made.
+    A small file can name very many tensors, and each takes memory. So this check comes before they
+    are made.
+
+    path: the file, for errors.
+    names: the names.
+
+    Raises CheckpointError for more tensors than any model has, or a malformed name.
     """
     if len(names) > MAX_TENSORS:
         raise CheckpointError(
@@ -129,7 +141,13 @@ def check_names(path: Path, names: Collection[str]) -> None:
 
 
 def verify(file: Path, block: Block) -> None:
-    """Compare a block with its checksum; CheckpointError if they differ. Raises OSError."""
+    """Compare a block of a file with its checksum.
+
+    file: the file.
+    block: its block.
+
+    Raises CheckpointError if they differ, OSError if the file cannot be read.
+    """
     if block.crc32 is None:
         return
     found, left = 0, block.size
@@ -146,7 +164,9 @@ def verify(file: Path, block: Block) -> None:
 
 
 def open_safetensors(path: Path) -> dict[str, TensorView]:
-    """The tensors of a safetensors file; reads its header.
+    """The tensors of a safetensors file; reads only its header.
+
+    path: the file.
 
     Raises CheckpointError for a header that does not describe exactly the bytes of the file.
     """
@@ -163,7 +183,7 @@ def open_safetensors(path: Path) -> dict[str, TensorView]:
     for name, entry in header.items():
         tensors[name] = _described(path, name, entry, base)
         tensors[name].check(name)
-    # one after the other, without a gap, to the end
+    # the tensors follow each other to the end without a gap
     at = base
     for name, stored in sorted(tensors.items(), key=lambda t: (t[1].block.start, t[1].block.size)):
         if stored.block.start != at:

@@ -1,8 +1,8 @@
-"""What torch.save and torch.jit.save write: where each tensor lies, without torch.
+"""Finds where each tensor lies in the files of torch.save and torch.jit.save, without torch.
 
-Since torch 1.6 a file is a zip archive of uncompressed entries: data.pkl describes the tensors,
-data/KEY holds the numbers of each storage. Before, it was a sequence of pickles and then the
-storages one after the other. TorchScript archives hold a folder of code: it is never looked into.
+Since torch 1.6 a file is a zip archive of uncompressed entries: data.pkl describes the tensors, and
+data/KEY holds the numbers of each storage. Before 1.6 a file was a sequence of pickles with the
+storages after them. TorchScript archives also hold a folder of code; it is never read.
 """
 
 import io
@@ -28,11 +28,11 @@ from seechat_weights.files.tensor_view import (
 from seechat_weights.files.untrusted import open_file
 
 MAX_DIRECTORY = 8 << 20  # bytes of a zip's table of contents; a shard of ChatGLM-6B has 10 kB
-# a training script's wrapping of the weights; the rest (optimizer, epoch, ...) is of no use here
+# keys that training scripts wrap weights in; the rest (optimizer, epoch, ...) is not needed
 _WRAPPERS = ("model", "state_dict", "module", "model_state_dict")
-# what wrapping a model puts before its names: data-parallel, compiled or sharded training
+# prefixes that data-parallel, compiled or sharded training puts before a model's names
 _PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
-# a Lightning module's name for the model, taken off where this family's names come after it
+# a Lightning module's name for the model; removed if names of this family follow it
 _FAMILY = re.compile(r"model\.(transformer|lm_head|image_encoder|base_model)\.")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and the extra field
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6
@@ -40,9 +40,12 @@ _MAX_DEPTH = 32  # of modules in a TorchScript archive
 
 
 def open_torch(path: Path, *, zipped: bool) -> dict[str, TensorView]:
-    """The tensors of a file by torch.save, a training script's wrapping taken off.
+    """The tensors of a file by torch.save, without a training script's wrapping.
 
-    Raises CheckpointError: truncated, damaged or hostile.
+    path: the file.
+    zipped: whether it is a zip archive, else the format before torch 1.6.
+
+    Raises CheckpointError for a truncated, damaged or hostile file.
     """
     with open_file(path) as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         loaded, blocks = _read_zip(path, data) if zipped else _read_legacy(path, data)
@@ -74,7 +77,7 @@ def _read_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, Block]]:
             "unpack it and name the folder or the file in it"
         )
     for entry in entries:
-        # a compressed entry is left out: torch compresses nothing that is needed here
+        # compressed entries are left out: torch compresses nothing that is needed here
         if entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1:
             blocks[entry.filename] = Block(entry.header_offset, entry.file_size, entry.CRC)
     pickles = [name for name in blocks if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -93,7 +96,7 @@ def _read_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, Block]]:
 
 
 def _entries(path: Path, data: mmap.mmap) -> list[zipfile.ZipInfo]:
-    """A zip's entries, `header_offset` moved on to their contents; none overlaps another."""
+    """The entries of a zip, with `header_offset` moved on to their contents; none may overlap."""
     try:
         with zipfile.ZipFile(_Bounded(data)) as archive:
             entries = sorted(archive.infolist(), key=lambda e: e.header_offset)
@@ -118,7 +121,7 @@ def _entries(path: Path, data: mmap.mmap) -> list[zipfile.ZipInfo]:
 
 
 class _Bounded(io.RawIOBase):
-    """A mapped file for zipfile, which would read a table of contents of any size."""
+    """A mapped file for zipfile with a limit on the table of contents; zipfile has none."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data, self._at = data, 0
@@ -175,7 +178,7 @@ def _read_legacy(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, Block]]:
 
 
 def _state_dict(path: Path, loaded: Any) -> dict[str, Tensor]:
-    """Names and tensors of what was unpickled: of a dictionary, wrapped or not, or of modules."""
+    """Names and tensors of an unpickled object: a dictionary, wrapped or not, or modules."""
     if isinstance(loaded, Inert) and loaded.name.startswith("__torch__."):
         return _of_modules(path, loaded)
     wrapped = _items(loaded) or {}
@@ -200,14 +203,14 @@ def _items(value: Any) -> dict[Any, Any] | None:
 
 
 def _of_modules(path: Path, root: Inert) -> dict[str, Tensor]:
-    """TorchScript: attributes of nested modules, named with dots."""
+    """A TorchScript file's tensors: attributes of nested modules, their names joined by dots."""
     tensors: dict[str, Tensor] = {}
     todo: list[tuple[str, Any, int]] = [("", root, 0)]
     seen: set[int] = set()
     while todo:
         prefix, module, depth = todo.pop()
         attributes = module.state if isinstance(module.state, dict) else {}
-        # modules may share a state, and so name each of its tensors once more
+        # modules may share a state; then each of its tensors has several names
         if len(tensors) + len(attributes) > MAX_TENSORS:
             raise _damaged(path, f"more than {MAX_TENSORS} attributes of modules")
         for name, value in attributes.items():

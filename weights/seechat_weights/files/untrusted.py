@@ -1,8 +1,8 @@
-"""Opening what somebody else put there: a regular file, or an error; never a wait, never no end.
+"""Opens files that somebody else made: a regular file or an error, never an endless wait or read.
 
-Every file that is read by weights, lite and export is opened here (tests/test_untrusted.py keeps
-it so). A pipe would be waited for, a device read without end, and some devices act when they are
-opened: so a path is looked at first, opened without waiting, and looked at again once it is open.
+Weights, lite and export open every file here (tests/test_untrusted.py checks this). Opening a pipe
+would wait, reading a device would never end, and some devices act when they are opened. So a path
+is checked first, opened without waiting, and checked again once it is open.
 """
 
 import errno
@@ -25,11 +25,13 @@ _FLAGS = (
 
 
 def open_file(path: Path | str, *, limit: int | None = None) -> FileIO:
-    """A regular file, open for reading bytes.
+    """Open a regular file for reading bytes.
 
-    limit: bytes that it may have at most.
-    Raises OSError, whose `strerror` says what is there instead: nothing, a folder, a pipe, a
-    device, a loop of links, more than `limit` bytes, something that may not be read.
+    path: the file.
+    limit: bytes that it may have at most; None for any number.
+
+    Raises OSError; its `strerror` says what is there instead: nothing, a folder, a pipe, a device,
+    a loop of links, more than `limit` bytes, or a file that may not be read.
     """
     try:
         _check(os.stat(path), path, limit)  # noqa: PTH116  Path takes a str's "" for "."
@@ -45,8 +47,14 @@ def open_file(path: Path | str, *, limit: int | None = None) -> FileIO:
 
 
 def read_file(path: Path | str, *, limit: int) -> bytes:
-    """All bytes of a regular file. Raises OSError as `open_file`, also where it grows beyond
-    `limit` bytes meanwhile or never had an honest size."""
+    """Read all bytes of a regular file.
+
+    path: the file.
+    limit: bytes that it may have at most.
+
+    Raises OSError as `open_file`, also if the file grows beyond `limit` bytes meanwhile or never
+    had an honest size.
+    """
     parts, left = [], limit + 1
     with open_file(path, limit=limit) as file:
         while left and (part := file.read(min(left, 1 << 20))):

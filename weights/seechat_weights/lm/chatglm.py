@@ -1,4 +1,4 @@
-"""Published names and ours, of the LM: which tensor of a checkpoint becomes which parameter."""
+"""Maps published names of the LM to ours: which tensor of a checkpoint becomes which parameter."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from seechat_weights.files.accounting import Shape, Shapes, account, check_shape
 OLD_VOCABULARY = 150528  # releases before April 2023: image tokens come before the text's
 OLD_IMAGE_TOKENS = 20000
 _OLD_IDS = {"pad_id": 0, "mask_id": 150000, "gmask_id": 150001, "bos_id": 150004, "eos_id": 150005}
-# no ChatGLM-6B has more; what is beyond would only fill the memory before it is refused
+# no ChatGLM-6B has more; larger sizes would only fill the memory before they are refused
 _MOST = 1 << 24
 # settings of ChatGLM2, ChatGLM3 and GLM-4, which share the first generation's model_type
 _LATER_GENERATIONS = ("padded_vocab_size", "multi_query_attention", "ffn_hidden_size", "rmsnorm")
@@ -33,10 +33,12 @@ _LM_FIELDS = {
 
 
 def lm_config(config: Mapping[str, Any], *, where: str = "config.json") -> LMConfig:
-    """The decoder's shape from a ChatGLM-6B config.json; what it does not say is as published.
+    """Read the decoder's shape from a ChatGLM-6B config.json; missing settings are as published.
 
-    Raises CheckpointError (`where` names the file) for other models, one-dimensional positions,
-    and values that cannot be.
+    config: the JSON object.
+    where: the file's name, for errors.
+
+    Raises CheckpointError for other models, one-dimensional positions, and impossible values.
     """
 
     def refuse(found: str, expected: str, do: str) -> CheckpointError:
@@ -75,7 +77,7 @@ def lm_config(config: Mapping[str, Any], *, where: str = "config.json") -> LMCon
         if value > limit:
             raise refuse(f"{published} is {value}", f"at most {limit}", "download the file again")
     lm = LMConfig(**values)
-    # a head is cut in two halves, whose numbers turn in pairs
+    # a head has two halves, whose numbers rotate in pairs
     if lm.hidden_size % (4 * lm.num_heads):
         raise refuse(
             f"hidden_size {lm.hidden_size} with {lm.num_heads} attention heads",
@@ -93,7 +95,7 @@ def lm_config(config: Mapping[str, Any], *, where: str = "config.json") -> LMCon
 
 
 def lm_shapes(config: LMConfig) -> dict[str, Shape]:
-    """Our parameters of the decoder and their shapes: the published names less "transformer."."""
+    """Our parameters of the decoder and their shapes: published names without "transformer."."""
     h, inner = config.hidden_size, config.inner_size
     layer: dict[str, Shape] = {
         "input_layernorm.weight": (h,),
@@ -120,11 +122,11 @@ def lm_shapes(config: LMConfig) -> dict[str, Shape]:
 
 @dataclass(frozen=True)
 class Form:
-    """How a family of checkpoints names what we call layers.N.*, word_embeddings and so on."""
+    """How a family of checkpoints names our layers.N.*, word_embeddings and other parameters."""
 
-    body: str  # what stands before those names
+    body: str  # the prefix of those names
     head: str  # lm_head.weight
-    partial: bool = False  # it may hold any subset, to be laid over a base
+    partial: bool = False  # it may hold any subset of the tensors, laid over a base
 
 
 FORMS = {
@@ -136,22 +138,22 @@ _REASONS = (
     (r"(.*\.)?rotary_emb\.inv_freq", "computed from the head size"),
     (r"transformer\.position_embeddings\.weight", "ChatGLM-6B's positions are rotary"),
 )
-# a linear that SAT trained with LoRA: its own weights, and the pairs of each part of its rows
+# a linear that SAT trained with LoRA: its weights, and a pair of matrices for each part of its rows
 _SAT_LORA = re.compile(r"transformer\.(layers\..*)\.matrix_([AB])\.(\d+)")
 
 
 @dataclass(frozen=True)
 class Published:
-    """The tensor one of our parameters comes from."""
+    """The published tensor that one of our parameters comes from."""
 
     key: str
-    scale: str = ""  # the tensor of its rows' scales, if it is quantized
+    scale: str = ""  # name of the tensor with the scales of its rows, if it is quantized
     bits: int = 0  # of a quantized weight: 8 or 4
 
 
 @dataclass(frozen=True)
 class LMNames:
-    """The LM found in a checkpoint."""
+    """The tensors of the LM found in a checkpoint."""
 
     used: dict[str, Published]  # our parameter -> where it comes from
     prefix: dict[str, str]  # a P-tuning prefix: name within its encoder -> published tensor
@@ -162,8 +164,14 @@ class LMNames:
 def map_lm(shapes: Shapes, config: LMConfig, *, where: str, form: str = "huggingface") -> LMNames:
     """Find ChatGLM-6B in a checkpoint of one of the FORMS.
 
-    shapes: the tensors of its LM; where: its path, for errors. An absent lm_head is the word
-    embeddings (tied). Raises CheckpointError naming missing, surplus and misshapen tensors.
+    A missing lm_head means that the word embeddings serve as it (tied).
+
+    shapes: the tensors of its LM.
+    config: the shape that it must have.
+    where: its path, for errors.
+    form: a key of FORMS.
+
+    Raises CheckpointError; it names missing, surplus and misshapen tensors.
     """
     row, expected = FORMS[form], lm_shapes(config)
 
@@ -185,7 +193,7 @@ def map_lm(shapes: Shapes, config: LMConfig, *, where: str, form: str = "hugging
         shape = expected[ours]
         found, dtype = shapes.get(key, (shape, ""))
         if dtype == "int8" and len(shape) == 2:
-            # half as many columns: two to a byte
+            # half as many columns: a byte holds two
             bits = 4 if len(found) == 2 and found[1] * 2 == shape[1] else 8
             used[ours] = Published(key, f"{key}_scale", bits)
             floats[used[ours].scale] = shape[:1]
@@ -200,7 +208,7 @@ def map_lm(shapes: Shapes, config: LMConfig, *, where: str, form: str = "hugging
     loras = _sat_loras(shapes, expected, where) if form == "sat" else {}
     pairs = [key for parts in loras.values() for pair in parts for key in pair]
     ignored = account(shapes, [*floats, *integers, *prefix.values(), *pairs], _REASONS, where)
-    # of no use but to tell that the number of heads is another one
+    # only used to notice another number of heads
     frequencies = {k: (config.head_size // 4,) for k in ignored if k.endswith("inv_freq")}
     check_shapes(shapes, floats | frequencies, where)
     check_shapes(shapes, integers, where, dtypes=("int8",))

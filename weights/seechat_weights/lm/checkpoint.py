@@ -1,12 +1,12 @@
-"""The language model of a checkpoint, whatever its form: our tensors, one at a time.
+"""Reads the language model of a checkpoint in any form: our tensors, one at a time.
 
     base        Hugging Face folder (ChatGLM-6B in fp16, int8, int4, int4-qe; VisualGLM-6B) or SAT
     checkpoint  SEEChat's checkpoint_N.pth, laid over the base: any subset of the LM's tensors
     adapter     PEFT's LoRA, merged into the linears it belongs to
     prefix      a P-tuning prefix; one may also be in the base or in the checkpoint
 
-Nothing is converted on disk or kept: a tensor is read from its mapped file, dequantized, merged and
-put into our order when it is asked for.
+Nothing is converted on disk or kept. When a tensor is asked for, it is read from its mapped file,
+dequantized, merged and put into our order.
 """
 
 from collections.abc import Mapping
@@ -53,28 +53,31 @@ from seechat_weights.model_files import SAT_CONFIG, SAT_FILE, find_model
 ALL = slice(None)
 Rows = slice | np.ndarray  # rows of a tensor: a slice, or their numbers
 
-# what stands before a prefix encoder's tensors in the file of a P-tuning run
+# the prefixes of a prefix encoder's names in the file of a P-tuning run
 _ENCODERS = ("transformer.prefix_encoder.", "prefix_encoder.")
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """Where one of our parameters comes from, and what is done to it."""
+    """Where one of our parameters comes from, and how it is changed."""
 
     role: str
     checkpoint: Checkpoint
     published: Published
-    order: np.ndarray | None = None  # the published row of each of ours, where they differ
+    order: np.ndarray | None = None  # the published row of each of our rows, if they differ
     loras: tuple[LoRA, ...] = ()
 
 
 class LM:
-    """ChatGLM-6B out of one or several checkpoints. Made by `open_lm`.
+    """ChatGLM-6B from one or several checkpoints. Made by `open_lm`.
 
-    config: its shape. prefix: float32 [layers, 2 (key, value), heads, tokens, head_size], heads as
-    published, or None. conversation: the format its family speaks. tokenizer: the file it should
-    have. sources: role ("lm", "checkpoint", "adapter", "prefix") -> files read. ignored:
-    role -> tensor -> reason. vision_keys: role -> tensors that belong to a vision tower.
+    config: its shape.
+    prefix: float32 [layers, 2 (key, value), heads, tokens, head_size], heads as published, or None.
+    conversation: the format that its family speaks.
+    tokenizer: the file it should have.
+    sources: role ("lm", "checkpoint", "adapter", "prefix") -> files read.
+    ignored: role -> tensor -> reason.
+    vision_keys: role -> tensors that belong to a vision tower.
     """
 
     def __init__(self, config: LMConfig, *, tokenizer: Path, conversation: str) -> None:
@@ -91,13 +94,16 @@ class LM:
 
     @property
     def shapes(self) -> dict[str, TensorInfo]:
-        """Our key -> shape and dtype, as `read` gives them (bfloat16 comes as float32)."""
+        """Our key -> shape and dtype, as `read` returns them (bfloat16 comes as float32)."""
         return {key: TensorInfo(self._expected[key], _dtype(t)) for key, t in self._tensors.items()}
 
     def read(self, key: str, rows: Rows = ALL) -> np.ndarray:
-        """One of our tensors, or some of its rows; may be a view of the mapped file.
+        """Read one of our tensors, or some of its rows; may be a view of the mapped file.
 
-        float16 or float32 as stored; float32 where it is quantized or merged.
+        key: our name of the tensor.
+        rows: a slice, or the numbers of the rows.
+
+        Returns float16 or float32 as stored; float32 if it is quantized or merged.
         """
         tensor = self._tensors[key]
         if tensor.order is None and not tensor.loras:
@@ -113,9 +119,12 @@ class LM:
         return merged
 
     def audit(self, key: str) -> None:
-        """Look at the published numbers of one of our tensors, once; reads all of it.
+        """Check the published numbers of one of our tensors, once; this reads all of it.
 
-        Raises CheckpointError for what no trained model has: see seechat_weights.files.audit.
+        key: our name of the tensor.
+
+        Raises CheckpointError for numbers that no trained model has: see
+        seechat_weights.files.audit.
         """
         tensor = self._tensors[key]
         if tensor.published in self._audited:
@@ -133,28 +142,38 @@ class LM:
         self._audited.add(tensor.published)
 
     def place(self, key: str) -> Place:
-        """Where one of our tensors comes from, for errors."""
+        """Where one of our tensors comes from, for errors.
+
+        key: our name of the tensor.
+        """
         tensor = self._tensors[key]
         return Place(tensor.checkpoint.source(tensor.published.key), tensor.published.key)
 
     def bits(self, key: str) -> int:
-        """Bits to which the authors quantized a tensor; 0 if it is not, or something is merged."""
+        """Bits to which the authors quantized a tensor; 0 if they did not, or something is merged.
+
+        key: our name of the tensor.
+        """
         tensor = self._tensors[key]
         return 0 if tensor.order is not None or tensor.loras else tensor.published.bits
 
     def quantized(self, key: str, rows: Rows = ALL) -> Quantized:
-        """A tensor that has `bits`, as its authors quantized it, or some of its rows."""
+        """A tensor as its authors quantized it, or some of its rows.
+
+        key: our name of a tensor that has `bits`.
+        rows: a slice, or the numbers of the rows.
+        """
         return _quantized(self._tensors[key], rows)
 
     def _lay(self, role: str, checkpoint: Checkpoint, used: Mapping[str, Published]) -> None:
-        """Take these parameters from `checkpoint`, whoever brought them before."""
+        """Take these parameters from `checkpoint`, whichever file they came from before."""
         replaced: list[tuple[str, str, str]] = []
         for key, published in used.items():
             if old := self._tensors.get(key):
                 file = checkpoint.source(published.key).name
                 replaced += [(old.role, k, file) for k in _keys(old.published)]
             self._tensors[key] = _Tensor(role, checkpoint, published)
-        # word embeddings may go on serving as the head that a checkpoint does not have
+        # word embeddings may still serve as the head if a checkpoint has none
         still = {(t.role, k) for t in self._tensors.values() for k in _keys(t.published)}
         for old_role, key, file in replaced:
             if (old_role, key) not in still:
@@ -179,17 +198,19 @@ def open_lm(
     prefix: str | Path | None = None,
     opener: Opener = open_checkpoint,
 ) -> LM:
-    """Open ChatGLM-6B and account for every tensor; only headers and a prefix are read.
+    """Open ChatGLM-6B and account for every tensor; this reads only headers and a prefix.
 
-    path: a Hugging Face folder, or SAT's mp_rank_00_model_states.pt or its folder. checkpoint: a
-    checkpoint_N.pth of SEEChat. adapter: a PEFT folder. prefix: a file or folder of a P-tuning run.
-    opener: opens them, such as an Openings, where others read the same files.
+    path: a Hugging Face folder, or SAT's mp_rank_00_model_states.pt or its folder.
+    checkpoint: a checkpoint_N.pth of SEEChat.
+    adapter: a PEFT folder.
+    prefix: a file or folder of a P-tuning run.
+    opener: opens all of them; an Openings, if others read the same files.
 
-    Raises CheckpointError for whatever is missing, surplus, of another shape or not supported.
+    Raises CheckpointError for anything missing, surplus, of another shape or not supported.
     """
     lm, base, names, settings = _open_base(local_path(path), opener)
     _check_tokens(base, names.prefix, settings, str(path))
-    # role, checkpoint, the encoder's tensors, where: the last prefix counts
+    # role, checkpoint, the encoder's tensors, where; the last prefix is used
     prefixes = [("lm", base, names.prefix, str(path))]
     if checkpoint is not None:
         laid = opener(local_path(checkpoint))
@@ -228,7 +249,7 @@ def open_lm(
 
 
 def _open_base(path: Path, opener: Opener) -> tuple[LM, Checkpoint, LMNames, dict[str, Any]]:
-    """The LM with its base laid, that checkpoint, what was found in it, and its settings."""
+    """The LM with its base laid, the base's checkpoint, the names found in it, and its settings."""
     files = find_model(path)
     file, form = files.weights, files.form
     settings: dict[str, Any] = {"model_type": "chatglm"}
@@ -263,7 +284,7 @@ def _open_base(path: Path, opener: Opener) -> tuple[LM, Checkpoint, LMNames, dic
 
 
 def _sat_settings(path: Path) -> dict[str, Any]:
-    """SAT's model_config.json in the words of ChatGLM-6B's config.json."""
+    """SAT's model_config.json, translated into the settings of ChatGLM-6B's config.json."""
     settings = read_json(path)
     if settings.get("layernorm_order", "post") != "post":
         raise CheckpointError(
@@ -274,13 +295,13 @@ def _sat_settings(path: Path) -> dict[str, Any]:
 
 
 def _rows_by_head(config: LMConfig) -> np.ndarray:
-    """SAT's row for each of our query_key_value rows: [q | k | v][head] there, reversed here."""
+    """SAT's row for each of our query_key_value rows: SAT has [q | k | v][head], we the reverse."""
     rows = np.arange(3 * config.hidden_size).reshape(3, config.num_heads, config.head_size)
     return rows.transpose(1, 0, 2).ravel()
 
 
 def _open_prefix(path: Path, opener: Opener) -> tuple[str, Checkpoint, dict[str, str], str]:
-    """What a P-tuning run saved: the prefix encoder's tensors and nothing else."""
+    """Open what a P-tuning run saved: the prefix encoder's tensors and nothing else."""
     checkpoint, where = opener(path), str(path)
     keys = list(checkpoint.shapes)
     encoder = next((e for e in _ENCODERS if any(k.startswith(e) for k in keys)), None)
@@ -299,7 +320,7 @@ def _open_prefix(path: Path, opener: Opener) -> tuple[str, Checkpoint, dict[str,
 def _check_tokens(
     checkpoint: Checkpoint, names: Mapping[str, str], settings: Mapping[str, Any], where: str
 ) -> None:
-    """See that a prefix is as long as the config.json beside it says."""
+    """Check that a prefix is as long as the config.json beside it says."""
     said, key = settings.get("pre_seq_len"), names.get("embedding.weight")
     if said and key and checkpoint.shapes[key].shape[:1] != (said,):
         raise CheckpointError(

@@ -1,7 +1,7 @@
-"""What differs between the decoders that can be read: one row a family.
+"""Lists what differs between the decoders that can be read, one row a family.
 
-A new family is a row here with a file of its names, a graph in seechat_export, its prompt in
-seechat_lite, and the contract tests over it.
+A new family needs a row here with a file of its names, a graph in seechat_export, its prompt in
+seechat_lite, and the contract tests.
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class LMTensor:
-    """One of our tensors of a decoder as a bundle stores it.
+    """One of our tensors of a decoder, as a bundle stores it.
 
-    shape: [outputs, inputs] of a linear or [size], heads padded. heads: which axis runs over heads:
-    "rows" (query_key_value), "columns" (the attention's dense) or "" for neither.
+    key: our name of the tensor.
+    shape: [outputs, inputs] of a linear, or [size]; heads are padded.
+    heads: the axis that runs over heads: "rows" (query_key_value), "columns" (the attention's
+        dense) or "" for neither.
     """
 
     key: str
@@ -34,9 +36,9 @@ class Layout(Protocol):
 class LMFamily:
     """How a family's decoder lies in a bundle.
 
-    layout: its tensors in file order, but for word embeddings and lm_head.
-    turned: how the pieces of a head of q and k, whose numbers turn together, are ordered in a
-    bundle: where the rotary embedding takes pairs from the two halves, nothing moves.
+    layout: its tensors in file order, without word embeddings and lm_head.
+    turned: the order in a bundle of the pieces of a head of q and k whose numbers rotate together.
+        If the rotary embedding takes pairs from the two halves, nothing moves.
     by_head: whether query_key_value is published as [head][q | k | v], not [q | k | v][head].
     """
 

@@ -1,7 +1,7 @@
-"""LoRA: small matrices that a fine-tuning added to some linears, merged into them when read.
+"""Reads LoRA: small matrices that a fine-tuning added to some linears; they are merged when read.
 
 A linear's weight becomes W + scaling * B @ A. PEFT keeps its matrices in a folder of their own
-(adapter_config.json, adapter_model.*); SAT keeps them beside the weights they belong to.
+(adapter_config.json, adapter_model.*). SAT keeps them beside the weights they belong to.
 """
 
 import logging
@@ -32,19 +32,19 @@ log = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PEFT = "base_model.model."
-# what PEFT puts between a module's name and its tensor's
+# PEFT puts these between the name of a module and that of its tensor
 _WRAPPING = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
 _MATRIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-# ways of starting that leave the base weights alone; PiSSA, OLoRA, CorDA, LoftQ change them too
+# initializations that leave the base weights alone; PiSSA, OLoRA, CorDA, LoftQ change them too
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-# settings of PEFT that make an adapter another thing than a product beside each of some linears
+# PEFT settings with which an adapter is more than a product beside each of some linears
 _UNLIKE_LORA = (
     *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "kasa_config", "monteclora_config"),
     *("arrow_config", "layer_replication"),
-    "alora_invocation_tokens",  # acts on the end of a prompt only
+    "alora_invocation_tokens",  # affects only the end of a prompt
     "enable_lora",  # before PEFT 0.3: one matrix for two thirds of the rows
 )
-_MODULE = re.compile(r"\^?[\w.]+")  # a key of alpha_pattern; "^" stands for the name's beginning
+_MODULE = re.compile(r"\^?[\w.]+")  # a key of alpha_pattern; "^" means the beginning of the name
 _MERGE = (
     "merge the adapter with PEFT (merge_and_unload, save_pretrained) and give --lm the merged "
     "checkpoint"
@@ -56,12 +56,16 @@ class LoRA:
     """What is added to one linear [outputs, inputs]."""
 
     checkpoint: Checkpoint
-    # A [r, inputs] and B [outputs / n, r]; n pairs divide the rows among themselves
+    # A [r, inputs] and B [outputs / n, r]; n pairs share the rows equally
     pairs: tuple[tuple[str, str], ...]
     scaling: float
 
     def delta(self, rows: np.ndarray, outputs: int) -> np.ndarray:
-        """float32 [rows, inputs] to add to these rows of the published weight."""
+        """What to add to some rows of the published weight, float32 [rows, inputs].
+
+        rows: the numbers of the rows.
+        outputs: how many rows the weight has.
+        """
         read, size = self.checkpoint.read, outputs // len(self.pairs)
         inputs = self.checkpoint.shapes[self.pairs[0][0]][0][1]
         delta = np.empty((len(rows), inputs), np.float32)
@@ -74,7 +78,7 @@ class LoRA:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT adapter, checked against the LM it is for."""
+    """A PEFT adapter, checked against its LM."""
 
     checkpoint: Checkpoint
     files: tuple[Path, ...]
@@ -85,7 +89,15 @@ class Adapter:
 def check_pairs(
     checkpoint: Checkpoint, pairs: list[tuple[str, str]], shape: Shape, where: str
 ) -> int:
-    """See that matrices fit their linear and each other; returns their rank."""
+    """Check that matrices fit their linear and each other; returns their rank.
+
+    checkpoint: holds the matrices.
+    pairs: names of A and B.
+    shape: of the linear, [outputs, inputs].
+    where: the checkpoint's path, for errors.
+
+    Raises CheckpointError.
+    """
     outputs, inputs = shape
     found = checkpoint.shapes[pairs[0][0]].shape
     rank = found[0] if found else 0
@@ -104,14 +116,18 @@ def check_pairs(
 def open_adapter(folder: Path, config: LMConfig, *, opener: Opener = open_checkpoint) -> Adapter:
     """Open a PEFT LoRA adapter for ChatGLM-6B.
 
+    folder: the adapter's folder, or its file of weights with the settings beside it.
+    config: the LM's shape.
+    opener: opens the checkpoint.
+
     Raises CheckpointError: no adapter, another method than LoRA, tensors that are missing, surplus
     or of another shape.
     """
     given = folder
-    if folder.is_file():  # one of a run's files, its settings beside it
+    if folder.is_file():  # one of a run's files, with its settings beside it
         folder = folder.parent
     names = [folder / name for name in _ADAPTER_FILES if (folder / name).exists()]
-    # else under any name, as trainers that are not PEFT's own call it
+    # else any name: trainers other than PEFT's own choose others
     source = names[0] if names and given is folder else given
     if not (folder / ADAPTER_CONFIG).exists():
         raise CheckpointError(
@@ -154,7 +170,10 @@ def open_adapter(folder: Path, config: LMConfig, *, opener: Opener = open_checkp
 
 
 def config_like(shapes: Mapping[str, TensorInfo]) -> LMConfig:
-    """The sizes of a ChatGLM-6B that an adapter's matrices could be for."""
+    """The sizes of a ChatGLM-6B that an adapter's matrices could fit.
+
+    shapes: the adapter's tensors.
+    """
     layers, config = 0, LMConfig()
     for key, (shape, _) in shapes.items():
         if len(shape) == 2 and re.search(r"\.(lm_head|word_embeddings)\.(?!lora)", key):
@@ -172,7 +191,13 @@ def config_like(shapes: Mapping[str, TensorInfo]) -> LMConfig:
 
 
 def check_adapter(adapter: Adapter, where: str) -> None:
-    """Read all of an adapter. Raises CheckpointError for NaN, or if it would change nothing."""
+    """Read all of an adapter.
+
+    adapter: the adapter.
+    where: its path, for errors.
+
+    Raises CheckpointError for NaN, or if it would change nothing.
+    """
     checkpoint, nothing = adapter.checkpoint, []
     for lora in adapter.loras.values():
         for pair in lora.pairs:
@@ -206,7 +231,7 @@ def _refuse_other_methods(settings: Mapping[str, Any], where: str) -> None:
     elif start not in _STARTS:
         found = f"init_lora_weights is {shown(start)}, which may change the base weights as well"
     elif not isinstance(patterns, dict) or not all(map(_MODULE.fullmatch, patterns)):
-        # PEFT takes them for regular expressions, which could be made to run for ever
+        # PEFT reads them as regular expressions, and somebody could write one that runs for ever
         found = f"alpha_pattern is {shown(patterns)}, not names of modules"
     else:
         return
@@ -214,10 +239,10 @@ def _refuse_other_methods(settings: Mapping[str, Any], where: str) -> None:
 
 
 def _scaling(settings: Mapping[str, Any], module: str, rank: int, where: str) -> float:
-    """alpha / rank, or alpha / sqrt(rank) of rank-stabilized LoRA.
+    """alpha / rank; for rank-stabilized LoRA alpha / sqrt(rank).
 
-    fan_in_fan_out needs no care: it says how the base model stores its weights, and ChatGLM-6B's
-    are [outputs, inputs], as is B @ A.
+    fan_in_fan_out needs no care: it says how the base model stores its weights. ChatGLM-6B's are
+    [outputs, inputs], as is B @ A.
     """
     named = (
         alpha

@@ -1,8 +1,9 @@
-"""P-tuning v2: a trained prefix, which is keys and values that stand before every prompt.
+"""Reads a P-tuning v2 prefix: trained keys and values that stand before every prompt.
 
-A ChatGLM-6B prefix is what its encoder makes of the numbers 0, 1, ...: the rows of an embedding
-table, each as wide as the keys and values of all layers, or first led through a small network
-(prefix_projection). Training starts it at random, so a prefix without weights is never made up.
+The prefix encoder of ChatGLM-6B computes the prefix from the numbers 0, 1, ... Each number selects
+a row of an embedding table. A row is as wide as the keys and values of all layers, or a small
+network (prefix_projection) makes it so. Training starts the prefix at random, so a prefix without
+weights is never made up.
 """
 
 from collections.abc import Mapping
@@ -14,16 +15,22 @@ from seechat_weights.errors import CheckpointError
 from seechat_weights.files.accounting import Shape, account, check_shapes
 from seechat_weights.files.checkpoint import Checkpoint
 
-_ROWS = 4096  # outputs of the projection computed at a time: at full size it takes 3.8 GB
+_ROWS = 4096  # outputs of the projection computed at a time: all of them would take 3.8 GB
 
 
 def read_prefix(
     checkpoint: Checkpoint, names: Mapping[str, str], config: LMConfig, *, where: str
 ) -> np.ndarray:
-    """A prefix, float32 [layers, 2 (key, value), heads, tokens, head_size], heads as published.
+    """Read a prefix, float32 [layers, 2 (key, value), heads, tokens, head_size].
 
+    The heads are as published.
+
+    checkpoint: holds the encoder's tensors.
     names: a name within the prefix encoder -> published tensor; SAT's are the published ones.
-    Raises CheckpointError naming missing, surplus and misshapen tensors.
+    config: the LM's shape.
+    where: the checkpoint's path, for errors.
+
+    Raises CheckpointError; it names missing, surplus and misshapen tensors.
     """
     if any(name.startswith("mixins.") for name in names):
         return _sat_prefix(checkpoint, names, config, where)
@@ -65,7 +72,7 @@ def read_prefix(
 def _sat_prefix(
     checkpoint: Checkpoint, names: Mapping[str, str], config: LMConfig, where: str
 ) -> np.ndarray:
-    """SAT keeps a tensor a layer, [2, heads, tokens, head_size]."""
+    """Read SAT's prefix: one tensor a layer, [2, heads, tokens, head_size]."""
     keys = [f"mixins.ptuning.prefix.{i}" for i in range(config.num_layers)]
     shapes = {key: checkpoint.shapes[key] for key in names.values()}
     account(shapes, keys, (), where)

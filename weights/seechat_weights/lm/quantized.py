@@ -1,8 +1,8 @@
-"""ChatGLM-6B's own quantized checkpoints (int8, int4, int4-qe): what their integers mean.
+"""Decodes ChatGLM-6B's own quantized checkpoints (int8, int4, int4-qe).
 
 A linear [outputs, inputs] is stored as `weight`, int8 [outputs, inputs * bits / 8], and
-`weight_scale` [outputs]; a weight is its integer times the scale of its row. Of two 4-bit integers
-in a byte the earlier one is in the high nibble; both are signed (quantization_kernels.c of
+`weight_scale` [outputs]. A weight is its integer times the scale of its row. A byte holds two 4-bit
+integers; the earlier one is in the high nibble, and both are signed (quantization_kernels.c of
 THUDM/chatglm-6b-int4).
 """
 
@@ -25,14 +25,16 @@ class Quantized:
         return unpack(self.stored, bits=self.bits)
 
     def dequantized(self) -> np.ndarray:
-        """float32 [outputs, inputs], exact: a product of at most 8 and 11 significant bits."""
+        """The weights, float32 [outputs, inputs]; exact, as products of at most 8 and 11 bits."""
         return self.codes.astype(np.float32) * self.scales[:, None]
 
     def blocks(self, block_size: int) -> np.ndarray:
         """The integers as a bundle holds them: uint8 [outputs, blocks, block_size * bits / 8].
 
-        There an integer has half its range added to it, which turns its sign bit over, the earlier
-        one of a byte is in the low nibble, and zeros fill the last block.
+        There, half its range is added to each integer, which flips its sign bit. The earlier
+        integer of a byte is in the low nibble. Zeros fill the last block.
+
+        block_size: integers in a block.
         """
         stored, size = self.stored.view(np.uint8), block_size * self.bits // 8
         outputs, width = stored.shape
@@ -47,15 +49,23 @@ class Quantized:
 
 
 def unpack(stored: np.ndarray, *, bits: int) -> np.ndarray:
-    """Signed integers, int8 [outputs, inputs], of a stored int8 [outputs, inputs * bits / 8]."""
+    """Signed integers, int8 [outputs, inputs].
+
+    stored: int8 [outputs, inputs * bits / 8].
+    bits: 8 or 4.
+    """
     if bits == 8:
         return stored
     codes = np.empty((*stored.shape[:-1], 2 * stored.shape[-1]), np.int8)
     codes[..., 0::2] = stored >> 4
-    codes[..., 1::2] = stored << 4 >> 4  # int8: the shift back copies the sign
+    codes[..., 1::2] = stored << 4 >> 4  # int8: the shift back extends the sign
     return codes
 
 
 def pack(codes: np.ndarray, *, bits: int) -> np.ndarray:
-    """What `unpack` reads, of signed integers int8 [outputs, inputs]."""
+    """The inverse of `unpack`.
+
+    codes: signed integers, int8 [outputs, inputs].
+    bits: 8 or 4.
+    """
     return codes if bits == 8 else codes[..., 0::2] << 4 | codes[..., 1::2] & 15

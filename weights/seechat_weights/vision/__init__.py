@@ -1,1 +1,1 @@
-"""Vision networks: what they are, and where their weights come from."""
+"""Describes the vision networks and finds their weights."""

@@ -1,8 +1,8 @@
-"""Published names and ours, of BLIP-2's vision half: EVA ViT-g, ln_vision, Q-Former, projector.
+"""Maps published names of BLIP-2's vision half to ours: EVA ViT-g, ln_vision, Q-Former, projector.
 
-Two families publish it: SEEChat in three files (eva_vit_g.pth, BLIP-2's Q-Former, a checkpoint of
-its own), and VisualGLM-6B inside its own checkpoint, under the names of SwissArmyTransformer (SAT).
-Our names are those of the transformers library, as seechat_lite.nn.blip builds the networks.
+Two families publish it. SEEChat has three files: eva_vit_g.pth, BLIP-2's Q-Former and a checkpoint
+of its own. VisualGLM-6B has it inside its own checkpoint, under the names of SwissArmyTransformer
+(SAT). Our names are those of the transformers library, as seechat_lite.nn.blip builds the networks.
 """
 
 import dataclasses
@@ -33,22 +33,22 @@ from seechat_weights.vision.part import TensorMapping
 
 # VisualGLM-6B's vision half in its Hugging Face folder and in its SAT file
 SAT_PREFIXES = ("image_encoder.", "mixins.eva.model.")
-# SEEChat, as LAVIS, builds its ViT with 39 blocks, whatever else eva_vit_g.pth holds
+# SEEChat, like LAVIS, builds its ViT with 39 blocks; eva_vit_g.pth may hold more
 BLOCKS = 39
 
 
 @dataclass(frozen=True)
 class BlipSettings:
-    """What the tensors do not tell; the defaults are the published models'."""
+    """Settings that the tensors do not tell; the defaults are those of the published models."""
 
-    blocks: int | None = None  # of the ViT, None: as many as there are
+    blocks: int | None = None  # of the ViT; None: as many as the file has
     heads: int = 16
     query_heads: int = 12
 
 
 @dataclass(frozen=True)
 class BlipNames:
-    """EVA ViT, Q-Former and projector found in a checkpoint; the sizes are those of the tensors."""
+    """EVA ViT, Q-Former and projector found in a checkpoint; the sizes come from the tensors."""
 
     image_size: int
     queries: int
@@ -61,12 +61,12 @@ class BlipNames:
 
 class _Layer(NamedTuple):
     checkpoint: Checkpoint
-    prefix: str  # of its names in the whole
-    shapes: Shapes  # by its own names
+    prefix: str  # put before its names in the overlay
+    shapes: Shapes  # under its own names
 
 
 class Overlay:
-    """Several checkpoints read as one: a later one's tensor takes the place of an earlier one's."""
+    """Several checkpoints read as one: a tensor of a later one replaces that of an earlier one."""
 
     def __init__(self, layers: Sequence[_Layer]) -> None:
         self._layers = layers
@@ -75,21 +75,33 @@ class Overlay:
         self.where = " + ".join(str(layer.checkpoint.path) for layer in layers)
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor, as stored. Raises CheckpointError."""
+        """Read one tensor as stored. Raises CheckpointError.
+
+        key: its name in the overlay.
+        """
         layer = self._holder[key]
         return layer.checkpoint.read(key.removeprefix(layer.prefix))
 
     def source(self, key: str) -> Path:
-        """The file that holds a tensor."""
+        """The file that holds the tensor `key`."""
         layer = self._holder[key]
         return layer.checkpoint.source(key.removeprefix(layer.prefix))
 
     def count(self, layers: str) -> int:
-        """How many layers there are of such names, at least 1, so that they are found missing."""
+        """How many layers have such names; at least 1, so that a missing one is noticed.
+
+        layers: a pattern of the names, its group the number.
+        """
         return max(count_layers(self.shapes, layers, where=self.where), 1)
 
     def account(self, needed: Iterable[str], reasons: Iterable[tuple[str, str]]) -> dict[str, str]:
-        """See that nothing is missing in all files together, and nothing surplus in any."""
+        """Check that no tensor is missing in all files together, and none surplus in any file.
+
+        needed: names that must be there.
+        reasons: pairs of a pattern of names and why such tensors are ignored.
+
+        Raises CheckpointError.
+        """
         needed, reasons = list(dict.fromkeys(needed)), list(reasons)
         missing = [key for key in needed if key not in self.shapes]
         if missing:
@@ -110,7 +122,12 @@ class Overlay:
         return ignored
 
     def check_shapes(self, expected: Mapping[str, Shape]) -> None:
-        """Compare sizes and dtypes, naming the file that each tensor is taken from."""
+        """Compare shapes and dtypes; an error names the file that a tensor is taken from.
+
+        expected: what each tensor should measure.
+
+        Raises CheckpointError.
+        """
         for layer in self._layers:
             here = {
                 k.removeprefix(layer.prefix): shape
@@ -133,7 +150,11 @@ def _remedy(missing: str) -> str:
 def seechat_overlay(
     *, eva: Checkpoint | None, qformer: Checkpoint | None, checkpoint: Checkpoint | None
 ) -> Overlay:
-    """SEEChat's files in the order in which it loads them, the last one with its vision half only.
+    """SEEChat's files in the order in which it loads them; of the last, only the vision half.
+
+    eva: eva_vit_g.pth.
+    qformer: BLIP-2's Q-Former file.
+    checkpoint: SEEChat's checkpoint_N.pth.
 
     Raises CheckpointError for a checkpoint that holds neither SEEChat's LM nor its vision.
     """
@@ -149,7 +170,7 @@ def seechat_overlay(
 
 
 def visualglm_overlay(checkpoint: Checkpoint) -> Overlay | None:
-    """The vision half of a VisualGLM-6B checkpoint, or None where there is none."""
+    """The vision half of a VisualGLM-6B checkpoint, or None if it has none."""
     if not any(k.startswith(SAT_PREFIXES) for k in checkpoint.shapes):
         return None
     own = part(checkpoint.shapes, "vision", where=str(checkpoint.path))
@@ -169,9 +190,12 @@ _SEECHAT_REASONS = (
 
 
 def map_seechat(source: Overlay, *, blocks: int | None = None) -> BlipNames:
-    """SEEChat's vision half. blocks: of the ViT, the 39 that it builds unless stated.
+    """Find SEEChat's vision half.
 
-    Raises CheckpointError naming missing, surplus and misshapen tensors and their file.
+    source: its files.
+    blocks: of the ViT; None for the 39 that SEEChat builds.
+
+    Raises CheckpointError; it names missing, surplus and misshapen tensors and their file.
     """
     blocks = BLOCKS if blocks is None else blocks
     layers = source.count(r"Qformer\.bert\.encoder\.layer\.(\d+)\.")
@@ -184,7 +208,10 @@ def map_seechat(source: Overlay, *, blocks: int | None = None) -> BlipNames:
 
 
 def map_visualglm(source: Overlay) -> BlipNames:
-    """VisualGLM-6B's vision half. Raises CheckpointError, as map_seechat."""
+    """Find VisualGLM-6B's vision half. Raises CheckpointError as map_seechat.
+
+    source: its file.
+    """
     prefix = next(p for p in SAT_PREFIXES if any(k.startswith(p) for k in source.shapes))
     at = re.escape(prefix)
     blocks = source.count(at + r"vit\.transformer\.layers\.(\d+)\.")
@@ -257,7 +284,7 @@ def _seechat_part(ours: str) -> TensorMapping:
     name = ours
     for old, new in _SEECHAT_NAMES.items():
         name = name.replace(old, new)
-    if name.endswith("attn.qkv.bias"):  # the key's bias is zero, and not published
+    if name.endswith("attn.qkv.bias"):  # the key's bias is zero and is not published
         at = name.removesuffix("qkv.bias")
         return TensorMapping((f"{at}q_bias", None, f"{at}v_bias"))
     return TensorMapping((name,))
@@ -286,9 +313,9 @@ _SAT_QFORMER = {
 
 
 def _sat_part(ours: str, prefix: str, layers: int) -> TensorMapping:
-    """SAT's names: one fused tensor for q, k and v, and each layer norm one place further on.
+    """SAT's names: q, k and v are one fused tensor, and each layer norm is one place further on.
 
-    A post-norm layer of SAT begins with the norm that ends BERT's layer before.
+    A post-norm layer of SAT begins with the norm that ends the layer before in BERT.
     """
     vit, qformer = f"{prefix}vit.", f"{prefix}qformer.transformer."
     if ours == "tower.vit.embeddings.class_embedding":

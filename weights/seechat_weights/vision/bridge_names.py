@@ -1,4 +1,4 @@
-"""Published names and ours, of bridges between vision tower and language model."""
+"""Maps published names of bridges between vision tower and language model to ours."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _REASONS = ((r".*\.(position_ids|rotary_emb\.inv_freq)", "a computed buffer"),)
 
 @dataclass(frozen=True)
 class BridgeNames:
-    """A bridge between vision tower and LM found in a checkpoint."""
+    """A bridge between vision tower and LM, found in a checkpoint."""
 
     name: str  # a key of BRIDGE_TENSORS
     inputs: int
@@ -26,7 +26,10 @@ class BridgeNames:
 
 
 def bridge_prefix(names: Iterable[str]) -> str:
-    """What stands before the names of a bridge's tensors."""
+    """The prefix of the names of a bridge's tensors.
+
+    names: all names of the file.
+    """
     names = list(names)
     return next(p for p in _PREFIXES if any(k.startswith(p) for k in names) or not p)
 
@@ -34,7 +37,10 @@ def bridge_prefix(names: Iterable[str]) -> str:
 def map_bridge(shapes: Shapes, *, where: str) -> BridgeNames:
     """Find the bridge in a projector file by the names of its tensors.
 
-    Raises CheckpointError naming missing, surplus and misshapen tensors.
+    shapes: the file's tensors.
+    where: its path, for errors.
+
+    Raises CheckpointError; it names missing, surplus and misshapen tensors.
     """
     prefix = bridge_prefix(shapes)
     found = [

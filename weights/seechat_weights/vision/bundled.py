@@ -1,4 +1,4 @@
-"""A bundle's vision weights, read by the names of the network's parameters."""
+"""Reads a bundle's vision weights by the names of the network's parameters."""
 
 from pathlib import Path
 
@@ -11,15 +11,20 @@ from seechat_weights.files.checkpoint import open_checkpoint
 from seechat_weights.vision.network import parameters
 from seechat_weights.vision.weights import VisionWeights
 
-# what stands behind a parameter's name: how it is stored
+# suffixes of a parameter's name: how it is stored
 TRANSPOSED, HALF, CODES, SCALES = ".T", ".fp16", ".codes", ".scales"
 BLOCK_SIZE = 32  # numbers that share a scale in 8 bits
 
 
 def bundled_vision(folder: Path, manifest: Manifest) -> VisionWeights | None:
-    """A bundle's vision; None if it has none, or one that its graph alone describes.
+    """A bundle's vision network and weights; None if it has none, or only the graph describes it.
 
-    Weights in 8 bits are read as the floats that they stand for. Raises BundleError.
+    Weights in 8 bits are read as the floats that they stand for.
+
+    folder: the bundle's folder.
+    manifest: its manifest.
+
+    Raises BundleError.
     """
     config = manifest.vision
     if config is None or config.network is None:
@@ -44,7 +49,7 @@ def bundled_vision(folder: Path, manifest: Manifest) -> VisionWeights | None:
 
     def read(name: str) -> np.ndarray:
         key, found = keys[name], file.read(keys[name])
-        if key.endswith(CODES):  # [outputs, blocks, block], 128 for zero
+        if key.endswith(CODES):  # [outputs, blocks, block]; 128 stands for zero
             scales = file.read(_scales(key)).astype(np.float32)
             floats = (found.astype(np.float32) - 128) * scales[..., None]
             return floats.reshape(len(floats), -1)[:, : sizes[name][1]]

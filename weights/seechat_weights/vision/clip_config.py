@@ -1,7 +1,7 @@
-"""What a CLIP checkpoint's tensors do not tell: heads, activation, how pictures are prepared.
+"""Reads what a CLIP checkpoint's tensors do not tell: heads, activation, how to prepare pictures.
 
-Read from the configuration files that its publisher puts beside it, and checked against the
-tensors.
+It reads the configuration files that a publisher puts beside the weights, and checks them against
+the tensors.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from seechat_weights.vision.network import ACTIVATIONS
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _RESIZE_MODES = {"shortest": "crop", "longest": "pad", "squash": "squash"}  # open_clip's names
 
-# what a Hugging Face configuration leaves out is the transformers library's default
+# a setting missing in a Hugging Face configuration has the transformers library's default
 _HUGGING_FACE_DEFAULTS: dict[str, Any] = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -33,20 +33,24 @@ _HUGGING_FACE_DEFAULTS: dict[str, Any] = {
 class Settings:
     """What configuration files say of a CLIP tower."""
 
-    file: str  # where, for errors
+    file: str  # the configuration's path, for errors
     heads: int
-    activation: str  # empty where it does not tell
+    activation: str  # empty if the file does not tell
     layernorm_epsilon: float
     pixels: PixelSpec
 
 
 def clip_settings(path: Path, names: ClipNames, activation: str | None) -> Settings:
-    """What is known of the CLIP checkpoint `path` beside its tensors. Raises CheckpointError.
+    """What is known of a CLIP checkpoint beside its tensors.
 
-    activation: "quick_gelu" or "gelu", where nothing beside the weights tells.
+    path: the checkpoint.
+    names: its tensors.
+    activation: "quick_gelu" or "gelu", if nothing beside the weights tells.
+
+    Raises CheckpointError.
     """
     folder = path if path.is_dir() else path.parent
-    if names.form == "openai":  # published as one file, its settings as code
+    if names.form == "openai":  # published as one file, with its settings in code
         pixels = PixelSpec(image_size=names.image_size, resize="crop", rgb_first=False)
         settings = Settings(path.name, names.network.width // 64, "quick_gelu", 1e-5, pixels)
     elif names.form == "open_clip":
@@ -82,7 +86,7 @@ def _open_clip_settings(folder: Path, names: ClipNames) -> Settings:
     _must_agree(file, names, *(vision.get(k) for k in sizes))
     if not config:
         activation = ""
-    elif vision.get("act_kwargs"):  # a GELU of another kind
+    elif vision.get("act_kwargs"):  # another kind of GELU
         activation = f"gelu {vision['act_kwargs']}"
     else:
         quick = vision.get("quick_gelu", model.get("quick_gelu", False))
@@ -184,7 +188,7 @@ def _pixel_spec(
     resize: Any,
     rgb_first: bool,
 ) -> PixelSpec:
-    """Check what a configuration says of pictures; where it says nothing, CLIP's own values."""
+    """Check what a configuration says of pictures; missing settings are CLIP's own."""
     clip = PixelSpec()
     mean, std = mean or clip.mean, std or clip.std
     numbers = all(
@@ -215,9 +219,9 @@ def _pixel_spec(
 def _must_agree(
     file: Path, names: ClipNames, width: Any, layers: Any, patch_size: Any, image_size: Any
 ) -> None:
-    """Refuse a configuration of another model, whose heads and activation would be wrong as well.
+    """Refuse a configuration of another model: its heads and activation would be wrong too.
 
-    The inner size is not compared: the tensors have it, while open_clip states a rounded ratio.
+    The inner size is not compared: the tensors tell it, and open_clip states a rounded ratio.
     """
     found = (width, layers, patch_size, image_size)
     network = names.network

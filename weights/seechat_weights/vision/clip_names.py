@@ -1,4 +1,4 @@
-"""Published names and ours, of CLIP vision towers: which tensor becomes which parameter."""
+"""Maps published names of CLIP vision towers to ours: which tensor becomes which parameter."""
 
 import dataclasses
 import re
@@ -23,11 +23,11 @@ from seechat_weights.vision.part import TensorMapping
 
 @dataclass(frozen=True)
 class ClipNames:
-    """A CLIP vision tower found in a checkpoint; its sizes are those of the tensors."""
+    """A CLIP vision tower found in a checkpoint; its sizes come from the tensors."""
 
     form: str  # "openai" (their own file), "open_clip" or "huggingface"
     image_size: int
-    network: VisionNetwork  # that runs, without the last layer; the tensors do not tell its heads
+    network: VisionNetwork  # as it runs, without the last layer; the tensors do not tell its heads
     used: dict[str, TensorMapping]  # our parameter -> where it comes from
     sizes: dict[str, Shape]  # our parameter -> its shape
     ignored: dict[str, str]  # published tensor -> reason
@@ -56,13 +56,13 @@ class ClipForm(NamedTuple):
 
     name: str
     prefix: str
-    layers: str  # behind the prefix, as the next
+    layers: str  # after the prefix, as are the next fields
     patches: str  # the patch embedding
     ignored: Sequence[tuple[str, str]]  # patterns of names, and why
 
     @property
     def layer(self) -> str:
-        """A pattern of a layer's number."""
+        """A pattern that finds the number of a layer."""
         return re.escape(self.prefix + self.layers) + r"(\d+)\."
 
 
@@ -70,12 +70,16 @@ _HUGGING_FACE = ("encoder.layers.", "embeddings.patch_embedding.weight", _HUGGIN
 CLIP_FORMS = (
     ClipForm("open_clip", "visual.", "transformer.resblocks.", "conv1.weight", _OPEN_CLIP_REASONS),
     ClipForm("huggingface", "vision_model.", *_HUGGING_FACE),
-    ClipForm("huggingface", "", *_HUGGING_FACE),  # a CLIPVisionModel as transformers 5 writes it
+    ClipForm("huggingface", "", *_HUGGING_FACE),  # a CLIPVisionModel by transformers 5
 )
 
 
 def clip_library(form: ClipForm, shapes: Shapes) -> str:
-    """The form's name; OpenAI's own file is open_clip's but for one tensor."""
+    """The library's name; OpenAI's own file differs from open_clip's in one tensor only.
+
+    form: the form of the names.
+    shapes: the file's tensors.
+    """
     return "openai" if form.name == "open_clip" and "input_resolution" in shapes else form.name
 
 
@@ -96,8 +100,12 @@ _OPEN_CLIP_NAMES = {
 def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
     """Find the vision tower in an open_clip or Hugging Face CLIP checkpoint.
 
-    Our parameters are named as Hugging Face's, less "vision_model.", and end before the last layer.
-    Raises CheckpointError naming missing, surplus and misshapen tensors.
+    Our parameters have Hugging Face's names without "vision_model.", and end before the last layer.
+
+    shapes: the file's tensors.
+    where: its path, for errors.
+
+    Raises CheckpointError; it names missing, surplus and misshapen tensors.
     """
     found = (f for f in CLIP_FORMS if any(k.startswith(f.prefix or "embeddings.") for k in shapes))
     form = next(found, None)

@@ -1,6 +1,6 @@
-"""The vision networks there are: what they consist of, said once, and the published ones' sizes.
+"""Lists the vision networks: their parameters, and the sizes of the published ones.
 
-Parameters are named as nn.vision's networks in seechat_lite have them. Every reader of weights, and
+Parameters have the names of nn.vision's networks in seechat_lite. Every reader of weights, and
 every maker of random ones, takes names and shapes from here.
 """
 
@@ -8,9 +8,9 @@ from seechat_weights.config import VisionConfig, VisionNetwork
 from seechat_weights.files.accounting import Shape
 
 ACTIVATIONS = ("quick_gelu", "gelu")
-TOWER, BRIDGE = "tower.clip.", "bridge."  # where a network has CLIP and its bridge
+TOWER, BRIDGE = "tower.clip.", "bridge."  # prefixes of CLIP and its bridge
 
-# a bridge's tensors and their sizes: o(utputs), i(nputs)
+# the tensors of each bridge and their sizes: o(utputs), i(nputs)
 BRIDGE_TENSORS = {
     "linear": {"weight": "oi", "bias": "o"},
     "mlp2x_gelu": {"0.weight": "oi", "0.bias": "o", "2.weight": "oo", "2.bias": "o"},
@@ -19,12 +19,13 @@ QFORMER = "qformer"
 NETWORKS = {
     "clip": tuple(BRIDGE_TENSORS),
     "eva": (QFORMER,),
-}  # towers, and the bridges they go with
+}  # each tower with the bridges that fit it
 
 
 def parameters(config: VisionConfig, outputs: int) -> dict[str, Shape]:
-    """All parameters of the network that `config` describes, and their shapes.
+    """All parameters of a network, and their shapes.
 
+    config: describes the network.
     outputs: the language model's hidden size.
     """
     network, image_size = config.network, config.pixels.image_size
@@ -37,13 +38,22 @@ def parameters(config: VisionConfig, outputs: int) -> dict[str, Shape]:
 
 
 def bridge_parameters(name: str, inputs: int, outputs: int) -> dict[str, Shape]:
-    """The parameters of a bridge of BRIDGE_TENSORS, without BRIDGE, and their shapes."""
+    """The parameters of a bridge and their shapes; the names lack the prefix BRIDGE.
+
+    name: a key of BRIDGE_TENSORS.
+    inputs: width of the tower.
+    outputs: the language model's hidden size.
+    """
     lengths = {"o": outputs, "i": inputs}
     return {k: tuple(lengths[axis] for axis in axes) for k, axes in BRIDGE_TENSORS[name].items()}
 
 
 def clip_parameters(network: VisionNetwork, image_size: int) -> dict[str, Shape]:
-    """A CLIP tower's parameters, without TOWER, and their shapes."""
+    """The parameters of a CLIP tower and their shapes; the names lack the prefix TOWER.
+
+    network: the tower's sizes.
+    image_size: pixels a side.
+    """
     width, inner, patch = network.width, network.inner_size, network.patch_size
     positions = 1 + (image_size // patch) ** 2
     layer: dict[str, Shape] = {
@@ -72,7 +82,13 @@ def clip_parameters(network: VisionNetwork, image_size: int) -> dict[str, Shape]
 def blip_parameters(
     network: VisionNetwork, image_size: int, queries: int, outputs: int
 ) -> dict[str, Shape]:
-    """The parameters of EVA ViT, Q-Former and projector, and their shapes."""
+    """The parameters of EVA ViT, Q-Former and projector, and their shapes.
+
+    network: their sizes.
+    image_size: pixels a side.
+    queries: how many the Q-Former has.
+    outputs: the language model's hidden size.
+    """
     width, inner, patch = network.width, network.inner_size, network.patch_size
     query_width, query_inner = network.query_width, network.query_inner_size
     positions = 1 + (image_size // patch) ** 2
@@ -115,9 +131,9 @@ def blip_parameters(
     return sizes
 
 
-# as in a bundle's manifest, but for the graph's name and how else pictures are prepared
+# as in a bundle's manifest, without the graph's name and further preparation of pictures
 PUBLISHED_VISION = {
-    "clip": VisionConfig(  # CLIP ViT-L/14, whose last layer does not run, and a linear projector
+    "clip": VisionConfig(  # CLIP ViT-L/14 without its last layer, and a linear projector
         graph="",
         tokens=256,
         tower="clip",

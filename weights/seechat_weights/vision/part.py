@@ -1,4 +1,4 @@
-"""Where a parameter of ours lies in a checkpoint."""
+"""Describes where one of our parameters lies in a checkpoint."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +10,12 @@ from seechat_weights.files.accounting import Shape
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """Where a parameter comes from: published tensors, put together row by row.
+    """Where a parameter comes from: published tensors, concatenated along their rows.
 
-    keys: concatenated; None stands for as many zeros as its neighbour has numbers. Of the rows, the
-    parameter is share number `share` of `shares` equal ones (q, k or v of a fused tensor). rank:
-    the published tensor's, where it lacks leading sizes of 1 that ours has.
+    keys: the tensors; None stands for as many zeros as its neighbour has numbers.
+    share: which of `shares` equal parts of the rows the parameter is (q, k or v of a fused tensor).
+    shares: how many such parts there are.
+    rank: rank of the published tensor, if it lacks leading sizes of 1 that ours has.
     """
 
     keys: tuple[str | None, ...]
@@ -27,13 +28,20 @@ class TensorMapping:
         return [key for key in self.keys if key is not None]
 
     def published_shape(self, shape: Shape) -> Shape:
-        """What each of the published tensors must measure for the parameter to have `shape`."""
+        """What each of the published tensors must measure.
+
+        shape: of our parameter.
+        """
         if self.rank is not None:
             return shape[len(shape) - self.rank :]
         return (shape[0] * self.shares // len(self.keys), *shape[1:])
 
     def read(self, shape: Shape, read: Callable[[str], np.ndarray]) -> np.ndarray:
-        """The parameter, of `shape`; `read` gives a published tensor."""
+        """Read the parameter.
+
+        shape: of our parameter.
+        read: returns a published tensor by its name.
+        """
         arrays = [None if key is None else read(key) for key in self.keys]
         like = next(a for a in arrays if a is not None)
         if len(arrays) > 1:

@@ -1,7 +1,7 @@
-"""Where a vision network's weights come from: a bundle, or checkpoints as they were published.
+"""Finds a vision network's weights in a bundle, or in checkpoints as they were published.
 
-Only headers are read here, and torch is not needed: the weights stay in their files until the
-network that nn.vision makes of them runs, or is exported.
+This reads only headers and needs no torch. The weights stay in their files until nn.vision's
+network runs with them, or is exported.
 """
 
 import dataclasses
@@ -43,9 +43,12 @@ GRAPH = "vision.onnx"
 class VisionWeights:
     """A vision network's description and its weights, in their files.
 
-    outputs: the width of its embeddings. sizes: its parameters and their shapes. read: a parameter
-    by its name, in any float dtype. ignored: tensors of a checkpoint that no parameter comes from,
-    each with the reason. files: those that published parameters come from.
+    config: describes the network; it has a `network`.
+    outputs: the width of its embeddings.
+    sizes: its parameters and their shapes.
+    read: returns a parameter by its name, in any float dtype.
+    ignored: tensors of a checkpoint that no parameter comes from, each with the reason.
+    files: the files that published parameters come from.
     """
 
     config: VisionConfig  # with its network
@@ -63,11 +66,13 @@ class VisionWeights:
 
 @dataclass(frozen=True)
 class VisionFiles:
-    """Published files that a language model is to see with; without any, with what it brings.
+    """Published files of the vision network for a language model; all None: what the LM brings.
 
-    clip, projector, clip_activation: see load_clip. eva, qformer, checkpoint, image_size: see
-    load_seechat; the checkpoint may also hold a part of the language model. Raises SeechatError for
-    files that do not go together.
+    clip, projector, clip_activation: see load_clip.
+    eva, qformer, checkpoint, image_size: see load_seechat; the checkpoint may also hold a part of
+        the language model.
+
+    Raises SeechatError for files that do not go together.
     """
 
     clip: str | Path | None = None
@@ -87,10 +92,12 @@ class VisionFiles:
             raise SeechatError("--image-size goes with --eva: give both")
 
     def open(self, lm: str | Path, *, opener: Opener = open_checkpoint) -> VisionWeights | None:
-        """Vision for the published language model `lm`, if there are any.
+        """Open the vision network for a published language model; None if there is none.
 
-        opener: opens checkpoints, such as an Openings, where others read the same files. Raises
-        CheckpointError.
+        lm: the language model's path.
+        opener: opens checkpoints; an Openings, if others read the same files.
+
+        Raises CheckpointError.
         """
         if self.clip and self.projector:
             return load_clip(
@@ -117,11 +124,14 @@ def load_clip(
     activation: str | None = None,
     opener: Opener = open_checkpoint,
 ) -> VisionWeights:
-    """A CLIP vision tower and a projector.
+    """Open a CLIP vision tower and a projector.
 
     clip: a folder or file of open_clip, Hugging Face or OpenAI; its configuration lies beside it.
-    projector: a file of a linear or MLP bridge. activation: "quick_gelu" or "gelu", for a CLIP
-    file without configuration. Raises CheckpointError.
+    projector: a file of a linear or MLP bridge.
+    activation: "quick_gelu" or "gelu", for a CLIP file without configuration.
+    opener: opens checkpoints.
+
+    Raises CheckpointError.
     """
     clip, projector = local_path(clip), local_path(projector)
     checkpoint, file = opener(clip), opener(projector)
@@ -159,12 +169,19 @@ def load_seechat(
     image_size: int | None = None,
     opener: Opener = open_checkpoint,
 ) -> VisionWeights:
-    """SEEChat's vision: EVA ViT-g, ln_vision, Q-Former and projector, each in the file loaded last.
+    """Open SEEChat's vision network: EVA ViT-g, ln_vision, Q-Former and projector.
 
-    eva: eva_vit_g.pth. qformer: blip2_pretrained_flant5xxl.pth. checkpoint: checkpoint_N.pth, of
-    which the language model's tensors are left to seechat_weights.lm. A file may be left out where
-    the others hold all of it. image_size: pixels a side, where not those of the weights; position
-    embeddings are resized for it. Raises CheckpointError.
+    If several files hold a tensor, the file that is loaded last counts. A file may be left out if
+    the others hold all of it.
+
+    eva: eva_vit_g.pth.
+    qformer: blip2_pretrained_flant5xxl.pth.
+    checkpoint: checkpoint_N.pth; its tensors of the language model are left to seechat_weights.lm.
+    settings: what the tensors do not tell.
+    image_size: pixels a side, if not that of the weights; position embeddings are resized for it.
+    opener: opens checkpoints.
+
+    Raises CheckpointError.
     """
     given = {"eva": eva, "qformer": qformer, "checkpoint": checkpoint}
     opened = {role: opener(local_path(p)) if p else None for role, p in given.items()}
@@ -179,9 +196,13 @@ def load_visualglm(
     settings: BlipSettings | None = None,
     opener: Opener = open_checkpoint,
 ) -> VisionWeights | None:
-    """VisualGLM-6B's vision, from its Hugging Face folder or SAT file; None if `path` has none.
+    """Open VisualGLM-6B's vision network; None if `path` has none.
 
-    settings: default, what the configuration beside the weights says. Raises CheckpointError.
+    path: its Hugging Face folder or SAT file.
+    settings: None for what the configuration beside the weights says.
+    opener: opens checkpoints.
+
+    Raises CheckpointError.
     """
     files = find_model(path)
     source = visualglm_overlay(opener(files.weights))
@@ -197,7 +218,7 @@ def load_visualglm(
 
 
 def _heads(config: Mapping[str, Any], part: str, published: int) -> int:
-    """How many heads a part has, from VisualGLM-6B's config.json or SAT's model_config.json."""
+    """The heads of a part, from VisualGLM-6B's config.json or SAT's model_config.json."""
     for name in (f"{part}_config", f"{part}_args"):
         if isinstance(config.get(name), dict):
             return int(config[name].get("num_attention_heads", published))
@@ -253,7 +274,7 @@ def _resized(names: BlipNames, image_size: int) -> BlipNames:
 
 @dataclass(frozen=True)
 class _ResizedPositions(TensorMapping):
-    """Position embeddings for another number of patches than the published ones."""
+    """Reads position embeddings and resizes them for another number of patches."""
 
     published: Shape = ()
 
@@ -263,10 +284,13 @@ class _ResizedPositions(TensorMapping):
 
 
 def resized_positions(positions: np.ndarray, side: int) -> np.ndarray:
-    """Position embeddings [1, 1 + old**2, width] for side x side patches, as LAVIS resizes them.
+    """Resize position embeddings as LAVIS does; returns [1, 1 + side**2, width].
 
-    The class token keeps its own; the others are a picture, resized bicubically as torch does it
-    (interpolate, align_corners=False).
+    The class token keeps its own. The others are a picture; it is resized bicubically as torch does
+    it (interpolate, align_corners=False).
+
+    positions: [1, 1 + old**2, width].
+    side: patches a side.
     """
     first, grid = positions[:, :1], positions[0, 1:]
     old = math.isqrt(len(grid))
@@ -277,21 +301,21 @@ def resized_positions(positions: np.ndarray, side: int) -> np.ndarray:
 
 
 def _bicubic(old: int, new: int) -> np.ndarray:
-    """How much of each of `old` points goes into each of `new`: cubic convolution, a = -0.75."""
+    """How much each of `old` points adds to each of `new`: cubic convolution, a = -0.75."""
     at = ((np.arange(new) + 0.5) * np.float32(old / new) - 0.5).astype(np.float32)
     start = np.floor(at)
     after = at - start
-    near, far = (1.25, -2.25, 0, 1), (-0.75, 3.75, -6, 3)  # factors, of the highest power first
+    near, far = (1.25, -2.25, 0, 1), (-0.75, 3.75, -6, 3)  # factors, the highest power first
     parts = ((1 + after, far), (after, near), (1 - after, near), (2 - after, far))
     weights = np.zeros((new, old))
     for step, (distance, factors) in enumerate(parts, -1):
-        points = np.clip(start + step, 0, old - 1).astype(int)  # beyond the edge, the edge
+        points = np.clip(start + step, 0, old - 1).astype(int)  # outside, the edge
         np.add.at(weights, (np.arange(new), points), _polynomial(distance, factors))
     return weights
 
 
 def _polynomial(x: np.ndarray, factors: Sequence[float]) -> np.ndarray:
-    """In float32, each product and sum rounded once, as torch's kernels do it."""
+    """Compute in float32 and round each product and sum once, as torch's kernels do."""
     y = np.zeros_like(x)
     for factor in factors:
         y = (y.astype(np.float64) * x + factor).astype(np.float32)
@@ -299,7 +323,7 @@ def _polynomial(x: np.ndarray, factors: Sequence[float]) -> np.ndarray:
 
 
 class _Names(Protocol):
-    """Where parameters come from, by their names within a part of the network."""
+    """Where parameters come from; names are those within a part of the network."""
 
     @property
     def used(self) -> Mapping[str, TensorMapping]: ...
@@ -312,7 +336,7 @@ class _Names(Protocol):
 def _published(
     config: VisionConfig, outputs: int, parts: list[tuple[str, _Names, Checkpoint | Overlay]]
 ) -> VisionWeights:
-    """Join what each part of the network comes from; `parts` begin with where it has them."""
+    """Join the parts of a network; `parts` begin with the prefix of each part's names."""
     sources = {at + name: (part, c) for at, n, c in parts for name, part in n.used.items()}
     sizes = {at + name: shape for at, n, _ in parts for name, shape in n.sizes.items()}
 
