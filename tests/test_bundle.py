@@ -239,6 +239,8 @@ def test_names_that_leave_the_folder(bundle: Path, name: str) -> None:
         ("decoder", dict(embeddings_dtype="object")),
         ("decoder", dict(precision="int3")),
         ("decoder", dict(block_size=-32)),
+        ("decoder", dict(block_size=48)),
+        ("decoder", dict(precision="int8", block_size=0)),
         ("vision", dict(tokens=0)),
         (
             "vision",

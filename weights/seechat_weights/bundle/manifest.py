@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from seechat_weights.bundle.precisions import PRECISIONS, VISION_PRECISIONS
+from seechat_weights.bundle.precisions import BLOCK_SIZES, PRECISIONS, VISION_PRECISIONS
 from seechat_weights.config import MAX_LAYERS, LMConfig, VisionConfig, half_graph
 from seechat_weights.errors import BundleError
 from seechat_weights.files.reading import MAX_JSON, decoded, line
@@ -170,7 +170,9 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
         precision in PRECISIONS,
         f"one of {', '.join(PRECISIONS)} (or upgrade seechat-lite)",
     )
-    yield "decoder.block_size", decoder.block_size, decoder.block_size >= 0, "0 or more"
+    sizes = BLOCK_SIZES if PRECISIONS[precision].block else (0,)
+    known = " or ".join(map(str, sizes))
+    yield "decoder.block_size", decoder.block_size, decoder.block_size in sizes, known
     shift = tokenizer.num_image_tokens
     yield "tokenizer.num_image_tokens", shift, 0 <= shift < lm.vocab_size, "less than the ids"
     for name, entry in manifest.files.items():
