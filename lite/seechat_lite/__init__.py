@@ -55,7 +55,7 @@ __all__ = [
     "thumbnail",
 ]
 
-# imported when first used: the command line answers --help and Ctrl-C before numpy is there
+# imported when first used, so that --help and Ctrl-C work before numpy is loaded
 _LATER = {
     **dict.fromkeys(("Answer", "AnswerStream", "Chat", "Model", "Stats"), "seechat_lite.chat"),
     **dict.fromkeys(("ImageSource", "thumbnail"), "seechat_lite.images"),
@@ -66,7 +66,7 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "EyeFiles":  # its name until 0.1; each use says so
+    if name == "EyeFiles":  # its name until 0.1; each use warns
         warnings.warn("EyeFiles is now VisionFiles", DeprecationWarning, stacklevel=2)
         name = "VisionFiles"
     if name not in _LATER:

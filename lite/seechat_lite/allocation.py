@@ -1,4 +1,4 @@
-"""Memory that comes straight from the system and goes back to it as soon as it can."""
+"""Takes memory straight from the system, and gives it back as soon as possible."""
 
 import ctypes
 import math
@@ -10,18 +10,22 @@ import numpy as np
 
 
 def untouched(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Zeros straight from the system, to which they go back: pages take memory when written to.
+    """Make an array of zeros straight from the system; a page takes memory once it is written to.
 
-    numpy's own would ask for huge pages, of which the first token of every head touches all.
+    The memory goes back to the system with the array. numpy's own zeros would ask for huge pages;
+    the first token of every head touches all of those.
+
+    shape: of the array.
+    dtype: of the array.
     """
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
-        with suppress(OSError):  # a kernel without them
+        with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def trim_heap() -> None:
-    """Give back what the C library keeps of freed memory: after a long prompt, 0.2 GB (glibc)."""
+    """Give back freed memory that the C library keeps: 0.2 GB after a long prompt (glibc)."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
         trim(0)

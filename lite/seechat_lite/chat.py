@@ -1,7 +1,8 @@
-"""Model and Chat: what users hold. A chat keeps the turns of one conversation and streams answers.
+"""Holds a loaded model (Model) and its conversations (Chat), and streams answers.
 
-The engine has one cache, so one answer is generated at a time; a second thread waits for its turn.
-Pictures are remembered by their content: each is encoded once, whatever turn or chat shows it.
+The engine has one cache, so it generates one answer at a time; a second thread waits its turn.
+Pictures are remembered by their content: each is encoded once, in whatever turn or chat it is
+    shown.
 """
 
 import logging
@@ -52,13 +53,19 @@ from seechat_weights.errors import ContextError, EngineError, OptionError
 log = logging.getLogger(__name__)
 
 IMAGE_CACHE = 64 << 20  # bytes
-# tokens that hold all that SEEChat's demo remembers (2000 characters of three bytes at most, mostly
-# one token each, and a picture) beside an answer
+# tokens for all that SEEChat's demo remembers (2000 characters of three bytes at most, mostly
+# one token each, and a picture) and an answer
 DEMO_CONTEXT = 4096
 
 
 class Model:
-    """A loaded bundle. Made by `load`; a context manager; safe to use from several threads."""
+    """A loaded bundle, made by `load`; a context manager; safe to use from several threads.
+
+    manifest: describes the bundle.
+    tokenizer: its tokenizer.
+    engine: runs it.
+    image_cache: bytes of embeddings kept for pictures that no chat shows any more.
+    """
 
     def __init__(
         self,
@@ -73,7 +80,7 @@ class Model:
         self.engine = engine
         self._closed = False
         self._answers = OneAtATime()
-        self._pictures = OneAtATime()  # also keeps two threads from encoding the same one
+        self._pictures = OneAtATime()  # also keeps two threads from encoding the same picture
         self._images: OrderedDict[str, np.ndarray] = OrderedDict()  # least recently used first
         self._images_lock = threading.RLock()
         self._image_cache = image_cache
@@ -81,10 +88,10 @@ class Model:
     def chat(self, format: str | None = None, *, messages: Sequence[Any] = ()) -> "Chat":
         """Begin a conversation.
 
-        format: names one of conversation.FORMATS; None for the bundle's.
-        messages: what was said before, in the OpenAI API's shape; pictures as its parts, or as
-        `{"type": "image", "image": …}` with whatever stream() takes. If the last one is the user's,
-        ask() and stream() without a question answer it.
+        format: a name of conversation.FORMATS; None for the bundle's.
+        messages: what was said before, in the OpenAI API's shape. Pictures are parts of it, or
+            `{"type": "image", "image": …}` with anything that stream() takes. If the last message
+            is the user's, ask() and stream() without a question answer it.
 
         Raises OptionError for an unknown format or messages that cannot be read, ImageError.
         """
@@ -105,12 +112,17 @@ class Model:
         exact: bool = False,
         stopped: Callable[[], bool] = lambda: False,
     ) -> tuple[str, np.ndarray]:
-        """A picture's key and its embeddings, float32 [tokens, hidden], from memory if known.
+        """A picture's key and its embeddings, float32 [tokens, hidden].
 
-        exact: prepare it as the published code does (see PixelSpec.exact). stopped: asked while
-        the picture is decoded, which may take seconds, while others' are read, and after every
-        wake(); Cancelled is raised if so.
-        Raises ImageError, and EngineError for a text-only bundle or a closed model.
+        The embeddings of a known picture come from memory.
+
+        source: the picture.
+        exact: prepare it as the published code does (see PixelSpec.exact).
+        stopped: asked while the picture is decoded, which may take seconds, while it waits for
+            other pictures, and after every wake().
+
+        Raises ImageError, EngineError for a text-only bundle or a closed model, Cancelled once
+        `stopped` returns True.
         """
         spec = self._pixel_spec(exact)
         known = source if isinstance(source, PreparedImage) else load_image(source)
@@ -134,9 +146,13 @@ class Model:
         exact: bool = False,
         stopped: Callable[[], bool] = lambda: False,
     ) -> PreparedImage:
-        """Decode a picture ahead, in any thread; what comes back is a picture to ask about.
+        """Decode a picture ahead, in any thread, and return it as a picture to ask about.
 
-        Arguments and errors as for encode_image. Nothing is decoded that the model remembers.
+        A picture that the model remembers is not decoded.
+
+        source, exact, stopped: as for encode_image.
+
+        Raises the errors of encode_image.
         """
         spec = self._pixel_spec(exact)
         picture = load_image(source)
@@ -167,10 +183,10 @@ class Model:
                 self._images.popitem(last=False)
 
     def close(self) -> None:
-        """End what runs, wait for it, and free all memory; twice is harmless.
+        """End running answers, wait for them, and free all memory. Closing twice is harmless.
 
-        May be called from any thread and at any time. An answer that runs or waits, and any later
-        use of the model, raises EngineError.
+        May be called from any thread at any time. Answers that run or wait then raise EngineError,
+        and so does any later use of the model.
         """
         self._closed = True
         self.wake()
@@ -184,16 +200,17 @@ class Model:
 
     @contextmanager
     def answering(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """Hold the engine for one answer; others wait, this thread must not ask again.
+        """Hold the engine for one answer. Others wait; the thread that holds it must not ask again.
 
-        stopped: asked before waiting and after every wake(); Cancelled is raised if so. Raises
-        EngineError when the model is closed.
+        stopped: asked before waiting and after every wake().
+
+        Raises EngineError if the model is closed, Cancelled once `stopped` returns True.
         """
         with self._answers.held(partial(self._check, stopped)):
             yield
 
     def wake(self) -> None:
-        """Have those who wait for their turn ask whether they still want it."""
+        """Make those who wait for their turn ask `stopped` again."""
         self._answers.wake()
         self._pictures.wake()
 
@@ -206,15 +223,15 @@ class Model:
 
 @dataclass(frozen=True, repr=False)
 class Stats:
-    """What one answer took."""
+    """What one answer took: tokens, seconds, and why it ended."""
 
     prompt_tokens: int
     new_tokens: int
-    dropped_turns: int  # turns forgotten because the context had no room for them
+    dropped_turns: int  # turns left out because the context had no room for them
     first_token_seconds: float  # pictures and prompt included
     seconds: float
     finish_reason: str  # "stop", "length" (max_new_tokens or a full context) or "cancelled"
-    guessed_tokens: int = 0  # run before they were chosen, and how many of them were chosen
+    guessed_tokens: int = 0  # run before they were chosen; right_guesses of them were chosen
     right_guesses: int = 0
 
     @property
@@ -233,7 +250,7 @@ class Stats:
 
 
 class Answer(str):
-    """An answer's text, with what it took."""
+    """An answer's text, a str, with `stats`: what it took."""
 
     stats: Stats
 
@@ -247,7 +264,10 @@ class Answer(str):
 
 
 class AnswerStream(Iterator[str]):
-    """The pieces of an answer. stats: what it took, once it has ended; None before."""
+    """Iterates over the pieces of an answer.
+
+    stats: what the answer took, once it has ended; None before.
+    """
 
     def __init__(self, chat: "Chat", pieces: Generator[str, None, None]) -> None:
         self._chat = chat
@@ -264,14 +284,17 @@ class AnswerStream(Iterator[str]):
             raise
 
     def close(self) -> None:
-        """End the answer here; its turn stays in the history as far as it was said."""
+        """End the answer here. Its turn stays in the history with the text said so far."""
         self._pieces.close()
         if self._begun:
             self.stats = self.stats or self._chat.stats
 
 
 class Chat:
-    """One conversation. Made by Model.chat; not to be used by two threads at once, stop() aside."""
+    """One conversation, made by Model.chat.
+
+    Two threads must not use it at once, except for stop() and clear().
+    """
 
     def __init__(self, model: Model, format: Format) -> None:
         self.model = model
@@ -280,11 +303,15 @@ class Chat:
         self.stats: Stats | None = None  # of the last answer
         self.dropped_turns = 0  # for which the last question left no room
         self._embeds: dict[str, np.ndarray] = {}  # pictures of the turns, by key
-        self._asked: tuple[str, list[ImageSource]] | None = None  # by messages, not yet answered
+        self._asked: tuple[str, list[ImageSource]] | None = (
+            None  # a question from messages, not yet answered
+        )
         self._stop = threading.Event()
         self._answering = False  # whether the engine works for this chat
-        self._cancelling = threading.RLock()  # so that it does not begin to work for another one
-        self._cleared = 0  # how often
+        self._cancelling = (
+            threading.RLock()
+        )  # keeps the engine from beginning another chat's work meanwhile
+        self._cleared = 0  # how many times
 
     def stream(
         self,
@@ -294,19 +321,19 @@ class Chat:
         generation: Generation | None = None,
         **options: Unpack[GenerationOptions],
     ) -> AnswerStream:
-        """Ask and yield the answer piece by piece; the pieces joined are the answer.
+        """Ask, and yield the answer piece by piece; the pieces joined are the answer.
 
-        The turn enters the history when the stream ends, also when it was stopped or closed early;
-        not if it fails.
+        The turn enters the history when the stream ends, also if it was stopped or closed early. It
+        does not if the answer fails.
 
-        question: None or blank asks for a description of the picture, or, where the messages that
-        the chat was made of end with a question, for its answer.
-        image: a picture or several, shown with this question; later questions remember them.
+        question: the question. None or blank asks for a description of the picture, or, if the
+            messages that the chat was made of end with a question, for its answer.
+        image: one picture or several, shown with this question; later questions remember them.
         generation: all options as one value.
-        options: those of sampling.Generation, by name; they count before `generation`.
+        options: fields of generation.Generation by name; they override those of `generation`.
 
-        Raises ImageError, ContextError (neither question nor picture, or too long for the context),
-        EngineError, OptionError (option out of range).
+        Raises ImageError, EngineError, ContextError (neither question nor picture, or too long for
+        the context), OptionError (an option out of range).
         """
         chosen = replace(generation or Generation(), **options)
         question = question or ""
@@ -318,7 +345,7 @@ class Chat:
             image = list(several(image))
             if not image:
                 raise ContextError("the question is empty; expected some text: type a question")
-        self._stop.clear()  # here, not in the generator: a stop() before its first piece counts
+        self._stop.clear()  # here, not in the generator: a stop() before the first piece must count
         return AnswerStream(self, self._stream(question, image, chosen))
 
     def ask(
@@ -329,14 +356,24 @@ class Chat:
         generation: Generation | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Answer:
-        """The whole answer at once, a text whose `stats` say what it took; see stream()."""
+        """Ask, and return the whole answer: a text with `stats` of what it took.
+
+        question, image, generation, options: as for stream().
+
+        Raises the errors of stream().
+        """
         pieces = self.stream(question, image, generation=generation, **options)
         text = "".join(pieces)
         assert pieces.stats is not None
         return Answer(text, pieces.stats)
 
     def take(self, messages: Sequence[Any]) -> None:
-        """Add messages to the conversation; see Model.chat."""
+        """Add messages to the conversation.
+
+        messages: as for Model.chat.
+
+        Raises OptionError for messages that cannot be read, ImageError.
+        """
         found = read_messages(messages, format=self.format, asking=False)
         for past in found.past:
             self.append(past.question(), past.answer(), map(message_picture, past.images))
@@ -349,7 +386,14 @@ class Chat:
         answer: str,
         image: ImageSource | Iterable[ImageSource] | None = None,
     ) -> None:
-        """Put a past turn into the history without running it."""
+        """Put a past turn into the history without running it.
+
+        question: what was asked.
+        answer: what was answered.
+        image: one picture or several, shown with the question.
+
+        Raises ImageError, EngineError for a picture and a text-only bundle.
+        """
         turn, embeds = self._turn(question, image, answer=answer)
         self._embeds |= embeds
         self.turns.append(replace(turn, answer=answer))
@@ -361,15 +405,19 @@ class Chat:
         *,
         max_new_tokens: int = 512,
     ) -> Prompt:
-        """Exactly what the next stream() would send to the engine; the chat stays as it is.
+        """The prompt that the next stream() would send to the engine; the chat does not change.
 
+        question: as for stream().
+        image: as for stream().
         max_new_tokens: as for stream(); room for the answer may cost the prompt its oldest turns.
+
+        Raises the errors of stream().
         """
         turn, embeds = self._turn(question, image)
         return self._fit(turn, embeds, reserve=max_new_tokens)[0]
 
     def stop(self) -> None:
-        """End the running answer within one token, or with the picture that is being read.
+        """End the running answer within one token, or together with the picture that is being read.
 
         May be called from any thread.
         """
@@ -380,7 +428,7 @@ class Chat:
         self.model.wake()
 
     def clear(self) -> None:
-        """Forget all turns and pictures, those of a running answer too, which goes on.
+        """Forget all turns and pictures, also those of a running answer, which goes on.
 
         May be called from any thread.
         """
@@ -416,7 +464,10 @@ class Chat:
         *,
         start: float,
     ) -> Iterator[str]:
-        """_stream() once the engine is ours. Raises Cancelled if stopped before it works."""
+        """The rest of _stream(), once the engine is ours.
+
+        Raises Cancelled if the chat is stopped before the engine works.
+        """
         model, cleared, before = self.model, self._cleared, self.turns
         turn, embeds = self._turn(question, image, stopped=self._stop.is_set)
         prompt, turns = self._fit(
@@ -431,7 +482,9 @@ class Chat:
                     "with it, load the model with a context of %d tokens",
                     DEMO_CONTEXT,
                 )
-        room = model.engine.context - len(prompt.ids) + 1  # the last token needs no place
+        room = (
+            model.engine.context - len(prompt.ids) + 1
+        )  # the last token needs no place in the cache
         limit = min(generation.max_new_tokens, room)
         lookup = PromptLookup(prompt.ids) if generation.speculate else None
         tokens = generate(
@@ -465,7 +518,7 @@ class Chat:
         finally:
             with self._cancelling:
                 self._answering = False
-            model.engine.reset()  # a later turn is read anew: its memory is free until then
+            model.engine.reset()  # a later turn is read again; its memory is free until then
             # closed early, interrupted or stopped: what was said so far stays said
             seconds = time.perf_counter() - start
             self.stats = Stats(
@@ -493,9 +546,9 @@ class Chat:
         answer: str = "",
         stopped: Callable[[], bool] = lambda: False,
     ) -> tuple[Turn, dict[str, np.ndarray]]:
-        """The turn to be asked and the embeddings of its pictures.
+        """The turn to ask and the embeddings of its pictures.
 
-        answer: what is known to be answered, which tells the language that is spoken.
+        answer: the answer, if it is known; it tells which language is spoken.
         stopped: asked before each picture, which may take seconds; Cancelled is raised if so.
         """
         embeds: list[tuple[str, np.ndarray]] = []
@@ -503,12 +556,14 @@ class Chat:
         for source in several(image):
             if stopped():
                 raise Cancelled("stopped while its pictures were read")
-            if tokens >= context:  # said before the others are read, of which there may be no end
+            if (
+                tokens >= context
+            ):  # refused before the other pictures are read: there may be endlessly many
                 raise ContextError(
                     f"the first {len(embeds)} pictures of the question take {tokens} tokens; the "
                     f"context holds {context}, answer included: show fewer"
                 )
-            # the published demo's answers are compared on the published demo's pixels
+            # answers are compared with the published demo's, so its pixels are used
             embeds.append(self.model.encode_image(source, exact=self.format.demo, stopped=stopped))
             tokens += len(embeds[-1][1])
         if embeds and not trimmed(question):

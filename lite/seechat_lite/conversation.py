@@ -1,7 +1,7 @@
-"""Conversation formats as data, and how a conversation is written in one of them.
+"""Describes conversation formats as data, and writes a conversation in one of them.
 
-Nothing here knows ids: `render` gives pieces of text, each of which is tokenized alone, and slots
-where a picture's embeddings go. A new format is a row in FORMATS and a golden test.
+Nothing here knows token ids. `render` returns pieces of text, each tokenized alone, and slots for
+the embeddings of pictures. A new format needs a row in FORMATS and a golden test.
 """
 
 import re
@@ -22,7 +22,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class ImageSlot:
-    """The place of one picture among the text; its ids are all `token_id`."""
+    """The place of one picture in the text; all of its ids are `token_id`."""
 
     key: str
     token_id: int
@@ -33,22 +33,23 @@ class Format:
     """How one family of models expects a conversation to be written.
 
     turn: a turn's text around {images}, {question} and {answer}; {round} counts turns from 0. A
-    format without {images} takes no pictures.
-    image, after_images: what stands around each picture, and after a turn's pictures.
+        format without {images} takes no pictures.
+    image: the text around each picture.
+    after_images: the text after a turn's pictures.
     image_token_id: the id under a picture's embeddings (the repetition penalty sees it).
-    single: the text of a conversation of one turn, where it differs.
+    single: the text of a conversation of one turn, if it differs.
     stop: text that ends an answer, besides the end-of-answer token.
-    specials: whether names of special tokens in the text become tokens, as the published code has
-    it; otherwise they stay text.
-    trim: whether blanks around questions and answers are left out, see trimmed(). The published
-    codes leave them in, so their formats do.
-    clean: what becomes of an answer before it is shown or enters the history.
+    specials: whether names of special tokens in the text become tokens, as in the published code;
+        otherwise they stay text.
+    trim: whether blanks around questions and answers are removed, see trimmed(). The published
+        codes leave them in, so their formats do too.
+    clean: cleans an answer before it is shown or enters the history.
     holdback: how many characters at the end of a cleaned text the following text may still change,
-    so that an answer can be shown as it grows; None where any of it may change until the end.
+        so that an answer can be shown as it grows; None if any of it may change until the end.
     demo: write the history as SEEChat's published demo does, see _render_demo.
     instructions: whether a system's texts are written, before the question that follows. A model
-    that has seen none answers something else where one stands.
-    describe: what a picture alone asks, in Chinese and in English.
+        that was not trained with them answers something else.
+    describe: the question of a picture without one, in Chinese and in English.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Format:
     describe: tuple[str, str] = ("描述这张图片。", "Describe this picture.")
 
 
-# White space of every script, control characters, and what has no width: joiners, marks of
+# White space of every script, control characters, and characters without width: joiners, marks of
 # direction, byte order marks, blank letters
 _BLANKS = "".join(
     chr(c)
@@ -80,22 +81,31 @@ _BLANKS = "".join(
 
 
 def trimmed(text: str) -> str:
-    """A text without what cannot be seen around it, as text boxes, files and shells leave it."""
+    """Remove invisible characters around a text; text boxes, files and shells leave them.
+
+    text: the text.
+    """
     return text.strip(_BLANKS)
 
 
 def description_question(format: Format, said: Iterable[str] = ()) -> str:
-    """What a picture alone asks, in the language of what was said before; Chinese by default."""
+    """The question of a picture without one, in the language spoken before; by default Chinese.
+
+    format: the conversation format.
+    said: texts that were said before.
+    """
     text = "".join(said)
     chinese, english = format.describe
     return english if re.search("[A-Za-z]", text) and not re.search(_HAN, text) else chinese
 
 
 def render(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]:
-    """Segments of the prompt for `turns`, all of them answered but the last.
+    """The segments of the prompt for a conversation: texts and slots of pictures.
 
-    Raises ContextError if the turns are not like that, or hold pictures the format has no place
-    for.
+    format: the conversation format.
+    turns: the turns; all but the last have an answer.
+
+    Raises ContextError if they do not, or if the format has no place for their pictures.
     """
     if not turns or turns[-1].answer is not None or any(t.answer is None for t in turns[:-1]):
         raise ContextError(
@@ -128,7 +138,7 @@ def render(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]:
 
 
 class _Segments:
-    """Collects text, joined between pictures, because each piece is tokenized as one."""
+    """Collects segments. Text between pictures is joined: it is tokenized as one piece."""
 
     def __init__(self) -> None:
         self._done: list[str | ImageSlot] = []
@@ -153,11 +163,11 @@ _DEMO_MAX_CHARS = 2000
 
 
 def _render_demo(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]:
-    """The prompt as SEEChat's demo_stage2.py writes it, its oddities included.
+    """The prompt as SEEChat's demo_stage2.py writes it, with its oddities.
 
-    The first question is always 详细描述这张图片, whatever was asked. Where the text after the
-    picture would exceed 2000 characters, the question is silently replaced by that first one and
-    the history is forgotten, while the history to come records the question that was asked.
+    The first question is always 详细描述这张图片, whatever was asked. If the text after the
+    picture would exceed 2000 characters, that first question silently replaces the question, and
+    the history is forgotten. The later history still records the question that was asked.
     """
     if len(turns[0].images) != 1 or any(t.images for t in turns[1:]):
         raise ContextError(
@@ -178,17 +188,23 @@ def _render_demo(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]
 
 
 def postprocess(format: Format, text: str) -> str:
-    """A finished answer as it is shown whole and enters the history; `text` is the decoded ids."""
+    """A finished answer as it is shown and enters the history.
+
+    format: the conversation format.
+    text: the decoded ids.
+    """
     for marker in format.stop:
         text = text.split(marker, 1)[0]
     return format.clean(text)
 
 
 class CleanStream:
-    """An answer's text as it grows, cleaned as the format wants it, piece by piece.
+    """Cleans the text of a growing answer as the format wants it, piece by piece.
 
-    The pieces joined equal postprocess(format, all text). Cleaning starts from the whole text at
-    every piece: with answers of a few hundred tokens that is far below the cost of one step.
+    The pieces joined equal postprocess(format, all text). Every piece cleans the whole text again:
+    for answers of a few hundred tokens this costs far less than one step.
+
+    format: the conversation format.
     """
 
     def __init__(self, format: Format) -> None:
@@ -202,7 +218,10 @@ class CleanStream:
         return postprocess(self._format, self._text)[: self._shown]
 
     def push(self, text: str) -> str:
-        """Take more text; returns what has become certain."""
+        """Take more text; returns the part that can no longer change.
+
+        text: the next text of the answer.
+        """
         holdback = self._format.holdback
         self._text += text
         if holdback is None or not text:
@@ -221,7 +240,7 @@ class CleanStream:
 
 
 _TRAINING_TIME = "[[训练时间]]"
-_CHATGLM_HOLDBACK = len(_TRAINING_TIME) - 1  # all but its last character may be there already
+_CHATGLM_HOLDBACK = len(_TRAINING_TIME) - 1  # all of it but the last character may be there already
 _HAN = "[\u4e00-\u9fff]"
 _FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 
@@ -236,7 +255,7 @@ def _clean_chatglm(text: str) -> str:
 
 
 def _clean_demo(text: str) -> str:
-    """What demo_stage2.py does to an answer; it removes every space, so English and code suffer."""
+    """Clean as demo_stage2.py does; it removes every space, so English and code suffer."""
     text = text.replace(",", "，")
     for remove in ("Human:", "<Img>", "</Img>", " "):
         text = text.replace(remove, "")
@@ -278,7 +297,7 @@ FORMATS: dict[str, Format] = {
             describe=(
                 "详细描述这张图片",
                 "详细描述这张图片",
-            ),  # what the demo asks of every picture
+            ),  # the demo asks this of every picture
         ),
         Format(
             name="chatglm",
@@ -288,7 +307,7 @@ FORMATS: dict[str, Format] = {
             clean=_clean_chatglm,
             holdback=_CHATGLM_HOLDBACK,
         ),
-        # as its Hugging Face code writes it; <unk> under the picture
+        # as its Hugging Face code writes it; the ids under the picture are <unk>
         Format(
             name="visualglm",
             turn="{images}问：{question}\n答：{answer}\n",

@@ -19,12 +19,21 @@ def generate(
     stopped: Callable[[], bool],
     lookup: PromptLookup | None = None,
 ) -> Iterator[int]:
-    """Yield the answer's token ids, at most `max_new_tokens`, never the eos.
+    """Yield the answer's token ids, never the eos.
 
-    `stopped` is asked before and after every call of the engine, so that an answer ends within one
-    token of its becoming true; a call that engine.cancel() ends, ends the answer. Closing the
-    iterator at any time is fine: the engine's next prefill starts afresh. lookup: guesses tokens
-    that are then run together; the answer stays the same. Raises EngineError if the logits are no
+    The iterator may be closed at any time: the engine's next prefill starts afresh. A call of the
+        engine that engine.cancel() ends also ends the answer.
+
+    engine: runs the model.
+    prompt: the prompt.
+    sampling: how tokens are chosen.
+    max_new_tokens: the most ids to yield.
+    eos_id: the token that ends the answer.
+    stopped: asked before and after every call of the engine, so the answer ends within one token
+        after it turns true.
+    lookup: guesses tokens that are then run together; the answer stays the same.
+
+    Raises OptionError if max_new_tokens is less than 1, EngineError if the logits are not finite
     numbers.
     """
     if max_new_tokens < 1:
@@ -39,7 +48,7 @@ def generate(
         rows = engine.prefill(prompt)[None]  # [1 + guessed, vocab]
         guess: list[int] = []  # tokens that were run before they were chosen
         while True:
-            # from the logits after the last token chosen, then after each guess that was right
+            # first the logits after the last chosen token, then those after each right guess
             right = 0
             while True:
                 if stopped():

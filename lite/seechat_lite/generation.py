@@ -1,7 +1,7 @@
-"""What is chosen for an answer: one value, from the user's call to the decode loop.
+"""Holds all options of an answer in one value, from the user's call to the decode loop.
 
-An option is a field here, and what it does is in sampling.py or where it is used. Commands,
-`seechat pipe` and the plugin for `llm` offer what HELP has (these two but for `stop`).
+An option is a field here; sampling.py, or the code that uses it, does what it says. The commands
+offer the options in HELP; `seechat pipe` and the plugin for `llm` offer them without `stop`.
 """
 
 import math
@@ -16,15 +16,16 @@ from seechat_weights.errors import OptionError
 class Sampling:
     """How the next token is chosen; the defaults are greedy.
 
-    temperature: 0 always takes the likeliest token, whatever top_p and top_k say.
+    temperature: divides the logits; 0 always takes the likeliest token, whatever top_p and top_k
+        say.
     top_p: sample only from the likeliest tokens that together reach this probability.
-    top_k: sample only from this many likeliest tokens (and those tied with the last), 0 for all.
+    top_k: sample only from this many likeliest tokens (and those tied with the last); 0 for all.
     repetition_penalty: divides the positive and multiplies the negative logits of every token that
-    occurred in the prompt or the answer.
-    min_new_tokens: the answer does not end before.
+        occurred in the prompt or the answer.
+    min_new_tokens: the answer has at least this many tokens.
     seed: the same seed gives the same answer.
     invalid_token: None makes logits that are not finite an error. The published chat() instead
-    takes token 5 whenever any is not finite, the -inf of min_new_tokens included.
+        takes token 5 if any logit is not finite, including the -inf of min_new_tokens.
 
     Raises OptionError for a value out of range.
     """
@@ -61,7 +62,7 @@ class Sampling:
 
 
 class GenerationOptions(TypedDict, total=False):
-    """What Chat.stream() and ask() take by name: the fields of Generation."""
+    """The options that Chat.stream() and ask() take by name: fields of Generation."""
 
     max_new_tokens: int
     temperature: float
@@ -75,12 +76,12 @@ class GenerationOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Generation(Sampling):
-    """All that is chosen for one answer, from the user's call to the decode loop.
+    """All options of one answer, from the user's call to the decode loop.
 
-    max_new_tokens: its length at most.
+    max_new_tokens: the most tokens it may have.
     stop: texts that end it, besides the format's own; they are not part of it.
-    speculate: guess tokens from what was said before and run them together, which is faster where
-    an answer repeats something and never changes it.
+    speculate: guess tokens from what was said before and run them together. This is faster if an
+        answer repeats something, and never changes the answer.
 
     Raises OptionError for a value out of range.
     """
@@ -102,7 +103,7 @@ class Generation(Sampling):
         object.__setattr__(self, "stop", stop)
 
 
-# of each option a line for people, in the order they are shown
+# one line for people for each option, in the order they are shown
 HELP = {
     "max_new_tokens": "tokens of an answer",
     "temperature": "0: always the likeliest",

@@ -1,8 +1,8 @@
-"""Pictures: from whatever people pass to the pixels that a vision tower was trained on.
+"""Turns pictures, in whatever form people pass them, into the pixels a vision tower expects.
 
-What a file is, is said by its first bytes, and only the formats of pictures/formats.py are opened.
-A picture that costs little for certain is decoded here; all others in a process of their own, which
-is bounded in memory and time and ended when nobody waits (pictures/pool.py).
+The first bytes of a file tell its format, and only the formats of pictures/formats.py are opened. A
+picture that is certain to cost little is decoded here. Every other picture is decoded in a process
+of its own, which has bounds on memory and time and ends if nobody waits (pictures/pool.py).
 """
 
 import hashlib
@@ -48,7 +48,7 @@ def _never() -> bool:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """A picture's file, which is decoded when its pixels are asked for."""
+    """A picture's file. It is decoded when its pixels are asked for."""
 
     data: bytes
     name: str  # for messages
@@ -56,7 +56,7 @@ class EncodedImage:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height, not turned. Raises ImageError."""
+        """Width and height in pixels, before turning it upright. Raises ImageError."""
         return self._about[1]
 
     @property
@@ -72,7 +72,7 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and the name of its content: the same content has the same key."""
+    """A picture with a key of its content: the same content has the same key."""
 
     image: Image.Image | EncodedImage
     key: str  # sha256, hexadecimal: of the file's bytes, or of a PIL image's pixels and palette
@@ -80,12 +80,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """A picture whose pixels have been made ahead, for one model; see Model.prepare_image."""
+    """A picture whose pixels were made ahead, for one model; see Model.prepare_image."""
 
     key: str
     spec: PixelSpec
     levels: np.ndarray | None  # uint8 [image_size, image_size, 3]; None if the model knows it
-    image: Image.Image | EncodedImage | None  # where there are no levels
+    image: Image.Image | EncodedImage | None  # None if there are levels
 
 
 # One picture: the path of a file or the text of a data: URL; the bytes of a file; an open binary
@@ -106,9 +106,11 @@ ImageSource: TypeAlias = (
 
 
 def several(image: Any) -> Iterator[ImageSource]:
-    """One picture or several, as the methods of Chat take them, one after the other.
+    """Yield one picture or several, as the methods of Chat take them.
 
-    Raises ImageError for what is neither.
+    image: a picture, or an iterable of pictures.
+
+    Raises ImageError for anything else.
     """
     if image is None:
         return
@@ -124,7 +126,12 @@ def several(image: Any) -> Iterator[ImageSource]:
 
 
 def message_picture(given: Any) -> ImageSource:
-    """A picture of a message: as other pictures are given, or in base64. Raises ImageError."""
+    """A picture of a message, given as other pictures are, or in base64.
+
+    given: the picture.
+
+    Raises ImageError.
+    """
     if isinstance(given, str) and looks_like_base64(given) and not _exists(given):
         return from_base64(given, limit=MAX_BYTES)
     if not _is_one(given):
@@ -133,15 +140,17 @@ def message_picture(given: Any) -> ImageSource:
 
 
 def load_image(source: ImageSource) -> Picture:
-    """Read a picture's file and say what it is; it is decoded when its pixels are asked for.
+    """Read a picture's file and find its format; it is decoded when its pixels are asked for.
 
-    Raises ImageError: missing, empty, too large, of a wrong type, or no picture.
+    source: the picture.
+
+    Raises ImageError: missing, empty, too large, of a wrong type, or not a picture.
     """
     if isinstance(source, np.ndarray) or hasattr(source, "__array__"):
         array = np.asarray(source)
         if array.ndim != 1 or array.dtype != np.uint8:
             return _from_pil(_from_array(array))
-        source = array.tobytes()  # a file's bytes, as cv2.imencode gives them
+        source = array.tobytes()  # a file's bytes, as cv2.imencode returns them
     if isinstance(source, Image.Image):
         return _from_opened(source)
     if isinstance(source, EncodedImage):
@@ -168,9 +177,12 @@ def load_image(source: ImageSource) -> Picture:
 def pixels(
     image: Image.Image | EncodedImage, spec: PixelSpec, *, stopped: Stopped = _never
 ) -> np.ndarray:
-    """A vision graph's input: float32 [3, image_size, image_size], normalized as `spec` says.
+    """A vision graph's input, float32 [3, image_size, image_size].
 
-    stopped: asked while the picture is decoded, which may take seconds; ends it.
+    image: the picture.
+    spec: how pictures become pixels.
+    stopped: asked while the picture is decoded, which may take seconds; True ends it.
+
     Raises ImageError (damaged, takes too much, a colour space that Pillow cannot convert),
     BundleError (unknown resize or interpolation), Cancelled.
     """
@@ -180,7 +192,12 @@ def pixels(
 def levels(
     image: Image.Image | EncodedImage, spec: PixelSpec, *, stopped: Stopped = _never
 ) -> np.ndarray:
-    """The same before it is normalized: uint8 [image_size, image_size, 3]."""
+    """The pixels before they are normalized, uint8 [image_size, image_size, 3].
+
+    image, spec, stopped: as for pixels().
+
+    Raises the errors of pixels().
+    """
     if spec.resize not in ("squash", "crop", "pad") or spec.interpolation not in FILTERS:
         raise BundleError(
             f"pixels: resize {spec.resize!r} with {spec.interpolation!r}; expected squash, crop or "
@@ -191,7 +208,7 @@ def levels(
             small = reduce(image, spec, orientation=_orientation(image))
         except (ImageError, MemoryError):
             raise
-        except Exception as e:  # of what its owner did to it
+        except Exception as e:  # the owner's own changes may raise anything
             raise decode.undecodable(e) from None
         return np.asarray(small)
     settings = {f.name: getattr(spec, f.name) for f in fields(spec)}
@@ -201,16 +218,25 @@ def levels(
 
 
 def normalized(levels: np.ndarray, spec: PixelSpec) -> np.ndarray:
-    """uint8 [size, size, 3] to float32 [3, size, size]."""
+    """Normalize levels; returns float32 [3, size, size].
+
+    levels: uint8 [size, size, 3].
+    spec: has mean and standard deviation.
+    """
     scaled = levels.astype(np.float32) / np.float32(255)
     mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
     return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
 
 
 def thumbnail(source: ImageSource, size: tuple[int, int] = (320, 320)) -> Image.Image:
-    """A picture to be shown: upright, opaque RGB, at most as large as `size`, width and height.
+    """A small picture to show: upright, opaque RGB.
 
-    Decoded within the same bounds, and by the same formats, as the pictures that a model sees.
+    It is decoded within the same bounds, and from the same formats, as the pictures that a model
+    sees.
+
+    source: the picture.
+    size: the largest width and height, in pixels.
+
     Raises ImageError.
     """
     if len(size) != 2 or not all(isinstance(n, int) and 0 < n <= 4096 for n in size):
@@ -225,7 +251,7 @@ def thumbnail(source: ImageSource, size: tuple[int, int] = (320, 320)) -> Image.
 def _decoded(
     image: EncodedImage, request: dict[str, Any], stopped: Stopped, spec: PixelSpec | None = None
 ) -> pool.Answer:
-    """Decode here what costs little, everything else in a process of its own."""
+    """Decode here if it costs little, else in a process of its own."""
     try:
         header = decode.read_header(image.data, image.format)
         if header:
@@ -235,7 +261,7 @@ def _decoded(
             try:
                 return pool.ask(request | {"format": image.format}, image.data, stopped=stopped)
             except pool.NoWorker:
-                pass  # its bounds are those that its header allows to know
+                pass  # the header alone gives its bounds
         opened = decode.open_picture(image.data, image.format, header=header)
         if request["do"] == "describe":
             return pool.Answer(opened.image.mode, opened.image.size, b"")
@@ -255,7 +281,7 @@ def _made(opened: Opened, request: dict[str, Any], spec: PixelSpec | None) -> Im
         return reduce(image, spec, orientation=opened.orientation, white=opened.white)
     except (ImageError, MemoryError):
         raise
-    except Exception as e:  # damage that shows only when it is converted
+    except Exception as e:  # damage that shows only in the conversion
         raise decode.undecodable(e) from None
 
 
@@ -279,7 +305,7 @@ def _wrong_type(given: object) -> ImageError:
 
 
 def _path(text: str) -> str:
-    """The path that a text names. Raises ImageError for an address."""
+    """The path in a text. Raises ImageError for an address."""
     scheme = text.partition(":")[0].lower()
     if scheme in ("http", "https", "ftp"):
         raise ImageError(
@@ -316,7 +342,7 @@ def _from_path(path: str) -> Picture:
         if status.st_size > MAX_BYTES:
             raise _too_many_bytes(shown, status.st_size)
         with Path(path).open("rb") as f:
-            # what it is comes first: a file that is no picture is not read to its end
+            # the format is found first: a file that is not a picture is not read to its end
             head = f.read(HEAD)
             f.seek(max(0, status.st_size - 32))
             _identify(head, f.read(32), shown)
@@ -333,21 +359,21 @@ def _from_path(path: str) -> Picture:
 
 
 def _advice(path: str) -> str:
-    """What may have been meant by a path that is none."""
+    """What somebody may have meant by a path that does not exist."""
     if len(path) > 300 or path.startswith(("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")):
         return "if it is the text of base64, decode it and pass the bytes"
     return "check the path"
 
 
 def _from_file(file: Any) -> Picture:
-    """An open file: from its beginning where it can be, and left where it was."""
+    """Read an open file from its beginning, if it can seek, and leave it where it was."""
     name = getattr(file, "name", None)
     name = name if isinstance(name, str) and name else "an open file"
     try:
         at = file.tell() if file.seekable() else None
-    except Exception:  # a reader may have no more than read()
+    except Exception:  # a reader may have only read()
         at = None
-    data = bytearray()  # a reader may give a byte at a time
+    data = bytearray()  # a reader may return a byte at a time
     try:
         if at is not None:
             file.seek(0)
@@ -402,7 +428,7 @@ def _too_many_bytes(name: str, size: int) -> ImageError:
 
 
 def _from_opened(image: Image.Image) -> Picture:
-    """A PIL image; one that was opened and not loaded is read as its file would be."""
+    """A PIL image; if it was opened and not loaded, its file is read instead."""
     opened = isinstance(image, ImageFile.ImageFile)
     if opened and (getattr(image, "tile", None) or getattr(image, "_im", None) is None):
         try:
@@ -421,7 +447,7 @@ def _from_pil(image: Image.Image) -> Picture:
     try:
         check_size(image.size, image.mode)
         if image.width * image.height <= BAND_PIXELS:
-            image = image.copy()  # the caller may go on drawing on its own
+            image = image.copy()  # the caller may go on drawing on the original
         else:
             image.load()
         palette = image.getpalette("RGB") if image.mode in ("P", "PA") else None
@@ -440,7 +466,7 @@ def _from_pil(image: Image.Image) -> Picture:
 
 
 def _orientation(image: Image.Image) -> int:
-    """What the metadata of a PIL image says, whatever else of it is damaged."""
+    """The orientation in a PIL image's metadata, even if other metadata is damaged."""
     try:
         found = image.getexif().get(0x0112, 1)
         return found if isinstance(found, int) and 1 <= found <= 8 else 1
@@ -490,14 +516,29 @@ def _to_uint8(array: np.ndarray, said: str) -> np.ndarray:
 
 
 def prepared(picture: Picture, spec: PixelSpec, *, stopped: Stopped = _never) -> PreparedImage:
-    """Make a picture's levels ahead. Raises as pixels() does."""
+    """Make a picture's levels ahead.
+
+    picture: the picture.
+    spec: how pictures become pixels.
+    stopped: as for pixels().
+
+    Raises the errors of pixels().
+    """
     return PreparedImage(picture.key, spec, levels(picture.image, spec, stopped=stopped), None)
 
 
 def prepared_pixels(
     image: PreparedImage, spec: PixelSpec, *, stopped: Stopped = _never
 ) -> np.ndarray:
-    """As pixels(). Raises EngineError for what was prepared for another model."""
+    """The pixels of a prepared picture, as pixels() makes them.
+
+    image: what prepared() returned.
+    spec: how pictures become pixels.
+    stopped: as for pixels().
+
+    Raises EngineError for a picture that was prepared for another model, and the errors of
+    pixels().
+    """
     if image.spec != spec:
         raise EngineError("a picture prepared for another model; expected its own: prepare anew")
     if image.levels is not None:

@@ -1,6 +1,6 @@
-"""From a path to a Model: what is there, is there room, is it whole; then it is read.
+"""Loads a model from a path: finds it, plans its memory, checks its files, then reads it.
 
-(Not called load.py: a module of that name would take the place of the function seechat_lite.load.)
+(Not called load.py: a module of that name would hide the function seechat_lite.load.)
 """
 
 import logging
@@ -49,27 +49,28 @@ def load(
     The engine "torch" also loads published weights: a folder of ChatGLM-6B, or of VisualGLM-6B with
     its vision.
 
-    path: a bundle, published weights, or what open_source made; None for the built-in model. A Hub
-        id, "owner/name", is downloaded where no such path exists (with the extra "download").
+    path: a bundle, published weights, or what open_source returned; None for the built-in model. A
+        Hub id, "owner/name", is downloaded if no such path exists (with the extra "download").
     engine: "auto" or a name of engines.ENGINES.
     device: "auto", "cpu", "cuda:1", … or the name of an ONNX Runtime execution provider.
-    context: tokens that the prompt and the answer may take together; the cache grows with it.
-    threads: on the CPU, 0 for one a core.
+    context: tokens that prompt and answer may take together; the cache grows with it.
+    threads: threads on the CPU; 0 for one a core.
     vision_device: where the vision network runs, if not on `device`.
-    keep_vision: hold it in memory, or release it after every picture; None keeps a small one.
-    max_memory: bytes that the model may take at most, on a GPU of its memory; loading is refused if
-        it may need more (see engines.base.Engine.plan).
+    keep_vision: hold the vision network in memory, or release it after every picture; None keeps a
+        small one.
+    max_memory: bytes that the model may take at most; on a GPU, of the GPU's memory. If it may need
+        more, loading is refused (see engines.base.Engine.plan).
     dtype: "fp16", "fp32" or, for torch, "bf16"; None for what suits the device.
-    quantize: for torch: "int4", to make blocks of float weights as an export does, or with
-        bitsandbytes "nf4", "fp4" or "int8".
+    quantize: for torch: "int4" makes blocks of float weights as an export does; "nf4", "fp4" and
+        "int8" use bitsandbytes.
     rounded_rotary: for torch: see rotary.rotary_tables.
-    vision: for torch: files that published weights are to see with.
-    eyes: the older name of `vision`, which warns and will go.
+    vision: for torch: files of the vision network for published weights.
+    eyes: the older name of `vision`; it warns and will go.
     image_cache: bytes of embeddings kept for pictures that no chat shows any more.
-    announce: is told the memory plan once it fits, before the work begins.
-    progress: called in this thread with a stage, "checking" (bytes of the bundle) or "loading", and
-        how much of it is done, of how much; loading ends with the exception that it raises, and
-        leaves nothing open.
+    announce: called with the memory plan once it fits, before the work begins.
+    progress: called in this thread with a stage, how much of it is done, and how much there is. The
+        stages are "checking" (bytes of the bundle) and "loading". An exception that it raises ends
+        the loading and leaves nothing open.
 
     Raises BundleError (missing, damaged or newer bundle), CheckpointError (the same of published
     weights), OptionError (what the engine cannot do), EngineError (engine or device),

@@ -1,6 +1,6 @@
-"""What a model will take in memory: a plan, what is free, and sizes in words.
+"""Plans the memory of a model, finds how much is free, and writes sizes as words.
 
-The sums of a plan are made by the engine that will run (see engines.base.Engine.plan).
+The engine that will run makes the sums of a plan (see engines.base.Engine.plan).
 """
 
 import math
@@ -14,12 +14,12 @@ from pathlib import Path
 from seechat_weights.errors import MemoryPlanError, OptionError
 
 MIN_CONTEXT = 16  # tokens; less holds no question and answer
-ADVISED_CONTEXT = 256  # tokens; less is nothing to recommend
+ADVISED_CONTEXT = 256  # tokens; less is never recommended
 KEPT_VISION = 256_000_000  # bytes; a larger vision network is loaded for each new picture
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "MIB": 1 << 20, "GIB": 1 << 30}
 
-# where a container sees its own limits (versions 2 and 1): folder, limit, use, and in memory.stat
-# the files' share of the use
+# a container's own limits (cgroup versions 2 and 1): folder, limit, use, and the files' share of
+# the use in memory.stat
 CGROUPS = (
     (
         Path("/sys/fs/cgroup"),
@@ -38,7 +38,14 @@ CGROUPS = (
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of each part when the context is full."""
+    """Bytes of each part when the context is full.
+
+    weights: the LM's weights.
+    cache: keys and values.
+    vision: the vision network.
+    workspace: what computing needs beside these.
+    context: tokens that the cache has room for.
+    """
 
     weights: int
     cache: int
@@ -48,17 +55,17 @@ class MemoryPlan:
 
     @property
     def on_host(self) -> bool:
-        """Whether it is this machine's memory, and not that of a GPU."""
+        """Whether this is the machine's own memory, not that of a GPU."""
         return True
 
     @property
     def total(self) -> int:
-        """The most that is held at once."""
+        """The most bytes held at once."""
         return self.weights + self.cache + self.vision + self.workspace
 
     @property
     def parts(self) -> str:
-        """The sums, for people."""
+        """The parts with their sizes, for people."""
         sizes = {n: getattr(self, n) for n in ("weights", "cache", "workspace", "vision")}
         return " + ".join(f"{n} {human(s)}" for n, s in sizes.items() if s or n != "vision")
 
@@ -67,12 +74,14 @@ class MemoryPlan:
 
 
 def available_memory() -> int:
-    """Bytes this process may still take: of the machine, or of its container where that is less."""
+    """Bytes this process may still take: of the machine, or of its container if that has less."""
     try:
         import psutil
 
         free = psutil.virtual_memory().available
-    except ImportError:  # not installed but run from a clone, as bench/gpu.py is on a bare machine
+    except (
+        ImportError
+    ):  # not installed, but run from a clone, such as bench/gpu.py on a bare machine
         if not hasattr(os, "sysconf"):
             raise
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # without file caches
@@ -94,11 +103,17 @@ def check_room(
     advice: Callable[[int, str], str],
     where: str = "",
 ) -> None:
-    """Raise MemoryPlanError if the model `name` needs more than is free, or than `budget` bytes.
+    """Check a plan against the free memory and the budget.
 
-    free: bytes, None where that is not known. advice: the next smaller setting that takes at most
-    so many bytes, in words; or the text it is given. where: whose memory it is, if not this
-    machine's.
+    needed: the plan.
+    name: the model's name, for the error.
+    free: bytes that are free; None if that is not known.
+    budget: bytes that the model may take; None for any number.
+    advice: returns, in words, the next smaller setting that takes at most so many bytes, or else
+        the text it was given.
+    where: whose memory it is, if not this machine's.
+
+    Raises MemoryPlanError if the model needs more than either.
     """
     rooms = [room for room in (free, budget) if room is not None]
     if not rooms or needed.total <= (room := min(rooms)):
@@ -109,7 +124,11 @@ def check_room(
 
 
 def smaller_context(context: int, fits: Callable[[int], bool]) -> int | None:
-    """`context` halved until it fits; None if that leaves too little for a conversation."""
+    """Halve a context until it fits; None if that leaves too little for a conversation.
+
+    context: tokens to begin with.
+    fits: whether so many tokens fit.
+    """
     while (context := context // 2) >= ADVISED_CONTEXT:
         if fits(context):
             return context
@@ -117,7 +136,12 @@ def smaller_context(context: int, fits: Callable[[int], bool]) -> int | None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB", "600 MB", "4.5GiB" or a plain number. Raises OptionError."""
+    """The bytes in a text such as "5GB", "600 MB", "4.5GiB" or a plain number.
+
+    text: the text.
+
+    Raises OptionError.
+    """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", text.strip())
     size = float(match[1]) * SIZES.get(match[2].upper(), math.nan) if match else math.nan
     if not size < 2**63:
@@ -129,7 +153,10 @@ def parse_size(text: str) -> int:
 
 
 def human(size: int) -> str:
-    """A number of bytes for people, in decimal units."""
+    """A number of bytes for people, in decimal units.
+
+    size: bytes.
+    """
     return f"{size / 1e9:.2f} GB" if size >= 999.5e6 else f"{size / 1e6:.0f} MB"
 
 
@@ -138,7 +165,7 @@ def _number(folder: Path, name: str) -> int | None:
         text = (folder / name).read_text()
     except OSError:
         return None
-    return int(text) if text.strip().isdigit() else None  # "max" where there is no limit
+    return int(text) if text.strip().isdigit() else None  # "max" means that there is no limit
 
 
 def _stat(folder: Path, names: tuple[str, ...]) -> list[int]:

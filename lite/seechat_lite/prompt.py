@@ -1,4 +1,4 @@
-"""Prompts: token ids, the places of pictures among them, and GLM's two position rows."""
+"""Builds prompts: token ids, the places of pictures among them, and GLM's two position rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ import numpy as np
 from seechat_lite.conversation import ImageSlot
 from seechat_weights.errors import ContextError
 
-if TYPE_CHECKING:  # engines take prompts, and need no tokenizer
+if TYPE_CHECKING:  # engines take prompts but need no tokenizer
     from seechat_lite.tokenizer import Tokenizer
 
 
@@ -17,11 +17,12 @@ if TYPE_CHECKING:  # engines take prompts, and need no tokenizer
 class Prompt:
     """What an engine is asked to prefill.
 
-    ids: token ids; a prompt for an answer ends with [gMASK] <sop>. images: for every picture the
-    index in `ids` where it begins and its embeddings, float32 [tokens, hidden], which take the
-    place of the word embeddings there.
+    ids: token ids; a prompt for an answer ends with [gMASK] <sop>.
+    images: for every picture the index in `ids` where it begins, and its embeddings, float32
+        [tokens, hidden]; they replace the word embeddings there.
 
-    Raises ContextError if a picture leaves the ids, overlaps another or is no float32 matrix.
+    Raises ContextError if a picture reaches beyond the ids, overlaps another, or is not a float32
+    matrix.
     """
 
     ids: list[int]
@@ -59,13 +60,15 @@ def build(
     *,
     specials: bool = False,
 ) -> Prompt:
-    """Tokenize each text segment alone, lay pictures into their slots, and end with [gMASK] <sop>.
+    """Tokenize each text segment alone, put pictures into their slots, and end with [gMASK] <sop>.
 
-    segments: from conversation.render. image_embeds: float32 [tokens, hidden] by picture key; the
-    number of rows decides how many ids a slot takes. specials: the format's; False (safe) keeps
-    literal names such as "<sop>" in the text from becoming tokens. With True they do become tokens,
-    as the published tokenizers have it; position_ids() and context_length() still take the final
-    [gMASK] <sop> for the real ones, so the dialogue stays sound.
+    tokenizer: the model's tokenizer.
+    segments: from conversation.render.
+    image_embeds: float32 [tokens, hidden] by picture key; a slot takes as many ids as rows.
+    specials: the format's; False (safe) keeps literal names such as "<sop>" in the text from
+        becoming tokens. With True they become tokens, as in the published tokenizers;
+        position_ids() and context_length() still take the final [gMASK] <sop> for the real ones, so
+        the dialogue stays sound.
 
     Raises ContextError if a picture has no embeddings.
     """
@@ -87,10 +90,15 @@ def build(
 
 
 def context_length(ids: Sequence[int], *, bos_id: int) -> int:
-    """Number of ids before the <sop> that begins the answer: they see each other both ways.
+    """Number of ids before the <sop> that begins the answer; these ids see each other both ways.
 
-    Published: the first <sop>. Where the ids end with <sop> it is that last one, which is the same
-    unless somebody's text put another before it. Raises ContextError without any <sop>.
+    The published code takes the first <sop>. If the ids end with <sop>, this function takes that
+    last one; they differ only if somebody's text put another <sop> before it.
+
+    ids: the prompt.
+    bos_id: the id of <sop>.
+
+    Raises ContextError if there is no <sop>.
     """
     if ids and ids[-1] == bos_id:
         return len(ids) - 1
@@ -100,11 +108,16 @@ def context_length(ids: Sequence[int], *, bos_id: int) -> int:
 def position_ids(ids: Sequence[int], *, gmask_id: int, mask_id: int, bos_id: int) -> np.ndarray:
     """GLM's two position rows, int64 [2, len(ids)].
 
-    Row 0 counts the context and then stays at the position of the mask to fill; row 1 is 0 in the
-    context and counts the answer from 1, <sop> included. The mask is the first [gMASK], or else the
-    first [MASK]; ids that end with [gMASK] <sop> are an answer's beginning and use that [gMASK].
-    (The published code always takes the first, so a literal "<sop>" or "[gMASK]" in a user's words
-    would move all positions of the answer.)
+    Row 0 counts the context and then stays at the position of the mask to fill. Row 1 is 0 in the
+    context and counts the answer from 1, beginning with <sop>. The mask is the first [gMASK], or
+    else the first [MASK]. Ids that end with [gMASK] <sop> begin an answer and use that last
+    [gMASK]. (The published code always takes the first, so a literal "<sop>" or "[gMASK]" in a
+    user's words would move all positions of the answer.)
+
+    ids: the prompt.
+    gmask_id: the id of [gMASK].
+    mask_id: the id of [MASK].
+    bos_id: the id of <sop>.
 
     Raises ContextError if there is no mask or no <sop>.
     """

@@ -1,4 +1,4 @@
-"""From logits to the next token id: greedy, or sampled from an explicitly seeded generator.
+"""Chooses the next token from logits: greedy, or sampled with an explicitly seeded generator.
 
 The order is Hugging Face's, which the published models use: repetition penalty, minimum length,
 then temperature, top-k, top-p and softmax.
@@ -15,11 +15,14 @@ from seechat_weights.errors import EngineError
 def scores(
     logits: np.ndarray, past_ids: np.ndarray, sampling: Sampling, *, forbidden: int | None = None
 ) -> np.ndarray:
-    """Logits after the repetition penalty and the minimum length; their maximum is greedy's choice.
+    """Logits after the repetition penalty and the minimum length, float32 [vocab].
 
-    logits: float [vocab]; past_ids: int [any], ids of the prompt and the answer so far, in any
-    order, repeated or not; forbidden: the token that ends an answer, while it must not. Returns
-    float32 [vocab].
+    Greedy chooses their maximum.
+
+    logits: float [vocab].
+    past_ids: int [any], ids of the prompt and the answer so far, in any order; may repeat.
+    sampling: the options.
+    forbidden: the token that ends an answer, while it may not end; None once it may.
 
     Raises EngineError if the logits are NaN or infinite (tokens masked by -inf are fine).
     """
@@ -33,7 +36,7 @@ def scores(
     if sampling.invalid_token is not None and not np.isfinite(out).all():
         out[:] = 0
         out[sampling.invalid_token] = 5e4
-    if not np.isfinite(out.max()):  # NaN and +inf both show in the maximum
+    if not np.isfinite(out.max()):  # the maximum shows both NaN and +inf
         raise EngineError(
             "the engine returned NaN or infinite logits; expected finite numbers: the weights are "
             "damaged or the precision overflows, try another engine, device or precision"
@@ -44,8 +47,10 @@ def scores(
 def candidates(scored: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that temperature, top-k and top-p leave, and their probabilities.
 
-    scored: float32 [vocab], from scores(). Returns ids int64 [n], ascending, and their
-    probabilities float32 [n], which sum to 1.
+    scored: float32 [vocab], from scores().
+    sampling: the options.
+
+    Returns ids, int64 [n], ascending, and their probabilities, float32 [n], which sum to 1.
     """
     scaled = scored / np.float32(sampling.temperature)
     lowest = -np.inf
@@ -74,8 +79,9 @@ def candidates(scored: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
 class Sampler:
     """Chooses the tokens of one answer.
 
-    prompt_ids: the prompt's ids, which the repetition penalty counts as said. eos_id: ends an
-    answer.
+    sampling: the options.
+    prompt_ids: the prompt's ids; the repetition penalty counts them as said.
+    eos_id: the token that ends an answer.
     """
 
     def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], *, eos_id: int) -> None:
@@ -86,7 +92,12 @@ class Sampler:
         self._new_tokens = 0
 
     def next(self, logits: np.ndarray) -> int:
-        """Choose from float [vocab] and remember the choice. Raises EngineError, see scores()."""
+        """Choose the next token and remember the choice.
+
+        logits: float [vocab].
+
+        Raises EngineError, see scores().
+        """
         forbidden = self._eos_id if self._new_tokens < self._sampling.min_new_tokens else None
         scored = scores(logits, self._past, self._sampling, forbidden=forbidden)
         if self._sampling.temperature == 0:

@@ -1,6 +1,6 @@
-"""What a model is loaded from: a bundle, or weights as they were published.
+"""Opens what a model is loaded from: a bundle, or weights as they were published.
 
-A path is interpreted here, once. What was opened is handed on: to an engine, to an export, to
+A path is interpreted here, once. The result is handed on to an engine, to an export or to
 `seechat info`.
 """
 
@@ -27,8 +27,11 @@ from seechat_weights.vision.weights import VisionFiles, VisionWeights
 class Source:
     """A model that was found and understood. Made by open_source.
 
-    path: where it is. manifest: a bundle's, or what it would say of published weights. tokenizer:
-    its file. lm: published weights; None for a bundle's. published_vision: what they see with.
+    path: where it is.
+    manifest: a bundle's, or what a bundle's would say of published weights.
+    tokenizer: the file of its tokenizer.
+    lm: published weights; None for a bundle.
+    published_vision: the vision network of published weights.
     """
 
     path: Path
@@ -39,7 +42,7 @@ class Source:
 
     @cached_property
     def vision(self) -> VisionWeights | None:
-        """The vision network and its weights; None if a bundle's graph alone describes it.
+        """The vision network and its weights; None if only a bundle's graph describes it.
 
         Raises BundleError.
         """
@@ -58,18 +61,19 @@ def open_source(
     only_bundles: bool = False,
     opener: Opener | None = None,
 ) -> Source:
-    """Find out what `path` is and open it; of published weights only headers are read.
+    """Find out what `path` is and open it; only headers of published weights are read.
 
-    path: a bundle, None for the built-in one, or whatever lm.checkpoint.open_lm reads, as are
-        adapter and prefix; where no such path exists, a Hub id, which is downloaded (see
-        download.fetch).
-    vision: files that published weights are to see with, if not with what they bring.
-    tokenizer: the ice_text.model, if it is not beside them.
-    only_bundles: refuse published weights, in words that say how they can be used.
-    opener: opens checkpoints, such as an Openings, where others have read the same files.
+    path: a bundle, None for the built-in one, or anything that lm.checkpoint.open_lm reads. If no
+        such path exists, a Hub id, which is downloaded (see download.fetch).
+    vision: files of the vision network for published weights, if not those they bring.
+    adapter: as lm.checkpoint.open_lm takes it.
+    prefix: as lm.checkpoint.open_lm takes it.
+    tokenizer: the ice_text.model, if it is not beside the weights.
+    only_bundles: refuse published weights; the error says how they can be used.
+    opener: opens checkpoints; an Openings, if others have read the same files.
 
-    Raises BundleError where there is neither, CheckpointError for published weights and downloads,
-    EngineError for files that are given to a bundle.
+    Raises BundleError if there is neither, CheckpointError for published weights and downloads,
+    EngineError for files that are given with a bundle.
     """
     may_be_id = path is not None and is_hub_id(str(path))
     path = BUILTIN if path is None else local_path(path)
@@ -82,7 +86,7 @@ def open_source(
             return _published(path, vision or VisionFiles(), adapter, prefix, tokenizer, opener)
         if found := _not_exported(path):
             raise BundleError(found)
-        return _bundle(path, vision)  # which says what is wrong
+        return _bundle(path, vision)  # its error says what is wrong
     except OSError as e:
         raise BundleError(
             f"{e.filename or path}: cannot be read ({e.strerror or e}); expected a bundle, or "
@@ -91,7 +95,11 @@ def open_source(
 
 
 def spoken_format(lm: LM, *, seeing: bool) -> str:
-    """The conversation format of a language model that was given a vision network, or not."""
+    """The conversation format of a language model.
+
+    lm: the language model.
+    seeing: whether it has a vision network.
+    """
     return "seechat" if seeing and lm.conversation == "chatglm" else lm.conversation
 
 
@@ -113,7 +121,7 @@ def _published(
     tokenizer: str | Path | None,
     opener: Opener | None,
 ) -> Source:
-    """A model that has no files of ours, with what a bundle's manifest would say of it."""
+    """A model from published weights, with the manifest that its bundle would have."""
     opener = opener or Openings()
     lm = open_lm(path, checkpoint=files.checkpoint, adapter=adapter, prefix=prefix, opener=opener)
     vision = files.open(path, opener=opener)
@@ -137,7 +145,7 @@ def _published(
 
 
 def _not_exported(path: Path) -> str | None:
-    """What is in `path`, which is no bundle, and how to go on; None where that is not known."""
+    """What `path` holds if it is not a bundle, and how to go on; None if that is not known."""
     if not path.exists():
         return None
     try:

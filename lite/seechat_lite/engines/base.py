@@ -1,4 +1,4 @@
-"""What every engine can do: pictures to embeddings, a prompt to logits, a token to logits."""
+"""Defines what every engine does: pictures to embeddings, a prompt to logits, a token to logits."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,40 +22,50 @@ class EngineOptions:
     """Where and how an engine runs."""
 
     device: str = "auto"
-    threads: int = 0  # on the CPU, MAX_THREADS at most; 0 is one a core
+    threads: int = 0  # on the CPU, MAX_THREADS at most; 0: one a core
     vision_device: str | None = None  # None for `device`
-    # hold the vision network, or release it after every picture; None for what suits the device
+    # hold the vision network, or release it after every picture; None: as suits the device
     keep_vision: bool | None = True
     dtype: str | None = None  # "fp16", "fp32" or torch's "bf16"; None for what suits the device
-    max_memory: int | None = None  # bytes that the model may take; on a GPU of its memory
+    max_memory: int | None = None  # bytes that the model may take; on a GPU, of the GPU's memory
     # for engines that have them in their `own_options`
     quantize: str | None = None  # a name of nn.linears.QUANTIZATIONS
     rounded_rotary: bool = False  # angles as the published code rounds them in half precision
 
 
-OPTIONAL = ("quantize", "rounded_rotary", "vision", "bf16")  # what not every engine can do
+OPTIONAL = ("quantize", "rounded_rotary", "vision", "bf16")  # not every engine has these
 
 
 class Cancelled(EngineError):  # noqa: N818 (an event, not a fault)
-    """A call of the engine was ended by cancel()."""
+    """Raised by a call of the engine that cancel() ended."""
 
 
 class Engine(Protocol):
-    """Executes one loaded bundle and holds one key/value cache: one answer at a time."""
+    """Executes one loaded bundle and holds one key/value cache, so one answer at a time."""
 
-    reads_checkpoints: ClassVar[bool]  # published weights, or bundles alone
-    own_options: ClassVar[frozenset[str]]  # of OPTIONAL, what it takes
+    reads_checkpoints: ClassVar[bool]  # published weights too, or only bundles
+    own_options: ClassVar[frozenset[str]]  # the names of OPTIONAL that it takes
     context: int  # tokens the cache has room for, prompt and answer together
 
     def __init__(
         self, source: Source, *, context: int, options: EngineOptions, plan: MemoryPlan
     ) -> None:
-        """Load the model, for which there was room. plan: what plan() said."""
+        """Load the model.
+
+        source: the model.
+        context: tokens that the cache has room for.
+        options: where and how to run.
+        plan: what plan() returned; check() found that it fits.
+        """
         ...
 
     @classmethod
     def plan(cls, source: Source, *, context: int, options: EngineOptions) -> MemoryPlan:
-        """What the model will take, known before anything of it is read.
+        """The memory that the model will take, known before any of it is read.
+
+        source: the model.
+        context: tokens that the cache has room for.
+        options: where and how to run.
 
         Raises EngineError for a device that is not there, or options that do not suit the model.
         """
@@ -63,66 +73,88 @@ class Engine(Protocol):
 
     @classmethod
     def check(cls, plan: MemoryPlan, source: Source, *, options: EngineOptions) -> None:
-        """Raise MemoryPlanError if the plan exceeds what is free, or the budget."""
+        """Check a plan against the free memory and the budget.
+
+        plan: what plan() returned.
+        source: the model.
+        options: where and how to run.
+
+        Raises MemoryPlanError if the plan exceeds either.
+        """
         ...
 
     @classmethod
     def runtime(cls) -> str:
-        """What executes it, with its version."""
+        """The name and version of the library that executes."""
         ...
 
     def step_bytes(self, tokens: int) -> int | None:
-        """Bytes that a step reads of this machine's memory behind `tokens` tokens, if it does."""
+        """Bytes of this machine's memory that one step reads; None if it reads none.
+
+        tokens: tokens in the cache.
+        """
         ...
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
-        """Embeddings of pictures: float32 [n, 3, S, S] to float32 [n, tokens, hidden].
+        """Compute the embeddings of pictures, float32 [n, tokens, hidden].
 
-        Raises EngineError when the bundle is text-only or the shape does not fit.
+        pixels: float32 [n, 3, S, S], normalized.
+
+        Raises EngineError if the bundle is text-only or the shape does not fit.
         """
         ...
 
     def prefill(self, prompt: Prompt) -> np.ndarray:
-        """Empty the cache, read the prompt and return the next token's logits, float32 [vocab].
+        """Empty the cache, read a prompt and return the next token's logits, float32 [vocab].
 
-        Raises ContextError when the prompt is malformed or longer than the context.
+        prompt: the prompt.
+
+        Raises ContextError if the prompt is malformed or longer than the context.
         """
         ...
 
     def step(self, token_id: int) -> np.ndarray:
         """Append one token and return the next token's logits, float32 [vocab].
 
-        Raises ContextError when the cache is full, EngineError before any prefill.
+        token_id: the token.
+
+        Raises ContextError if the cache is full, EngineError before any prefill.
         """
         ...
 
     def extend(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Append several tokens, each of which sees those before it.
+        """Append several tokens; each sees those before it.
 
-        Returns the next token's logits after each of them, float32 [tokens, vocab]; raises what
-        step() raises.
+        token_ids: the tokens.
+
+        Returns the next token's logits after each of them, float32 [tokens, vocab].
+
+        Raises the errors of step().
         """
         ...
 
     def rewind(self, tokens: int) -> None:
-        """Take back the last `tokens` appended by step() or extend()."""
+        """Take back the last tokens that step() or extend() appended.
+
+        tokens: how many.
+        """
         ...
 
     def cancel(self) -> None:
-        """End the running call, or the next one before reset(), soon; it raises Cancelled.
+        """End the running call soon, or the next call before reset(); that call raises Cancelled.
 
-        May be called from any thread. Does not concern encode_image().
+        May be called from any thread. It does not concern encode_image().
         """
         ...
 
     def reset(self) -> None:
-        """Free the cache (a GPU keeps its), and forget a cancel(): the answer is complete."""
+        """Finish an answer: free the cache (a GPU keeps its own) and forget a cancel()."""
         ...
 
     def close(self) -> None:
-        """End the running call, wait for it, and release all; calling it twice is harmless.
+        """End the running call, wait for it, and release everything. Closing twice is harmless.
 
-        May be called from any thread and at any time; later calls raise EngineError.
+        May be called from any thread at any time. Later calls raise EngineError.
         """
         ...
 
@@ -132,8 +164,15 @@ def embedded(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """A prompt as the decoder takes it: embeddings, positions and the length of its context.
 
-    rows: word embeddings of ids. Returns them, [tokens, hidden], float32 where pictures are among
-    them; int64 [2, tokens]; and how many tokens come before <sop>. Raises ContextError.
+    prompt: the prompt.
+    lm: the decoder's shape.
+    context: tokens that the cache has room for.
+    rows: returns the word embeddings of ids, [tokens, hidden].
+
+    Returns the embeddings [tokens, hidden], float32 if there are pictures among them; the
+    positions, int64 [2, tokens]; and the number of tokens before <sop>.
+
+    Raises ContextError if the prompt is malformed or longer than the context.
     """
     ids = prompt.ids
     if len(ids) > context:
@@ -161,7 +200,14 @@ def embedded(
 
 
 def check_room(tokens: int, free: int, context: int) -> None:
-    """Raise ContextError if `tokens` more do not fit the places that are `free`."""
+    """Check that more tokens fit into the cache.
+
+    tokens: how many are to be appended.
+    free: places that are free.
+    context: all places, for the error.
+
+    Raises ContextError if they do not fit.
+    """
     if tokens > free:
         raise ContextError(
             f"the context of {context} tokens is full ({free} left, {tokens} needed): "
@@ -170,7 +216,14 @@ def check_room(tokens: int, free: int, context: int) -> None:
 
 
 def check_pixels(pixels: np.ndarray, vision: VisionConfig | None, folder: Path) -> None:
-    """Raise EngineError if a bundle has no vision, or not for pixels of this shape."""
+    """Check that a bundle has a vision network, and that it takes pixels of this shape.
+
+    pixels: float32 [n, 3, S, S].
+    vision: the bundle's vision network, if it has one.
+    folder: the bundle's folder, for errors.
+
+    Raises EngineError if not.
+    """
     if vision is None:
         raise EngineError(
             f"{folder}: a text-only bundle, it cannot see pictures: "
