@@ -128,17 +128,17 @@ def test_the_decoder_of_another_model(bundle: Path, tmp_path: Path) -> None:
     for name in ("decoder.onnx", "decoder.onnx.data"):
         shutil.copy(foreign / name, bundle / name)
         record(bundle, name)
-    assert "another model's" in refusal(bundle)
+    assert "decoder.onnx: the graph has a tensor 'layers.0." in refusal(bundle)
     shutil.copy(bundle / "vision.onnx", bundle / "decoder.onnx")
     record(bundle, "decoder.onnx")
-    assert "inputs_embeds is missing" in refusal(bundle)
+    assert "decoder.onnx: the graph has " in refusal(bundle)
 
 
 def test_the_vision_of_another_model(bundle: Path) -> None:
     shutil.copy(bundle / "decoder.onnx", bundle / "vision.onnx")
     record(bundle, "vision.onnx")
     with sl.load(bundle) as model:  # pictures are loaded when the first is shown
-        with pytest.raises(sl.BundleError, match="pixel_values is missing"):
+        with pytest.raises(sl.BundleError, match=r"vision\.onnx: the graph has control flow"):
             model.chat().ask("?", PICTURE)
         assert model.chat().ask("你好", max_new_tokens=2)
 
@@ -147,7 +147,7 @@ def test_the_vision_of_another_model(bundle: Path) -> None:
 def test_a_graph_that_is_none(bundle: Path, name: str) -> None:
     (bundle / name).write_bytes(b"not a graph")
     record(bundle, name)
-    with pytest.raises(sl.EngineError, match=r"ONNX Runtime .* cannot load it") as error:
+    with pytest.raises(sl.BundleError, match="the graph has a field of an unknown kind") as error:
         sl.load(bundle).chat().ask("?", PICTURE)
     assert "\n" not in str(error.value)
 

@@ -9,7 +9,7 @@ import importlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ def _write_shards(
 
 def _shards(config: LMConfig) -> Iterator[list[str]]:
     """Which tensors share a file; the cuts are those of the old vocabulary, as published."""
-    old = lm_shapes(LMConfig(**(asdict(config) | {"vocab_size": OLD_VOCABULARY})))
+    old = lm_shapes(replace(config, vocab_size=OLD_VOCABULARY))
     shard, size = [], 0
     for key, shape in old.items():
         if shard and size + _bytes(key, shape) > SHARD_BYTES:
