@@ -117,7 +117,7 @@ class _Server(uvicorn.Server):
             self.exit_code = EXIT_CODE if number == signal.SIGINT else 0
             if number == signal.SIGINT and sys.stderr.isatty():
                 os.write(2, b"\n")  # after the terminal's ^C
-            self.handle_exit(number, None)
+            self.should_exit = True  # a second signal changes nothing: the end is near
 
         handled = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, handle) for number in handled}
