@@ -117,6 +117,39 @@ PLACES: dict[str, tuple[str, str, str]] = {
         )
     },
     "body": ("/v1/chat/completions", "", ""),
+    "old prompt": ("/v1/completions", '{"max_tokens":1,"prompt":', "}"),
+    "input": ("/v1/responses", '{"max_output_tokens":1,"input":', "}"),
+    "input's content": (
+        "/v1/responses",
+        '{"max_output_tokens":1,"input":[{"role":"user","content":',
+        "}]}",
+    ),
+    "result of a call": (
+        "/v1/responses",
+        '{"max_output_tokens":1,"input":[{"role":"user","content":"a"},'
+        '{"type":"function_call_output","output":',
+        "}]}",
+    ),
+    "instructions": ("/v1/responses", '{"max_output_tokens":1,"input":"a","instructions":', "}"),
+    "text format": ("/v1/responses", '{"max_output_tokens":1,"input":"a","text":', "}"),
+    "Ollama's messages": ("/api/chat", '{"stream":false,"messages":', "}"),
+    "Ollama's pictures": (
+        "/api/chat",
+        '{"stream":false,"messages":[{"role":"user","content":"a","images":',
+        "}]}",
+    ),
+    "Ollama's options": ("/api/generate", '{"prompt":"a","stream":false,"options":', "}"),
+    "Ollama's prompt": (
+        "/api/generate",
+        '{"stream":false,"options":{"num_predict":1},"prompt":',
+        "}",
+    ),
+    "Ollama's system": (
+        "/api/generate",
+        '{"stream":false,"options":{"num_predict":1},"prompt":"a","system":',
+        "}",
+    ),
+    "Ollama's model": ("/api/show", '{"model":', "}"),
     "prompt": ("/", '{"prompt":', "}"),
     "image": ("/", '{"text":"a","image":', "}"),
     "history": ("/", '{"prompt":"a","history":', "}"),

@@ -49,4 +49,4 @@ def test_nothing_surprises(server: Running, mode: GenerationMode) -> None:
 
         check()
         tested += 1
-    assert tested == (2 if negative else 7)
+    assert tested == (7 if negative else 15)

@@ -18,14 +18,17 @@ from seechat_lite.server import openapi, page, schemas
 from seechat_lite.server.access import PROGRAM_ORIGINS, Framing, Guard
 from seechat_lite.server.asking import DROPPED, IGNORED, Asking, unknown_model
 from seechat_lite.server.bodies import Bodies
+from seechat_lite.server.completions_api import OldCompletions
 from seechat_lite.server.demo_api import Legacy
 from seechat_lite.server.errors import HANDLED, handle
 from seechat_lite.server.fetch import Fetcher
 from seechat_lite.server.image_urls import Images
 from seechat_lite.server.logs import RequestLog
 from seechat_lite.server.metrics import Metrics, memory
+from seechat_lite.server.ollama_api import Ollama
 from seechat_lite.server.openai_api import Completions, json_response
 from seechat_lite.server.request_limits import Intake
+from seechat_lite.server.responses_api import Responses
 from seechat_lite.server.scheduler import Scheduler
 from seechat_lite.server.settings import Settings
 from seechat_weights.bundle.manifest import Manifest
@@ -78,7 +81,9 @@ def create_app(
         context=context,
         format=FORMATS[format or manifest.conversation],
     )
-    completions = Completions(asking)
+    completions, old = Completions(asking), OldCompletions(asking)
+    responses = Responses(asking)
+    ollama = Ollama(asking, manifest, context=context)
     legacy = Legacy(scheduler, bodies, images)
     document = openapi.document(with_key=bool(settings.api_keys))
 
@@ -151,6 +156,9 @@ def create_app(
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", completions.answer, methods=["POST"]),
+            Route("/v1/completions", old.answer, methods=["POST"]),
+            Route("/v1/responses", responses.answer, methods=["POST"]),
+            *ollama.routes(),
             Route("/v1", index),
             Route("/v1/", index),
             Route("/v1/models", models),

@@ -104,6 +104,8 @@ async def handle(request: Request, error: Exception) -> Response:
         # Its frames hold the request, and a future in them holds the error: a circle that would
         # keep megabytes until the garbage collector comes by.
         error.__traceback__ = None
+    if request.url.path.startswith("/api/"):  # Ollama's clients look for a text
+        return JSONResponse({"error": answer.message}, answer.status, headers=answer.headers)
     return answer.response()
 
 

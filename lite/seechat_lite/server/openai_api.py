@@ -131,14 +131,14 @@ class _Head:
 
     def completion(self, text: str, stats: Stats) -> schemas.ChatCompletion:
         choice = schemas.Choice(
-            message=schemas.AnswerMessage(content=text), finish_reason=_reason(stats)
+            message=schemas.AnswerMessage(content=text), finish_reason=finish_reason(stats)
         )
         return schemas.ChatCompletion(
             id=self.id,
             created=self.created,
             model=self.model,
             choices=[choice],
-            usage=_usage(stats),
+            usage=usage_of(stats),
             timings=_timings(stats),
         )
 
@@ -146,11 +146,11 @@ class _Head:
         return self._chunk([schemas.ChunkChoice(delta=delta)])
 
     def last_chunk(self, stats: Stats) -> schemas.ChatChunk:
-        choice = schemas.ChunkChoice(delta=schemas.Delta(), finish_reason=_reason(stats))
+        choice = schemas.ChunkChoice(delta=schemas.Delta(), finish_reason=finish_reason(stats))
         return self._chunk([choice], timings=_timings(stats))
 
     def usage_chunk(self, stats: Stats) -> schemas.ChatChunk:
-        return self._chunk([], usage=_usage(stats))
+        return self._chunk([], usage=usage_of(stats))
 
     def _chunk(
         self,
@@ -173,11 +173,11 @@ def json_response(body: BaseModel, headers: Mapping[str, str] | None = None) -> 
     return Response(to_json(body), media_type="application/json", headers=headers)
 
 
-def _reason(stats: Stats) -> schemas.FinishReason:
+def finish_reason(stats: Stats) -> schemas.FinishReason:
     return "stop" if stats.finish_reason == "stop" else "length"
 
 
-def _usage(stats: Stats) -> schemas.Usage:
+def usage_of(stats: Stats) -> schemas.Usage:
     return schemas.Usage(
         prompt_tokens=stats.prompt_tokens,
         completion_tokens=stats.new_tokens,

@@ -11,6 +11,11 @@ from seechat_lite.server import schemas
 
 _MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
     (schemas.ChatRequest, "validation"),
+    (schemas.CompletionRequest, "validation"),
+    (schemas.ResponsesRequest, "validation"),
+    (schemas.OllamaChat, "validation"),
+    (schemas.OllamaGenerate, "validation"),
+    (schemas.OllamaShow, "validation"),
     (schemas.LegacyRequest, "validation"),
     (schemas.ChatCompletion, "serialization"),
     (schemas.ChatChunk, "serialization"),
@@ -32,6 +37,17 @@ _WRONG = {
     500: "the server's fault",
     503: "the queue is full, or the server is loading or stopping",
 }
+_OLLAMA_ERROR = {
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {"error": {"type": ["string", "object"]}},
+                "required": ["error"],
+            }
+        }
+    }
+}
 
 
 def document(*, with_key: bool) -> dict[str, Any]:
@@ -46,10 +62,56 @@ def document(*, with_key: bool) -> dict[str, Any]:
                 "Answer a conversation", completion, _WRONG, body=schemas.ChatRequest
             )
         },
-        "/v1/models": {
-            "get": _operation(
-                "The served model", _ok(schemas.ModelList, "a list of one"), (401, 403)
+        "/v1/completions": {
+            "post": _operation(
+                "Answer a prompt",
+                _object("with `stream`, events"),
+                _WRONG,
+                body=schemas.CompletionRequest,
             )
+        },
+        "/v1/responses": {
+            "post": _operation(
+                "Answer a conversation, as OpenAI's newer API has it",
+                _object("with `stream`, events"),
+                _WRONG,
+                body=schemas.ResponsesRequest,
+            )
+        },
+        "/api/chat": {
+            "post": _operation(
+                "Answer a conversation, as Ollama does",
+                _object("lines, or one object"),
+                _WRONG,
+                body=schemas.OllamaChat,
+                wrong_body=_OLLAMA_ERROR,
+            )
+        },
+        "/api/generate": {
+            "post": _operation(
+                "Answer a prompt, as Ollama does",
+                _object("lines, or one object"),
+                _WRONG,
+                body=schemas.OllamaGenerate,
+                wrong_body=_OLLAMA_ERROR,
+            )
+        },
+        "/api/show": {
+            "post": _operation(
+                "What the model is, as Ollama says it",
+                _object("the model"),
+                _WRONG,
+                body=schemas.OllamaShow,
+                wrong_body=_OLLAMA_ERROR,
+            )
+        },
+        "/api/tags": {
+            "get": _operation("The names, as Ollama lists them", _object("them"), (401, 403))
+        },
+        "/api/version": {"get": _operation("Ollama's version", _object("it"), (401, 403))},
+        "/v1": {"get": _operation("What there is", _object("paths"), (401, 403))},
+        "/v1/models": {
+            "get": _operation("The served model", _ok(schemas.ModelList, "its names"), (401, 403))
         },
         "/v1/models/{model}": {
             "get": _operation("One model", _ok(schemas.ModelInfo, "the model"), (401, 403, 404))
@@ -100,14 +162,25 @@ def _operation(
     wrong: Mapping[int, str] | tuple[int, ...],
     *,
     body: type[BaseModel] | None = None,
+    wrong_body: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
+    shape = wrong_body or _json(schemas.ErrorBody)
     responses = {"200": ok} | {
-        str(status): {"description": _WRONG[status]} | _json(schemas.ErrorBody) for status in wrong
+        str(status): {"description": _WRONG[status]} | shape for status in wrong
     }
     operation: dict[str, Any] = {"summary": summary, "responses": responses}
     if body:
         operation["requestBody"] = {"required": True} | _json(body)
     return operation
+
+
+def _object(description: str) -> dict[str, Any]:
+    """An answer whose shape another project's documents say."""
+    kinds = ("application/json", "text/event-stream", "application/x-ndjson")
+    return {
+        "description": description,
+        "content": {kind: {"schema": {"type": "object"}} for kind in kinds},
+    }
 
 
 def _ok(model: type[BaseModel], description: str) -> dict[str, Any]:

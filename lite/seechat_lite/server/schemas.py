@@ -144,6 +144,72 @@ class CompletionRequest(_Request):
     image_data: FastList[ImageData] | None = Field(None, max_length=64)
 
 
+class ResponsesItem(_Request):
+    """A message, or what an agent's run left behind: calls, results, reasoning."""
+
+    type: str | None = None
+    role: str | None = None
+    content: str | FastList[Part] | None = None
+    output: str | FastList[Part] | None = None
+
+
+class ResponsesRequest(_Request):
+    """POST /v1/responses, OpenAI's newer API; nothing is stored."""
+
+    model: str | None = None
+    input: str | FastList[ResponsesItem]
+    instructions: str | None = None
+    stream: bool | None = None
+    max_output_tokens: Limit | None = None
+    temperature: Annotated[float | None, Number] = Field(None, ge=0, le=2)
+    top_p: Annotated[float | None, Number] = Field(None, ge=0, le=1)
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    text: dict[str, Any] | None = None
+    previous_response_id: str | None = None
+    conversation: str | dict[str, Any] | None = None
+
+
+class OllamaOptions(_Request):
+    """Of an answer; others are ignored, as Ollama does."""
+
+    num_predict: Annotated[int | None, Number] = Field(None, ge=-2, le=MAX_INTEGER)
+    temperature: Annotated[float | None, Number] = Field(None, ge=0, le=100)
+    top_p: Annotated[float | None, Number] = Field(None, ge=0, le=1)
+    top_k: Annotated[int | None, Number] = Field(None, ge=-1, le=MAX_INTEGER)
+    repeat_penalty: Annotated[float | None, Number] = Field(None, ge=0.01, le=100)
+    seed: Annotated[int | None, Number] = Field(None, ge=-MAX_INTEGER - 1, le=MAX_INTEGER)
+    stop: str | FastList[str] | None = None
+
+
+class OllamaChat(_Request):
+    """POST /api/chat, after Ollama's; streamed unless `stream` is false."""
+
+    model: str | None = None
+    messages: FastList[Message] = Field(default_factory=list, max_length=2048)
+    stream: bool | None = None
+    format: str | dict[str, Any] | None = None
+    options: OllamaOptions | None = None
+    tools: list[Any] | None = None
+
+
+class OllamaGenerate(_Request):
+    """POST /api/generate, after Ollama's."""
+
+    model: str | None = None
+    prompt: str = ""
+    system: str | None = None
+    images: FastList[str] | None = Field(None, max_length=64)
+    stream: bool | None = None
+    format: str | dict[str, Any] | None = None
+    options: OllamaOptions | None = None
+
+
+class OllamaShow(_Request):
+    model: str | None = None
+    name: str | None = None
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
