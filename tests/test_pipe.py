@@ -107,6 +107,15 @@ def test_conversations(child: Child) -> None:
     assert child.answer(5)["answer"] == alone["answer"]
 
 
+def test_a_picture_without_words(child: Child) -> None:
+    for id, more in ((50, {}), (51, {"question": ""})):
+        child.send(id=id, image=PICTURE, **more)
+        assert child.answer(id)["answer"] == "这是熊猫。"
+    text = base64.urlsafe_b64encode(PANDA).decode().rstrip("=")
+    child.send(id=52, image={"base64": "data:;base64," + text})
+    assert child.answer(52)["answer"] == "这是熊猫。"
+
+
 def test_options_and_order(child: Child) -> None:
     for n in range(5):
         child.send(id=n, question="你好", max_new_tokens=n + 1, temperature=0, seed=n, top_p=1)

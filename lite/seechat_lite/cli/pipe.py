@@ -315,7 +315,9 @@ def _question(request: dict[str, Any], *, size: int) -> _Request:
             raise RequestError(f"{name} is {_shown(value)}; expected a smaller one", id)
         return value
 
-    question = take("question", str, "a text")
+    question = (
+        take("question", str, "a text") if "image" not in given or "question" in given else ""
+    )
     chat = take("chat", str, "a text") if "chat" in given else None
     if chat is not None and len(chat) > MAX_NAME:
         raise RequestError(f"chat is too long; expected at most {MAX_NAME} characters", id)
