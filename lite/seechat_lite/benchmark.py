@@ -1,10 +1,10 @@
-"""Measure a bundle on this machine: load, picture, first token, prefill, decode, memory.
+"""Measures a bundle on this machine: load, picture, first token, prefill, decode, memory.
 
-Speeds are set against what the hardware allows: a decode step must read all of the decoder's
-weights and the whole cache once, so the memory bandwidth bounds it from below (the roofline). The
-bandwidth is measured between the steps, so that a busy moment of the machine slows both; not for
-the torch engine, which may run elsewhere. Every figure is the median of its runs, of which the
-first is not counted.
+Speeds are compared with what the hardware allows. A decode step must read all of the decoder's
+weights and the whole cache once, so the memory bandwidth limits it (the roofline). The bandwidth is
+measured between the steps, so that a busy moment of the machine slows both. It is not measured for
+the torch engine, which may run elsewhere. Every figure is the median of its runs; the first run is
+not counted.
 """
 
 import logging
@@ -34,41 +34,44 @@ PREFILL = (32, 128, 512)  # prompt lengths, tokens
 DECODE = (32, 256, 1024, 1920)  # context lengths at which steps are timed
 STEPS = 8  # steps timed at each, in every repetition
 TURN_TOKENS = 16  # of each answer in a dialogue
-WATCH_SECONDS = 0.02  # between two looks at the memory
+WATCH_SECONDS = 0.02  # between two readings of the memory
 BANDWIDTH_BYTES = 1 << 28  # far more than any cache holds
 
 
 @dataclass
 class Report:
-    """What was measured; times in seconds, memory and bandwidth in bytes."""
+    """What was measured. Times are in seconds, memory and bandwidth in bytes."""
 
     name: str
     precision: str
     block_size: int
     engine: str
     device: str  # as it was chosen, or "auto"
-    dtype: str  # the same
-    machine: str  # its processor, whatever the device
+    dtype: str  # as it was chosen, or "auto"
+    machine: str  # the machine's processor, whatever the device
     threads: int  # of the processor
     context: int
     load: float
-    first_token: float  # of a short question in a loaded model, with a picture where it can see
+    first_token: float  # of a short question in a loaded model, with a picture if it has vision
     encode_image: float | None  # None for a text-only bundle
     prefill: dict[int, float] = field(default_factory=dict)  # prompt tokens: tokens per second
     decode: dict[int, float] = field(default_factory=dict)  # context tokens: seconds per token
-    # not of the torch engine: bytes read from memory for one token, and per second by all threads
+    # not for the torch engine: bytes read from memory for one token, and per second by all threads
     token_bytes: dict[int, int] = field(default_factory=dict)
     bandwidth: float | None = None
     turns: list[int] = field(default_factory=list)  # resident memory after each
-    # resident memory at its peak: with the pages of mapped files, which the system takes back when
-    # it needs them, and without, which is what the plan is about (Linux only, as the next)
+    # resident memory at its peak: with the pages of mapped files (the system takes them back when
+    # it needs them), and without, as the plan counts it (Linux only, like the next field)
     peak_memory: int = 0
     peak_anonymous: int | None = None
     anonymous_memory: int | None = None  # between answers
-    planned_memory: int | None = None  # not of the torch engine, nor of a GPU's
+    planned_memory: int | None = None  # not for the torch engine, nor for a GPU
 
     def roofline(self, context: int) -> float:
-        """The share of the memory bandwidth that decoding at `context` reaches, if measured."""
+        """The share of the memory bandwidth that decoding reaches; needs a measured bandwidth.
+
+        context: tokens in the cache, a key of `decode`.
+        """
         assert self.bandwidth
         return self.token_bytes[context] / self.bandwidth / self.decode[context]
 
@@ -81,10 +84,15 @@ def measure(
     turns: int = 0,
     say: Callable[[str], None] = lambda stage: None,
 ) -> Report:
-    """Load the model at `path` and measure it; `say` hears what is being measured.
+    """Load a model and measure it.
 
-    options: what load() takes. turns: of a dialogue held at the end, to see what it does to the
-    memory. Raises what that raises.
+    path: what load() takes.
+    options: the other arguments of load().
+    repeat: runs that are counted.
+    turns: turns of a dialogue held at the end, which shows what it does to the memory.
+    say: called with what is being measured.
+
+    Raises the errors of load() and of the engine.
     """
     say("load")
     plans: list[MemoryPlan] = []
@@ -93,7 +101,7 @@ def measure(
         loaded = time.perf_counter() - start
         manifest, context = model.manifest, model.engine.context
         precision = manifest.decoder.precision if manifest.files else "as published"
-        # whether the weights are read from this machine's memory
+        # whether this machine's memory holds the weights
         plan, here = plans[0], model.engine.step_bytes(0) is not None
         report = Report(
             name=manifest.name,
@@ -131,7 +139,7 @@ def measure(
         report.peak_memory = _peak()
         report.anonymous_memory = Anonymous.now()
         report.peak_anonymous = anonymous.stop()
-        # of this machine's memory, which the torch engine and GPUs do not read
+        # this machine's memory; the torch engine and GPUs do not read it
         bandwidth = Bandwidth(report.threads) if here else None
         for length in (n for n in DECODE if n + repeat * STEPS < context):
             say(f"decode {length}")
@@ -146,7 +154,7 @@ def measure(
 
 
 class Anonymous:
-    """Watches this process's anonymous memory, that is, what is no file's (Linux)."""
+    """Watches this process's anonymous memory, that is, memory that belongs to no file (Linux)."""
 
     def __init__(self) -> None:
         self._peak = self.now()
@@ -155,11 +163,11 @@ class Anonymous:
 
     @staticmethod
     def now() -> int | None:
-        """Bytes; None where the system does not tell."""
+        """The anonymous memory in bytes; None if the system does not tell."""
         return _status("RssAnon") if sys.platform == "linux" else None
 
     def stop(self) -> int | None:
-        """End the watch; the most bytes that were seen."""
+        """End the watch; returns the most bytes seen, or None if the system does not tell."""
         self._ended.set()
         self._thread.join()
         return self._peak
@@ -180,7 +188,10 @@ class Anonymous:
 
 
 class Bandwidth:
-    """How fast all threads together read memory, measured again and again."""
+    """Measures how fast all threads together read memory, again and again.
+
+    threads: how many read.
+    """
 
     def __init__(self, threads: int) -> None:
         self._parts = np.array_split(np.ones(BANDWIDTH_BYTES // 8, np.int64), threads)
@@ -188,7 +199,7 @@ class Bandwidth:
         self._seconds: list[float] = []
 
     def measure(self) -> None:
-        """Read more than any cache holds, the best of four times: the first wakes the threads."""
+        """Note the best of four reads of more than any cache holds; the first wakes the threads."""
         passes = []
         for _ in range(4):
             start = time.perf_counter()
@@ -204,7 +215,10 @@ class Bandwidth:
 
 
 def rows(report: Report) -> dict[str, str]:
-    """The report for people: names and values."""
+    """The report for people: names and values.
+
+    report: what measure() returned.
+    """
     blocks = f", blocks of {report.block_size}" if report.block_size else ""
     rows = {
         "model": f"{report.name} ({report.precision}{blocks})",
@@ -242,7 +256,7 @@ def rows(report: Report) -> dict[str, str]:
 
 
 def _median(repeat: int, call: Callable[[], object]) -> float:
-    """Seconds a call takes: the median of `repeat`, after one that is not counted."""
+    """Seconds that a call takes: the median of `repeat` calls, after one that is not counted."""
     call()
     return statistics.median(_times(call for _ in range(repeat)))
 
@@ -257,7 +271,7 @@ def _times(calls: Iterable[Callable[[], object]]) -> list[float]:
 
 
 def _prompt(manifest: Manifest, length: int) -> Prompt:
-    """A prompt of `length` ordinary tokens, its end included."""
+    """A prompt of `length` ordinary tokens in all."""
     lm = manifest.lm
     last = min(lm.mask_id, lm.gmask_id)
     words = np.random.default_rng(length).integers(5, last, length - 2).tolist()
@@ -276,12 +290,12 @@ def _decode(model: Model, length: int, repeat: int, bandwidth: Bandwidth | None)
 
 
 def _dialogue(model: Model, turns: int) -> Iterator[int]:
-    """Talk, about a picture where the model can see; yields the resident memory after each turn."""
+    """Talk, about a picture if the model has vision; yield the resident memory after each turn."""
     chat, process = model.chat(), psutil.Process()
     image = Image.effect_noise((256, 256), 64) if model.manifest.vision else None
     log = logging.getLogger("seechat_lite.chat")
     level = log.level
-    log.setLevel(logging.ERROR)  # a dialogue that is meant to fill the context need not say so
+    log.setLevel(logging.ERROR)  # this dialogue fills the context on purpose: no need to log it
     for i in range(turns):
         question = f"第{i + 1}个问题：请详细描述这张图片中的内容，并说明它的主要特点。"
         chat.ask(question, None if i else image, max_new_tokens=TURN_TOKENS)
@@ -290,7 +304,7 @@ def _dialogue(model: Model, turns: int) -> Iterator[int]:
 
 
 def _first_token(model: Model, repeat: int) -> float:
-    """Median seconds from a question to its first token, in a new chat, the picture new as well."""
+    """Median seconds from a question to its first token, in a new chat with a new picture."""
     times = []
     for i in range(repeat + 1):
         chat = model.chat()

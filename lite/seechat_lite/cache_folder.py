@@ -1,8 +1,7 @@
-"""The cache folder, and which bundles were found whole: they are hashed once, not at every load.
+"""Remembers in the cache folder which bundles were found whole, so that each is hashed only once.
 
-A note in the cache folder says of every file of a bundle how long it was, when it was changed and
-which inode it is. As long as all of that and the manifest's hashes are the same, the files are
-taken to be the same.
+A note there holds the size, the times of change and the inode of every file of a bundle. While
+these and the manifest's hashes stay the same, the files count as the same.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ SMALL = 100_000_000  # bytes; hashed every time, in a tenth of a second
 
 
 def cache_folder() -> Path:
-    """SEECHAT_CACHE, or the system's place for such files."""
+    """SEECHAT_CACHE, or the system's place for caches."""
     if folder := os.environ.get("SEECHAT_CACHE"):
         return Path(folder)
     if sys.platform == "win32":
@@ -38,7 +37,14 @@ def cache_folder() -> Path:
 def verify_once(
     folder: Path, manifest: Manifest, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """verify_hashes(), unless this very bundle was verified before. Raises what that raises."""
+    """Run verify_hashes(), unless this very bundle was verified before.
+
+    folder: the bundle's folder.
+    manifest: its manifest.
+    progress: called with the bytes read so far and the bytes of all files.
+
+    Raises BundleError as verify_hashes().
+    """
     if sum(entry.bytes for entry in manifest.files.values()) <= SMALL:
         verify_hashes(folder, manifest, progress)
         return
@@ -57,12 +63,12 @@ def verify_once(
         partial = note.with_name(f"{note.name}.{os.getpid()}")
         partial.write_text(json.dumps(state), "utf-8")
         partial.replace(note)
-    except OSError as e:  # the next load hashes again, that is all
+    except OSError as e:  # the next load will simply hash again
         log.info("%s: cannot be written (%s)", note, e)
 
 
 def _state(folder: Path, manifest: Manifest) -> dict[str, list[int | str]]:
-    """Of every file: its hash in the manifest, size, times of change, inode."""
+    """For every file: its hash in the manifest, size, times of change, inode."""
     state: dict[str, list[int | str]] = {}
     for name, entry in manifest.files.items():
         s = (folder / name).stat()

@@ -1,7 +1,7 @@
-"""Weights by Hub id, `owner/name[@revision][/file]`: fetched by huggingface_hub into its own cache.
+"""Downloads weights by Hub id, `owner/name[@revision][/file]`, into huggingface_hub's own cache.
 
-Only what is read is downloaded: of a bundle the files that its manifest lists. HF_HOME, HF_TOKEN,
-HF_ENDPOINT and HF_HUB_OFFLINE work as huggingface_hub documents them; offline, no socket is opened.
+It downloads only what is read: of a bundle, the files that its manifest lists. HF_HOME, HF_TOKEN,
+HF_ENDPOINT and HF_HUB_OFFLINE work as huggingface_hub documents them. Offline, no socket is opened.
 """
 
 import errno
@@ -18,22 +18,25 @@ from seechat_weights.files.untrusted import read_file
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 _HUB_ID = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9_.-]+))?(?:/(.+))?")
-# configurations and tokenizers, and what tells how pictures are prepared
+# configurations, tokenizers, and files that tell how pictures are prepared
 _BESIDE = ("*.json", "ice_text.model")
 
 
 def fetch(
     given: Path, *, offline: bool = False, only_bundles: bool = False
 ) -> tuple[Path, dict[str, str] | None]:
-    """A local path as it is; what looks like a Hub id and is no path, downloaded.
+    """Return a local path as it is; download what looks like a Hub id and is not a path.
 
-    offline: take what the cache has. only_bundles: refuse other weights before they are fetched.
+    given: a path or a Hub id.
+    offline: take only what the cache has.
+    only_bundles: refuse other weights before they are downloaded.
 
     Returns where it lies, and its repository and commit for the bundle's provenance.
+
     Raises CheckpointError: not on the Hub, gated, no network, or offline and not in the cache.
     """
     match = _HUB_ID.fullmatch(given.as_posix()) if ".." not in given.parts else None
-    # a path with a typo in its last part is no repository
+    # a path with a typo in its last part is not a repository
     if match is None or _exists(given) or _exists(given.parent):
         return given, None
     repo, revision, file = match.groups()
@@ -49,7 +52,7 @@ def fetch(
     ask: dict[str, Any] = {"repo_id": repo, "revision": revision}
     try:
         if offline:
-            patterns = [file] if file else []  # no pattern: the folder, whatever is in it
+            patterns = [file] if file else []  # no pattern: the whole folder
             folder = hub.snapshot_download(**ask, local_files_only=True, allow_patterns=patterns)
         else:
             info = hub.HfApi(library_name="seechat-lite").model_info(repo, revision=revision)
@@ -80,7 +83,7 @@ def fetch(
         do = "run once without --offline and HF_HUB_OFFLINE" if offline else "check the network"
         found = f"no such path, and not in the cache {constants.HF_HUB_CACHE}"
         raise _refused(given, found, do) from None
-    except Exception as e:  # whatever a network, a proxy or a disk has to say
+    except Exception as e:  # networks, proxies and disks raise many types
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
             do = "free some space, or set HF_HOME to another disk; run again, it continues"
             raise _refused(given, "the disk is full", do) from None
@@ -94,19 +97,22 @@ def fetch(
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text has the form of an id, which many a path has as well."""
+    """Whether a text has the form of a Hub id; many paths have it too.
+
+    text: the text.
+    """
     return _HUB_ID.fullmatch(text) is not None and ".." not in Path(text).parts
 
 
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # what cannot be looked up is there, and is somebody else's to refuse
+    except OSError:  # a path that cannot be looked up exists; others will refuse it
         return True
 
 
 def _of_bundle(manifest: Path) -> list[str]:
-    """The files of a bundle. Raises BundleError."""
+    """The names of a bundle's files. Raises BundleError."""
     try:
         text = decoded(read_file(manifest, limit=MAX_JSON))
     except (OSError, ValueError) as e:
@@ -119,7 +125,10 @@ def _of_bundle(manifest: Path) -> list[str]:
 
 
 def _needed(names: list[str], repo: str) -> list[str]:
-    """Of a repository's files, one form of its weights, safetensors first, and what is beside."""
+    """The files to download: one form of a repository's weights, and the files beside it.
+
+    safetensors are the first choice.
+    """
     for stem, suffix in (*STEMS, ("adapter_model", ".safetensors"), ("adapter_model", ".bin")):
         weights = re.compile(rf"{stem}(-\d+-of-\d+)?{re.escape(suffix)}(\.index\.json)?")
         found = [name for name in names if weights.fullmatch(name)]

@@ -1,9 +1,9 @@
-"""Which turns and pictures of a conversation go into the next prompt.
+"""Chooses which turns and pictures of a conversation go into the next prompt.
 
 Everything goes in while there is room. Else the oldest turns are left out whole, and their pictures
-move to the oldest turn that is left. The result is exact: what counts is the prompt as it will be
-sent. To find it without tokenizing a whole history again and again, every turn is counted alone,
-from the newest on, until the room is used up; the prompt is then built at the border so found, and
+move to the oldest turn that is left. The result is exact: the prompt that will be sent is what is
+measured. To avoid tokenizing a whole history again and again, every turn is first counted alone,
+from the newest on, until the room is used up. The prompt is then built at the border found so, and
 one turn to either side of it.
 """
 
@@ -20,8 +20,8 @@ from seechat_lite.prompt import Prompt
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.errors import ContextError
 
-# A token stands for at most so many characters: a run of 80 spaces is one. White space and control
-# characters that the tokenizer leaves out are the exception; a text of nothing else is as long.
+# A token stands for at most so many characters: a run of 80 spaces is one token. The exception is
+# white space and control characters that the tokenizer leaves out; they are counted all the same.
 MAX_CHARACTERS_PER_TOKEN = 80
 
 
@@ -35,14 +35,17 @@ def fit(
     reserve: int,
     stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[Prompt, list[Turn]]:
-    """The prompt for the last of `turns`, and the turns that are in it.
+    """The prompt for the last turn, and the turns that are in it.
 
-    turns: a conversation, all answered but the last. embeds: float32 [tokens, hidden] of every
-    picture by its key. context: tokens that prompt and answer may take. reserve: tokens to keep
-    free for the answer, a quarter of the context at most. stopped: asked before each text is
-    tokenized.
+    turns: a conversation; all but the last have an answer.
+    embeds: float32 [tokens, hidden] of every picture by its key.
+    format: the conversation format.
+    tokenizer: the model's tokenizer.
+    context: tokens that prompt and answer may take.
+    reserve: tokens to keep free for the answer; at most a quarter of the context is kept.
+    stopped: asked before each text is tokenized.
 
-    Raises ContextError if the last turn alone does not fit, Cancelled if `stopped` says so.
+    Raises ContextError if the last turn alone does not fit, Cancelled if `stopped` returns True.
     """
     *past, turn = turns
     limit = context - min(reserve, context // 4)
@@ -75,7 +78,7 @@ def fit(
 
     if not past or ((_characters(turns) <= 4 * limit or format.demo) and fits(0)):
         dropped = 0
-    elif format.demo:  # whose text is short, however long the history
+    elif format.demo:  # its text is short, however long the history
         dropped = bisect_left(range(len(past)), True, lo=1, key=fits)
     else:
         dropped = _estimate(turns, embeds, kept, limit, format, tokenizer, check)
@@ -89,7 +92,7 @@ def fit(
         len(prompt.ids) > limit
         and len(left) == 1
         and len(left[0].images) > len(turn.images)
-        and not format.demo  # which cannot do without its one picture
+        and not format.demo  # the demo's format needs its one picture
     ):
         left = [replace(left[0], images=left[0].images[1:])]
         prompt = build(left)
@@ -112,12 +115,12 @@ def _estimate(
     tokenizer: Tokenizer,
     check: Callable[[], None],
 ) -> int:
-    """How many turns have to be left out, nearly: tokens merge a little where turns meet."""
+    """About how many turns must be left out; tokens merge a little where turns meet."""
     template = format.turn
     for place in ("{round}", "{images}", "{question}", "{answer}"):
         template = template.replace(place, "")
     around = len(tokenizer.encode(template))
-    tokens: list[int] = []  # of the turns from the newest to the oldest that may fit
+    tokens: list[int] = []  # tokens of each turn, from the newest to the oldest that may fit
     total = 0
     for turn in reversed(turns):
         if _characters([turn]) > (limit - total) * MAX_CHARACTERS_PER_TOKEN:
@@ -145,10 +148,10 @@ def _characters(turns: Sequence[Turn]) -> int:
 def _without_oldest(
     turns: Sequence[Turn], count: int, embeds: Mapping[str, np.ndarray], room: int
 ) -> list[Turn]:
-    """`turns` without the oldest `count`, whose pictures go to the oldest turn that is left.
+    """`turns` without the oldest `count`; their pictures go to the oldest turn that is left.
 
-    So a conversation about a picture goes on when its beginning is forgotten. Of more pictures
-    than `room` tokens hold, the latest stay, one at least.
+    So a conversation about a picture goes on when its beginning is forgotten. If the pictures have
+    more than `room` tokens, only the latest stay, at least one.
     """
     left = turns[count:]
     shown = {key for turn in left for key in turn.images}

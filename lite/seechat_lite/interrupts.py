@@ -1,24 +1,27 @@
-"""What Ctrl-C does to the command line. Nothing here is used by the library itself."""
+"""Defines what Ctrl-C does to the command line. The library itself does not use this."""
 
 import os
 import signal
 
 EXIT_CODE = 130
-OUTPUT_GONE = 141  # what a shell says of programs that wrote to a pipe nobody reads (SIGPIPE)
+OUTPUT_GONE = (
+    141  # a shell's exit code for programs that wrote to a pipe that nobody reads (SIGPIPE)
+)
 
 
 def leave_on_ctrl_c() -> None:
     """Let Ctrl-C end this process at once and quietly, whatever it is doing.
 
-    KeyboardInterrupt cannot: Python raises it between two bytecodes, so not while ONNX Runtime
-    loads weights or reads a long prompt, and amid an import it comes out as an ImportError. Here a
-    thread hears of the signal through a pipe. Export writes its files so that this is safe.
+    KeyboardInterrupt cannot do that. Python raises it between two bytecodes, so not while ONNX
+    Runtime loads weights or reads a long prompt; and during an import it comes out as an
+    ImportError. Instead, a thread learns of the signal through a pipe. Export writes its files so
+    that this is safe.
     """
-    if os.name != "posix":  # wake-up pipes are not for Windows
+    if os.name != "posix":  # Windows has no wake-up pipes
         signal.signal(signal.SIGINT, lambda *_: _leave())
         return
     signal.signal(signal.SIGINT, lambda *_: None)
-    import threading  # after the line above: Ctrl-C is already taken care of
+    import threading  # after the line above, so that Ctrl-C already works
 
     heard, told = os.pipe()
     os.set_blocking(told, False)

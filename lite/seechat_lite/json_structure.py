@@ -1,8 +1,8 @@
-"""A cheap look at JSON before it is parsed, so that no parser builds what nobody can use.
+"""Looks at JSON cheaply before it is parsed, so that no parser builds what nobody can use.
 
-A megabyte of `[1,1,1,…]` or `{"":{"":…` becomes many times as much memory once it is parsed, and
-a text of the same size does not. So the strings, brackets and commas are counted first, in the
-bytes as they came; nothing is built for that. Numbers need no bound: the parsers have one.
+A megabyte of `[1,1,1,…]` or `{"":{"":…` takes many times as much memory once it is parsed; a long
+text of the same size does not. So the strings, brackets and commas are counted first, in the bytes
+as they came. Counting builds nothing. Numbers need no bound here: the parsers have one.
 """
 
 import re
@@ -11,8 +11,8 @@ import re
 MAX_PARTS = 100_000  # strings, brackets and commas
 MAX_DEPTH = 64
 
-# Up to the end of the next string or the next bracket or comma. Possessive, so that no input makes
-# it try anything twice; matched where the last one ended, never searched for.
+# Up to the end of the next string, bracket or comma. Possessive, so that no input makes
+# it try anything twice. It is matched where the last match ended, never searched for.
 _PART = re.compile(
     rb"""[^"\[\]{},]*+ (?: " [^"\\]*+ (?: \\. [^"\\]*+ )*+ " | [\[\]{},] )""",
     re.DOTALL | re.VERBOSE,
@@ -20,7 +20,10 @@ _PART = re.compile(
 
 
 def too_complex(data: bytes | bytearray | memoryview) -> str | None:
-    """Why this JSON, in UTF-8, should not be parsed; None if it may be, valid or not."""
+    """Why this JSON should not be parsed; None if it may be, valid or not.
+
+    data: the JSON in UTF-8.
+    """
     depth = parts = end = 0
     while part := _PART(data, end):
         end = part.end()

@@ -1,10 +1,10 @@
-"""The models of seechat-lite for the program `llm` (https://llm.datasette.io).
+"""Offers the models of seechat-lite to the program `llm` (https://llm.datasette.io).
 
     llm -m seechat -a cat.png "这是什么？"
     llm -c "它能吃吗？"                                # goes on with the last conversation
     llm -m seechat -o bundle DIR "你好"
 
-Found by `llm` as an entry point once both are installed. Nothing else imports this module.
+`llm` finds this module as an entry point once both are installed. Nothing else imports it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from seechat_lite.chat import Chat, Model
 
 
-_OPTIONS = [name for name in DEFAULTS if name != "stop"]  # which is no single value
+_OPTIONS = [name for name in DEFAULTS if name != "stop"]  # `stop` is not a single value
 _GENERATION: dict[str, Any] = {
     name: (type(DEFAULTS[name]), Field(DEFAULTS[name], description=HELP[name])) for name in _OPTIONS
 }
@@ -38,12 +38,15 @@ class _Options(llm.Options):
 
 @llm.hookimpl
 def register_models(register: Callable[[llm.Model], None]) -> None:
-    """Tell `llm` of the model `seechat`: the built-in one, or the option `bundle`."""
+    """Register the model `seechat` with `llm`: the built-in bundle, or that of the option `bundle`.
+
+    register: called with the model.
+    """
     register(Seechat())
 
 
 class Seechat(llm.Model):
-    """Loads the model with the first question and keeps it."""
+    """A model of `llm`. The first question loads it, and it stays loaded."""
 
     model_id = "seechat"
     can_stream = True
@@ -52,7 +55,7 @@ class Seechat(llm.Model):
         "image/avif",
         "image/bmp",
         "image/gif",
-        "image/heic",  # said to be what it is, and what to do
+        "image/heic",  # refused with a message that names it and says what to do
         "image/jp2",
         "image/jpeg",
         "image/png",
@@ -72,7 +75,12 @@ class Seechat(llm.Model):
         response: llm.Response,
         conversation: llm.Conversation | None,
     ) -> Iterator[str]:
-        """Yield the answer's pieces. Raises llm.ModelError with what is wrong."""
+        """Yield the answer's pieces.
+
+        prompt, stream, response, conversation: as `llm` gives them.
+
+        Raises llm.ModelError; it says what is wrong.
+        """
         options = prompt.options
         assert isinstance(options, _Options)
         try:
@@ -90,7 +98,9 @@ class Seechat(llm.Model):
         _tell_usage(chat, response)
 
     def _model(self, bundle: str | None) -> "Model":
-        from seechat_lite.loading import load  # `llm` imports all plugins whatever it is asked
+        from seechat_lite.loading import (
+            load,
+        )  # here, because `llm` imports all plugins for every command
 
         if self._loaded and self._loaded[0] != bundle:
             self._loaded[1].close()
@@ -112,9 +122,9 @@ class _Turn:
 
 
 def _turns(messages: Iterable[Message]) -> list[_Turn]:
-    """Questions and answers in turn, the last to be answered.
+    """Questions and answers in turn; the last question is to be answered.
 
-    These models know no system prompt: it goes before the question that follows.
+    These models know no system prompt, so it goes before the question that follows.
     """
     turns = [_Turn()]
     for message in messages:

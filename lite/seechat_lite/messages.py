@@ -1,8 +1,8 @@
-"""Messages in the shape of the OpenAI API, as chat programs send them, become turns.
+"""Turns messages in the shape of the OpenAI API, as chat programs send them, into turns.
 
-Chat programs write histories that the models know nothing of: a greeting before any question,
-instructions at the start, in the middle or at the end, results of tools, messages without content.
-All of them have a place here, so that whatever a program sends is answered; only what cannot be
+Chat programs write histories that the models do not know: a greeting before any question;
+instructions at the start, in the middle or at the end; results of tools; messages without content.
+All of them have a place here, so that whatever a program sends is answered. Only what cannot be
 read is refused. Pictures stay as they were given.
 """
 
@@ -21,7 +21,11 @@ PICTURES = ("image_url", "input_image", "image")
 
 
 class MessagesError(OptionError):
-    """A conversation that cannot be read. where: the message, as "messages.3.content.0"."""
+    """A conversation that cannot be read.
+
+    where: the message, as "messages.3.content.0".
+    why: what is wrong.
+    """
 
     def __init__(self, where: str, why: str) -> None:
         super().__init__(f"{where}: {why}")
@@ -30,9 +34,9 @@ class MessagesError(OptionError):
 
 @dataclass
 class Exchange:
-    """A question, its pictures as they were given, and its answer, None where it is not answered.
+    """A question, its pictures as they were given, and its answer; None if it has no answer.
 
-    The texts are parts, to be joined by line breaks; of a past exchange they may be empty.
+    The texts are parts that line breaks join. They may be empty in a past exchange.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -41,16 +45,29 @@ class Exchange:
     asked: bool = False  # whether any of the texts are the user's words
 
     def question(self, most: int | None = None) -> str:
-        """The question as one text; of more than `most` characters, so many that it shows."""
+        """The question as one text.
+
+        most: if the text has more characters, a text that is long enough to show so; None for no
+            limit.
+        """
         return joined(self.texts, most)
 
     def answer(self, most: int | None = None) -> str:
+        """The answer as one text; None if there is none.
+
+        most: as for question().
+        """
         return joined(self.answers or (), most)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """past: answered, oldest first. turn: to be answered. ignored: what had no effect, in words."""
+    """What read_messages() found.
+
+    past: exchanges with an answer, oldest first.
+    turn: the exchange to answer.
+    ignored: what had no effect, in words.
+    """
 
     past: list[Exchange]
     turn: Exchange | None
@@ -58,7 +75,7 @@ class Conversation:
 
     @property
     def question(self) -> Exchange:
-        """The turn. Raises MessagesError if there is none."""
+        """The exchange to answer. Raises MessagesError if there is none."""
         if self.turn is None:
             raise _no_question()
         return self.turn
@@ -67,16 +84,17 @@ class Conversation:
 def read_messages(
     messages: Sequence[Any], *, format: Format, more: Sequence[Any] = (), asking: bool = True
 ) -> Conversation:
-    """Turn messages into exchanges, the last of which is to be answered.
+    """Turn messages into exchanges; the last one is to be answered.
 
-    messages: mappings with `role` and `content`, or objects with model_dump(), as the OpenAI
-    client's answers. format: says whether instructions are written, and what a picture alone asks.
+    Texts of instructions and tools go to the question that follows, or to the last one. Messages of
+    one side that follow each other become one.
+
+    messages: mappings with `role` and `content`, or objects with model_dump(), such as the OpenAI
+        client's answers.
+    format: says whether instructions are written, and what a picture alone asks.
     more: pictures that belong to the last question.
-    asking: whether there has to be a question: what is empty at the end is then left out, and so is
-    an answer, whose question is answered anew.
-
-    Texts of instructions and tools go to the question that follows, or to the last one. Messages
-    of one side that follow each other are one.
+    asking: whether there must be a question. If so, empty messages at the end are left out, and so
+        is an answer at the end: its question is answered anew.
 
     Raises MessagesError: an unknown role or part, or no question.
     """
@@ -85,8 +103,8 @@ def read_messages(
             "messages", f'a {type(messages).__name__}; expected a list of {{"role", "content"}}'
         )
     exchanges: list[Exchange] = []
-    waiting: list[str] = []  # texts that go to the next question
-    pictures: list[Any] = []  # the same of pictures
+    waiting: list[str] = []  # texts for the next question
+    pictures: list[Any] = []  # pictures for the next question
     unwritten: list[str] = []  # instructions that the format has no place for
     for i, given in enumerate(messages):
         where = f"messages.{i}"
@@ -107,7 +125,7 @@ def read_messages(
             waiting, pictures = [], []
         elif role == "assistant":
             if not any(texts) and (message.get("tool_calls") or message.get("function_call")):
-                continue  # it asked a tool, whose answer follows
+                continue  # it asked a tool; the tool's answer follows
             if last is None and exchanges:
                 answers = exchanges[-1].answers
                 assert answers is not None
@@ -129,7 +147,7 @@ def read_messages(
                 waiting += filter(trimmed, texts)
     pictures += more
     if not exchanges and not waiting and not pictures and asking:
-        waiting, unwritten = unwritten, []  # all there is
+        waiting, unwritten = unwritten, []  # these are all the texts there are
     if waiting or pictures:
         if not exchanges or exchanges[-1].answers is not None:
             exchanges.append(Exchange(asked=bool(waiting)))
@@ -146,13 +164,17 @@ def read_messages(
     turn = exchanges.pop() if exchanges and exchanges[-1].answers is None else None
     if asking and not (turn and any(map(trimmed, turn.texts))):
         raise _no_question()
-    if not format.instructions:  # it has learnt no answers either that nobody asked for
+    if not format.instructions:  # nor has the model learnt answers without a question
         exchanges = [e for e in exchanges if e.images or any(map(trimmed, e.texts))]
     return Conversation(exchanges, turn, ignored)
 
 
 def joined(texts: Sequence[str], most: int | None = None) -> str:
-    """The texts as one; of more than `most` characters, so many that it shows."""
+    """The texts as one text.
+
+    texts: the parts.
+    most: if the text has more characters, a text that is long enough to show so; None for no limit.
+    """
     if most is None:
         return "\n".join(texts)
     parts: list[str] = []
@@ -165,7 +187,7 @@ def joined(texts: Sequence[str], most: int | None = None) -> str:
 
 
 def _describe(exchanges: Sequence[Exchange], format: Format) -> None:
-    """Give pictures that came without words of the user's their question."""
+    """Give a question to pictures that came without the user's words."""
     said: list[str] = []
     for exchange in exchanges:
         own = [text[:1000] for text in (*exchange.texts, *(exchange.answers or ()))]
@@ -215,7 +237,7 @@ def _content(message: Mapping[str, Any], where: str) -> tuple[list[str], list[An
         )
     if refusal := message.get("refusal"):
         texts.append(str(refusal))
-    beside = message.get("images")  # as Ollama has them
+    beside = message.get("images")  # as Ollama sends them
     if beside is not None:
         if isinstance(beside, str) or not isinstance(beside, Sequence):
             raise MessagesError(f"{where}.images", "expected a list of pictures in base64")
@@ -229,7 +251,7 @@ def _part(part: Any, where: str, texts: list[str], images: list[Any]) -> None:
         return
     part = _mapping(part, where)
     kind = part.get("type")
-    if kind is None:  # told by its field, as some programs leave it
+    if kind is None:  # its field tells the kind, as some programs leave out the type
         kind = next((k for k in ("text", *PICTURES) if part.get(k) is not None), None)
     if kind in TEXTS:
         text = part.get("refusal") if kind == "refusal" else part.get("text")
@@ -247,7 +269,7 @@ def _part(part: Any, where: str, texts: list[str], images: list[Any]) -> None:
 
 
 def _picture(part: Mapping[str, Any], where: str) -> Any:
-    """The picture in a part: OpenAI's, Anthropic's or Hugging Face's fields."""
+    """The picture in a part, from OpenAI's, Anthropic's or Hugging Face's fields."""
     for name in ("image_url", "image", "url", "path", "base64", "source", "data"):
         found = part.get(name)
         if isinstance(found, Mapping):

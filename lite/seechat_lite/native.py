@@ -1,12 +1,13 @@
-"""Native code and its ends: close() at any time, the interpreter's exit, a fork.
+"""Makes native code safe to end: by close() at any time, the interpreter's exit, or a fork.
 
-What native code works with may not be freed while it runs, and it may not run any more when the
-interpreter goes: either takes the process down. So whatever runs in native code is a `Native`: one
-call at a time holds its lock, and close() ends that call, waits for it and only then frees.
+Data that native code works with must not be freed while it runs, and native code must not run when
+the interpreter exits. Either would crash the process. So every object that runs native code is a
+`Native`: one call at a time holds its lock, and close() ends that call, waits for it, and only then
+frees.
 
-The lock may be taken again by the thread that holds it. So a signal handler or a finalizer, which
-Python runs between two steps of a call, can close what the call belongs to: no native code runs in
-that thread at that moment, and the call itself then ends with an EngineError.
+The thread that holds the lock may take it again. So a signal handler or a finalizer, which Python
+runs between two steps of a call, can close the object of that call. No native code runs in that
+thread at that moment, and the call itself then ends with an EngineError.
 """
 
 import atexit
@@ -27,42 +28,45 @@ Some = TypeVar("Some", bound="Native")
 
 
 class Native:
-    """Base of an object that works in native code. Its methods that do are `guarded`."""
+    """Base of an object that works in native code; methods that run such code are `guarded`."""
 
-    _fork: Literal["never", "idle", "any"] = "never"  # when a forked process may go on with it
+    _fork: Literal["never", "idle", "any"] = "never"  # when a forked process may go on using it
     _inherited = False  # from the process that forked this one
-    _lock: "threading.RLock"  # held by the call that runs
-    _ended: str  # why it can be used no more, else ""
+    _lock: "threading.RLock"  # held by the running call
+    _ended: str  # why it can no longer be used, else ""
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         self = super().__new__(cls)
         self._lock = threading.RLock()
         self._ended = ""
-        _living.add(self)  # first: _exit() looks at those that are there when it begins
+        _living.add(self)  # first: _exit() closes the objects that exist when it begins
         if _nobody_listens():
             raise SystemExit
         return self
 
     def close(self) -> None:
-        """End the running call, wait for it, and free everything; twice is harmless.
+        """End the running call, wait for it, and free everything. Closing twice is harmless.
 
-        From any thread and at any time.
+        May be called from any thread at any time.
         """
         self._ended = self._ended or "the model is closed: load it again"
         self.cancel()
         with self._lock:
-            if not self._inherited:  # whose threads, which freeing would wait for, are not here
+            if not self._inherited:  # freeing would wait for its threads, which are not here
                 self._release()
 
     def cancel(self) -> None:
-        """Make a running call end soon, if that can be. May be called from any thread."""
+        """Make a running call end soon, if it can. May be called from any thread."""
 
     def _release(self) -> None:
-        """Free what close() frees; no call runs. Attributes may lack where making it failed."""
+        """Free what close() frees; no call runs now.
+
+        If making the object failed, attributes may be missing.
+        """
         raise NotImplementedError
 
     def check_open(self) -> None:
-        """Raise EngineError if it can be used no more."""
+        """Raise EngineError if the object can no longer be used."""
         if not self._ended:
             return
         if _nobody_listens():
@@ -73,9 +77,11 @@ class Native:
 def guarded(
     method: Callable[Concatenate[Some, Arguments], Result],
 ) -> Callable[Concatenate[Some, Arguments], Result]:
-    """Let one call at a time into the native code of a Native, and none when it is closed.
+    """Let one call at a time into the native code of a Native, and none once it is closed.
 
-    A call that fails because it was closed meanwhile raises the EngineError that says so.
+    A call that fails because the object was closed meanwhile raises the EngineError that says so.
+
+    method: a method of a Native.
     """
 
     @functools.wraps(method)
@@ -92,21 +98,21 @@ def guarded(
 
 
 _living: weakref.WeakSet[Native] = weakref.WeakSet()
-_held: list[Native] = []  # idle, and kept so, while the process forks
+_held: list[Native] = []  # idle objects, kept idle while the process forks
 _exiting = False
 
 
 def _nobody_listens() -> bool:
-    """Whether the interpreter ends and does not wait for this thread."""
+    """Whether the interpreter is exiting and does not wait for this thread."""
     return _exiting and threading.current_thread().daemon
 
 
 def _exit() -> None:
-    """Close everything while threads that are not waited for may still run."""
+    """Close everything while threads that nobody waits for may still run."""
     global _exiting
     _exiting = True
     for native in list(_living):
-        with suppress(Exception):  # one whose making failed or is broken off
+        with suppress(Exception):  # an object that was never fully made
             native.close()
 
 
@@ -121,12 +127,12 @@ def _after_fork() -> None:
 
 
 def _in_child() -> None:
-    """Go on with what was idle. What was in a call is as that call left it, with nobody in it."""
+    """Go on with objects that were idle. One that was in a call stays as that call left it."""
     idle = set(map(id, _held))
     _after_fork()
     for native in list(_living):
         native._inherited = True
-        # nor may the end of the interpreter free it
+        # the interpreter's exit must not free it either
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(native))
         if id(native) in idle and native._fork != "never":
             continue

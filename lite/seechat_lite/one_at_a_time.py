@@ -1,4 +1,4 @@
-"""Threads wait in line for something that serves one at a time, and may leave the line."""
+"""Lets threads wait in line for something that serves one at a time, and leave the line."""
 
 import os
 import threading
@@ -10,21 +10,25 @@ from seechat_weights.errors import EngineError
 
 
 class OneAtATime:
-    """Like a lock, but a wait for it can be ended, a signal handler may wake those who wait, and
-    any thread may let go, as a finalizer does."""
+    """A lock whose waits can be ended.
+
+    A signal handler may wake those who wait, and any thread may release it, as a finalizer does.
+    """
 
     def __init__(self) -> None:
-        # whose lock its own thread may take again: finalizers and signal handlers come at any time
+        # its own thread may take this lock again: finalizers and signal handlers come at any time
         self._changed = threading.Condition(threading.RLock())
-        self._holder: weakref.ref[_Holder] | None = None  # goes with whoever holds it
+        self._holder: weakref.ref[_Holder] | None = None  # dies with its holder
         _all.add(self)
 
     @contextmanager
     def held(self, given_up: Callable[[], None]) -> Iterator[None]:
-        """Hold it, when all before have let go.
+        """Hold it, once all that came before have released it.
 
-        given_up: asked when it is free and after every wake(); ends the wait by raising something.
-        Raises EngineError where this thread holds it already, and would wait for itself.
+        given_up: asked when it is free and after every wake(); ends the wait by raising an
+            exception.
+
+        Raises EngineError if this thread already holds it: it would wait for itself.
         """
         me = _Holder(threading.get_ident())
         try:
@@ -50,12 +54,12 @@ class OneAtATime:
                     self._changed.notify_all()
 
     def wake(self) -> None:
-        """Have all who wait ask whether they still want to. May be called from anywhere."""
+        """Make all who wait ask whether to go on waiting. May be called from anywhere."""
         with self._changed:
             self._changed.notify_all()
 
     def renew(self) -> None:
-        """In a forked process: threads that held it, or waited, are not here."""
+        """Start afresh in a forked process: threads that held it, or waited, are not there."""
         self._changed = threading.Condition(threading.RLock())
         holder = self._holder and self._holder()
         if holder is None or holder.thread != threading.get_ident():

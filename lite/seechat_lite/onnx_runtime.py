@@ -1,7 +1,8 @@
-"""The only door to ONNX Runtime: whoever needs it takes `ort` from here (a test keeps that).
+"""The only import of ONNX Runtime: all other modules take `ort` from here (a test checks this).
 
 Its packages collect telemetry unless they are told not to before they are loaded. Importing
-seechat_lite, as whoever comes here has done, told them (see seechat_weights.telemetry).
+seechat_lite, which anybody who imports this module has done, told them (see
+seechat_weights.telemetry).
 """
 
 import logging
@@ -10,7 +11,7 @@ import onnxruntime as ort
 
 from seechat_weights import SILENT
 
-ort.disable_telemetry_events()  # on Windows; elsewhere all that can be done when we came too late
+ort.disable_telemetry_events()  # for Windows; elsewhere the only means left if we came too late
 if not SILENT:
     logging.getLogger(__name__).warning(
         "ONNX Runtime was loaded before seechat_lite, with its telemetry on: import seechat_lite "

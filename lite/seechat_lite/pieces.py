@@ -1,4 +1,4 @@
-"""A sentencepiece model, guarded: it works without Python's lock, as native code does."""
+"""Guards a sentencepiece model: it is native code that works without Python's lock."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,18 @@ from seechat_lite.native import Native, guarded
 
 
 class Pieces(Native):
-    """The part of SentencePieceProcessor that tokenizers use, under its names."""
+    """The part of SentencePieceProcessor that tokenizers use, under the same names."""
 
-    _fork = "any"  # it has no threads, and no call leaves anything behind
+    _fork = "any"  # it has no threads, and calls leave no state behind
 
     @guarded
     def __init__(self, data: bytes) -> None:
-        """data: a model's file. Raises RuntimeError, OSError or ValueError if it is none."""
+        """Load a model.
+
+        data: the bytes of a model's file.
+
+        Raises RuntimeError, OSError or ValueError if they are not a model.
+        """
         self._processor = SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(data)
 
@@ -51,4 +56,4 @@ class Pieces(Native):
         return self._processor.is_unknown(i)
 
     def _release(self) -> None:
-        """Nothing: closed at the interpreter's end alone."""
+        """Free nothing: only the interpreter's exit closes it."""

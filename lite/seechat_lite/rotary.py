@@ -1,4 +1,4 @@
-"""Rotary tables of ChatGLM-6B in numpy, shared by every engine and by the torch network."""
+"""Computes ChatGLM-6B's rotary tables in numpy, for every engine and for the torch network."""
 
 import numpy as np
 
@@ -8,9 +8,13 @@ def rotary_tables(head_size: int, length: int, *, rounded: bool = False) -> np.n
 
     Each half of a head (head_size / 2 numbers) is rotated in pairs (i, i + head_size / 4) by
     position * 10000**(-4i / head_size). The inverse frequencies are rounded to half precision, as
-    the published model's buffers are. rounded: round the angles and what comes of them as well, as
-    the published code does when it runs in half precision; far from the beginning of a context the
-    cosines are then others altogether, and real weights have been served with these.
+    the published model's buffers are.
+
+    head_size: numbers in a head, without padding.
+    length: number of positions.
+    rounded: also round the angles and their cosines and sines, as the published code does in half
+        precision. Far from the beginning of a context the cosines are then quite different; real
+        weights have been served with these.
     """
     half = head_size // 2
     frequency = 10000.0 ** (-np.arange(0, half, 2, dtype=np.float32) / np.float32(half))
@@ -25,11 +29,14 @@ def rotary_tables(head_size: int, length: int, *, rounded: bool = False) -> np.n
 def rotary_rows(
     tables: np.ndarray, positions: np.ndarray, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of tokens at `positions`, int64 [2, tokens]; each float32 [tokens, width].
+    """Cosines and sines of tokens, each float32 [tokens, width].
 
-    The first half of a row belongs to the position in the context, the second to the position in
-    the answer: the order of heads in a bundle (see seechat_weights.bundle.layout). `width` is half
-    the graph's head size; where it pads the quarters of a head, the rows are padded too.
+    The first half of a row belongs to the position in the context, the second half to the position
+    in the answer. This is the order of heads in a bundle (see seechat_weights.bundle.layout).
+
+    tables: from rotary_tables.
+    positions: int64 [2, tokens].
+    width: half the graph's head size; if it pads the quarters of a head, the rows are padded too.
     """
     padding = width // 2 - tables.shape[-1]
     rows = np.pad(tables[:, positions], ((0, 0), (0, 0), (0, 0), (0, padding)))

@@ -1,9 +1,9 @@
-"""Lines of text from other programs, in whatever bytes: nothing that comes ends the reading.
+"""Reads lines of text from other programs in whatever bytes; nothing that comes ends the reading.
 
-UTF-8 with or without a byte order mark, and UTF-16 as PowerShell and Notepad write it. A line that
-is neither is read in the system's own encoding where that is another one, such as a Chinese
-Windows' GBK; else it is an error of that line alone. It is not guessed: letters of Western code
-pages are valid GBK, and would become other words.
+UTF-8 may come with or without a byte order mark, and UTF-16 as PowerShell and Notepad write it. A
+line that is neither is read in the system's own encoding if that is another one, such as GBK on
+Chinese Windows. Otherwise the line is an error, and only this line. There is no guessing: letters
+of Western code pages are valid GBK and would become other words.
 """
 
 import codecs
@@ -22,7 +22,11 @@ class Bytes(Protocol):
 
 
 class LineError(SeechatError):
-    """A line that is no text, or too long. guess: as much of it as can be read, to find its id."""
+    """A line that is not text, or is too long.
+
+    message: what is wrong.
+    guess: as much of the line as can be read, to find its id.
+    """
 
     def __init__(self, message: str, guess: str = "") -> None:
         super().__init__(message)
@@ -30,9 +34,10 @@ class LineError(SeechatError):
 
 
 def text_lines(stream: Bytes, *, most: int) -> Iterator[str | LineError]:
-    """The lines of a stream as they come, without their ends; errors in the place of bad ones.
+    """Yield the lines of a stream as they come, without line ends; a bad line gives an error.
 
-    most: bytes that a line may have; what is longer is thrown away as it comes.
+    stream: the bytes.
+    most: bytes that a line may have; a longer one is dropped as it comes and gives an error.
     """
     for line in _split(_as_utf8(iter(lambda: stream.read1(_CHUNK), b"")), most):
         if line is None:
@@ -45,7 +50,7 @@ def text_lines(stream: Bytes, *, most: int) -> Iterator[str | LineError]:
 
 
 def _as_utf8(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The chunks; of UTF-16, which the first bytes give away, in UTF-8."""
+    """The chunks in UTF-8; the first bytes show whether they are UTF-16."""
     start = b""
     for chunk in chunks:
         start += chunk
@@ -68,7 +73,7 @@ def _as_utf8(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _split(chunks: Iterable[bytes], most: int) -> Iterator[bytes | None]:
-    """Lines; None in the place of one that is too long."""
+    """Yield lines; None for one that is too long."""
     line = bytearray()
     too_long = False
     for chunk in chunks:

@@ -1,34 +1,45 @@
-"""Streaming detokenization: token ids in, text out, as early as it is certain."""
+"""Detokenizes a stream: token ids in, text out as soon as it is certain."""
 
 from typing import Protocol
 
 
 class Detokenizer(Protocol):
-    """What a TextStream asks of a tokenizer."""
+    """The part of a tokenizer that a TextStream needs."""
 
     leading_spaces_dropped: int  # how many spaces the start of a decoded text swallows
 
     def surface(self, token_id: int) -> str | int | None:
-        """One token: its characters (U+2581 for a space), the value of a byte, or None."""
+        """One token: its characters (U+2581 for a space), the value of a byte, or None.
+
+        token_id: the token.
+        """
         ...
 
     def restore(self, text: str) -> str:
-        """Decoded text with the tokenizer's own names of white space replaced."""
+        """Replace the tokenizer's own names of white space in decoded text.
+
+        text: the decoded text.
+        """
         ...
 
     def unfinished(self, text: str) -> int:
-        """Index from which `text` may be the beginning of such a name, else its length."""
+        """Index from which `text` may be the beginning of such a name, else its length.
+
+        text: the decoded text so far.
+        """
         ...
 
 
 class TextStream:
-    """Token ids in, text out, as early as it is certain.
+    """Turns token ids into text, as soon as the text is certain.
 
-    Held back are incomplete UTF-8 characters, the beginning of what may become a newline, tab or
-    blank marker, and the beginning of what may become one of the `stop` markers. All pieces joined
-    equal `tokenizer.decode(all ids)` cut at the first stop marker; a token costs the same however
-    long the text has become. Ids beyond the tokenizer's vocabulary have no text and add none.
+    Held back are incomplete UTF-8 characters, the beginning of a possible newline, tab or blank
+    marker, and the beginning of a possible `stop` marker. All pieces joined equal
+    `tokenizer.decode(all ids)`, cut at the first stop marker. A token costs the same however long
+    the text is. Ids beyond the tokenizer's vocabulary have no text and add none.
 
+    tokenizer: decodes.
+    stop: markers that end the text.
     stopped: whether a stop marker was met; nothing more will come.
     """
 
@@ -42,7 +53,10 @@ class TextStream:
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Take the next token and return the text that has become certain, possibly none."""
+        """Take the next token; returns the text that has become certain, possibly "".
+
+        token_id: the token.
+        """
         surface = self._tokenizer.surface(token_id)
         if surface is None or self.stopped:
             return ""
@@ -60,21 +74,23 @@ class TextStream:
         return self._release(text + surface.replace("\u2581", " "))
 
     def finish(self) -> str:
-        """The end of the text: whatever is still held back, unless a stop marker was met."""
+        """The end of the text: everything still held back, unless a stop marker was met."""
         if self.stopped:
             return ""
         return self._release(self._characters(final=True), final=True)
 
     def _characters(self, *, final: bool) -> str:
-        """Take the complete characters out of the pending bytes; a byte of no character is
-        U+FFFD."""
+        """Take the complete characters out of the pending bytes.
+
+        A byte that belongs to no character becomes U+FFFD.
+        """
         data, text = self._bytes, ""
         while data:
             n = _utf8_length(data[0])
             try:
                 text += data[:n].decode()
             except UnicodeDecodeError as e:
-                # "unexpected end": so far it is a valid beginning, and more bytes may complete it
+                # "unexpected end": the beginning is valid, and more bytes may complete it
                 if not final and e.reason == "unexpected end of data":
                     break
                 text, n = text + "\ufffd", 1

@@ -1,9 +1,9 @@
-"""The ICE tokenizer of ChatGLM-6B over sentencepiece.
+"""The ICE tokenizer of ChatGLM-6B, on top of sentencepiece.
 
-Around sentencepiece the published tokenizer does four things of its own: newlines, tabs and runs of
-spaces travel as the pieces `<n>`, `<|tab|>` and `<|blank_k|>`; text is split at the literal names
-of five special tokens; `<pad>` is dropped before decoding; and in the old vocabulary of 150528 ids
-all text ids are shifted by the 20000 image tokens in front of them.
+The published tokenizer adds four things to sentencepiece. Newlines, tabs and runs of spaces travel
+as the pieces `<n>`, `<|tab|>` and `<|blank_k|>`. Text is split at the literal names of five special
+tokens. `<pad>` is dropped before decoding. In the old vocabulary of 150528 ids, all text ids are
+shifted by the 20000 image tokens in front of them.
 """
 
 import re
@@ -24,17 +24,17 @@ _WHITESPACE_NAME = re.compile(r"<(?:n|\|tab\||\|blank_(?:[2-9]|[1-7][0-9]|80)\|)
 _SPACES = re.compile(r" {2,80}")
 _SPECIAL = re.compile(
     r"(<sop>|<eop>|<unk>|<pad>|\[MASK\])"
-)  # [gMASK] is not among them: published so
+)  # [gMASK] is not among them, as published
 
 
 class Tokenizer:
-    """Text to token ids and back, as the published ChatGLMTokenizer does it.
+    """Turns text into token ids and back, as the published ChatGLMTokenizer does.
 
-    path: a sentencepiece model of the `ice_text.model` layout; whether its special tokens are
-    control or user-defined pieces and how it treats whitespace is read from the file.
+    path: a sentencepiece model of the `ice_text.model` layout. The file tells whether its special
+        tokens are control or user-defined pieces, and how it treats white space.
     num_image_tokens: what every text id is shifted by (20000 in the old vocabulary of 150528 ids).
 
-    Raises BundleError if the file is missing, a Git LFS pointer, no sentencepiece model or one
+    Raises BundleError if the file is missing, a Git LFS pointer, not a sentencepiece model, or one
     without the special tokens.
     """
 
@@ -60,12 +60,13 @@ class Tokenizer:
         self.leading_spaces_dropped = _leading_spaces_dropped(self._sp)
 
     def encode(self, text: str, *, specials: bool = True) -> list[int]:
-        """Token ids of `text`, none added: the published encode(text, add_special_tokens=False).
+        """The token ids of a text; none are added, as in encode(text, add_special_tokens=False).
 
-        As published, the literal names <sop>, <eop>, <unk>, <pad> and [MASK] in the text become
-        those very tokens, white space beside them is stripped and each part between them gets a
-        dummy prefix of its own. With specials=False the names are spelled out like any other text,
-        so that nobody's words can end or begin an answer.
+        text: the text.
+        specials: as published, the literal names <sop>, <eop>, <unk>, <pad> and [MASK] become those
+            tokens; white space beside them is stripped, and each part between them gets its own
+            dummy prefix. With False the names are spelled out like any other text, so that nobody's
+            words can end or begin an answer.
         """
         if not specials:
             ids = self._encode_part(text)
@@ -84,9 +85,13 @@ class Tokenizer:
         return ids
 
     def check(self, lm: LMConfig) -> None:
-        """Raise BundleError if this is not the tokenizer of a model of that shape.
+        """Check that this tokenizer belongs to a model of this shape.
 
-        <pad> is not compared: it is in no prompt, and published configurations differ on it.
+        <pad> is not compared: no prompt has it, and published configurations differ on it.
+
+        lm: the model's shape.
+
+        Raises BundleError if it does not.
         """
         for name in ("mask_id", "gmask_id", "bos_id", "eos_id"):
             found, expected = getattr(self, name), getattr(lm, name)
@@ -102,11 +107,14 @@ class Tokenizer:
             )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`: sentencepiece, then newlines, tabs and blanks back; spaces are not cleaned
-        up.
+        """The text of token ids: sentencepiece's, with newlines, tabs and blanks put back.
 
-        <pad> and image tokens are left out; each byte of an incomplete UTF-8 sequence becomes
-        U+FFFD. Raises IndexError for ids beyond the tokenizer's vocabulary, as published.
+        Spaces are not cleaned up. <pad> and image tokens are left out. Each byte of an incomplete
+        UTF-8 sequence becomes U+FFFD.
+
+        ids: token ids.
+
+        Raises IndexError for ids beyond the tokenizer's vocabulary, as published.
         """
         text_ids = []
         for i in ids:
@@ -120,10 +128,12 @@ class Tokenizer:
         return self.restore(self._sp.decode(text_ids))
 
     def surface(self, token_id: int) -> str | int | None:
-        """What one token contributes inside a text: its characters, or a byte's value 0..255.
+        """What one token adds inside a text: its characters, or the value of a byte, 0..255.
 
-        U+2581 stands for a space, because a leading one may be dropped. None: nothing at all, the
-        token is skipped before decoding (<pad>, image tokens, ids beyond the vocabulary).
+        U+2581 stands for a space, because a leading space may be dropped. None: the token is
+        skipped before decoding (<pad>, image tokens, ids beyond the vocabulary).
+
+        token_id: the token.
         """
         if token_id == self.pad_id or not self._shift <= token_id < self.vocab_size:
             return None
@@ -136,14 +146,20 @@ class Tokenizer:
         return self._sp.decode([i]) if self._sp.is_unknown(i) else piece
 
     def restore(self, text: str) -> str:
-        """Replace the names of newlines, tabs and blanks in a decoded text by what they mean."""
+        """Replace the names of newlines, tabs and blanks in decoded text by what they mean.
+
+        text: the decoded text.
+        """
         if "<" not in text:
             return text
         return _WHITESPACE_NAME.sub(lambda name: _WHITESPACE[name[0]], text)
 
     def unfinished(self, text: str) -> int:
-        """Where the last name of white space begins that `text` may not yet hold whole."""
-        cut = text.rfind("<")  # the only place where a name can begin and not yet end
+        """Index at which the last name of white space begins that `text` may not yet hold whole.
+
+        text: the decoded text so far.
+        """
+        cut = text.rfind("<")  # an unfinished name can only begin here
         return cut if cut >= 0 and text[cut:] in _WHITESPACE_PREFIXES else len(text)
 
     def _encode_part(self, text: str) -> list[int]:
@@ -154,7 +170,7 @@ class Tokenizer:
         return [i + self._shift for i in ids] if self._shift else ids
 
     def _spell_out(self, ids: list[int]) -> list[int]:
-        """Replace structural tokens by the pieces (or bytes) of their names' characters."""
+        """Replace structural tokens by the pieces (or bytes) of the characters of their names."""
         spelled: list[int] = []
         for i in ids:
             if i not in self._structural:
@@ -203,8 +219,8 @@ def _load(path: Path) -> Pieces:
 def _leading_spaces_dropped(sp: Pieces) -> int:
     """How many spaces the start of a decoded text swallows: all, one or none, by the model's flags.
 
-    sentencepiece drops the dummy prefix, and all leading spaces where the model removes extra
-    whitespace. Asked by example, because the flags themselves are not part of its interface.
+    sentencepiece drops the dummy prefix, and all leading spaces if the model removes extra white
+    space. This is found by an example, because the flags are not part of its interface.
     """
     space, comma = sp.piece_to_id("\u2581"), sp.piece_to_id(",")
     kept = len(sp.decode([space, space, comma])) - len(sp.decode([comma]))

@@ -1,6 +1,6 @@
-"""Engines execute a bundle: one class each, chosen by name.
+"""Chooses an engine by name. Engines execute a bundle; each is one class.
 
-A new engine is a class with the methods of base.Engine, a row in ENGINES and its name in the
+A new engine needs a class with the methods of base.Engine, a row in ENGINES and its name in the
 contract test. Its module is imported only when it is asked for.
 """
 
@@ -19,7 +19,9 @@ DEFAULT = "onnx"
 
 
 def engine_class(name: str) -> type[Engine]:
-    """The class of the engine called `name`; "auto" takes the default.
+    """The class of an engine.
+
+    name: a name of ENGINES; "auto" takes the default.
 
     Raises EngineError for an unknown engine, or one whose libraries are not installed.
     """
@@ -37,17 +39,26 @@ def engine_class(name: str) -> type[Engine]:
 
 
 def not_for(name: str, given: Iterable[str]) -> list[str]:
-    """Which of these names of base.OPTIONAL the engine called `name` cannot do."""
-    given = list(given)  # mostly none: then nothing is imported
+    """The given options that an engine does not have.
+
+    name: the engine.
+    given: names of base.OPTIONAL.
+    """
+    given = list(given)  # usually none; then nothing is imported
     return [option for option in given if option not in engine_class(name).own_options]
 
 
 def create(
     name: str, source: Source, *, context: int, options: EngineOptions | None = None
 ) -> Engine:
-    """Load what `source` is with the engine called `name`, if there is room for it.
+    """Load a model with an engine, if there is room for it.
 
-    Raises EngineError for an unknown engine or device, or when the graphs cannot be loaded, and
+    name: the engine.
+    source: the model.
+    context: tokens that the cache has room for.
+    options: where and how to run.
+
+    Raises EngineError for an unknown engine or device, or if the graphs cannot be loaded, and
     MemoryPlanError.
     """
     engine, options = engine_class(name), options or EngineOptions()

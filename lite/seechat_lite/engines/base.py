@@ -29,7 +29,7 @@ class EngineOptions:
     dtype: str | None = None  # "fp16", "fp32" or torch's "bf16"; None for what suits the device
     max_memory: int | None = None  # bytes that the model may take; on a GPU, of the GPU's memory
     # for engines that have them in their `own_options`
-    quantize: str | None = None  # a name of nn.linears.QUANTIZATIONS
+    quantize: str | None = None  # a name of engines.torch.linears.QUANTIZATIONS
     rounded_rotary: bool = False  # angles as the published code rounds them in half precision
 
 

@@ -1,4 +1,4 @@
-"""The networks in torch: what export is checked against and what the torch engine runs.
+"""The networks in torch: an export is checked against them, and the torch engine runs them.
 
 Nothing in the runtime imports this package unless torch is asked for.
 """

@@ -1,5 +1,7 @@
-"""What the transformers library's vision networks are given: sizes, and an attention that is
-exported as one operator."""
+"""Gives the transformers library's vision networks their sizes and an exportable attention.
+
+The attention becomes one operator in an export.
+"""
 
 from typing import Any
 
@@ -11,7 +13,11 @@ from seechat_weights.config import VisionNetwork
 
 
 def vit_settings(sizes: VisionNetwork, image_size: int) -> dict[str, Any]:
-    """A ViT's sizes as transformers' vision configurations name them; image_size: pixels a side."""
+    """The sizes of a ViT, under the names of transformers' vision configurations.
+
+    sizes: the network's sizes.
+    image_size: pixels a side.
+    """
     return {
         "hidden_size": sizes.width,
         "intermediate_size": sizes.inner_size,
@@ -44,8 +50,8 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Full attention: [n, heads, tokens, size] each, to [n, tokens, heads, size].
 
-    The exported graph holds ONNX Runtime's MultiHeadAttention instead, which takes the heads side
-    by side: its products need no transposed copies.
+    The exported graph holds ONNX Runtime's MultiHeadAttention instead. It takes the heads side by
+    side, so its products need no transposed copies.
     """
     if not torch.onnx.is_in_onnx_export():
         attended = F.scaled_dot_product_attention(query, key, value, scale=scaling)

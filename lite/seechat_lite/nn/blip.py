@@ -1,7 +1,8 @@
 """BLIP-2's vision half in torch, as SEEChat and VisualGLM-6B use it: EVA ViT-g and Q-Former.
 
-Both are the transformers library's networks. What they lack: SEEChat's ViT has no final norm of its
-own but ln_vision, with another epsilon, and the query tokens and the projector to the LM.
+Both are networks of the transformers library. This module adds what they lack. SEEChat's ViT has no
+final norm of its own but ln_vision, with another epsilon; and there are the query tokens and the
+projector to the LM.
 """
 
 import torch
@@ -27,7 +28,7 @@ class EvaTower(nn.Module):
 
 
 class QFormerBridge(nn.Module):
-    """Q-Former and projector: what the tower sees [n, tokens, width] to [n, queries, hidden]."""
+    """Q-Former and projector: the tower's output [n, tokens, width] to [n, queries, hidden]."""
 
     def __init__(self, sizes: VisionNetwork, queries: int, outputs: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Weights in blocks of 8 or 4 bits, as a bundle stores them.
+"""Quantizes weights to blocks of 8 or 4 bits, as a bundle stores them, and back.
 
-The layout is that of ONNX Runtime's MatMulNBits: every run of `block_size` inputs of an output row
-shares one scale; a weight is scale * (code - 2**(bits-1)); two 4-bit codes share a byte, the
-earlier one in the low nibble; inputs are padded with zeros to whole blocks.
+The layout is that of ONNX Runtime's MatMulNBits. Every run of `block_size` inputs of an output row
+shares one scale. A weight is scale * (code - 2**(bits-1)). Two 4-bit codes share a byte; the
+earlier one is in the low nibble. Zeros pad the inputs to whole blocks.
 """
 
 from collections import deque
@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # weights quantized at a time: on the CPU their copies stay in a core's second-level cache; on a GPU
-# they are as many as keep it busy, and take 0.1 GB
+# they are enough to keep it busy, and take 0.1 GB
 CHUNK, DEVICE_CHUNK = 1 << 17, 1 << 22
 
 # Scales tried for each block, as fractions of the one that maps the largest weight to the end of
-# the range that has one more step. Less clips the largest weights and gives all others finer steps;
-# more can meet the other weights better; below zero, the largest weight goes to the other end.
+# the range with one more step. A smaller one clips the largest weights and gives all others finer
+# steps; a larger one can fit them better; a negative one puts the largest at the other end.
 FRACTIONS = {
     8: (1.003, 1.0015, 1.0, 0.997, 0.993),
     4: tuple(1.07 - 0.035 * i for i in range(11)) + tuple(-1.14 + 0.06 * i for i in range(6)),
@@ -28,13 +28,20 @@ FRACTIONS = {
 def quantize_blocks(
     weight: Tensor, *, bits: int, block_size: int, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Symmetric weight-only quantization of [outputs, inputs].
+    """Quantize a weight symmetrically, in blocks.
+
+    Each block takes the scale of least squared error that FRACTIONS lead to. A few rows are done at
+    a time, so that the full model's weights need no float32 copy. On the CPU each core works on
+    rows of its own: threads that meet after every small operation lose most of their time on a busy
+    machine.
+
+    weight: [outputs, inputs].
+    bits: 8 or 4.
+    block_size: inputs that share a scale.
+    device: where the result goes; None for the weight's device.
 
     Returns the packed values, uint8 [outputs, blocks, block_size * bits / 8], and the scales,
-    float32 [outputs, blocks], on `device`, by default the weight's. Each block takes the scale of
-    least squared error that FRACTIONS lead to. A few rows at a time, so that the full model's
-    weights need no float32 copy; on the CPU each core works on rows of its own, because threads
-    that meet after every small operation lose most of their time on a busy machine.
+    float32 [outputs, blocks].
     """
     device = device or weight.device
     outputs, inputs = weight.shape
@@ -81,7 +88,13 @@ def _quantize_chunk(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_blocks(codes: Tensor, scales: Tensor, *, bits: int, inputs: int) -> Tensor:
-    """The weight [outputs, inputs], float32, that quantize_blocks stored: its inverse."""
+    """The weight, float32 [outputs, inputs], from what quantize_blocks returned: its inverse.
+
+    codes: uint8 [outputs, blocks, block_size * bits / 8].
+    scales: float32 [outputs, blocks].
+    bits: 8 or 4.
+    inputs: width of the weight, without padding.
+    """
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
     values = codes.float().sub_(2 ** (bits - 1)).mul_(scales[..., None])

@@ -1,7 +1,7 @@
-"""Bridges in torch: from a vision tower's patch tokens to the LM's embeddings.
+"""Bridges in torch, from a vision tower's patch tokens to the LM's embeddings.
 
-A new bridge is a class and a row here, its tensors in seechat_weights/vision/network.py, and a test
-row.
+A new bridge needs a class and a row here, its tensors in seechat_weights/vision/network.py, and a
+test row.
 """
 
 from collections.abc import Callable

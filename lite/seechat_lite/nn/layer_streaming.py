@@ -1,4 +1,4 @@
-"""Networks whose weights stay in the checkpoint: read for each call, one layer at a time."""
+"""Runs networks whose weights stay in the checkpoint; every call reads them layer by layer."""
 
 import copy
 from collections.abc import Callable
@@ -13,9 +13,14 @@ Read = Callable[[str], np.ndarray]  # a parameter's name -> its value, in any fl
 class Streamed(nn.Module):
     """Runs a network that was built on the meta device, in the memory of its largest layer.
 
-    Each module's own parameters are brought to `device` as `dtype` when it is called and let go
-    when it is done. `network` itself stays without weights: it tells the parameters' names and
-    shapes, and can be traced.
+    When a module is called, its own parameters are brought to `device` as `dtype`; when it is done,
+    they are freed. `network` itself stays without weights: it tells the names and shapes of the
+    parameters, and can be traced.
+
+    network: built on the meta device.
+    read: returns a parameter by its name.
+    device: where the network runs; None for the CPU.
+    dtype: what it computes in.
     """
 
     def __init__(
@@ -26,9 +31,9 @@ class Streamed(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """device: None for the CPU."""
+        """Prepare `network` to be run or traced; no weights are read."""
         super().__init__()
-        # of the type even without weights: networks ask for it
+        # this type even without weights: networks ask for it
         self.network = network.to(dtype).eval().requires_grad_(False)
         self.read = read
         self.device = device or torch.device("cpu")
@@ -53,7 +58,7 @@ class Streamed(nn.Module):
                 hook.remove()
 
     def loaded(self) -> nn.Module:
-        """A copy of the network that holds all of its weights."""
+        """Return a copy of the network that holds all of its weights."""
         network = copy.deepcopy(self.network)
         state = {name: self.parameter(name) for name, _ in network.named_parameters()}
         network.load_state_dict(state, assign=True, strict=False)  # buffers are there already
@@ -61,8 +66,8 @@ class Streamed(nn.Module):
 
     def parameter(self, name: str) -> nn.Parameter:
         value = self.read(name)
-        # writeable arrays are private views of a mapped file; to the device as they are stored,
-        # and only there to the type and order that are needed
+        # writeable arrays are private views of a mapped file; moved to the device as stored,
+        # converted and reordered only there
         tensor = torch.from_numpy(value if value.flags.writeable else value.copy())
         tensor = tensor.to(self.device).to(self.dtype).contiguous()
         return nn.Parameter(tensor, requires_grad=False)

@@ -1,7 +1,8 @@
-"""The vision networks in torch: pixels in, embeddings for the LM out.
+"""The vision networks in torch, from pixels to embeddings for the LM.
 
-CLIP's vision transformer is that of the transformers library, one layer short: the bridges were
-trained on what enters the last layer (LLaVA's hidden_states[-2]), without the final layer norm.
+CLIP's vision transformer is that of the transformers library without its last layer: the bridges
+were trained on the input of the last layer (LLaVA's hidden_states[-2]), without the final layer
+norm.
 """
 
 import torch
@@ -29,7 +30,7 @@ class ClipTower(nn.Module):
         clip = getattr(model, "vision_model", model)
         # only the pooled class token goes through the final layer norm, and it is not used
         clip.register_module("post_layernorm", nn.Identity())
-        # the one buffer whose content counts: real even where the network is built without weights
+        # the content of this one buffer matters: it is real even in a network built without weights
         positions = torch.arange((image_size // sizes.patch_size) ** 2 + 1, device="cpu")
         clip.embeddings.register_buffer("position_ids", positions[None], persistent=False)
         self.clip = clip
@@ -51,7 +52,13 @@ class Vision(nn.Module):
 
 
 def vision_network(config: VisionConfig, outputs: int) -> Vision:
-    """The network that `config` describes, without weights. Raises EngineError."""
+    """Build a vision network without weights.
+
+    config: describes the network.
+    outputs: the language model's hidden size.
+
+    Raises EngineError.
+    """
     sizes, side = config.network, config.pixels.image_size
     with torch.device("meta"):
         if sizes and (config.tower, config.bridge) == ("eva", "qformer"):
@@ -67,7 +74,14 @@ def vision_network(config: VisionConfig, outputs: int) -> Vision:
 def streamed(
     weights: VisionWeights, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Streamed:
-    """The network of `weights`, which reads them. Raises EngineError, CheckpointError."""
+    """Build a vision network that reads its weights when it runs.
+
+    weights: its description and weights.
+    device: where it runs; None for the CPU.
+    dtype: what it computes in.
+
+    Raises EngineError, CheckpointError.
+    """
     network = vision_network(weights.config, weights.outputs)
     found = {name: tuple(p.shape) for name, p in network.named_parameters()}
     if found != weights.sizes:

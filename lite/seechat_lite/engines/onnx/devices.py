@@ -1,4 +1,4 @@
-"""ONNX Runtime's devices, the sessions made on them, and steps recorded on a GPU."""
+"""Finds ONNX Runtime's devices, opens sessions on them, and records steps on a GPU."""
 
 import contextlib
 import re
@@ -13,7 +13,7 @@ from seechat_lite.engines.onnx.memory import CARDS
 from seechat_lite.onnx_runtime import ort
 from seechat_weights.errors import BundleError, EngineError
 
-# names people use for ONNX Runtime's execution providers; any provider's full name works as well
+# short names of ONNX Runtime's execution providers; a provider's full name works too
 DEVICES = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -21,24 +21,24 @@ DEVICES = {
     "coreml": "CoreMLExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
 }
-# flash, memory-efficient or plain attention (1 + 2 + 16). By default cuDNN's on GPUs from Hopper
-# on, which makes a plan for every length of prompt
+# flash, memory-efficient or plain attention (1 + 2 + 16). The default from Hopper on is cuDNN's,
+# which makes a plan for every length of prompt
 ATTENTION = 19
 NO_MEMORY = re.compile(r"Failed to allocate memory.*|Available memory of .*|.*out of memory.*")
-PROOFS = 2  # steps that are made both ways: the one that is recorded, and another
-SAME = 0.05  # of the logits' standard deviation: what they may differ by
+PROOFS = 2  # steps that run both ways: the recorded one, and one more
+SAME = 0.05  # of the logits' standard deviation: the largest allowed difference
 
 
 @dataclass(frozen=True)
 class Device:
-    """An execution provider, and which of its devices."""
+    """An execution provider and the number of its device."""
 
     provider: str
     number: int = 0
 
     @property
     def kind(self) -> str:
-        """Whose memory its tensors lie in, as OrtValue calls it."""
+        """The memory that its tensors lie in, under OrtValue's name."""
         return next((name for name in CARDS if DEVICES[name] == self.provider), "cpu")
 
     @property
@@ -46,14 +46,19 @@ class Device:
         return self.kind in CARDS
 
     def tensor(self, array: np.ndarray) -> ort.OrtValue:
-        """An array there: on a GPU a copy, else the array itself."""
+        """An array on the device: a copy on a GPU, else the array itself.
+
+        array: the array.
+        """
         return ort.OrtValue.ortvalue_from_numpy(array, self.kind, self.number)
 
 
 def find_device(name: str) -> Device:
-    """A device by a name of DEVICES or its provider's, such as "cuda:1"; "auto" is the CPU.
+    """Find a device.
 
-    Raises EngineError where this ONNX Runtime has none such.
+    name: a name of DEVICES or of a provider, such as "cuda:1"; "auto" is the CPU.
+
+    Raises EngineError if this ONNX Runtime does not have it.
     """
     available = ort.get_available_providers()
     kind, colon, number = ("cpu" if name == "auto" else name).partition(":")
@@ -81,19 +86,24 @@ def open_session(
     record: bool = False,
     limit: int | None = None,
 ) -> ort.InferenceSession:
-    """Load a graph; `expected` are inputs and outputs that it must have, None for any size.
+    """Load a graph.
 
-    as_written: not optimized; float16 weights stay in their mapped file until they are used.
-    The rest is for CUDA. exact: float32 is multiplied as such. record: runs may be recorded (see
-    Recorded). limit: bytes for weights and activations.
+    path: the graph's file.
+    device: where it runs.
+    expected: the inputs and outputs that it must have, with their sizes; None for any size.
+    threads: threads on the CPU; 0 for one a core.
+    as_written: do not optimize; float16 weights stay in their mapped file until they are used.
+    exact: for CUDA: multiply float32 as float32.
+    record: for CUDA: runs may be recorded (see Recorded).
+    limit: for CUDA: bytes for weights and activations.
 
     Raises EngineError, or BundleError for another graph.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors are raised; warnings about node placement help nobody
     options.intra_op_num_threads = threads
-    # neither saves time: a plan of memory is kept for every length of prompt, and buffers that the
-    # next layer can use again are held for the whole run, though the arena would lend them as well
+    # neither saves time: a memory plan is kept for every length of prompt; it holds buffers that
+    # the next layer could use again for the whole run, though the arena would lend them as well
     options.enable_mem_pattern = False
     options.enable_mem_reuse = False
     if as_written:
@@ -102,18 +112,20 @@ def open_session(
     if device.kind == "cuda":
         chosen |= {
             "arena_extend_strategy": "kSameAsRequested",  # not to the next power of two
-            "cudnn_conv_algo_search": "HEURISTIC",  # trying all pays for more than one convolution
+            "cudnn_conv_algo_search": "HEURISTIC",  # trying all costs too much for one convolution
             "use_tf32": str(int(not exact)),
             "sdpa_kernel": str(ATTENTION),
             "enable_cuda_graph": str(int(record)),
         }
         if limit is not None:
             chosen["gpu_mem_limit"] = str(max(limit, 1))
-        with contextlib.redirect_stdout(sys.stderr):  # where it prints what it cannot find
+        with contextlib.redirect_stdout(sys.stderr):  # it prints which libraries it cannot find
             ort.preload_dlls()  # NVIDIA's libraries, from their Python packages
     providers = [(device.provider, chosen)]
     if device.provider != DEVICES["cpu"]:
-        providers.append((DEVICES["cpu"], {}))  # takes what the device has no kernel for
+        providers.append(
+            (DEVICES["cpu"], {})
+        )  # runs the operators that the device has no kernel for
     try:
         session = ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as e:  # ONNX Runtime raises its own unrelated exception types
@@ -123,7 +135,9 @@ def open_session(
             f"{path}: ONNX Runtime {ort.__version__} cannot load it ({said}): {where}"
             "check the bundle with `seechat info`, or export it again"
         ) from e
-    if device.provider not in session.get_providers():  # it goes on without, and only logs why
+    if (
+        device.provider not in session.get_providers()
+    ):  # it goes on without the device and only logs why
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot start {device.provider}: a library or driver, "
             "named above, is missing or another version; expected NVIDIA's driver and what "
@@ -145,17 +159,21 @@ def open_session(
 
 
 def out_of_memory(error: BaseException) -> str:
-    """What ONNX Runtime says of memory that it did not get; "" where something else is wrong."""
+    """What ONNX Runtime says of memory that it did not get; "" for any other error.
+
+    error: the error.
+    """
     found = NO_MEMORY.search(str(error.__cause__ or error))
     return found[0] if found else ""
 
 
 class Recorded:
-    """A decoder's step of one token as a CUDA graph, which finds everything where it lay before.
+    """A decoder's step of one token as a CUDA graph; it needs everything at fixed addresses.
 
-    ONNX Runtime records a session whose nodes are all on the GPU, and none of them control flow,
-    where inputs and outputs are bound there too. On the host stays the total length, which chooses
-    kernels: here it is the cache's. How far to read they learn on the GPU.
+    ONNX Runtime records a session if all of its nodes are on the GPU, none of them is control flow,
+    and inputs and outputs are bound on the GPU too. Only the total length stays on the host, where
+    it chooses kernels; here it is the cache's capacity. The kernels read the true length on the
+    GPU.
     """
 
     def __init__(
@@ -168,7 +186,13 @@ class Recorded:
         capacity: int,
         vocab_size: int,
     ) -> None:
-        """binding: to a cache for `capacity` tokens, which stays where it is. feeds: of a step."""
+        """Prepare to record.
+
+        binding: to a cache, which stays where it is.
+        feeds: those of a step.
+        capacity: tokens that the cache has room for.
+        vocab_size: width of the logits.
+        """
         self._session, self._binding = session, binding
         self._inputs = {n: device.tensor(a) for n, a in feeds.items() if n != "total_length"}
         for name, value in self._inputs.items():
@@ -185,13 +209,20 @@ class Recorded:
         return self._proofs >= PROOFS
 
     def agrees(self, feeds: Mapping[str, np.ndarray], logits: np.ndarray) -> bool:
-        """Whether a step gives `logits`, but for rounding."""
+        """Whether a step gives the same logits, except for rounding.
+
+        feeds: those of the step.
+        logits: float32 [1, vocab].
+        """
         self._proofs += 1
         difference = np.abs(self.run(feeds) - logits).max()
-        return bool(difference <= SAME * logits.std())  # which NaN is not
+        return bool(difference <= SAME * logits.std())  # False for NaN
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Logits, float32 [1, vocab]."""
+        """Run a step; returns its logits, float32 [1, vocab].
+
+        feeds: those of the step.
+        """
         for name, value in self._inputs.items():
             value.update_inplace(feeds[name])
         self._session.run_with_iobinding(self._binding, self._options)

@@ -1,13 +1,13 @@
 """The default engine: ONNX Runtime executes the vision graph and the decoder graph of a bundle.
 
-The key/value cache is one buffer per layer and part, of the context's length, bound as the
-decoder's past and present alike, so that no step copies it; it lives as long as one answer, and on
-a GPU, where it stays between the steps, as long as the engine. The context of a prompt is one
-bidirectional call, everything from <sop> on is causal (see seechat_export.chatglm_graph). The
-embedding table is never loaded: the few rows a prompt needs are read from its file.
+The key/value cache is one buffer per layer and part, as long as the context. The decoder's past and
+present are both bound to it, so that no step copies it. It lives as long as one answer. On a GPU it
+stays there between the steps and lives as long as the engine. The context of a prompt is one
+bidirectional call; everything from <sop> on is causal (see seechat_export.chatglm_graph). The
+embedding table is never loaded: the few rows that a prompt needs are read from its file.
 
-On a GPU the bundle's second graph runs, in float16, where it has one; with CUDA a step of one token
-is recorded.
+On a GPU the bundle's second graph runs, in float16, if the bundle has one. With CUDA a step of one
+token is recorded.
 """
 
 import logging
@@ -50,12 +50,12 @@ log = logging.getLogger(__name__)
 
 
 class OnnxEngine(Native):
-    """See engines.base.Engine; devices as onnx_devices.find_device takes them."""
+    """See engines.base.Engine; devices are those of engines.onnx.devices.find_device."""
 
     reads_checkpoints = False
     own_options = frozenset[str]()
     _cancelled = False
-    _options: ort.RunOptions | None = None  # of the running call, and of the next ones
+    _options: ort.RunOptions | None = None  # of the running call and the next calls
 
     @guarded
     def __init__(
@@ -69,7 +69,7 @@ class OnnxEngine(Native):
         options = replace(options, keep_vision=plan.keep_vision)
         self._vision = OnnxVision(source, options)
         half = plan.gpu == 2 or options.dtype == "fp16"
-        self._dtype = np.dtype("f2" if half else "f4")  # of what the decoder is given
+        self._dtype = np.dtype("f2" if half else "f4")  # of the decoder's inputs
         self._records = half and self._device.kind == "cuda"
         with self._memory_planned():
             self._decoder: ort.InferenceSession | None = self._open_decoder(options, half=half)
@@ -120,7 +120,7 @@ class OnnxEngine(Native):
     def _open_decoder(self, options: EngineOptions, *, half: bool) -> ort.InferenceSession:
         lm, decoder = self._manifest.lm, self._manifest.decoder
         exact = PRECISIONS[decoder.precision].exact
-        if self._plan.gpu and exact:  # GroupQueryAttention is for half precision there
+        if self._plan.gpu and exact:  # there GroupQueryAttention needs half precision
             log.warning(
                 "%s: a GPU leaves attention in float32 to the CPU, which is slow: "
                 "export at another precision, or use the torch engine",
@@ -143,7 +143,7 @@ class OnnxEngine(Native):
         )
 
     def _read_arrays(self) -> None:
-        """What the graph does not hold: embeddings, angles and a prefix."""
+        """Read what the graph does not hold: embeddings, angles and a prefix."""
         arrays = BundleArrays(self._folder, self._manifest)
         self._arrays: BundleArrays | None = arrays
         self._rotary = rotary_tables(self._manifest.lm.head_size, self.context + 1)
@@ -151,19 +151,19 @@ class OnnxEngine(Native):
         self._prefix = np.empty((0,)) if prefix is None else np.moveaxis(prefix, 3, 0)
 
     def _begin_empty(self) -> None:
-        """No cache yet: how it will look, and what counts its tokens."""
+        """Prepare names, shapes and counters of a cache that does not exist yet."""
         decoder = self._manifest.decoder
         precision = stored_precision(decoder.precision, head_bits=decoder.head_bits)
         cache = next(i for i in self._opened().get_inputs() if i.name == "past_key_0")
         self._head = cache.shape[3]
         self._cache_dtype = np.dtype({"tensor(float)": "f4", "tensor(float16)": "f2"}[cache.type])
-        self._cache: dict[str, ort.OrtValue] = {}  # by the graph's names of the past
-        self._on_gpu: dict[str, ort.OrtValue] = {}  # the same, which there outlives an answer
+        self._cache: dict[str, ort.OrtValue] = {}  # by the names of the graph's past inputs
+        self._on_gpu: dict[str, ort.OrtValue] = {}  # the same on a GPU, where it outlives an answer
         self._recorded: Recorded | None = None
         self._binding: ort.IOBinding | None = self._opened().io_binding()
         self._length = 0  # tokens in the cache, those of a prefix included
         self._next_position = np.zeros((2, 1), np.int64)  # of the token that the next step appends
-        # for more, the GPU would make floats of all weights of 8 bits: 1.1 GB for the head
+        # with more, the GPU would make floats of all 8-bit weights: 1.1 GB for the head
         self._at_once = 4 if self._device.on_gpu and precision.in_bytes else self.context
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
@@ -184,7 +184,7 @@ class OnnxEngine(Native):
             logits = self._run(embeds[split:], positions[:, split:])[0]
         self._next_position = positions[:, -1:].copy()
         self._next_position[1] += 1
-        self._options = _run_options()  # steps are short: keep their memory from one to the next
+        self._options = _run_options()  # steps are short: they keep their memory for the next one
         return logits
 
     def step(self, token_id: int) -> np.ndarray:
@@ -208,11 +208,11 @@ class OnnxEngine(Native):
 
     @guarded
     def rewind(self, tokens: int) -> None:
-        self._length -= tokens  # what lies behind the length is never read, only overwritten
+        self._length -= tokens  # nothing behind the length is ever read, only overwritten
         self._next_position[1] -= tokens
 
     def cancel(self) -> None:
-        self._cancelled = True  # first: a prompt may just be changing the options
+        self._cancelled = True  # first, because a prompt may be changing the options now
         if self._options:
             self._options.terminate = True
 
@@ -223,7 +223,7 @@ class OnnxEngine(Native):
             self._cancelled = False
 
     def _empty(self) -> None:
-        """Free the cache, but for a GPU's."""
+        """Free the cache; a GPU keeps its own."""
         if self._binding:
             self._binding.clear_binding_inputs()  # the cache goes with its bindings
             self._binding.clear_binding_outputs()
@@ -234,7 +234,7 @@ class OnnxEngine(Native):
     def _release(self) -> None:
         self._empty()
         self._on_gpu.clear()
-        # a binding holds its session; embeddings their file
+        # a binding holds its session, embeddings hold their file
         self._recorded = self._binding = self._decoder = self._arrays = None
         self._vision.close()
 
@@ -244,7 +244,7 @@ class OnnxEngine(Native):
         return self._decoder
 
     def _begin(self) -> None:
-        """An empty cache, but for the prefix."""
+        """Begin with an empty cache that holds only the prefix."""
         self._empty()
         self._cache = dict(self._on_gpu) or self._new_cache()
         if self._device.on_gpu:
@@ -255,7 +255,7 @@ class OnnxEngine(Native):
         self._options = _run_options(return_memory=True)
 
     def _new_cache(self) -> dict[str, ort.OrtValue]:
-        """Buffers [1, heads, context, head] that begin with the prefix, by the past's names."""
+        """Buffers [1, heads, context, head] by the past inputs' names; they hold the prefix."""
         lm, cache = self._manifest.lm, {}
         shape = (1, lm.num_heads, len(self._prefix) + self.context, self._head)
         buffers = untouched((2 * lm.num_layers, *shape), self._cache_dtype)
@@ -287,7 +287,7 @@ class OnnxEngine(Native):
     ) -> np.ndarray:
         """Append tokens (embeddings [s, hidden], positions [2, s]).
 
-        Returns the logits [rows, vocab] of the last ones. Raises Cancelled.
+        Returns the logits of the last `rows` tokens, [rows, vocab]. Raises Cancelled.
         """
         if self._cancelled:
             raise Cancelled
@@ -316,7 +316,7 @@ class OnnxEngine(Native):
         return logits
 
     def _call(self, feeds: dict[str, np.ndarray], rows: int) -> np.ndarray:
-        """One call of the decoder, as a recorded one if it appends one token to what is cached."""
+        """Call the decoder once; a recorded step runs if it appends one token to cached tokens."""
         decoder = self._opened()
         alone = self._records and len(feeds["rotary_cos"]) == 1
         if alone and self._recorded and self._recorded.proven:
@@ -332,7 +332,7 @@ class OnnxEngine(Native):
         return logits
 
     def _prove(self, feeds: dict[str, np.ndarray], logits: np.ndarray) -> None:
-        """Make a step once more, recorded: no more are recorded unless that gives the same."""
+        """Run a step again, recorded. If it gives other logits, nothing more is recorded."""
         try:
             if self._recorded is None:
                 binding = self._opened().io_binding()
@@ -369,7 +369,11 @@ class OnnxEngine(Native):
 
 
 class OnnxVision(Native):
-    """A bundle's vision graph, loaded with the first picture: text alone needs none of it."""
+    """Runs a bundle's vision graph. The first picture loads it: text alone needs none of it.
+
+    source: the bundle.
+    options: where and how to run.
+    """
 
     def __init__(self, source: Source, options: EngineOptions) -> None:
         self._folder = source.path
@@ -377,20 +381,23 @@ class OnnxVision(Native):
         self._options = options
         self.device = find_device(options.vision_device or options.device)
         self._session: ort.InferenceSession | None = None
-        self._checked = False  # whether the graph is one that an export writes
-        self._run: ort.RunOptions | None = None  # of the picture that is being read
+        self._checked = False  # whether the graph was checked to be one that an export writes
+        self._run: ort.RunOptions | None = None  # of the picture that is being encoded
         self._fork = "never" if self.device.on_gpu else "idle"
 
     @guarded
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Embeddings of pictures: float32 [n, 3, S, S] to float32 [n, tokens, hidden]."""
+        """Compute the embeddings of pictures, float32 [n, tokens, hidden].
+
+        pixels: float32 [n, 3, S, S].
+        """
         vision, exact = self._manifest.vision, self._options.dtype == "fp32"
         assert vision is not None
         precision = VISION_PRECISIONS[vision.precision]
         half = self.device.on_gpu and not exact and vision.half in self._manifest.files
         size = vision.pixels.image_size
-        # for one picture, preparing the weights takes longer than it saves, and twice the memory;
-        # int8 products need it
+        # preparing the weights for one picture takes longer than it saves, and twice the memory;
+        # int8 products need it anyway
         mapped = (
             not self._options.keep_vision
             and not precision.integers
@@ -430,7 +437,7 @@ class OnnxVision(Native):
             self._run.terminate = True
 
     def unload(self) -> None:
-        """Free the session, which the next picture opens again."""
+        """Free the session; the next picture opens it again."""
         self._session = None
 
     def _release(self) -> None:
@@ -438,14 +445,14 @@ class OnnxVision(Native):
 
 
 def _cache_names(lm: LMConfig) -> list[str]:
-    """The graph's names of the past's buffers: key and value of every layer in turn."""
+    """The names of the graph's past inputs: key and value of every layer in turn."""
     return [f"past_{part}_{i}" for i in range(lm.num_layers) for part in ("key", "value")]
 
 
 def _run_options(*, return_memory: bool = False) -> ort.RunOptions:
-    """return_memory: of large activations, to the system, when the run ends."""
+    """Options of a run; return_memory gives large activations back to the system when it ends."""
     options = ort.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", "-1")  # none that is recorded
-    if return_memory:  # not a GPU's, which recorded steps go on to use
+    options.add_run_config_entry("gpu_graph_id", "-1")  # do not record this run
+    if return_memory:  # not a GPU's: recorded steps still use it
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options

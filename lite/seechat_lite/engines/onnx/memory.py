@@ -1,11 +1,12 @@
-"""What a bundle takes of memory with ONNX Runtime, known before anything is loaded.
+"""Plans the memory that a bundle takes with ONNX Runtime, before anything is loaded.
 
-The sums are the most that is held: the weights as the kernels keep them; then either the key/value
-cache of a full context and a workspace for the longest prompt, or the vision network, if that is
-released after every picture; else all of them. On a GPU the cache stays.
+The sums are the most that is held. The weights, as the kernels keep them, are always held. Beside
+them there is either the key/value cache of a full context with a workspace for the longest prompt,
+or the vision network, if that is released after every picture; else all of these. On a GPU the
+cache stays.
 
-What counts is memory that the system cannot take back. Pages of mapped files (weights that were
-copied for the kernels, a vision network that runs as written) are resident besides, as long as
+The plan counts memory that the system cannot take back. Pages of mapped files (weights that were
+copied for the kernels, a vision network that runs as written) are resident in addition, as long as
 nothing else needs them.
 """
 
@@ -30,7 +31,7 @@ from seechat_weights.bundle.precisions import (
 )
 from seechat_weights.config import LMConfig
 
-CARDS = ("cuda", "dml")  # devices with a memory of their own, and how their names begin
+CARDS = ("cuda", "dml")  # how the names of devices with their own memory begin
 RUNTIME = 130 << 20  # Python, numpy, Pillow and ONNX Runtime themselves
 VISION_WORKSPACE = 300 << 20  # what a picture's activations and one layer's weights take
 
@@ -39,9 +40,9 @@ VISION_WORKSPACE = 300 << 20  # what a picture's activations and one layer's wei
 class OnnxPlan(MemoryPlan):
     """A MemoryPlan whose vision network may be released before the prompt is read."""
 
-    keep_vision: bool = True  # or it is released after every picture
+    keep_vision: bool = True  # False: it is released after every picture
     gpu: int = 0  # see float_bytes_on_gpu
-    vision_gpu: int = 0  # the same of vision, whose bytes are not here if it lies elsewhere
+    vision_gpu: int = 0  # the same for vision; if it runs elsewhere, its bytes are not counted
 
     @property
     def on_host(self) -> bool:
@@ -72,10 +73,13 @@ def bundle_plan(
     gpu: int = 0,
     vision_gpu: int | None = None,
 ) -> OnnxPlan:
-    """The memory plan of a bundle at a context of `context` tokens, where the decoder runs.
+    """The memory plan of a bundle, for the device on which the decoder runs.
 
-    keep_vision: None keeps a vision network of up to KEPT_VISION bytes, on a GPU any. GPU,
-    vision_gpu: see float_bytes_on_gpu; vision_gpu is None for the decoder's device.
+    manifest: the bundle's.
+    context: tokens that the cache has room for.
+    keep_vision: None keeps a vision network of up to KEPT_VISION bytes, and any on a GPU.
+    gpu: see float_bytes_on_gpu.
+    vision_gpu: the same for vision; None for the decoder's device.
     """
     vision_gpu = gpu if vision_gpu is None else vision_gpu
     lm, precision = manifest.lm, PRECISIONS[manifest.decoder.precision]
@@ -94,11 +98,11 @@ def bundle_plan(
             vision = 0
         elif not (keep_vision or form.integers or gpu):  # mapped, widened a layer at a time
             vision = VISION_WORKSPACE
-    # what a layer of the longest prompt holds at once, as measured: the MLP's and the attention's,
+    # what a layer of the longest prompt holds at once, as measured: that of MLP and attention,
     # and what an arena leaves between them
     activations = context * (2 * lm.inner_size + 18 * lm.hidden_size) * (gpu or 4)
     weights = stored(manifest.decoder.graph) * (1 if gpu == 2 else precision.widening)
-    if precision.block and not gpu:  # the kernels add the sum of every block to its scale
+    if precision.block and not gpu:  # the kernels keep the sum of every block beside its scale
         weights += weights * 4 // (manifest.decoder.block_size * precision.bits // 8 + 4)
     return OnnxPlan(
         weights=weights,
@@ -113,9 +117,11 @@ def bundle_plan(
 
 
 def float_bytes_on_gpu(manifest: Manifest, device: str, dtype: str | None) -> int:
-    """Bytes of a number that the default engine computes with on `device`; 0 for the CPU.
+    """Bytes of a number that the default engine computes with; 0 for the CPU.
 
-    dtype: "fp32" where float16 is not wanted.
+    manifest: the bundle's.
+    device: its name.
+    dtype: "fp32" if float16 is not wanted.
     """
     if not device.lower().startswith(CARDS):
         return 0
@@ -123,16 +129,27 @@ def float_bytes_on_gpu(manifest: Manifest, device: str, dtype: str | None) -> in
 
 
 def cache_bytes(lm: LMConfig, precision: Precision, tokens: int) -> int:
-    """Bytes of the keys and values of `tokens` tokens: float16 but in a float32 model."""
+    """Bytes of keys and values; they are float32 in a float32 model, else float16.
+
+    lm: the decoder's shape.
+    precision: its precision.
+    tokens: how many are cached.
+    """
     number = np.dtype(precision.cache_dtype).itemsize
     return 2 * lm.num_layers * lm.hidden_size * tokens * number
 
 
 def check_memory(needed: OnnxPlan, manifest: Manifest, *, budget: int | None = None) -> None:
-    """Raise MemoryPlanError if `needed` exceeds what is free, or `budget` bytes.
+    """Check a plan against the free memory and the budget.
 
-    Of a GPU only the budget is known. The error has the sums and the next smaller setting that
+    Only the budget of a GPU is known. The error has the sums and the next smaller setting that
     fits.
+
+    needed: the plan.
+    manifest: the bundle's.
+    budget: bytes that the model may take.
+
+    Raises MemoryPlanError.
     """
     check_room(
         needed,
@@ -144,7 +161,13 @@ def check_memory(needed: OnnxPlan, manifest: Manifest, *, budget: int | None = N
 
 
 def advice(needed: OnnxPlan, manifest: Manifest, room: int, *, last: str) -> str:
-    """The next smaller setting that takes at most `room` bytes, in words; or `last`."""
+    """The next smaller setting, in words, that takes little enough.
+
+    needed: the plan.
+    manifest: the bundle's.
+    room: bytes that it may take.
+    last: returned if no setting fits.
+    """
 
     def fits(context: int, keep_vision: bool) -> bool:
         smaller = bundle_plan(

@@ -1,4 +1,4 @@
-"""Steps of the torch engine as CUDA graphs: recorded for each number of tokens, then replayed."""
+"""Records the torch engine's steps as CUDA graphs, one for each number of tokens; replays them."""
 
 import threading
 from typing import Any
@@ -14,31 +14,40 @@ RECORDING = threading.Lock()  # CUDA records one graph at a time in a process
 
 
 class Recorder:
-    """Steps of a decoder over one cache, whose memory they go on to use.
+    """Records the steps of a decoder over one cache; the graphs go on using the cache's memory.
 
     All graphs take their memory from one pool, and all are recorded on one stream, for which
-    libraries keep their workspace: they never run at the same time, and what a step leaves is read
-    before the next one runs.
+    libraries keep their workspace. This is safe because they never run at the same time, and the
+    result of a step is read before the next one runs.
+
+    decoder: the network.
+    cache: its cache; it must stay where it is.
+    vocab_size: width of the logits.
     """
 
     def __init__(self, decoder: Decoder, cache: Cache, *, vocab_size: int) -> None:
         like = cache.keys[0]
         self._decoder, self._cache = decoder, cache
-        # of steps of any number of tokens, there and here
+        # logits of steps of any number of tokens, on the device and here
         self._logits = like.new_empty((KERNEL_ROWS, vocab_size), dtype=torch.float32)
         self._answer = torch.empty(self._logits.shape, pin_memory=True)
         self._stream = torch.cuda.Stream(like.device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._steps: dict[int, _Step] = {}  # by how many tokens they append
+        self._steps: dict[int, _Step] = {}  # by the number of tokens that they append
 
     def has(self, rows: int) -> bool:
-        """Whether a step of so many tokens is recorded."""
+        """Whether a step of so many tokens is recorded.
+
+        rows: the number of tokens.
+        """
         return rows in self._steps
 
     def run(self, embeds: Tensor, positions: np.ndarray, length: int) -> np.ndarray:
-        """Logits, float32 [rows, vocab], of tokens [rows, hidden] behind `length` others.
+        """Append tokens; returns their logits, float32 [rows, vocab].
 
-        At most KERNEL_ROWS rows.
+        embeds: [rows, hidden], at most KERNEL_ROWS rows.
+        positions: int64 [2, rows].
+        length: tokens in the cache before.
         """
         rows = len(embeds)
         step = self._steps.get(rows) or _Step(self._decoder, self._cache, self._logits[:rows])
@@ -48,12 +57,12 @@ class Recorder:
                 step.record(self._stream, self._pool)
             self._steps[rows] = step
         step.replay()
-        self._answer[:rows].copy_(self._logits[:rows])  # waits: nothing is said of non_blocking
+        self._answer[:rows].copy_(self._logits[:rows])  # this waits: non_blocking is not set
         return self._answer[:rows].numpy().copy()
 
 
 class _Step:
-    """A step of some tokens, with the memory it reads and writes."""
+    """A step of some tokens, with the memory that it reads and writes."""
 
     def __init__(self, decoder: Decoder, cache: Cache, logits: Tensor) -> None:
         """logits: float32 [rows, vocab], where the step leaves them."""
@@ -71,8 +80,8 @@ class _Step:
         self._length.fill_(length)
 
     def record(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        # once without recording: it compiles kernels and allocates what libraries keep, and what
-        # it writes into the cache is written again by the step itself
+        # once without recording: this compiles kernels and allocates what libraries keep. What
+        # it writes into the cache, the step itself writes again
         now = torch.cuda.current_stream(stream.device)
         stream.wait_stream(now)
         with torch.cuda.stream(stream):

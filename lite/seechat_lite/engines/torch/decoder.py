@@ -1,9 +1,8 @@
 """ChatGLM-6B as the torch engine runs it: one prompt, one answer, a cache of fixed size.
 
-ChatGLM-6B's network with the heads in a bundle's order (see seechat_weights.bundle.layout), so that
-the weights of a bundle are used as they lie, and with nothing in it whose size changes from step to
-step. On a GPU, steps run the kernels of nn.kernels; `add_norm`, `append`
-and `attend` are the latter in torch.
+The heads have a bundle's order (see seechat_weights.bundle.layout), so a bundle's weights are used
+as they lie. No size changes from step to step. On a GPU, steps run the kernels of
+engines.torch.kernels; `add_norm`, `append` and `attend` do the same in plain torch.
 """
 
 from collections.abc import Callable
@@ -37,7 +36,7 @@ class Cache:
 
 
 class StepOps(Protocol):
-    """How new tokens go through a layer: between its linears."""
+    """How new tokens go through a layer, between its linears."""
 
     def add_norm(self, branch: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor: ...
     def append(self, qkv: Tensor, rotary: Tensor, keys: Tensor, values: Tensor) -> Tensor: ...
@@ -46,7 +45,7 @@ class StepOps(Protocol):
 
 @dataclass(frozen=True)
 class TorchOps:
-    """Behind `length` tokens; the first `context` of the new ones see each other both ways."""
+    """Plain torch behind `length` tokens; the first `context` new ones see each other both ways."""
 
     positions: Tensor  # int64 [2, rows]
     length: int
@@ -72,7 +71,7 @@ class TorchOps:
 
 @dataclass(frozen=True)
 class KernelOps:
-    """Causally behind as many tokens as `length`, int32 [1] on the device, says at the time."""
+    """Kernels of a step: causal, behind `length` tokens; `length` is int32 [1] on the device."""
 
     positions: Tensor  # int64 [2, rows]
     length: Tensor
@@ -89,7 +88,7 @@ class KernelOps:
 
 @dataclass(frozen=True)
 class PromptKernelOps(KernelOps):
-    """The same for a prompt, but that it attends in torch, which is made for many rows."""
+    """Kernels of a prompt; attention runs in torch, which is made for many rows."""
 
     prompt: TorchOps
 
@@ -128,7 +127,7 @@ class Layer(nn.Module):
         values: Tensor,
         next_norm: nn.LayerNorm,
     ) -> Tensor:
-        """From this layer's normed input to that of what comes next, whose norm it is."""
+        """Return the normed input of what follows; it has the norm `next_norm`."""
         branch = self.attention["dense"](self._attended(x, rotary, ops, keys, values))
         x = ops.add_norm(branch, x, self.post_attention_layernorm)
         wide = with_gelu(self.mlp["dense_h_to_4h"], x)
@@ -137,7 +136,7 @@ class Layer(nn.Module):
     def _attended(
         self, x: Tensor, rotary: Tensor, ops: StepOps, keys: Tensor, values: Tensor
     ) -> Tensor:
-        # by itself, so that nothing of a long prompt's attention is held during its MLP
+        # a method of its own, so that nothing of a long prompt's attention is held during its MLP
         qkv = self.attention["query_key_value"](x).unflatten(-1, self.split)
         queries = ops.append(qkv, rotary, keys, values)
         del qkv
@@ -145,10 +144,15 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings of new tokens to logits. Parameters are called as in bundle.layout."""
+    """Turns embeddings of new tokens into logits. Parameters are named as in bundle.layout."""
 
     def __init__(self, config: LMConfig, head: int, rotary: Tensor) -> None:
-        """head: size of a head of the weights. rotary: float32 [2, positions, head / 4]."""
+        """Build the network.
+
+        config: its shape.
+        head: size of a head of the weights.
+        rotary: float32 [2, positions, head / 4].
+        """
         super().__init__()
         self.layers = nn.ModuleList(Layer(config, head) for _ in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
@@ -165,9 +169,13 @@ class Decoder(nn.Module):
         logit_rows: int = 1,
         between_layers: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Append tokens, embeds [rows, hidden]; float32 logits [logit_rows, vocab] of the last.
+        """Append tokens; returns the logits of the last ones, float32 [logit_rows, vocab].
 
-        between_layers: called before every layer; what it raises ends the call.
+        embeds: [rows, hidden].
+        ops: how tokens go through a layer.
+        cache: keys and values; it is changed.
+        logit_rows: how many of the last tokens get logits.
+        between_layers: called before every layer; an exception that it raises ends the call.
         """
         norms = [*(layer.input_layernorm for layer in self.layers[1:]), self.final_layernorm]
         x = self.get_submodule("layers.0.input_layernorm")(embeds)
@@ -181,20 +189,30 @@ class Decoder(nn.Module):
 
 
 def add_norm(branch: Tensor, x: Tensor, norm: nn.LayerNorm, *, alpha: float) -> Tensor:
-    """The layer norm of branch + alpha * x, both [rows, hidden]."""
+    """The layer norm of branch + alpha * x.
+
+    branch: [rows, hidden].
+    x: [rows, hidden].
+    norm: the norm's parameters.
+    alpha: scale of x.
+    """
     return norm(torch.add(branch, x, alpha=alpha))
 
 
 def append(
     qkv: Tensor, rotary: Tensor, positions: Tensor, length: int, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """Rotate queries and keys, and put keys and values into the cache behind `length` tokens.
+    """Rotate queries and keys, and put keys and values into the cache; returns the rotated queries.
 
-    qkv: [rows, 3, heads, head]; rotary: float32 [2 (cos, sin), positions, head / 4]; positions:
-    int64 [2, rows]; keys, values: [heads, capacity, head], changed in ops. Returns the rotated
-    queries, [rows, heads, head].
+    qkv: [rows, 3, heads, head].
+    rotary: float32 [2 (cos, sin), positions, head / 4].
+    positions: int64 [2, rows].
+    length: tokens in the cache before.
+    keys, values: [heads, capacity, head]; changed in place.
+
+    Returns [rows, heads, head].
     """
-    # [2, 2, rows, head / 4] to [rows, 1, head / 2]: the first half turns by the first position
+    # [2, 2, rows, head / 4] to [rows, 1, head / 2]: the first half rotates by the first position
     cos, sin = rotary[:, positions].transpose(1, 2).flatten(2)[:, :, None]
 
     def rotated(x: Tensor) -> Tensor:
@@ -208,10 +226,12 @@ def append(
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, length: int, *, scale: float) -> Tensor:
-    """Causal attention of new tokens over the cache, which holds them behind `length` others.
+    """Causal attention of new tokens over the cache; returns [rows, heads, head].
 
-    queries: [rows, heads, head]; keys, values: [heads, capacity, head]. Returns
-    [rows, heads, head].
+    queries: [rows, heads, head].
+    keys, values: [heads, capacity, head]; the new tokens are already there, after `length` others.
+    length: tokens in the cache before.
+    scale: factor of the scores.
     """
     rows = len(queries)
     end, mask = length + rows, None

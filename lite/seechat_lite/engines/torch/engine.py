@@ -1,10 +1,10 @@
 """The engine for GPUs: torch executes a bundle of any precision, or published weights as they are.
 
-The key/value cache is one buffer per layer and part, of the context's length. A prompt is one
-forward of known size: its context sees itself both ways without a mask, what follows is causal. A
-step on a GPU is a recorded CUDA graph of Triton kernels (nn.kernels), which reads how many tokens
-there are on the device; elsewhere it is plain torch. The embedding table is never loaded: the few
-rows a prompt needs are read from its file.
+The key/value cache is one buffer per layer and part, as long as the context. A prompt is one
+forward of known size: its context sees itself both ways without a mask, and the rest is causal. A
+step on a GPU is a recorded CUDA graph of Triton kernels (engines.torch.kernels); it reads the
+number of tokens on the device. Elsewhere a step is plain torch. The embedding table is never
+loaded: the few rows that a prompt needs are read from its file.
 """
 
 import logging
@@ -79,7 +79,12 @@ class TorchEngine(Native):
         plan: MemoryPlan | None = None,
         weights: Weights | None = None,
     ) -> None:
-        """weights: if not those of `source`, such as a benchmark's."""
+        """Load the model; see engines.base.Engine.
+
+        source, context, options: as there.
+        plan: what plan() returned; None makes one.
+        weights: weights other than those of `source`, such as a benchmark's.
+        """
         if plan is None:
             plan = self.plan(source, context=context, options=options, weights=weights)
             self.check(plan, source, options=options)
@@ -95,7 +100,7 @@ class TorchEngine(Native):
         prefix = self._weights.prefix
         self._prefix = None if prefix is None else torch.from_numpy(prefix)
         self._before = _prefix_tokens(self._weights)
-        # held while a picture is read, and while a step is recorded
+        # held while a picture is encoded, and while a step is recorded
         self._device_lock = threading.Lock()
         self._vision = _sight(source, options, self._device, self._dtype)
         self._cache: Cache | None = None
@@ -113,7 +118,7 @@ class TorchEngine(Native):
                 quantize=options.quantize,
                 rounded_rotary=options.rounded_rotary,
             )
-        # bitsandbytes' modules decide on the CPU what to do: they cannot be recorded
+        # bitsandbytes' modules decide on the CPU what to do, so they cannot be recorded
         self._fused = fused(self._device)
         self._records = self._fused and options.quantize in (None, "int4")
 
@@ -230,7 +235,7 @@ class TorchEngine(Native):
 
     @guarded
     def rewind(self, tokens: int) -> None:
-        self._length -= tokens  # what lies behind the length is never read, only overwritten
+        self._length -= tokens  # nothing behind the length is ever read, only overwritten
         self._next[1] -= tokens
 
     def cancel(self) -> None:
@@ -240,7 +245,7 @@ class TorchEngine(Native):
         with self._lock:
             self._cancelled = False
             self._length = 0
-            if self._recorder is None:  # recorded steps go on to use the memory of this one cache
+            if self._recorder is None:  # recorded steps still use the memory of this one cache
                 self._cache = None
 
     def _release(self) -> None:
@@ -266,7 +271,7 @@ class TorchEngine(Native):
         return torch.tensor([self._length], dtype=torch.int32, device=self._device)
 
     def _begin(self) -> None:
-        """An empty cache, but for the prefix."""
+        """Begin with an empty cache that holds only the prefix."""
         if self._cache is None:
             self._cache = Cache.empty(
                 self._manifest.lm,
@@ -282,7 +287,7 @@ class TorchEngine(Native):
         self._length = self._before
 
     def _run(self, embeds: Tensor, positions: np.ndarray) -> Tensor:
-        """A step that is not recorded: logits [rows, vocab]."""
+        """Run a step that is not recorded; returns its logits, [rows, vocab]."""
         assert self._cache is not None
         at = torch.from_numpy(positions).to(self._device)
         place = TorchOps(at, self._length)
@@ -297,20 +302,22 @@ class TorchEngine(Native):
         )
 
     def _lend_memory(self) -> None:
-        """Keep to the budget."""
+        """Limit torch to the budget."""
         budget = self._options.max_memory
-        if self._device.type == "cuda":  # also without one: an earlier engine's may be in force
+        if (
+            self._device.type == "cuda"
+        ):  # also without a budget: an earlier engine's may still apply
             _, total = torch.cuda.mem_get_info(self._device)
             share = 1.0 if budget is None else min(budget / total, 1.0)
             torch.cuda.set_per_process_memory_fraction(share, self._device)
 
     @contextmanager
     def _memory_planned(self, release: Callable[[], None] | None = None) -> Iterator[None]:
-        """Turn an out-of-memory into an error that says what to do, and give the memory back.
+        """Turn a lack of memory into an error that says what to do, and give the memory back.
 
-        release: lets go of what is in use; default, of the cache.
+        release: frees what is in use; None frees the cache.
         """
-        # kernels and graphs belong to the device that is the current one; -1 leaves it as it is
+        # kernels and graphs belong to the current device; -1 leaves it as it is
         here = self._device.index if self._device.type == "cuda" else -1
         try:
             on_gpu = self._device.type == "cuda"
@@ -321,7 +328,7 @@ class TorchEngine(Native):
             if not NO_MEMORY.search(str(e)):
                 raise
             first = str(e).splitlines()[0]
-            # they hold the memory, and who catches our error holds them
+            # its frames hold the memory, and whoever catches our error would hold the frames
             traceback.clear_frames(e.__traceback__)
         else:
             return
@@ -358,8 +365,10 @@ def _prefix_tokens(weights: Weights) -> int:
 def _sight(
     source: Source, options: EngineOptions, device: torch.device, dtype: torch.dtype
 ) -> "TorchVision | OnnxVision | None":
-    """What reads pictures, where there is something, not yet loaded: a graph that none of our
-    networks is the same as, such as the built-in model's, is left to ONNX Runtime."""
+    """Return what encodes pictures, not yet loaded, or None if the model is text-only.
+
+    A graph that is not one of our networks, such as the built-in model's, is left to ONNX Runtime.
+    """
     if source.manifest.vision is None:
         return None
     if source.vision is None:
@@ -370,14 +379,14 @@ def _sight(
         return OnnxVision(source, replace(options, keep_vision=keep, vision_device=place))
     if options.vision_device:
         device = _device(options.vision_device)
-    # as they were published and trained, however few bits the language model has
+    # as published and trained, however few bits the language model has
     half = device.type == "cuda" and dtype != torch.float32
     wanted = torch.float16 if half else torch.float32
     return TorchVision(source.vision, device=device, dtype=wanted, keep=options.keep_vision)
 
 
 def _device(name: str) -> torch.device:
-    """A device of torch that is there: "auto" takes the GPU if there is one."""
+    """A torch device that exists; "auto" takes the GPU if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,4 +1,4 @@
-"""Linears over weights of few bits: the blocks of a bundle, and bitsandbytes' modules."""
+"""Linears over weights of few bits: a bundle's blocks, and bitsandbytes' modules."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -12,11 +12,11 @@ from seechat_lite.engines.torch import kernels
 from seechat_lite.nn.block_quantization import dequantize_blocks
 from seechat_weights.errors import EngineError
 
-CHUNK = 1 << 26  # weights that are numbers at the same time when many rows are multiplied
+CHUNK = 1 << 26  # weights that exist as floats at the same time when many rows are multiplied
 
 
 class Linear(nn.Linear):
-    """A linear of floats; a step's one row is multiplied by a kernel, where these run."""
+    """A linear of floats. If kernels run on the device, one multiplies the single row of a step."""
 
     def forward(self, input: Tensor, *, gelu: bool = False) -> Tensor:
         if len(input) == 1 and kernels.fused(input.device):
@@ -28,10 +28,15 @@ class Linear(nn.Linear):
 class BlockLinear(nn.Module):
     """A linear whose weight stays in blocks of 8 or 4 bits.
 
-    codes: uint8 [outputs, blocks, block_size * bits / 8]; scales [outputs, blocks], or [outputs, 1]
-    if all blocks of a row share one: see nn.blocks. Where the kernels run, the codes are put into
-    their order, in place, and a few rows are multiplied with them as they are; for more, and
-    elsewhere, the weight is made of them first.
+    Where the kernels run, the codes are put into the kernels' order, in place, and a few rows are
+    multiplied by the codes as they are. For more rows, and elsewhere, the weight is made from the
+    codes first.
+
+    codes: uint8 [outputs, blocks, block_size * bits / 8].
+    scales: [outputs, blocks], or [outputs, 1] if all blocks of a row share one: see
+        nn.block_quantization.
+    inputs: width of the weight, without padding.
+    bits: 8 or 4.
     """
 
     def __init__(self, codes: Tensor, scales: Tensor, *, inputs: int, bits: int) -> None:
@@ -53,7 +58,7 @@ class BlockLinear(nn.Module):
             weight = self.codes, self.scales, self.bias
             return kernels.linear.block_linear(x.contiguous(), *weight, bits=self.bits, gelu=gelu)
         parts = []
-        # plain torch makes the weight in float32 first, with copies of its codes
+        # plain torch first makes the weight in float32, with copies of its codes
         rows = max(1, (CHUNK if self.fused else CHUNK // 8) // self.inputs)
         for i in range(0, len(self.codes), rows):
             bias = None if self.bias is None else self.bias[i : i + rows]
@@ -62,7 +67,11 @@ class BlockLinear(nn.Module):
         return F.gelu(y, approximate="tanh") if gelu else y
 
     def weight(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Rows of the weight, [rows, inputs]."""
+        """Some rows of the weight, [rows, inputs].
+
+        rows: which rows.
+        dtype: of the result.
+        """
         codes, scales = self.codes[rows], self.scales[rows]
         if self.fused:
             return kernels.linear.dequantized(
@@ -72,25 +81,36 @@ class BlockLinear(nn.Module):
 
 
 def with_gelu(linear: nn.Module, x: Tensor) -> Tensor:
-    """GELU (tanh) of a linear's output, in the kernel that computes it where there is one."""
+    """GELU (tanh) of a linear's output; a kernel that computes the linear computes the GELU too.
+
+    linear: the linear.
+    x: its input, [rows, inputs].
+    """
     if isinstance(linear, Linear | BlockLinear):
         return linear(x, gelu=True)
     return F.gelu(linear(x), approximate="tanh")
 
 
-BLOCK = 128  # inputs that share a scale in weights that are put into blocks as they are loaded
-# names of --quantize, and bits of a weight with its share of the scales; the first makes blocks,
+BLOCK = 128  # inputs that share a scale, for weights that are put into blocks when they are loaded
+# names of quantizations, and bits of a weight with its share of the scales; the first makes blocks,
 # the others are bitsandbytes'
 QUANTIZATIONS = {"int4": 4 + 32 / BLOCK, "nf4": 4.13, "fp4": 4.13, "int8": 8.01}
 
 
 def bitsandbytes_linear(kind: str, dtype: torch.dtype) -> Callable[[Tensor], nn.Module]:
-    """A function of a weight [outputs, inputs] that makes a linear of it, quantized to `kind`.
+    """Return a function that makes a quantized linear of a weight [outputs, inputs].
 
-    It is quantized on the device it is on. Raises EngineError without bitsandbytes.
+    The weight is quantized on the device that it is on.
+
+    kind: a name of bitsandbytes' quantizations.
+    dtype: the type to compute in.
+
+    Raises EngineError if bitsandbytes is not installed.
     """
     try:
-        bnb: Any = import_module("bitsandbytes").nn  # its types do not say what its modules take
+        bnb: Any = import_module(
+            "bitsandbytes"
+        ).nn  # its types do not describe its modules' arguments
     except ImportError as e:
         raise EngineError(
             f"{e.name} is not installed; quantize={kind!r} needs it: pip install bitsandbytes"
@@ -103,7 +123,7 @@ def bitsandbytes_linear(kind: str, dtype: torch.dtype) -> Callable[[Tensor], nn.
                 linear = bnb.Linear8bitLt(
                     inputs, outputs, bias=False, has_fp16_weights=False, threshold=6.0
                 )
-            # only a weight that comes from the CPU is quantized on its way to the device
+            # bitsandbytes quantizes only a weight that moves from the CPU to the device
             weight = weight.cpu()
             params = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
         else:

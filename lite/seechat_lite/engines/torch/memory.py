@@ -1,4 +1,4 @@
-"""What a model takes of a GPU's memory, known before anything is loaded."""
+"""Plans the memory that a model takes of a GPU, before anything is loaded."""
 
 import math
 from collections.abc import Mapping
@@ -10,12 +10,16 @@ from seechat_weights.bundle.layout import HEAD, decoder_layout
 from seechat_weights.bundle.manifest import Manifest
 from seechat_weights.bundle.precisions import stored_precision
 
-RUNTIME = 150 << 20  # cuBLAS' workspaces, recorded steps, what an allocator cannot use
+RUNTIME = 150 << 20  # cuBLAS' workspaces, recorded steps, memory that the allocator cannot use
 
 
 @dataclass(frozen=True)
 class TorchPlan(MemoryPlan):
-    """device: of torch, whose memory it is. quantizable: whether fewer bits can be asked for."""
+    """A MemoryPlan for a torch device.
+
+    device: the device whose memory it is.
+    quantizable: whether fewer bits can be asked for.
+    """
 
     device: str = "cpu"
     quantizable: bool = False
@@ -34,12 +38,16 @@ def device_plan(
     blocks: Mapping[str, int] | None = None,
     vision: int = 0,
 ) -> TorchPlan:
-    """Bytes at a context of `context` tokens, those of a prefix included.
+    """The memory plan of a model on a torch device.
 
-    dtype_bytes: of a number that is computed with. quantize: a name of nn.linears.QUANTIZATIONS.
-    blocks: bits of published weights that are in blocks (see torch_weights.CheckpointWeights).
-    vision: bytes of the network that is held beside the decoder; what a picture takes for a moment
-    is less than a prompt does.
+    manifest: describes the model.
+    context: tokens that the cache has room for, with those of a prefix.
+    dtype_bytes: of a number that is computed with.
+    quantize: a name of engines.torch.linears.QUANTIZATIONS.
+    blocks: bits of published weights that are in blocks (see
+        engines.torch.weights.CheckpointWeights).
+    vision: bytes of the vision network held beside the decoder. What a picture takes for a moment
+        is less than a prompt takes.
     """
     blocks = blocks or {}
     lm, decoder = manifest.lm, manifest.decoder
@@ -51,7 +59,7 @@ def device_plan(
         elif bits := blocks.get(item.key):
             (outputs, inputs), scales = item.shape, 1
             count = -(-inputs // BLOCK)
-            if item.key == HEAD:  # which may be quantized here: others have one scale a row
+            if item.key == HEAD:  # only the head may be quantized here: others have one scale a row
                 scales = count
             weights += outputs * (count * BLOCK * bits / 8 + 4 * scales)
         elif quantize and item.kind == "linear":
@@ -59,10 +67,10 @@ def device_plan(
         else:
             weights += math.prod(item.shape) * dtype_bytes
     width = lm.num_heads * lm.padded_head_size
-    # what a layer of the longest prompt holds at once: the MLP's, or the attention's
+    # what a layer of the longest prompt holds at once: that of the MLP, or of the attention
     rows = context * (4 * lm.hidden_size + max(2 * lm.inner_size, 8 * width))
     in_blocks = decoder.block_size or quantize or blocks
-    made = CHUNK if in_blocks else 0  # a weight that is made of blocks
+    made = CHUNK if in_blocks else 0  # a weight that is made from blocks
     return TorchPlan(
         weights=round(weights),
         cache=2 * lm.num_layers * width * context * dtype_bytes,
@@ -73,7 +81,12 @@ def device_plan(
 
 
 def advice(plan: TorchPlan, room: int, *, last: str) -> str:
-    """The next smaller setting that fits `room` bytes, in words; or `last`."""
+    """The next smaller setting that fits, in words.
+
+    plan: the plan.
+    room: bytes that it may take.
+    last: returned if no setting fits.
+    """
     if plan.vision and plan.total - plan.vision <= room:
         return "load it with keep_vision=False (--no-keep-vision)"
     per_token = (plan.cache + plan.workspace - RUNTIME) / plan.context

@@ -1,4 +1,4 @@
-"""Settings of torch that belong to the whole process: ours while we compute, else the host's."""
+"""Sets torch's process-wide settings to ours while we compute, then back to the host's."""
 
 import threading
 from collections.abc import Iterator
@@ -7,16 +7,17 @@ from contextlib import contextmanager
 import torch
 
 _lock = threading.Lock()
-_inside = 0  # calls of any engine, in any thread, that run now
-_before: tuple[int, bool, bool] = (0, True, True)  # what the first of them found
+_inside = 0  # running calls of all engines in all threads
+_before: tuple[int, bool, bool] = (0, True, True)  # the settings before the first of them
 
 
 @contextmanager
 def torch_settings(*, threads: int, on_gpu: bool) -> Iterator[None]:
-    """Compute with our settings; when the last such block has ended, all is as it was.
+    """Compute with our settings. When the last such block has ended, the old settings are back.
 
-    threads: on the CPU, 0 for as many as there are. on_gpu: cuDNN's attention is not used, which
-    makes a plan for each length of prompt, nor its convolutions that round float32 to 10 bits.
+    threads: on the CPU; 0 for as many as there are.
+    on_gpu: do not use cuDNN's attention, which makes a plan for each length of prompt, nor its
+        convolutions that round float32 to 10 bits.
     """
     global _inside, _before
     with _lock:
@@ -33,7 +34,7 @@ def torch_settings(*, threads: int, on_gpu: bool) -> Iterator[None]:
     finally:
         with _lock:
             _inside -= 1
-            if threads:  # each thread has a number of its own
+            if threads:  # torch keeps this number for each thread
                 torch.set_num_threads(_before[0])
             if on_gpu and not _inside:
                 torch.backends.cuda.enable_cudnn_sdp(_before[1])

@@ -1,4 +1,4 @@
-"""The torch engine's vision: pictures to embeddings, on the language model's device or another."""
+"""Runs the vision network in torch, on the language model's device or another."""
 
 import weakref
 
@@ -14,13 +14,19 @@ from seechat_weights.vision.weights import VisionWeights
 
 
 class TorchVision(Native):
-    """Runs the network of `weights`; built with the first picture: text alone needs none of it."""
+    """Runs a vision network. The first picture builds it: text alone needs none of it."""
 
     def __init__(
         self, weights: VisionWeights, *, device: torch.device, dtype: torch.dtype, keep: bool | None
     ) -> None:
-        """keep: hold the weights on the device, or bring them there layer by layer for every
-        picture; None does so on the CPU, if there are many."""
+        """Prepare; nothing is loaded yet.
+
+        weights: the network and its weights.
+        device: where it runs.
+        dtype: what it computes in.
+        keep: hold the weights on the device, or bring them there layer by layer for every picture.
+            None brings a large network's weights each time on the CPU.
+        """
         self.device = device
         self._weights = weights
         self._dtype = dtype
@@ -32,7 +38,10 @@ class TorchVision(Native):
     @guarded
     @torch.inference_mode()
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Embeddings of pictures: float32 [n, 3, S, S] to float32 [n, tokens, hidden]."""
+        """Compute the embeddings of pictures, float32 [n, tokens, hidden].
+
+        pixels: float32 [n, 3, S, S].
+        """
         if self._network is None:
             self._network = self._built()
         given = torch.from_numpy(np.ascontiguousarray(pixels, np.float32))
@@ -40,7 +49,7 @@ class TorchVision(Native):
             return self._network(given.to(self.device).to(self._dtype)).float().cpu().numpy()
 
     def unload(self) -> None:
-        """Free the network, which the next picture builds again."""
+        """Free the network; the next picture builds it again."""
         self._network = None
 
     def _release(self) -> None:
@@ -48,7 +57,9 @@ class TorchVision(Native):
 
     def _built(self) -> nn.Module:
         try:
-            from seechat_lite.nn.vision import streamed  # takes seconds: the transformers library
+            from seechat_lite.nn.vision import (
+                streamed,
+            )  # takes seconds: it imports the transformers library
 
             network = streamed(self._weights, self.device, self._dtype)
         except ImportError as e:
@@ -57,12 +68,14 @@ class TorchVision(Native):
                 'pip install "seechat-lite[torch]"'
             ) from None
         network = network.loaded() if self._keep else network
-        here = weakref.ref(self)  # not to keep this alive by what it holds
+        here = weakref.ref(self)  # the hooks must not keep this object alive
 
         def raise_if_closed(*_: object) -> None:
             if vision := here():
                 vision.check_open()
 
-        for module in network.modules():  # a picture takes seconds: close() ends it between two
+        for (
+            module
+        ) in network.modules():  # a picture takes seconds: close() ends it between two modules
             module.register_forward_pre_hook(raise_if_closed)
         return network

@@ -1,4 +1,4 @@
-"""Weights for nn.decoder, tensor by tensor onto the device: from a bundle or a checkpoint."""
+"""Brings a decoder's weights to the device tensor by tensor, from a bundle or a checkpoint."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ from seechat_weights.lm.checkpoint import ALL, LM
 class LoadedTensor:
     """One tensor of ours: an array [outputs, inputs] or [size], or codes and scales.
 
-    bits: of the blocks that a weight is in or, where it is one array, is to be put into.
+    bits: of the blocks that a weight is in; for one array, of the blocks that it is to be put into.
     """
 
     key: str
@@ -43,7 +43,7 @@ class LoadedTensor:
 
 
 class Weights(Protocol):
-    """Where the weights of a decoder come from, heads in a bundle's order."""
+    """A source of a decoder's weights, with the heads in a bundle's order."""
 
     @property
     def head(self) -> int:
@@ -56,17 +56,20 @@ class Weights(Protocol):
         ...
 
     def rows(self, ids: Sequence[int]) -> np.ndarray:
-        """Word embeddings [tokens, hidden]."""
+        """Word embeddings, [tokens, hidden].
+
+        ids: token ids.
+        """
         ...
 
     def tensors(self) -> Iterator["LoadedTensor"]:
-        """Every tensor but the word embeddings, weights before their biases."""
+        """Yield every tensor except the word embeddings; weights come before their biases."""
         ...
 
 
 @dataclass(frozen=True)
 class BundleWeights:
-    """The weights file, embeddings and prefix of a bundle, all mapped."""
+    """The weights, embeddings and prefix of a bundle, all mapped."""
 
     folder: Path
     manifest: Manifest
@@ -98,8 +101,9 @@ class BundleWeights:
 class CheckpointWeights:
     """Published weights, put into a bundle's order as they are read.
 
-    blocks: bits of the tensors that are to be in blocks: the integers of their authors, where these
-    have as many, else made of floats.
+    lm: the published weights.
+    blocks: bits of the tensors that are to be in blocks: the authors' integers if they have as many
+        bits, else blocks made of floats.
     """
 
     lm: LM
@@ -133,9 +137,14 @@ class CheckpointWeights:
 def weights_of(source: Source, *, quantize: str | None, exact: bool) -> Weights:
     """The weights of a bundle or of published files.
 
-    Integers that a checkpoint's authors made stay what they are. With them goes a head that was
-    left as floats, which gets 8 bits, as in an export, unless all is to be `exact`. Only more bits
-    than `quantize` makes can be quantized. Raises EngineError.
+    The integers of a checkpoint's authors stay as they are. A head that they left as floats gets 8
+    bits, as in an export, unless all is to be `exact`.
+
+    source: the model.
+    quantize: a name of engines.torch.linears.QUANTIZATIONS, or None.
+    exact: keep a head of floats as it is.
+
+    Raises EngineError if the weights do not have more bits than `quantize` makes.
     """
     decoder, lm = source.manifest.decoder, source.lm
     stored = decoder.precision if decoder.block_size else ""
@@ -167,9 +176,17 @@ def build(
     quantize: str | None = None,
     rounded_rotary: bool = False,
 ) -> Decoder:
-    """The decoder with its weights on `device`, where one tensor at a time is brought.
+    """Build the decoder with its weights on a device; one tensor at a time is brought there.
 
-    quantize: a name of nn.linears.QUANTIZATIONS, of float weights. Raises EngineError.
+    config: its shape.
+    weights: its weights.
+    positions: rows of the rotary table.
+    dtype: what it computes in.
+    device: where it runs.
+    quantize: how to quantize float weights: a name of engines.torch.linears.QUANTIZATIONS.
+    rounded_rotary: see rotary.rotary_tables.
+
+    Raises EngineError.
     """
     tables = torch.from_numpy(rotary_tables(config.head_size, positions, rounded=rounded_rotary))
     padding = weights.head // 4 - tables.shape[-1]  # rotates zeros
@@ -184,12 +201,12 @@ def build(
         return torch.from_numpy(array if array.flags.writeable else array.copy())
 
     def place(array: np.ndarray | Tensor, to: torch.dtype = dtype) -> Tensor:
-        # to the device as it is stored, and only there to the type and order it is needed in
+        # moved to the device as it is stored; converted and reordered only there
         stored = tensor(array)
         if stored.is_contiguous():
             return stored.to(device).to(to)
         made = torch.empty(stored.shape, dtype=to, device=device)
-        columns = max(1, CHUNK // len(stored))  # of a transposed matrix, which lie side by side
+        columns = max(1, CHUNK // len(stored))  # columns of a transposed matrix lie side by side
         for i in range(0, stored.shape[1], columns):
             made[:, i : i + columns] = stored[:, i : i + columns].to(device)
         return made

@@ -1,7 +1,7 @@
-"""The one door to the Triton kernels: `kernels.linear` and `kernels.attention`.
+"""The only way to the Triton kernels: `kernels.linear` and `kernels.attention`.
 
-Both are imported when they are first used, and only where fused() says that they run: Triton is
-part of torch for GPUs alone.
+Both are imported at their first use, and only if fused() says that they run: only torch for GPUs
+includes Triton.
 """
 
 import logging
@@ -17,18 +17,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KERNEL_ROWS = 16  # that the kernels multiply by codes at most; of more, the weight is made first
+KERNEL_ROWS = (
+    16  # the most rows that the kernels multiply by codes; for more, the weight is made first
+)
 
 
 @cache
 def fused(device: torch.device) -> bool:
-    """Whether the kernels run there; a log line says why not on a GPU."""
+    """Whether the kernels run on a device; for a GPU, a log line says why not.
+
+    device: the device.
+    """
     if device.type != "cuda":
         return False
     try:
-        with torch.cuda.device(device):  # without a C compiler, Triton finds out here
+        with torch.cuda.device(device):  # Triton fails here if there is no C compiler
             import_module("triton.runtime").driver.active.get_current_target()
-    except Exception as e:  # whatever keeps it from working
+    except Exception as e:  # anything may keep Triton from working
         log.warning(
             "Triton does not work here (%s): steps on %s run in plain torch, which is slower",
             (str(e) or type(e).__name__).splitlines()[0],

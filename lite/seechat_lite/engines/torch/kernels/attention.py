@@ -1,8 +1,8 @@
-"""Triton kernels of a decoder's step on a GPU, what is between its linears: norms, the cache.
+"""Triton kernels of a decoder's step on a GPU, for the work between its linears: norms, the cache.
 
-Lengths and positions are read on the device, so that a recorded CUDA graph serves every step, and
-the cache is read no further than its tokens reach. What each kernel computes is what nn.decoder
-does in plain torch, which judges it in the tests.
+Lengths and positions are read on the device, so that one recorded CUDA graph serves every step. The
+cache is read only as far as it has tokens. Each kernel computes what engines.torch.decoder does in
+plain torch; the tests compare them.
 """
 
 import torch
@@ -10,11 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-SPLITS = 16  # parts of the cache that are attended to at the same time
+SPLITS = 16  # parts of the cache that are read at the same time
 
 
 def add_norm(branch: Tensor, x: Tensor, norm: nn.LayerNorm, *, alpha: float) -> Tensor:
-    """The layer norm of branch + alpha * x, both [rows, hidden]."""
+    """The layer norm of branch + alpha * x.
+
+    branch: [rows, hidden].
+    x: [rows, hidden].
+    norm: the norm's parameters.
+    alpha: scale of x.
+    """
     rows, hidden = x.shape
     result = torch.empty_like(x)
     _add_norm[(rows,)](
@@ -50,11 +56,15 @@ def _add_norm(branch, x, weight, bias, result, hidden, alpha, eps, SIZE: tl.cons
 def append(
     qkv: Tensor, rotary: Tensor, positions: Tensor, length: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """Rotate queries and keys, and put keys and values into the cache behind `length` tokens.
+    """Rotate queries and keys, and put keys and values into the cache; returns the rotated queries.
 
-    qkv: [rows, 3, heads, head]; rotary: float32 [2 (cos, sin), positions, head / 4]; positions:
-    int64 [2, rows]; length: int32 [1]; keys, values: [heads, capacity, head], changed in place.
-    Returns the rotated queries, [rows, heads, head].
+    qkv: [rows, 3, heads, head].
+    rotary: float32 [2 (cos, sin), positions, head / 4].
+    positions: int64 [2, rows].
+    length: int32 [1], tokens in the cache before.
+    keys, values: [heads, capacity, head]; changed in place.
+
+    Returns [rows, heads, head].
     """
     rows, _, heads, head = qkv.shape
     queries = torch.empty((rows, heads, head), dtype=qkv.dtype, device=qkv.device)
@@ -95,7 +105,9 @@ def _append(
     size: tl.constexpr = 4 * QUARTER
     i = tl.arange(0, HALF)
     inside = i < 2 * QUARTER
-    first = i < QUARTER  # turns by the position in the context, the rest by that in the answer
+    first = (
+        i < QUARTER
+    )  # these rotate by the position in the context, the rest by that in the answer
     at = tl.load(positions + tl.where(first, 0, tl.num_programs(0)) + row, mask=inside, other=0)
     angle = at * QUARTER + tl.where(first, i, i - QUARTER)
     cos = tl.load(rotary + angle, mask=inside, other=0.0)
@@ -122,10 +134,14 @@ def _append(
 def attend(
     queries: Tensor, keys: Tensor, values: Tensor, length: Tensor, *, scale: float
 ) -> Tensor:
-    """Causal attention of new tokens over the cache, which holds them behind `length` others.
+    """Causal attention of new tokens over the cache; returns [rows, heads, head].
 
-    queries: [rows, heads, head]; keys, values: [heads, capacity, head]; length: int32 [1]. Returns
-    [rows, heads, head]. The cache is read in SPLITS parts at once, whose results are then weighed.
+    The cache is read in SPLITS parts at the same time; their results are then weighted and summed.
+
+    queries: [rows, heads, head].
+    keys, values: [heads, capacity, head]; the new tokens are already there, after `length` others.
+    length: int32 [1], tokens in the cache before.
+    scale: factor of the scores.
     """
     rows, heads, head = queries.shape
     device, size = queries.device, triton.next_power_of_2(head)
@@ -174,7 +190,7 @@ def _attend(
     inside = i < HEAD
     query = tl.load(queries + (row * heads + head) * HEAD + i, mask=inside, other=0.0)
     query = query.to(tl.float32) * scale
-    # finite, so that a part without tokens weighs nothing and is no NaN
+    # finite, so that a part without tokens has no weight and is not NaN
     most = tl.full((), -1e30, tl.float32)
     weight = tl.full((), 0.0, tl.float32)
     total = tl.zeros((SIZE,), tl.float32)

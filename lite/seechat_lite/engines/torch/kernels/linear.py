@@ -1,8 +1,8 @@
 """Triton kernels of the decoder's linears on a GPU, for the few rows of a step.
 
-A step reads every weight once and computes almost nothing, so it is as fast as its bytes come in:
-weights in blocks are multiplied as codes. What each kernel computes is what nn.linears does in
-plain torch, which judges it in the tests.
+A step reads every weight once and computes almost nothing, so it is as fast as its bytes arrive.
+Weights in blocks are therefore multiplied as codes. Each kernel computes what engines.torch.linears
+does in plain torch; the tests compare them.
 """
 
 import torch
@@ -12,18 +12,21 @@ from torch import Tensor
 
 from seechat_lite.engines.torch.kernels import KERNEL_ROWS
 
-OUTPUTS = 8  # that a program computes of one row
-OUTPUTS_OF_ROWS = 32  # of several
-PROGRAMS = 512  # at the same time, of several rows: a part of the inputs each, if need be
-CHUNK = 1 << 22  # codes that are put into order at a time
+OUTPUTS = 8  # that a program computes for one row
+OUTPUTS_OF_ROWS = 32  # for several rows
+PROGRAMS = 512  # at the same time, for several rows; each takes a part of the inputs, if needed
+CHUNK = 1 << 22  # codes that are reordered at a time
 
 
 def interleaved(codes: Tensor, *, bits: int) -> Tensor:
-    """Put codes uint8 [outputs, blocks, bytes] into the order that the kernels read, in place.
+    """Put codes into the order that the kernels read, in place.
 
-    A 32-bit word holds 32 / bits codes that are as many words apart as a block has, where in a
-    bundle they are neighbours: so neighbouring words meet neighbouring inputs, and the inputs of a
-    thread are read at once.
+    A 32-bit word then holds 32 / bits codes. Their distance is the number of words in a block; in a
+    bundle they are neighbours. So neighbouring words meet neighbouring inputs, and a thread reads
+    its inputs at once.
+
+    codes: uint8 [outputs, blocks, bytes].
+    bits: 8 or 4.
     """
     outputs, blocks, width = codes.shape
     rows = max(1, CHUNK // (blocks * width))
@@ -39,9 +42,15 @@ def interleaved(codes: Tensor, *, bits: int) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
-    """x [1, inputs] times the transposed weight [outputs, inputs], plus bias, and its GELU (tanh).
+    """x times the transposed weight, plus bias, and its GELU (tanh).
 
-    One row is no matrix product: libraries' kernels for those do not read the weight any faster.
+    One row is not worth a matrix product: libraries' kernels for those do not read the weight any
+        faster.
+
+    x: [1, inputs].
+    weight: [outputs, inputs].
+    bias: [outputs], or None.
+    gelu: whether to apply the GELU.
     """
     outputs, inputs = weight.shape
     result = x.new_empty((1, outputs))
@@ -93,7 +102,7 @@ def _finished(y, bias, n, there, HAS_BIAS: tl.constexpr, GELU: tl.constexpr):
     """Outputs number n, of sums y."""
     if HAS_BIAS:
         y += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)
-    if GELU:  # the tanh of its formula as a sigmoid of twice as much, without large exponents
+    if GELU:  # tanh as a sigmoid of twice its argument, without large exponents
         z = 1.5957691216057308 * (y + 0.044715 * y * y * y)
         e = tl.exp(-tl.abs(z))
         y *= tl.where(z >= 0, 1.0, e) / (1.0 + e)
@@ -109,10 +118,18 @@ def block_linear(
     bits: int,
     gelu: bool = False,
 ) -> Tensor:
-    """x [rows, inputs] times the weight of interleaved codes [outputs, blocks, bytes] and scales.
+    """x times the transposed weight of codes and scales, plus bias, and its GELU (tanh).
 
-    At most KERNEL_ROWS rows; else as nn.linears.BlockLinear has them. Sums are float32. Of one row
-    every number is as in the blocks; for more, weights are rounded to the type of x.
+    Sums are float32. For one row, every number is used as it is in the blocks. For more rows,
+    weights are rounded to the type of x. More than KERNEL_ROWS rows: see
+    engines.torch.linears.BlockLinear.
+
+    x: [rows, inputs], at most KERNEL_ROWS rows.
+    codes: interleaved, uint8 [outputs, blocks, bytes].
+    scales: [outputs, blocks], or [outputs, 1].
+    bias: [outputs], or None.
+    bits: 8 or 4.
+    gelu: whether to apply the GELU.
     """
     rows, inputs = x.shape
     outputs, blocks, width = codes.shape
@@ -138,7 +155,7 @@ def block_linear(
     programs = triton.cdiv(outputs, OUTPUTS_OF_ROWS)
     splits = min(4, triton.cdiv(PROGRAMS, programs))
     parts = torch.empty((splits, rows, outputs), dtype=torch.float32, device=x.device)
-    # two warps: a third would compute the same weights for other rows; one stage: the products'
+    # two warps: a third would compute the same weights for other rows. One stage: the products'
     # operands would fill the memory that more programs need
     _block_rows[(programs, splits)](
         x,
@@ -160,13 +177,14 @@ def block_linear(
 
 @triton.jit
 def _number(packed, j: tl.constexpr, BITS: tl.constexpr):
-    """Signed number j of each word, and the factor that makes it what it stands for.
+    """Signed number j of each word, and the factor that gives its true value.
 
-    A code becomes a float without a conversion, which GPUs are slow at: its bits are laid into the
-    mantissa of 2**23. Where they lie `shift` bits to the left of its end, the number is 2**shift
+    GPUs are slow at converting a code to a float, so none is converted: the code's bits are put
+        into
+    the mantissa of 2**23. If they lie `shift` bits to the left of its end, the number is 2**shift
     times too large.
     """
-    fit: tl.constexpr = 5 if BITS == 4 else 2  # codes within a mantissa
+    fit: tl.constexpr = 5 if BITS == 4 else 2  # codes that fit into a mantissa
     shift: tl.constexpr = (j % fit) * BITS
     mask: tl.constexpr = ((1 << BITS) - 1) << shift
     middle: tl.constexpr = 8388608.0 + (1 << (BITS - 1 + shift))
@@ -289,7 +307,14 @@ def _sum_parts(
 def dequantized(
     codes: Tensor, scales: Tensor, *, bits: int, inputs: int, dtype: torch.dtype
 ) -> Tensor:
-    """The weight [outputs, inputs] of interleaved codes [outputs, blocks, bytes] and scales."""
+    """The weight [outputs, inputs] of interleaved codes and scales.
+
+    codes: uint8 [outputs, blocks, bytes].
+    scales: [outputs, blocks], or [outputs, 1].
+    bits: 8 or 4.
+    inputs: width of the weight, without padding.
+    dtype: of the weight.
+    """
     outputs, blocks, width = codes.shape
     weight = torch.empty((outputs, inputs), dtype=dtype, device=codes.device)
     group = 2048 // width
