@@ -23,7 +23,7 @@ from seechat_weights.errors import ImageError
 
 ARGUMENT = "--seechat-picture-worker"  # makes a packed application a worker
 CPU_SECONDS = 8  # of one picture; then the system ends this process
-SLACK = 64 << 20  # bytes beside what a picture was said to need
+SLACK = 40 << 20  # bytes beside what a picture was said to need
 
 
 packed = False  # whether this is a packed application that can be started as a worker
