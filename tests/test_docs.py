@@ -24,8 +24,8 @@ def examples(name: str) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "number", "expected"),
     [
-        ("README.md", 0, "这是香蕉。能吃。"),
-        ("README.zh-CN.md", 0, "这是香蕉。能吃。"),
+        ("README.md", 0, "这是香蕉。\n能吃。"),
+        ("README.zh-CN.md", 0, "这是香蕉。\n能吃。"),
         ("docs/embedding.md", 0, "这是熊猫。\n"),
         ("docs/embedding.md", 1, "\n"),
         ("docs/embedding.md", 2, "loading 100%\n"),
