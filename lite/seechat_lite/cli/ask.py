@@ -48,12 +48,14 @@ def _ask(args: argparse.Namespace, usage_error: UsageError) -> int:
     from seechat_lite.conversation import trimmed
 
     *places, question = args.words
-    with suppress(OSError):  # questions make file names of any length
+    with suppress(OSError):  # a question may be too long for a file name
         if Path(question).is_file():
             usage_error(f"{question} is a file; the question comes after the pictures")
     if not trimmed(question):
         usage_error("the question is empty")
-    if any("\ud800" <= c <= "\udfff" for c in question):  # what Python makes of undecodable bytes
+    if any(
+        "\ud800" <= c <= "\udfff" for c in question
+    ):  # Python turns undecodable bytes into these
         usage_error(f"the question has bytes that are no text in {sys.getfilesystemencoding()}")
     options = answer_options(args, usage_error)
     images = [picture_source(place) for place in (*args.image, *places)]

@@ -1,4 +1,4 @@
-"""The command `seechat bench`: how fast a model is on this machine."""
+"""The command `seechat bench`: measures how fast a model is on this machine."""
 
 import argparse
 import dataclasses
@@ -20,7 +20,7 @@ from seechat_weights.bundle.precisions import PRECISIONS
 from seechat_weights.errors import SeechatError
 from seechat_weights.plain_text import one_line
 
-LAYOUT = 2  # of the bundles that an export writes; synthetic ones are kept by it
+LAYOUT = 2  # number of the bundles' layout; synthetic bundles are kept under it
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -69,7 +69,7 @@ def _bench(args: argparse.Namespace, usage_error: UsageError) -> int:
 
 
 def _synthetic(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
-    """The bundle of random weights that --synthetic names, from the cache folder."""
+    """The bundle of random weights that the options ask for, from the cache folder."""
     folder = cache_folder() / f"{args.synthetic}-{args.precision}-{args.layers}-v{LAYOUT}"
     if folder.is_dir():
         return folder

@@ -68,8 +68,11 @@ def talk(
 ) -> None:
     """Answer until stdin ends or somebody leaves.
 
-    images: files shown with the first question. options: of the answers. stats: tell tokens and
-    times after every answer. debug: let errors through, which else are told and forgotten.
+    chat: the conversation.
+    images: files shown with the first question.
+    options: options of the answers.
+    stats: print tokens and times after every answer.
+    debug: raise errors; otherwise they are shown and the conversation goes on.
     """
     talk = _Talk(chat, options, stats=stats)
     for path in images:
@@ -93,7 +96,7 @@ def talk(
 
 
 class _Talk:
-    """A Chat, and the pictures of the question to come."""
+    """A Chat, and the pictures of the next question."""
 
     def __init__(self, chat: "Chat", options: "Generation", *, stats: bool) -> None:
         self._chat = chat
@@ -124,13 +127,13 @@ class _Talk:
             self._answer(line)
 
     def image(self, path: str) -> None:
-        """Show a picture with the next question; what is wrong with it is said now."""
+        """Show a picture with the next question; say now if something is wrong with it."""
         from seechat_lite.images import load_image
 
         if path == "-":
             raise ImageError("stdin gives the questions here; expected a picture's file: name one")
-        image = load_image(picture_source(path)).image  # the file may be gone when it is asked for
-        # prompt() encodes it, and finds out whether the conversation has a place for it
+        image = load_image(picture_source(path)).image  # read now: the file may be gone later
+        # prompt() encodes it and finds out whether the conversation has room for it
         self._chat.prompt("?", [*self._waiting, image])
         self._waiting.append(image)
 
@@ -146,7 +149,7 @@ class _Talk:
 
 
 def _paths(text: str) -> list[str]:
-    """The files named after /image: one as it is, or several, or quoted as terminals paste them."""
+    """The files named after /image: one as it is, several, or quoted as terminals paste them."""
     text = text.strip()
     home = str(Path(text).expanduser())
     with suppress(OSError, ValueError):
@@ -162,11 +165,11 @@ def _paths(text: str) -> list[str]:
 
 
 def _lines(interactive: bool) -> Iterator[str]:
-    """Questions and commands from stdin until its end, blank lines left out."""
+    """Yield questions and commands from stdin until it ends, without blank lines."""
     from seechat_lite.conversation import trimmed
 
     if not interactive:
-        stdin = sys.stdin.buffer if sys.stdin else io.BytesIO()  # None: started with it closed
+        stdin = sys.stdin.buffer if sys.stdin else io.BytesIO()  # None: started with stdin closed
         for line in text_lines(cast(Bytes, stdin), most=MAX_LINE):
             if isinstance(line, LineError):
                 complain(line)
@@ -196,7 +199,7 @@ def _lines(interactive: bool) -> Iterator[str]:
 def _input() -> str:
     if sys.stdout.isatty():
         return input("> ")
-    print("> ", end="", file=sys.stderr, flush=True)  # stdout is for answers alone
+    print("> ", end="", file=sys.stderr, flush=True)  # stdout is only for answers
     return input()
 
 

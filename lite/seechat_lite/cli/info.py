@@ -1,4 +1,4 @@
-"""The command `seechat info`: what a bundle or published weights are, and what they take."""
+"""The command `seechat info`: says what a bundle or published weights are, and what they take."""
 
 import argparse
 import dataclasses
@@ -77,7 +77,7 @@ def _info(args: argparse.Namespace, usage_error: UsageError) -> int:
 
 
 def _identify(path: Path, *, as_json: bool) -> int:
-    """Say what published weights are; 1 if nothing can be made of them."""
+    """Say what published weights are; returns 1 if they are not usable."""
     from seechat_weights.identify import identify
 
     found = identify(path)

@@ -1,9 +1,9 @@
-"""Which command is meant, and what becomes of its errors. Answers go to stdout, the rest to stderr.
+"""Finds and runs the command, and reports its errors. Answers go to stdout, the rest to stderr.
 
 Exit codes: 0 done, 1 failed (one readable line says why), 2 wrong usage, 130 Ctrl-C, 141 nobody
-reads the output. A command is a module with `add_command`, which adds its parser to the subparsers
-it is given and sets `run`, called with the parsed arguments. Those of other packages are found as
-entry points of the group `seechat.commands`.
+reads the output. A command is a module with `add_command`. That function adds the command's parser
+to the subparsers it is given and sets `run`, which is called with the parsed arguments. Commands of
+other packages are found as entry points of the group `seechat.commands`.
 """
 
 import argparse
@@ -35,7 +35,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (argparse exits by itself with 2)."""
+    """Run one command; returns the exit code (argparse exits by itself with 2).
+
+    argv: the arguments; None for those of this process.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     prepare_streams()
     args = None
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return EXIT_CODE
-    except BrokenPipeError:  # the reader of our output has gone; nobody is left to tell
+    except BrokenPipeError:  # the reader of our output has gone, so there is nobody to tell
         return OUTPUT_GONE
     except Exception as e:
         if args and args.debug:
@@ -67,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser(argv)
-    if not argv:  # somebody who wants to know what there is
+    if not argv:  # somebody wants to know what there is
         parser.print_help(sys.stderr)
         parser.exit(2)
     args, rest = parser.parse_known_args(argv)
@@ -93,8 +96,8 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     meant = {argv[0]} if argv and argv[0] in COMMANDS else set(COMMANDS)
     for name in (name for name in COMMANDS if name in meant):
         import_module(COMMANDS[name]).add_command(commands, common)
-    if len(meant) > 1:  # others' commands cost time to look for
+    if len(meant) > 1:  # looking for other packages' commands takes time
         for entry in entry_points(group="seechat.commands"):
-            if entry.name not in COMMANDS:  # a name of ours is nobody else's
+            if entry.name not in COMMANDS:  # other packages cannot take our names
                 entry.load()(commands, common)
     return parser

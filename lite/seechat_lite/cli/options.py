@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they say to load() and Chat.stream()."""
+"""Defines options that several commands share; makes arguments of load() and stream() from them."""
 
 import argparse
 import io
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from seechat_lite.memory import MemoryPlan
     from seechat_weights.vision.weights import VisionFiles
 
-WORTH_A_PLAN = 1_000_000_000  # bytes a model takes before people are told the sums
+WORTH_A_PLAN = 1_000_000_000  # bytes; for a model that takes more, people are told the sums
 
 DTYPES = ("fp16", "bf16", "fp32")
 QUANTIZATIONS = ("int4", "nf4", "fp4", "int8")
 
 
 class UsageError(Protocol):
-    """Ends the process with exit code 2: a parser's `error`."""
+    """Ends the process with exit code 2, as a parser's `error` does."""
 
     def __call__(self, message: str) -> NoReturn: ...
 
@@ -49,7 +49,7 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of load(), but for the bundle's name."""
+    """Add the options of load(), without the bundle's name."""
     loading = parser.add_argument_group("loading")
     add = loading.add_argument
     add_engine_options(loading)
@@ -70,7 +70,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_options(parser: Any) -> None:
-    """Add what decides where and by what a model is executed."""
+    """Add the options that say where and with what a model is executed."""
     add = parser.add_argument
     add(
         "--engine", default="auto", help="onnx (auto), or torch, which also reads published weights"
@@ -80,7 +80,7 @@ def add_engine_options(parser: Any) -> None:
 
 
 def add_memory_options(parser: Any) -> None:
-    """Add what decides how much memory a bundle takes."""
+    """Add the options that say how much memory a bundle takes."""
     add = parser.add_argument
     add("--context", type=int, default=2048, metavar="N", help="tokens of prompt and answer (2048)")
     add(
@@ -100,7 +100,7 @@ def add_model_option(parser: Any) -> None:
 
 
 def add_vision_options(parser: Any) -> None:
-    """Add the published files that a language model is to see with: fields of VisionFiles."""
+    """Add the options for published files of a vision network: fields of VisionFiles."""
     add = parser.add_argument
     add(
         "--clip",
@@ -136,7 +136,11 @@ def add_vision_options(parser: Any) -> None:
 
 
 def vision_files(args: argparse.Namespace, usage_error: UsageError) -> "VisionFiles | None":
-    """What add_vision_options name, if anything; what does not go together is wrong usage."""
+    """The files that the options of add_vision_options name, or None.
+
+    args: the parsed arguments.
+    usage_error: called if the files do not go together.
+    """
     from seechat_weights.vision.weights import VisionFiles
 
     given = {f.name: getattr(args, f.name) for f in fields(VisionFiles)}
@@ -149,7 +153,11 @@ def vision_files(args: argparse.Namespace, usage_error: UsageError) -> "VisionFi
 
 
 def load_options(args: argparse.Namespace, usage_error: UsageError) -> dict[str, Any]:
-    """What load() is to be called with; a value that no model would take is wrong usage."""
+    """The arguments for load().
+
+    args: the parsed arguments.
+    usage_error: called for a value that no model would take.
+    """
     from seechat_lite.engines import not_for
     from seechat_lite.engines.base import MAX_THREADS
     from seechat_lite.memory import parse_size
@@ -189,9 +197,11 @@ def load_options(args: argparse.Namespace, usage_error: UsageError) -> dict[str,
 
 
 def picture_source(place: str) -> "str | io.BytesIO":
-    """A picture named on the command line: a path as it is; of stdin and pipes what they hold.
+    """A picture named on the command line: a path as it is; for stdin and pipes, their contents.
 
-    place: a path, or "-" for stdin. Raises ImageError.
+    place: a path, or "-" for stdin.
+
+    Raises ImageError.
     """
     from seechat_lite.images import MAX_BYTES
     from seechat_weights.errors import ImageError
@@ -206,7 +216,7 @@ def picture_source(place: str) -> "str | io.BytesIO":
                 data, name = pipe.read(MAX_BYTES + 1), place
         else:
             return place
-    except (OSError, ValueError):  # what is wrong with it is said when it is read
+    except (OSError, ValueError):  # reading the picture will say what is wrong
         return place
     file = io.BytesIO(data)
     file.name = name  # pyright: ignore[reportAttributeAccessIssue]
@@ -214,7 +224,7 @@ def picture_source(place: str) -> "str | io.BytesIO":
 
 
 def check_engine(args: argparse.Namespace, usage_error: UsageError) -> None:
-    """An engine that there is not is wrong usage."""
+    """An unknown engine is wrong usage."""
     from seechat_lite.engines import ENGINES
 
     if args.engine not in ("auto", *ENGINES):
@@ -222,7 +232,7 @@ def check_engine(args: argparse.Namespace, usage_error: UsageError) -> None:
 
 
 def check_context(args: argparse.Namespace, usage_error: UsageError) -> None:
-    """A context that holds no question is wrong usage."""
+    """A context too small for a question is wrong usage."""
     from seechat_lite.memory import MIN_CONTEXT
 
     if args.context < MIN_CONTEXT:
@@ -230,7 +240,11 @@ def check_context(args: argparse.Namespace, usage_error: UsageError) -> None:
 
 
 def answer_options(args: argparse.Namespace, usage_error: UsageError) -> Generation:
-    """What is chosen for an answer; a value that no model would take is wrong usage."""
+    """The options of an answer.
+
+    args: the parsed arguments.
+    usage_error: called for a value that no model would take.
+    """
     from seechat_lite.conversation import FORMATS
 
     if args.format not in (None, *FORMATS):
@@ -242,7 +256,11 @@ def answer_options(args: argparse.Namespace, usage_error: UsageError) -> Generat
 
 
 def load_model(args: argparse.Namespace, options: dict[str, Any]) -> "Model":
-    """Load the model; of a large one, say what it takes, and then how far it is."""
+    """Load the model; for a large one, say what it takes, and then how far loading is.
+
+    args: the parsed arguments.
+    options: the arguments for load().
+    """
     from seechat_lite.loading import load
 
     large = False

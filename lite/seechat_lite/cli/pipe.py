@@ -1,7 +1,8 @@
 """The command `seechat pipe`: requests and answers as JSON lines on stdin and stdout.
 
-For programs in any language that start seechat as a child process; docs/embedding.md describes the
-lines. Questions are answered in the order they came; `stop` is heeded while one is answered.
+It serves programs in any language that start seechat as a child process; docs/embedding.md
+describes the lines. Questions are answered in the order in which they came. A `stop` works while a
+question is being answered.
 """
 
 import argparse
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 64  # questions; more are refused
-MAX_WAITING_BYTES = 128 << 20  # of their lines
+MAX_WAITING_BYTES = 128 << 20  # bytes of their lines
 MAX_LINE = 64 << 20  # bytes: several pictures
 MAX_CHATS = 256  # conversations that are remembered at once
 MAX_NAME = 200  # characters of an id or of a conversation's name
@@ -61,7 +62,7 @@ def _run(args: argparse.Namespace, options: dict[str, Any]) -> int:
 
     out = sys.stdout
     if isinstance(out, io.TextIOWrapper):
-        out.reconfigure(encoding="utf-8")  # whatever the system's own is
+        out.reconfigure(encoding="utf-8")  # whatever the system's own encoding is
 
     def write(message: dict[str, Any]) -> None:
         line = safe_json(json.dumps(message, ensure_ascii=False)) + "\n"
@@ -76,7 +77,7 @@ def _run(args: argparse.Namespace, options: dict[str, Any]) -> int:
 
     try:
         with load(args.model, progress=progress, **options) as model:
-            model.chat(args.format)  # an unknown format is said before anybody asks
+            model.chat(args.format)  # an unknown format is reported before anybody asks
             about = {"model": model.manifest.name, "precision": model.manifest.decoder.precision}
             write({"ready": True, "vision": model.manifest.vision is not None} | about)
             lines = sys.stdin.buffer if sys.stdin else io.BytesIO()
@@ -90,7 +91,7 @@ def _run(args: argparse.Namespace, options: dict[str, Any]) -> int:
 def _has_no_halves(line: str) -> bool:
     try:
         line.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, as a client may put in its id
+    except UnicodeEncodeError:  # half of a surrogate pair, which a client may put into its id
         return False
     return True
 
@@ -100,11 +101,15 @@ def _ascii(message: dict[str, Any]) -> str:
 
 
 class OutputGoneError(Exception):
-    """Nobody reads the answers any more. No OSError, lest it is taken for a file's."""
+    """Nobody reads the answers any more. Not an OSError, lest it is taken for a file's."""
 
 
 class RequestError(SeechatError):
-    """A line that is no request. id: whose it is, if that can be read."""
+    """A line that is not a request.
+
+    message: what is wrong.
+    id: the request's id, if it can be read.
+    """
 
     def __init__(self, message: str, id: str | int | None = None) -> None:
         super().__init__(message)
@@ -113,21 +118,23 @@ class RequestError(SeechatError):
 
 @dataclass(frozen=True)
 class _Request:
-    """A question; `chat` names the conversation it belongs to, None for one of its own."""
+    """A question. `chat` names its conversation; None for a conversation of its own."""
 
     id: str | int
     question: str
     images: tuple[str | bytes, ...] = ()
     chat: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    size: int = 0  # of its line, characters
+    size: int = 0  # characters of its line
 
 
 class Pipe:
     """Answers lines.
 
+    model: answers the questions.
     write: takes every answer, an object; called from two threads in turn; raises OutputGoneError.
-    failed: whether something went wrong that no line can be blamed for.
+    format: the conversation format; None for the bundle's.
+    failed: whether something went wrong that no line caused.
     """
 
     def __init__(
@@ -140,14 +147,19 @@ class Pipe:
         self._chats: dict[str, Chat] = {}
         self._requests: queue.Queue[_Request | str | None] = queue.Queue()
         self._state = threading.Lock()  # guards the next two
-        self._waiting: dict[str | int, bool] = {}  # not yet answered; whether to be stopped
+        self._waiting: dict[str | int, bool] = {}  # ids not yet answered; whether to stop them
         self._running: tuple[str | int, Chat] | None = None
-        self._size = 0  # of the lines of all that wait
+        self._size = 0  # characters of the lines of all that wait
         self._gone = False
         self.failed = False
 
     def talk(self, lines: Iterable[str | LineError]) -> None:
-        """Answer until the lines end and all has been answered. Raises OutputGoneError."""
+        """Answer until the lines end and everything is answered.
+
+        lines: the requests.
+
+        Raises OutputGoneError.
+        """
         threading.Thread(target=self._read, args=(lines,), daemon=True).start()
         while (request := self._requests.get()) is not None:
             if isinstance(request, str):
@@ -161,7 +173,7 @@ class Pipe:
                 raise
             except Exception as e:
                 end = self._our_mistake(request.id, e)
-            with self._state:  # before its end is told: the id may be used again then
+            with self._state:  # before its end is reported: after that the id may be used again
                 self._running = None
                 del self._waiting[request.id]
                 self._size -= request.size
@@ -186,7 +198,7 @@ class Pipe:
                     self._write(self._our_mistake(None, e))
         except OutputGoneError:
             self._gone = True
-        except Exception as e:  # stdin cannot be read; what was asked is answered all the same
+        except Exception as e:  # stdin cannot be read; earlier questions are still answered
             self.failed = True
             log.error("standard input cannot be read any more: %s", e)
         finally:
@@ -199,7 +211,7 @@ class Pipe:
         return {"id": id, "error": f"{name}: {error!s:.200} (please report it)", "type": name}
 
     def _take(self, line: str) -> None:
-        """Raises RequestError."""
+        """Carry out one line. Raises RequestError."""
         request = _parse(line)
         match request:
             case {"stop": str() | int() as id}:
@@ -223,7 +235,7 @@ class Pipe:
                 self._requests.put(asked)
 
     def _stop(self, id: str | int) -> None:
-        """End the answer with this id, or have it end before it begins."""
+        """End the answer with this id, or make it end before it begins."""
         with self._state:
             if self._running and self._running[0] == id:
                 self._running[1].stop()
@@ -259,7 +271,7 @@ def _error(id: str | int | None, error: SeechatError) -> dict[str, Any]:
 
 
 def _id_in(text: str) -> str | int | None:
-    """The id in a line that cannot be read as a whole."""
+    """The id in a line that cannot be parsed as a whole."""
     if found := _ID.search(text, 0, 1 << 20):
         with suppress(ValueError):
             return json.loads(found[1])
@@ -285,7 +297,7 @@ def _parse(line: str) -> dict[str, Any]:
 
 
 def _shown(value: object) -> str:
-    """A value for an error: short, whatever it is."""
+    """A value for an error, always short."""
     match value:
         case str():
             return repr(value[:80])
@@ -324,7 +336,7 @@ def _question(request: dict[str, Any], *, size: int) -> _Request:
     images = given.pop("image", None)
     options = {}
     for name, default in DEFAULTS.items():
-        if name not in given or name == "stop":  # which here ends an answer by its id
+        if name not in given or name == "stop":  # here `stop` ends an answer by its id
             continue
         kind = type(default)
         if kind is bool:

@@ -1,4 +1,4 @@
-"""The command `seechat serve`: its options, and the server's settings made of them."""
+"""The command `seechat serve`: its options, and the server's settings made from them."""
 
 import argparse
 import os
@@ -121,7 +121,7 @@ def _serve(args: argparse.Namespace, usage_error: UsageError) -> int:
     )
 
     def listening(address: str) -> None:
-        if not sys.stdout.isatty():  # for programs
+        if not sys.stdout.isatty():  # programs read the address from stdout
             print(address, flush=True)
         print(
             f"seechat: page {address} · OpenAI API {address}/v1 · Ctrl-C: stop 停止",
@@ -133,7 +133,7 @@ def _serve(args: argparse.Namespace, usage_error: UsageError) -> int:
     opened = [source]
 
     def load_model() -> Model:
-        # the first time what was just opened; when it was unloaded since, it may have changed
+        # the first time, what was just opened; after it was unloaded, the files may have changed
         found = opened.pop() if opened else args.model
         return load(found, image_cache=int(args.image_cache * 1e6), **options)
 

@@ -1,4 +1,4 @@
-"""Printing for people: a terminal may lack Chinese, be closed or full, or obey escapes."""
+"""Prints for people. A terminal may lack Chinese, be closed or full, or obey escapes."""
 
 import argparse
 import codecs
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class PlainFormatter(logging.Formatter):
-    """Log lines for people: one a record, then its traceback."""
+    """Formats log lines for people: one line a record, then its traceback."""
 
     def __init__(self) -> None:
         super().__init__("seechat: %(message)s")
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  its name there
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
         record.message = one_line(record.message)
         return super().formatMessage(record)
 
@@ -35,9 +35,9 @@ class PlainFormatter(logging.Formatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with arguments, file names among them, in one line.
+    """A parser that reports what is wrong with arguments, with file names, in one line.
 
-    No option may be shortened: --image is not to be taken for --image-size.
+    No option may be shortened: --image must not be taken for --image-size.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -48,18 +48,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def show_traceback() -> None:
-    """Show the exception being handled, with where it came from."""
+    """Show the exception that is being handled, and where it came from."""
     print(many_lines(traceback.format_exc()), end="", file=sys.stderr)
 
 
 def print_json(report: Mapping[str, Any]) -> None:
-    """One JSON object on stdout; in ASCII where it is not UTF-8, which JSON has to be."""
+    """Print one JSON object on stdout; in ASCII if stdout is not UTF-8, which JSON must be.
+
+    report: the object.
+    """
     utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
     print(safe_json(json.dumps(report, ensure_ascii=not utf8)))
 
 
 def print_table(rows: Mapping[str, str | list[str]]) -> None:
-    """Names and values in two columns; a value's lines are wrapped to the terminal's width."""
+    """Print names and values in two columns; values are wrapped to the terminal's width.
+
+    rows: name -> value, or several values.
+    """
     width = max(map(len, rows)) + 2
     columns = shutil.get_terminal_size().columns
     for name, value in rows.items():
@@ -70,7 +76,7 @@ def print_table(rows: Mapping[str, str | list[str]]) -> None:
                 one_line(text),
                 max(columns - width, 40),
                 break_long_words=False,
-                break_on_hyphens=False,  # paths and addresses are to be copied
+                break_on_hyphens=False,  # people copy paths and addresses
             )
             or [""]
         ]
@@ -80,19 +86,19 @@ def print_table(rows: Mapping[str, str | list[str]]) -> None:
 def prepare_streams() -> None:
     """Make sure that there is something to print to, and that any text can be printed."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # started with it closed; print() would take the other one
+        if getattr(sys, name) is None:  # started with it closed; print() would use the other one
             setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w"), encoding="utf-8"))
     codecs.register_error(_LOSSY, _replace)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A file or program reads it. Windows' own code page may lack Chinese; where somebody chose
-        # an encoding, it is theirs.
+        # A file or program reads it. Windows' own code page may lack Chinese. If somebody chose
+        # an encoding, it is kept.
         chosen = sys.stdout.isatty() or os.environ.get("PYTHONIOENCODING")
         if not (chosen or _has_chinese(sys.stdout.encoding)):
             sys.stdout.reconfigure(encoding="utf-8")
         sys.stdout.reconfigure(errors=_LOSSY)
-    if isinstance(sys.stderr, io.TextIOWrapper):  # names of files can be told from their escapes
+    if isinstance(sys.stderr, io.TextIOWrapper):  # escapes keep names of files distinguishable
         sys.stderr.reconfigure(errors="replace" if sys.stderr.isatty() else "backslashreplace")
 
 
@@ -115,7 +121,7 @@ def _has_chinese(encoding: str) -> bool:
 
 
 def tell_what_was_lost() -> None:
-    """Say that question marks stand in the output for what its encoding lacks, if they do."""
+    """Say, if so, that question marks in the output stand for characters its encoding lacks."""
     if _lost:
         print(
             f"seechat: the output's encoding, {sys.stdout.encoding}, lacks characters of the "
@@ -125,7 +131,7 @@ def tell_what_was_lost() -> None:
 
 
 def forget_unwritable_output() -> None:
-    """Spare the interpreter's own last flush an output that cannot be written (full, closed)."""
+    """Keep the interpreter's last flush from failing on an output that is full or closed."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -133,7 +139,10 @@ def forget_unwritable_output() -> None:
 
 
 def complain(error: Exception) -> None:
-    """Say in one line what went wrong."""
+    """Say in one line what went wrong.
+
+    error: the exception.
+    """
     if isinstance(error, SeechatError):
         message = str(error)
     elif isinstance(error, MemoryError):
@@ -141,13 +150,16 @@ def complain(error: Exception) -> None:
     elif isinstance(error, OSError):
         where = "output" if error.filename is None else error.filename
         message = f"{where}: {error.strerror or error}"
-    else:  # our mistake
+    else:  # a mistake of ours
         message = f"{type(error).__name__}: {error} (please report it, with --debug's output)"
     print(f"seechat: {one_line(message)}", file=sys.stderr)
 
 
 def show(pieces: Iterable[str]) -> None:
-    """Print an answer on stdout as it comes."""
+    """Print an answer on stdout as it comes.
+
+    pieces: the answer.
+    """
     terminal, said = sys.stdout.isatty(), False
     try:
         for piece in pieces:
@@ -155,13 +167,16 @@ def show(pieces: Iterable[str]) -> None:
             said = True
     except SeechatError:
         if said:
-            print(flush=True)  # the error has its own line
+            print(flush=True)  # the error begins on its own line
         raise
     print(flush=True)
 
 
 def print_stats(stats: "Stats | None") -> None:
-    """Say on stderr what an answer took."""
+    """Print on stderr what an answer took.
+
+    stats: of the answer; None prints nothing.
+    """
     if stats:
         print(
             f"prompt {stats.prompt_tokens} tokens · first token {stats.first_token_seconds:.2f} s"
@@ -172,6 +187,9 @@ def print_stats(stats: "Stats | None") -> None:
 
 
 def say(stage: str) -> None:
-    """What is being done, on one line of a terminal that the next one overwrites; "" clears it."""
+    """Show a stage on one line of a terminal; the next one overwrites it.
+
+    stage: what is being done; "" clears the line.
+    """
     if sys.stderr.isatty():
         print(f"\r\x1b[K{stage and stage + ' …'}", end="", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """Opens and decodes a picture within bounds of memory, in this process.
 
-worker.py calls this in a process of its own; the runtime for pictures whose cost is certain by
-their header alone, and where no process can be started.
+worker.py calls this in a process of its own. The runtime itself calls it for pictures whose header
+alone makes the cost certain, and where no process can be started.
 """
 
 import importlib
@@ -19,37 +19,40 @@ from seechat_lite.pictures.png_bands import PngBands
 from seechat_lite.pictures.reduce import MAX_PIXELS, check_size, too_large
 from seechat_weights.errors import ImageError
 
-BUDGET = 360_000_000  # bytes that decoding one picture may take, its file aside
-# the number of pixels passed over by all scans of a JPEG; 17 passes of the largest picture
+BUDGET = 360_000_000  # bytes that decoding one picture may take, without its file
+# pixels that all scans of a JPEG pass over; 17 passes over the largest picture
 MAX_SCANNED = 2_000_000_000
 EASY_PIXELS = 16_000_000  # of a baseline JPEG or plain PNG: a quarter of a second, 64 MB
-EASY_SIDE = 65_535  # pixels: resizing takes 32 bytes and more for each of a side
+EASY_SIDE = 65_535  # pixels: resizing takes 32 bytes and more for each pixel of a side
 
-# bytes a pixel that a decoder holds beside Pillow's own copy, measured (docs/decisions/vision.md)
+# bytes a pixel that a decoder holds beside Pillow's copy, measured (docs/decisions/vision.md)
 _DECODER_BYTES = {"WEBP": 13, "AVIF": 14, HEIF: 14, "QOI": 5, "ICO": 5, "CUR": 5}
-_JPEG2000_BYTES = 5.5  # the same, of each component
-_PIXEL_BYTES = {"1": 1, "L": 1, "P": 1}  # of Pillow's copy by mode; I;16 takes 2, all others 4
+_JPEG2000_BYTES = 5.5  # the same, for each component
+_PIXEL_BYTES = {"1": 1, "L": 1, "P": 1}  # in Pillow's copy, by mode; I;16 takes 2, all others 4
 _TILE_WIDTH, _TILE_LENGTH, _ROWS_PER_STRIP = 322, 323, 278
 _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _ORIENTATION = 258, 277, 274
 _MAX_SAMPLE_VALUE, _PLANAR = 281, 284
 
 
 class TooMuchMemoryError(ImageError):
-    """Memory that was asked for was not there: found while decoding, not by a header."""
+    """There was not enough memory. Decoding found it, not a header."""
 
 
 @dataclass
 class Opened:
-    """A picture whose header has been read and found to be within bounds."""
+    """A picture whose header was read and found to be within bounds."""
 
     image: Image.Image | PngBands
     orientation: int = 1  # 1 to 8, as EXIF has it
-    white: float | None = None  # the value of white in grey of more than 8 bits
+    white: float | None = None  # the value of white, for grey of more than 8 bits
     needs: int = 0  # bytes that decoding takes
 
 
 def is_easy(header: Header | None) -> bool:
-    """Whether a picture costs little for certain: that of a JPEG or PNG decoded in one pass."""
+    """Whether a picture is certain to cost little: a JPEG or PNG that is decoded in one pass.
+
+    header: what read_header() returned.
+    """
     return (
         header is not None
         and header.whole
@@ -61,7 +64,13 @@ def is_easy(header: Header | None) -> bool:
 
 
 def read_header(data: bytes, format: str) -> Header | None:
-    """What a JPEG or PNG says of itself; None for other formats. Raises ImageError."""
+    """The header of a JPEG or PNG; None for other formats.
+
+    data: the file.
+    format: as formats.identify says.
+
+    Raises ImageError.
+    """
     if format == "JPEG":
         return headers.read_jpeg(data)
     return headers.read_png(data) if format == "PNG" else None
@@ -75,11 +84,15 @@ def open_picture(
     budget: int = BUDGET,
     least: int | None = None,
 ) -> Opened:
-    """Read a picture's header; what is in bounds may then be loaded.
+    """Read a picture's header and check its bounds; the picture may then be loaded.
 
-    data: the file. format: as formats.identify says. header: what read_header() said, if asked.
-    budget: bytes that decoding may take. least: pixels a side that are enough, so that a large JPEG
-    may be decoded at half its size or less; None for all of them.
+    data: the file.
+    format: as formats.identify says.
+    header: what read_header() returned, if it was called.
+    budget: bytes that decoding may take.
+    least: pixels a side that are enough, so that a large JPEG may be decoded at half its size or
+        less; None for all pixels.
+
     Raises ImageError without the file's name.
     """
     header = header or read_header(data, format)
@@ -132,10 +145,10 @@ def _unusual_tiff(error: Exception) -> ImageError:
 
 
 def _in_bands(header: Header, budget: int, least: int | None) -> Opened | None:
-    """A PNG that would not fit, some rows at a time, if that is possible."""
+    """A PNG that would not fit is opened as bands of some rows, if that is possible."""
     if header.pixels * 4 <= budget or least is None or not PngBands.possible(header):
         return None
-    # not a thread of a picture, and turned in no other way than left to right
+    # not a very thin picture, and one that is at most mirrored left to right
     if max(header.size) * least > MAX_PIXELS or header.orientation > 2:
         return None
     return Opened(PngBands(header), header.orientation)
@@ -150,13 +163,22 @@ def _check_needs(size: tuple[int, int], mode: str, format: str, needs: int, budg
 
 
 def needs_to_open(data: bytes, format: str) -> int:
-    """Bytes that are taken as soon as a file is opened, about."""
+    """About how many bytes are taken as soon as a file is opened.
+
+    data: the file.
+    format: as formats.identify says.
+    """
     size = headers.webp_size(data) if format == "WEBP" else None
     return size[0] * size[1] * (4 + _DECODER_BYTES[format]) if size else 0
 
 
 def load(opened: Opened) -> Image.Image | PngBands:
-    """Decode. Raises ImageError without the file's name."""
+    """Decode a picture.
+
+    opened: what open_picture() returned.
+
+    Raises ImageError without the file's name.
+    """
     if isinstance(opened.image, PngBands):
         return opened.image
     try:
@@ -169,7 +191,9 @@ def load(opened: Opened) -> Image.Image | PngBands:
 
 
 def check_opened(image: Image.Image) -> None:
-    """Refuse what somebody else has opened and not loaded, and what would take too much.
+    """Refuse a picture that somebody else opened and did not load, and one that takes too much.
+
+    image: the picture.
 
     Raises ImageError without the file's name.
     """
@@ -185,10 +209,13 @@ def check_opened(image: Image.Image) -> None:
 
 
 def undecodable(error: Exception) -> ImageError:
-    """What a decoder's exception means."""
+    """The error for a decoder's exception.
+
+    error: the exception.
+    """
     if isinstance(error, MemoryError):
         return too_much_memory()
-    # the second is a warning that the worker, or the host application, has made an error
+    # the second is a warning that the worker, or the host application, has turned into an error
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return too_large("too many pixels", f"{MAX_PIXELS // 10**6} million")
     why = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
@@ -209,7 +236,7 @@ def _open(data: bytes, format: str) -> ImageFile.ImageFile:
     if format == HEIF:
         return _open_heif(file)
     plugin: Any = importlib.import_module(f"PIL.{PLUGINS[format]}")
-    if format == "JPEG":  # not by jpeg_factory, which looks for further pictures in the metadata
+    if format == "JPEG":  # not by jpeg_factory: it looks for further pictures in the metadata
         return plugin.JpegImageFile(file, "")
     if format == "AVIF":
         if not plugin.SUPPORTED:
@@ -233,7 +260,7 @@ def _open_heif(file: io.BytesIO) -> ImageFile.ImageFile:
 
 
 def _needs(image: Image.Image, format: str, header: Header | None) -> int:
-    """Bytes that decoding takes, about."""
+    """About how many bytes decoding takes."""
     mode = image.mode
     each = 2 if mode.startswith("I;16") else _PIXEL_BYTES.get(mode, 4)
     each += _DECODER_BYTES.get(format, 0)
@@ -244,7 +271,7 @@ def _needs(image: Image.Image, format: str, header: Header | None) -> int:
 
 
 def _choose_scale(opened: Opened, header: Header, *, budget: int, least: int | None) -> None:
-    """Have a JPEG decoded at a half, a quarter or an eighth, if it would not fit otherwise."""
+    """Choose to decode a JPEG at a half, a quarter or an eighth, if it would not fit otherwise."""
     image = opened.image
     width, height = image.size
     if least is None or image.mode not in ("L", "RGB") or isinstance(image, PngBands):
@@ -261,16 +288,16 @@ def _choose_scale(opened: Opened, header: Header, *, budget: int, least: int | N
 
 
 def _white(bits: int, depth: int, mode: str) -> float | None:
-    """White of grey samples of which `bits` of `depth` count, as PNG's sBIT says.
+    """White of grey samples in which `bits` of `depth` bits count, as PNG's sBIT says.
 
-    PNG has samples scaled up to the full depth, so that white stays where it is; what is found to
-    be smaller was not scaled.
+    PNG requires samples to be scaled up to the full depth, so that white stays where it is. Samples
+    that are found to be smaller were not scaled.
     """
     return None if bits >= depth else float(2**bits - 1)
 
 
 def _look_at_tiff(opened: Opened) -> None:
-    """The buffer of a tile or strip, which may be larger than the picture; and what is white."""
+    """Find the buffer of a tile or strip, which may be larger than the picture, and the white."""
     image: Any = opened.image
     tags = image.tag_v2
 
@@ -290,7 +317,7 @@ def _look_at_tiff(opened: Opened) -> None:
     # a tile as it is stored, or as libtiff makes RGBA of it
     buffer = tile * max(4 if image.mode in ("RGB", "RGBA") else 1, samples * ((bits + 7) // 8))
     opened.needs = buffer + _needs(image, "TIFF", None)
-    # Pillow turns a TIFF upright while it loads it, in a copy
+    # Pillow makes an upright copy of a TIFF while it loads it
     orientation = tags.get(_ORIENTATION)
     if isinstance(orientation, int) and 2 <= orientation <= 8:
         opened.needs += _needs(image, "TIFF", None)

@@ -1,15 +1,15 @@
-"""What a file is, by its first bytes: one of the formats that are read, or named as what it is.
+"""Finds a file's format by its first bytes: one that is read, or the name of what it is instead.
 
-Only what is listed here is opened. Pillow knows some forty formats; among the others are some that
-open further formats inside themselves or start programs (IPTC, EPS, WMF, FPX, MIC and the stubs),
-some that are rare outside of games and observatories, and some whose decoders nobody tends.
+Only the formats listed here are opened. Pillow knows some forty formats. Of the others, some open
+further formats inside themselves or start programs (IPTC, EPS, WMF, FPX, MIC and the stubs), some
+are rare outside of games and observatories, and the decoders of some are no longer maintained.
 """
 
 import struct
 
 from seechat_weights.errors import ImageError
 
-# format: the module of Pillow that reads it
+# format -> the module of Pillow that reads it
 PLUGINS = {
     "AVIF": "AvifImagePlugin",
     "BMP": "BmpImagePlugin",
@@ -28,11 +28,11 @@ PLUGINS = {
     "TIFF": "TiffImagePlugin",
     "WEBP": "WebPImagePlugin",
 }
-HEIF = "HEIF"  # read where the package pillow-heif is installed
+HEIF = "HEIF"  # read if the package pillow-heif is installed
 # names that Pillow gives to pictures of these formats
 ALIASES = {"MPO": "JPEG"}
 EXPECTED = "PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or the like"
-HEAD = 4096  # bytes of a file that identify() looks at, besides its end
+HEAD = 4096  # bytes of a file that identify() reads, besides its end
 
 _HEIC = (
     "a HEIC photo, as iPhones take them",
@@ -129,8 +129,10 @@ _DNG_VERSION, _SUBFILE_TYPE, _SUB_IFDS = 50706, 254, 330  # TIFF tags
 def identify(head: bytes, end: bytes = b"") -> str:
     """The format of a file: a key of PLUGINS, or HEIF.
 
-    head: its first HEAD bytes. end: its last ones, where TGA has its mark.
-    Raises ImageError without the file's name: empty, or anything else, named as what it is.
+    head: its first HEAD bytes.
+    end: its last bytes, where TGA has its mark.
+
+    Raises ImageError without the file's name: empty, or another format, which it names.
     """
     if not head:
         raise ImageError("empty; expected a picture: check the file")
@@ -169,7 +171,7 @@ def _identify(head: bytes, end: bytes) -> str | None:
 
 
 def _from_brands(head: bytes) -> str | None:
-    """Of the family of MP4: what the box `ftyp` says."""
+    """The format of a file of the MP4 family, from its box `ftyp`."""
     length = min(int.from_bytes(head[:4], "big"), len(head), 512)
     brands = {head[8:12], *(head[i : i + 4] for i in range(16, length - 3, 4))}
     if brands & {b"avif", b"avis"}:
@@ -191,13 +193,13 @@ def _is_raw(head: bytes) -> bool:
         for i in range(min(count, 512)):
             tag, _, _, value = struct.unpack_from(order + "HHII", head, at + 2 + 12 * i)
             tags[tag] = value
-    except struct.error:  # the directory is further on: not so in the files of cameras
+    except struct.error:  # the directory is further on, which no camera does
         return False
     return _DNG_VERSION in tags or (_SUB_IFDS in tags and tags.get(_SUBFILE_TYPE) == 1)
 
 
 def _is_tga(head: bytes, end: bytes) -> bool:
-    """TGA has no mark at its beginning, and only newer files have one at their end."""
+    """Whether this is a TGA: without a mark at its beginning, and only newer files end in one."""
     if len(head) < 19 or head[1] > 1 or head[2] not in (1, 2, 3, 9, 10, 11):
         return False
     width, height = struct.unpack_from("<HH", head, 12)
@@ -210,7 +212,7 @@ def _is_tga(head: bytes, end: bytes) -> bool:
 
 
 def _name(head: bytes) -> tuple[str, str]:
-    """What a file is that is not read, and what to do about it."""
+    """What a file is that cannot be read, and what to do about it."""
     for at, mark, name in _FOREIGN:
         if head[at : at + len(mark)] == mark:
             return name
@@ -244,7 +246,7 @@ def _name(head: bytes) -> tuple[str, str]:
 def _as_text(head: bytes) -> str | None:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return head.decode("utf-16", "replace")
-    for cut in range(4):  # amid a character
+    for cut in range(4):  # the head may end inside a character
         try:
             text = head[: len(head) - cut].decode()
         except UnicodeDecodeError:

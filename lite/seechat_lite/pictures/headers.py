@@ -1,8 +1,8 @@
-"""Headers of JPEG and PNG, read before anything is decoded.
+"""Reads the headers of JPEG and PNG before anything is decoded.
 
-Both are what most people have, and both carry metadata that Pillow would interpret while it opens
-them: damaged blocks of it raise any exception, large ones take time and memory. So a file is taken
-apart here, and Pillow gets the parts that make pixels, no others.
+Most people's pictures have these formats, and both carry metadata that Pillow would interpret while
+it opens them: damaged metadata raises any exception, and large metadata takes time and memory. So a
+file is taken apart here, and Pillow gets only the parts that make pixels.
 """
 
 import re
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from seechat_weights.errors import ImageError
 
-MAX_CHUNKS = 100_000  # before the pixels end; a PNG of 256 MB in chunks of 8 kB has 32 000
+MAX_CHUNKS = 100_000  # chunks before the pixels end; a PNG of 256 MB in chunks of 8 kB has 32 000
 _FILL = re.compile(rb"\xff+")
 _MAX_PROFILE = 1 << 20  # bytes of a compressed text
-_MAX_LOOKS = 16  # blocks of metadata that are searched; each takes milliseconds
+_MAX_LOOKS = 16  # blocks of metadata that are searched; each takes some milliseconds
 _MAX_TAGS = 1000  # of an EXIF block
 _ORIENTATION = 0x0112  # the EXIF tag
 _PROFILES = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # names of texts in a PNG
@@ -24,13 +24,13 @@ _XMP = re.compile(rb"tiff:Orientation(?:=[\"']|>)([1-8])")
 
 @dataclass(frozen=True)
 class Header:
-    """What a JPEG or PNG says of itself, and the file without its metadata."""
+    """What a JPEG or PNG says of itself, and its bytes without metadata."""
 
     size: tuple[int, int]
     parts: list[memoryview]  # the bytes from which pixels are made
     orientation: int = 1  # 1 to 8, as EXIF has it
     whole: bool = True  # one pass over the pixels: no second scan, no interlacing
-    coefficients: int = 0  # bytes that a JPEG of several scans takes before it is pixels
+    coefficients: int = 0  # bytes that a JPEG of several scans takes before it becomes pixels
     bits: int = 8  # of a sample
     channels: int = 3
     significant_bits: int | None = None  # of a grey sample
@@ -41,12 +41,20 @@ class Header:
 
 
 def damaged(why: str) -> ImageError:
-    """The file's name is put before it by those who know it."""
+    """The error for a damaged file; callers who know its name put it before the message.
+
+    why: what is wrong.
+    """
     return ImageError(f"damaged or truncated ({why}); expected a whole picture: get the file again")
 
 
 def read_jpeg(data: bytes) -> Header:
-    """Raises ImageError for what ends before its pixels."""
+    """The header of a JPEG.
+
+    data: the file.
+
+    Raises ImageError if the file ends before its pixels.
+    """
     view, at = memoryview(data), 2
     kept, orientation, frame, count, looks = [view[:2]], 0, b"", 0, 0
     while True:
@@ -63,7 +71,7 @@ def read_jpeg(data: bytes) -> Header:
                 raise damaged("the JPEG ends in its header")
             continue
         marker = data[at + 1]
-        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # those without a length
+        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # markers without a length
             at += 2
             continue
         if marker == 0xD9:
@@ -86,7 +94,7 @@ def read_jpeg(data: bytes) -> Header:
         raise damaged("the JPEG has no frame")
     bits, height, width, components = struct.unpack_from(">BHHB", frame, 1)
     sampling = [frame[8 + 3 * i] for i in range(components) if 8 + 3 * i < len(frame)]
-    # in entropy-coded bytes 0xff is followed by 0 or a restart marker: this is where they end
+    # in entropy-coded bytes 0 or a restart marker follows 0xff; anything else ends them
     stop = data.find(b"\xff\xd9", at)
     stop = len(data) if stop < 0 else stop + 2
     scans = data.count(b"\xff\xda", at, stop)
@@ -104,7 +112,10 @@ def read_jpeg(data: bytes) -> Header:
 
 
 def scans_of(data: bytes) -> int:
-    """How many scans a JPEG has, at most."""
+    """The largest number of scans that a JPEG may have.
+
+    data: the file.
+    """
     return data.count(b"\xff\xda")
 
 
@@ -117,7 +128,12 @@ def _coefficients(width: int, height: int, sampling: list[int]) -> int:
 
 
 def read_png(data: bytes) -> Header:
-    """Raises ImageError for what ends before its pixels."""
+    """The header of a PNG.
+
+    data: the file.
+
+    Raises ImageError if the file ends before its pixels.
+    """
     view, at, pieces = memoryview(data), 8, [memoryview(data)[:8]]
     head, orientation, bits, count, looks, pixels = b"", 0, None, 0, 0, False
     while at + 8 <= len(data):
@@ -189,7 +205,10 @@ def _inflated(text: bytes) -> bytes:
 
 
 def orientation_of_exif(block: bytes) -> int | None:
-    """The orientation 1 to 8 that an EXIF block says, whatever else of it is damaged."""
+    """The orientation, 1 to 8, of an EXIF block, even if other parts of it are damaged.
+
+    block: the EXIF block.
+    """
     if block.startswith(b"Exif\0"):
         block = block[6:]
     order = {b"II": "<", b"MM": ">"}.get(block[:2])
@@ -205,7 +224,7 @@ def orientation_of_exif(block: bytes) -> int | None:
             if tag == _ORIENTATION and form and number == 1:
                 (value,) = struct.unpack_from(order + form, block, entry + 8)
                 found = value if 1 <= value <= 8 else found
-    except struct.error:  # it ends here
+    except struct.error:  # the block ends here
         pass
     return found
 
@@ -216,7 +235,10 @@ def orientation_of_xmp(text: bytes) -> int | None:
 
 
 def webp_size(data: bytes) -> tuple[int, int] | None:
-    """The canvas of a WebP, which its decoder allocates as soon as it is opened."""
+    """The canvas of a WebP; its decoder allocates the canvas as soon as the file is opened.
+
+    data: the file.
+    """
     kind, body = data[12:16], data[20:30]
     if len(body) < 10:
         return None

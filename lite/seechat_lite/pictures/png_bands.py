@@ -1,7 +1,8 @@
-"""A PNG too large for memory, some rows at a time.
+"""Reads a PNG that is too large for memory, some rows at a time.
 
-Pillow decodes a PNG whole, at four bytes a pixel. But a few rows, with the one above them put first
-and unfiltered, are a small PNG of their own: so they are inflated here and undone there.
+Pillow decodes a PNG whole, at four bytes a pixel. But a few rows are a small PNG of their own, if
+the row above them is put first and unfiltered. So the rows are inflated here, and Pillow undoes
+their filters.
 """
 
 import io
@@ -13,18 +14,20 @@ from PIL import Image, PngImagePlugin
 
 from seechat_lite.pictures.headers import Header, damaged
 
-_MODES = {2: "LA", 3: "RGB", 4: "RGBA"}  # by channels
-_COLOURS = {2: 4, 3: 2, 4: 6}  # PNG's number of them
+_MODES = {2: "LA", 3: "RGB", 4: "RGBA"}  # by the number of channels
+_COLOURS = {2: 4, 3: 2, 4: 6}  # PNG's colour type, by the number of channels
 
 
 class PngBands:
-    """Rows of a picture, from top to bottom; asked for as parts of an image are."""
+    """The rows of a picture from top to bottom; they are asked for like parts of an image."""
 
     def __init__(self, header: Header) -> None:
         self.size = self.width, self.height = header.size
         self.mode = _MODES[header.channels]
         self._colour = _COLOURS[header.channels]
-        self._stride = 1 + self.width * header.channels  # a row with the number of its filter
+        self._stride = (
+            1 + self.width * header.channels
+        )  # bytes of a row with the number of its filter
         self._transparency = [c for c in header.parts if c[4:8] == b"tRNS"]
         self._chunks = _contents(header.parts)
         self._inflate = zlib.decompressobj()
@@ -33,11 +36,19 @@ class PngBands:
 
     @staticmethod
     def possible(header: Header) -> bool:
-        """Whether rows can be told apart, and unfiltered ones are what was decoded."""
+        """Whether single rows can be decoded.
+
+        header: the PNG's header.
+        """
         return header.whole and header.bits == 8 and header.channels in _MODES
 
     def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
-        """The rows that follow those asked for before. Raises ImageError and what Pillow does."""
+        """The rows that follow those asked for before.
+
+        box: left, top, right and bottom in pixels.
+
+        Raises ImageError, and the errors of Pillow.
+        """
         _, top, _, bottom = box
         assert top == self._next and box[0] == 0 and box[2] == self.width
         self._next = bottom
@@ -74,7 +85,7 @@ class PngBands:
 
 
 def _contents(chunks: list[memoryview]) -> Iterator[memoryview]:
-    """What the chunks of pixels hold."""
+    """The contents of the chunks of pixels."""
     for chunk in chunks:
         if chunk[4:8] == b"IDAT":
             size = int.from_bytes(chunk[:4], "big")

@@ -1,7 +1,8 @@
-"""The processes in which pictures are decoded: started when needed, kept for the next picture.
+"""Starts the processes in which pictures are decoded, and keeps them for the next picture.
 
-At most two at a time, and one large picture at a time. A process is ended as soon as nobody waits
-for its picture, when it takes too long or too much, and when it has had nothing to do for a while.
+There are at most two at a time, and only one large picture at a time. A process is ended as soon as
+nobody waits for its picture, when it takes too long or too much memory, and when it has been idle
+for a while.
 """
 
 import atexit
@@ -30,9 +31,9 @@ WORKERS = 2
 SMALL = 96_000_000  # bytes that decoding may take in each worker; one at a time may take more
 IDLE_SECONDS = 30.0
 CPU_SECONDS = worker.CPU_SECONDS
-# of the clock: on a busy machine a picture takes longer than the seconds that it works
+# on the clock: on a busy machine a picture takes longer than its CPU seconds
 WALL_SECONDS = 60.0
-_LOOK_EVERY = 0.05  # seconds between two looks at who waits and what it takes
+_LOOK_EVERY = 0.05  # seconds between two checks of who waits and what it takes
 _BASE = 100_000_000  # resident bytes of a worker beside its picture, generously
 
 
@@ -42,7 +43,7 @@ class Answer:
 
     mode: str
     size: tuple[int, int]
-    data: bytes  # as Image.tobytes gives it; nothing if it was only described
+    data: bytes  # as Image.tobytes returns it; empty if the picture was only described
 
 
 class NoWorker(Exception):  # noqa: N818 (no error to those outside of this package)
@@ -52,14 +53,17 @@ class NoWorker(Exception):  # noqa: N818 (no error to those outside of this pack
 def ask(
     request: dict[str, Any], data: bytes, *, stopped: Callable[[], bool] = lambda: False
 ) -> Answer:
-    """Have a picture decoded.
+    """Have a picture decoded in a worker.
 
-    request: see worker.answer. data: the file. stopped: asked twenty times a second; ends it.
+    request: see worker.answer.
+    data: the file.
+    stopped: asked twenty times a second; True ends the work.
+
     Raises ImageError without the file's name, Cancelled, NoWorker.
     """
     _wait_for(_slots, stopped)
     try:
-        took = CPU_SECONDS / 2  # where it is not known
+        took = CPU_SECONDS / 2  # if it is not known
         request |= {"budget": SMALL, "seconds": CPU_SECONDS}
         with suppress(decode.TooMuchMemoryError):
             found = _exchange(request, data, stopped)
@@ -99,7 +103,7 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
-                # numpy, which few pictures need, sets memory aside for every thread
+                # numpy reserves memory for every thread, and few pictures need it
                 env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             )
@@ -138,7 +142,7 @@ def _exchange(
     """Send a request and wait for its answer."""
     with _lock:
         used = _idle.pop() if _idle else None
-    if used and used.process.poll() is not None:  # ended by the system meanwhile
+    if used and used.process.poll() is not None:  # the system has ended it meanwhile
         used.end()
         used = None
     current = used or _Worker()
@@ -147,7 +151,9 @@ def _exchange(
     done = threading.Event()
 
     def talk() -> None:
-        with suppress(OSError, ValueError):  # it has ended; of its pipes, or of what it wrote
+        with suppress(
+            OSError, ValueError
+        ):  # the worker has ended: an error of its pipes, or of what it wrote
             _write(current.process, line)
             _write(current.process, data)
             answers.append(_read(current.process))
@@ -169,7 +175,7 @@ def _exchange(
             _keep(current)
         else:
             current.process.kill()
-            done.wait(5)  # the thread lets go of its pipes
+            done.wait(5)  # the thread then no longer uses the pipes
             current.end()
 
 
@@ -270,7 +276,7 @@ def _end(workers: list[_Worker]) -> None:
 
 
 def _command() -> Sequence[str | Path] | None:
-    """What starts a worker here; None where `sys.executable` is not known to do it."""
+    """The command that starts a worker here; None if `sys.executable` may not be able to."""
     if getattr(sys, "frozen", False):
         return [sys.executable, worker.ARGUMENT] if worker.packed else None
     if not sys.executable or not Path(sys.executable).stem.lower().startswith(("python", "pypy")):
@@ -292,7 +298,7 @@ def _command() -> Sequence[str | Path] | None:
 
 
 def _forget() -> None:
-    """In a forked child: its parent's workers are not its own."""
+    """Forget the workers in a forked child: they are its parent's."""
     global _slots, _large, _lock, _timer
     _slots, _large = threading.BoundedSemaphore(WORKERS), threading.Lock()
     _lock, _timer = threading.Lock(), None

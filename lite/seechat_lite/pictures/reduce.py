@@ -1,8 +1,8 @@
-"""From a decoded picture to the square of levels that a vision tower was trained on.
+"""Turns a decoded picture into the square of levels that a vision tower was trained on.
 
-How is the bundle's `PixelSpec`: either what the published code does to the last bit, for
-comparisons, or the same resize of a picture that was first turned upright, laid on a background
-where it is transparent, and scaled to 8 bits where it has more.
+The bundle's `PixelSpec` says how. Either this does what the published code does, to the last bit,
+for comparisons. Or it first turns the picture upright, lays it on a background where it is
+transparent, and scales it to 8 bits if it has more; then it resizes in the same way.
 """
 
 import math
@@ -15,14 +15,14 @@ from seechat_lite.pictures.png_bands import PngBands
 from seechat_weights.errors import ImageError
 
 MAX_PIXELS = 112_000_000  # a 108-megapixel phone photo passes
-BAND_PIXELS = 16_000_000  # larger ones become levels some rows at a time: no copies of them
+BAND_PIXELS = 16_000_000  # larger pictures become levels some rows at a time, so no copies are made
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-# what makes a picture upright, by its EXIF orientation
+# the operation that makes a picture upright, by its EXIF orientation
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -32,14 +32,14 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# largest values of samples that cameras, scanners and detectors make
+# the largest sample values of cameras, scanners and detectors
 _WHITES = (255, 1023, 4095, 16383, 65535)
 
 Box = tuple[float, float, float, float]
 
 
 class Spec(Protocol):
-    """What is read here of bundle.PixelSpec."""
+    """The part of seechat_weights.config.PixelSpec that is read here."""
 
     @property
     def image_size(self) -> int: ...
@@ -60,8 +60,11 @@ def reduce(
 ) -> Image.Image:
     """The picture as RGB, spec.image_size a side.
 
-    orientation: 1 to 8, as EXIF has it; ignored if spec.exact. white: the value of white in grey of
-    more than 8 bits, where the file says one.
+    image: the picture.
+    spec: how pictures become pixels.
+    orientation: 1 to 8, as EXIF has it; ignored if spec.exact.
+    white: the value of white in grey of more than 8 bits, if the file says so.
+
     Raises ImageError for a colour space that Pillow cannot convert.
     """
     check_size(image.size, image.mode)
@@ -70,7 +73,7 @@ def reduce(
         return convert(_Resizing(spec)(_Large(image, orientation, rgb)), "RGB")
     if spec.exact:
         if image.mode.startswith("I;16"):
-            image = image.convert("I")  # from where 16 bits saturate at 255, as published
+            image = image.convert("I")  # from this mode 16 bits saturate at 255, as published
         if spec.rgb_first:
             image = convert(image, "RGB")
         return convert(_Resizing(spec)(image), "RGB")
@@ -88,7 +91,13 @@ def turned(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def check_size(size: tuple[int, int], mode: str) -> None:
-    """Raises ImageError, without the file's name, for more pixels than are read."""
+    """Check the number of pixels.
+
+    size: width and height.
+    mode: Pillow's name of the colour mode.
+
+    Raises ImageError, without the file's name, for more pixels than are read.
+    """
     width, height = size
     if width * height > MAX_PIXELS:
         raise too_large(f"{width}×{height} pixels", f"{MAX_PIXELS // 10**6} million")
@@ -111,7 +120,7 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
         if image.mode == "LAB":
             return _from_lab(image).convert(mode)
         return image.convert(mode)
-    # a palette that is missing or short raises others than ValueError
+    # a palette that is missing or short raises other errors than ValueError
     except (ValueError, KeyError, AttributeError, TypeError, ImportError, OSError):
         raise ImageError(
             f"a picture in colour mode {image.mode}; expected one that converts to {mode}: "
@@ -124,12 +133,12 @@ def _from_lab(image: Image.Image) -> Image.Image:
 
     lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
-    assert converted is not None  # it is not in place
+    assert converted is not None  # not None, as this is not in place
     return converted
 
 
 class _Large:
-    """A picture too large for copies of it, as if it were turned upright."""
+    """A picture too large to copy, seen as if it were turned upright."""
 
     def __init__(
         self,
@@ -145,7 +154,7 @@ class _Large:
         self.size = self.width, self.height
 
     def resize(self, size: tuple[int, int], resample: Image.Resampling, box: Box) -> Image.Image:
-        """Some rows at a time: the horizontal pass takes every row by itself."""
+        """Resize some rows at a time: the horizontal pass treats every row by itself."""
         left, top, right, bottom = box
         step = max(1, BAND_PIXELS // 16 // self.width)
         narrow = Image.new("RGB", (size[0], self.height))
@@ -170,7 +179,7 @@ class _Large:
 
 
 def _in_bands(image: Image.Image, spec: Spec) -> bool:
-    """Whether a picture is too large for copies of it, and not so thin that bands are no help."""
+    """Whether a picture is too large to copy, and not so thin that bands do not help."""
     large = image.width * image.height > BAND_PIXELS
     return large and spec.image_size * max(image.size) <= MAX_PIXELS
 
@@ -178,7 +187,7 @@ def _in_bands(image: Image.Image, spec: Spec) -> bool:
 def _sensible(
     image: Image.Image | None, background: tuple[int, int, int], white: float | None
 ) -> Callable[[Image.Image], Image.Image]:
-    """What makes a part of this image, None for one of 8 bits, opaque RGB of 8 bits."""
+    """Return what turns a part of this image (None: one of 8 bits) into opaque RGB of 8 bits."""
     if image and (image.mode.startswith("I") or image.mode == "F"):
         low, high = _range(image, white)
         return lambda part: _to_8_bits(part, low, high).convert("RGB")
@@ -195,9 +204,11 @@ def _sensible(
 def _range(image: Image.Image, white: float | None) -> tuple[float, float]:
     """The values of black and white in grey of more than 8 bits.
 
-    Integers that fit 16 bits are as wide as the file says, else as the smallest usual width that
-    holds them: twelve bits are often kept in sixteen. Floats are 0 to 1 or 0 to 255 where they fill
-    that. Of all others, whose range nothing states, black is the smallest and white the largest.
+    Integers that fit 16 bits have the width that the file says, else the smallest usual width that
+    holds them: twelve bits are often kept in sixteen. Floats are 0 to 1 or 0 to 255 if they fill
+        that
+    range. For all others nothing states the range: black is the smallest value and white the
+    largest.
     """
     if image.mode == "F":
         low, high = _finite_range(image)
@@ -217,8 +228,8 @@ def _range(image: Image.Image, white: float | None) -> tuple[float, float]:
 
 
 def _finite_range(image: Image.Image) -> tuple[float, float]:
-    """Smallest and largest of floats, without those that are no numbers."""
-    import numpy as np  # getextrema() does not heed them
+    """The smallest and largest of floats, without NaN and infinities."""
+    import numpy as np  # getextrema() does not leave them out
 
     low, high = math.inf, -math.inf
     for _, part in _bands(image):
@@ -230,7 +241,7 @@ def _finite_range(image: Image.Image) -> tuple[float, float]:
 
 
 def _to_8_bits(image: Image.Image, low: float, high: float) -> Image.Image:
-    """Grey of more than 8 bits to L, some rows at a time."""
+    """Turn grey of more than 8 bits into L, some rows at a time."""
     levels = Image.new("L", image.size)
     span = (high - low) or 1
     if image.mode != "F" and low == 0 and high <= 65535:
@@ -249,7 +260,7 @@ def _to_8_bits(image: Image.Image, low: float, high: float) -> Image.Image:
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """A picture's parts, some rows each, and where they begin."""
+    """The parts of a picture, some rows each, and where they begin."""
     rows = max(1, BAND_PIXELS // 16 // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
@@ -275,8 +286,8 @@ class _Resizing:
         """Resize the part `box` of an image, the horizontal pass first.
 
         Pillow rounds to 8 bits between its two passes, and newer versions start with the vertical
-        one for some shapes: on hard edges that is up to 10 levels off the published pixels. Two
-        resizes along one axis each give the same on every version.
+        pass for some shapes. On hard edges the result is up to 10 levels off the published pixels.
+        Two resizes along one axis each give the same result on every version.
         """
         resample = FILTERS[self._spec.interpolation]
         left, top, right, bottom = box or (0, 0, *image.size)
@@ -285,24 +296,24 @@ class _Resizing:
         # bilevel and palette pictures cannot be averaged: Pillow takes the nearest pixel
         if image.mode in ("1", "P") or resample == Image.Resampling.NEAREST:
             return image.resize(size, Image.Resampling.NEAREST, box)
-        # colours are averaged by their opacity, which Pillow does within a single resize
+        # colours are averaged by their opacity; Pillow does that within a single resize
         premultiplied = {"RGBA": "RGBa", "LA": "La"}.get(image.mode)
         if premultiplied:
             return self._resize(image.convert(premultiplied), size, box).convert(image.mode)
-        if size[0] * image.height > MAX_PIXELS:  # a thread of a picture would grow without bound
+        if size[0] * image.height > MAX_PIXELS:  # a very thin picture would grow without bound
             image = image.resize((image.width, size[1]), resample, (0, top, image.width, bottom))
             return image.resize(size, resample, (left, 0, right, size[1]))
         image = image.resize((size[0], image.height), resample, (left, 0, right, image.height))
         return image.resize(size, resample, (0, top, size[0], bottom))
 
     def _crop(self, image: "Image.Image | _Large") -> Image.Image:
-        """Shorter side to image_size, then the centre (torchvision's Resize and CenterCrop)."""
+        """The shorter side to image_size, then the centre (torchvision's Resize and CenterCrop)."""
         size, (width, height) = self._spec.image_size, image.size
         short = min(width, height)
         new = (int(size * width / short), int(size * height / short))
         left, top = (round((side - size) / 2) for side in new)
-        # Resizing only what remains differs by float32 rounding of the box, and keeps a picture of
-        # 1 x 5000 pixels from growing to 224 x 1120000 first
+        # Resizing only what remains differs by float32 rounding of the box, and keeps
+        # a picture of 1 x 5000 pixels from growing to 224 x 1120000 first
         if self._spec.exact and max(new) <= 64 * size:
             return self._resize(image, new).crop((left, top, left + size, top + size))
         x, y = width / new[0], height / new[1]  # source pixels of one new pixel
@@ -310,7 +321,7 @@ class _Resizing:
         return self._resize(image, (size, size), (left * x, top * y, right, bottom))
 
     def _pad(self, image: "Image.Image | _Large") -> Image.Image:
-        """Longer side to image_size, in the middle of a square of the background colour."""
+        """The longer side to image_size, in the middle of a square of the background colour."""
         if isinstance(image, Image.Image):
             image = convert(image, "RGB")
         size, long = self._spec.image_size, max(image.size)
@@ -330,7 +341,13 @@ def thumbnail(
     orientation: int = 1,
     white: float | None = None,
 ) -> Image.Image:
-    """The picture upright, as RGB on white, at most as large as `size`; never enlarged."""
+    """A small upright picture, RGB on white; never enlarged.
+
+    image: the picture.
+    size: the largest width and height.
+    orientation: 1 to 8, as EXIF has it.
+    white: the value of white in grey of more than 8 bits, if the file says so.
+    """
     width, height = image.size
     if orientation >= 5:
         width, height = height, width
@@ -348,7 +365,7 @@ def thumbnail(
 
 
 def _reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """A large picture brought near `size` by whole factors: what follows makes copies of it."""
+    """Bring a large picture near `size` by whole factors, because what follows copies it."""
     if image.width * image.height <= BAND_PIXELS // 16:
         return image
     if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK"):

@@ -1,8 +1,8 @@
-"""The process in which pictures are decoded: may be ended at any time, takes no more than told.
+"""The process in which pictures are decoded; it may be ended at any time; its memory is bounded.
 
-pool.py starts it as `python -c … main()`, a packed application by way of `run_if_asked`. It reads
-one request after another from stdin and writes an answer to stdout, each a JSON object of one line
-with the number of bytes that follow it. It ends when its stdin does.
+pool.py starts it as `python -c … main()`, or in a packed application through `run_if_asked`. It
+reads one request after another from stdin and writes an answer to stdout. Each is a JSON object of
+one line with the number of bytes that follow it. It ends when its stdin does.
 """
 
 import json
@@ -21,18 +21,18 @@ from PIL import Image
 from seechat_lite.pictures import decode, reduce
 from seechat_weights.errors import ImageError
 
-ARGUMENT = "--seechat-picture-worker"  # makes a packed application a worker
-CPU_SECONDS = 8  # of one picture; then the system ends this process
-SLACK = 40 << 20  # bytes beside what a picture was said to need
+ARGUMENT = "--seechat-picture-worker"  # starts a packed application as a worker
+CPU_SECONDS = 8  # for one picture; after that the system ends this process
+SLACK = 40 << 20  # bytes beside what a picture is said to need
 
 
-packed = False  # whether this is a packed application that can be started as a worker
+packed = False  # whether this is a packed application that can start as a worker
 
 
 def run_if_asked() -> None:
     """Be a worker instead of the application, if pool.py has started it as one.
 
-    To be called first in an application that is packed, where sys.executable is no Python.
+    A packed application, where sys.executable is not Python, must call this first.
     """
     global packed
     packed = True
@@ -42,14 +42,14 @@ def run_if_asked() -> None:
 
 
 def main() -> None:
-    """Answer until stdin ends."""
+    """Answer requests until stdin ends."""
     with suppress(ValueError, OSError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for those who asked
     requests, answers = 0, os.dup(1)
     quiet = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # libtiff and others print what they do not like
+    for stream in (1, 2):  # libtiff and others print their complaints
         os.dup2(quiet, stream)
-    Image.MAX_IMAGE_PIXELS = reduce.MAX_PIXELS  # of what is inside of other pictures, too
+    Image.MAX_IMAGE_PIXELS = reduce.MAX_PIXELS  # for pictures inside of other pictures, too
     warnings.simplefilter("ignore")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     while (line := _line(requests)) is not None:
@@ -61,10 +61,10 @@ def main() -> None:
         try:
             head, body = answer(request, data)
         except Exception as e:
-            # no ImageError: a mistake of ours, or damage that shows only when it is converted
+            # not an ImageError: a mistake of ours, or damage that shows only in the conversion
             error = e if isinstance(e, ImageError) else decode.undecodable(e)
             head, body = dict[str, Any](error=str(error)), b""
-            # what is made of the pixels takes memory as well, which no header says
+            # work on the pixels takes memory too, and no header says how much
             if isinstance(error, decode.TooMuchMemoryError) and request["budget"] < request["full"]:
                 head = {"needs": request["full"]}
         _end_with_parent(requests, False)
@@ -75,7 +75,10 @@ def main() -> None:
 
 
 def answer(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-    """Do what a request says; the answer's head and its bytes.
+    """Do what a request says; returns the head of the answer and its bytes.
+
+    request: the object of the request's line.
+    data: the file.
 
     Raises ImageError without the file's name.
     """
@@ -137,14 +140,14 @@ def _write(file: int, data: bytes) -> None:
     try:
         while view:
             view = view[os.write(file, view[: 1 << 20]) :]
-    except OSError:  # nobody reads it
+    except OSError:  # nobody reads the answer
         os._exit(0)
 
 
 def _bound(budget: int, seconds: float) -> None:
-    """Have the system refuse memory beyond the budget, and end this process when it takes too long.
+    """Let the system refuse memory beyond the budget, and end this process if it takes too long.
 
-    Where it cannot (not on Linux), pool.py looks.
+    Where the system cannot (not Linux), pool.py watches instead.
     """
     try:
         import resource
@@ -164,7 +167,7 @@ def _bound(budget: int, seconds: float) -> None:
 
 
 def _end_with_parent(file: int, on: bool) -> None:
-    """While a picture is decoded nothing is read: have the system end us when the pipe closes."""
+    """Let the system end this process when the pipe closes: nothing reads it while decoding."""
     if sys.platform == "win32":
         return
     import fcntl

@@ -1,8 +1,8 @@
-"""Pictures written as text: base64 and data: URLs, in all the ways that programs write them.
+"""Reads pictures written as text: base64 and data: URLs, in all the ways that programs write them.
 
-Standard or URL-safe letters, with padding or without, broken into lines, percent-encoded, with any
-media type or none: what the bytes are is said by the bytes. What is long is copied as seldom as can
-be.
+Letters may be standard or URL-safe, with padding or without, broken into lines or percent-encoded,
+with any media type or none: the bytes themselves tell what they are. A long text is copied as
+seldom as possible.
 """
 
 import binascii
@@ -11,27 +11,40 @@ from urllib.parse import unquote_to_bytes
 from seechat_weights.errors import ImageError
 
 MAX_HEAD = 1000  # characters before the data in a data: URL
-MAX_PERCENT = 4 << 20  # characters of a data: URL with %XX, which cost far more than base64
+MAX_PERCENT = 4 << 20  # characters of a data: URL with %XX, as these cost far more than base64
 
 _BLANKS = b" \t\r\n\f\v"
 _STANDARD = bytes.maketrans(b"-_", b"+/")
 _ESCAPES = {b"2b": b"+", b"2f": b"/", b"3d": b"=", b"0a": b"", b"0d": b"", b"20": b"", b"09": b""}
 _LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_=%\r\n")
-_SHORTEST = 64  # characters; no picture is shorter, and many a path is
+_SHORTEST = 64  # characters; no picture is shorter, and many paths are
 
 
 def is_data_url(text: str) -> bool:
+    """Whether a text is a data: URL.
+
+    text: the text.
+    """
     return text[:16].lstrip()[:5].lower() == "data:"
 
 
 def looks_like_base64(text: str) -> bool:
-    """Whether a text is a picture's base64 rather than a path or an address, by both its ends."""
+    """Whether a text is a picture's base64 rather than a path or an address, by both its ends.
+
+    text: the text.
+    """
     ends = text[:_SHORTEST] + text[-_SHORTEST:]
     return len(text) >= _SHORTEST and _LETTERS.issuperset(ends)
 
 
 def from_data_url(url: str, *, limit: int) -> bytes:
-    """The bytes in a data: URL. Raises ImageError: damaged, or more than `limit` bytes."""
+    """The bytes in a data: URL.
+
+    url: the URL.
+    limit: bytes that it may have at most.
+
+    Raises ImageError: damaged, or more than `limit` bytes.
+    """
     comma = url.find(",", 0, MAX_HEAD)
     if comma < 0:
         raise ImageError("data: URL: no comma; expected data:image/png;base64,…: check it")
@@ -49,9 +62,14 @@ def from_data_url(url: str, *, limit: int) -> bytes:
 
 
 def from_base64(text: str, *, limit: int, name: str = "base64", start: int = 0) -> bytes:
-    """Decode base64 from character `start` on. Raises ImageError as from_data_url() does.
+    """Decode base64.
 
-    name: what it is, for messages.
+    text: the text.
+    limit: bytes that it may have at most.
+    name: what it is called in messages.
+    start: the character to begin with.
+
+    Raises ImageError as from_data_url().
     """
     if not text.isascii():
         raise _damaged(name)
