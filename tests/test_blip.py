@@ -150,9 +150,9 @@ def test_files_that_do_not_fit(
 @pytest.mark.parametrize(
     ("missing", "key", "remedy"),
     [
-        ("eva", "visual_encoder.cls_token", "give eva_vit_g.pth to --eva"),
-        ("qformer", "ln_vision.weight", "give blip2_pretrained_flant5xxl.pth to --qformer"),
-        ("checkpoint", "llama_proj.weight", "to --checkpoint"),
+        ("eva", "visual_encoder.cls_token", "name eva_vit_g.pth as eva"),
+        ("qformer", "ln_vision.weight", "name blip2_pretrained_flant5xxl.pth as qformer"),
+        ("checkpoint", "llama_proj.weight", "(checkpoint_100.pth) as checkpoint"),
     ],
 )
 def test_a_file_that_was_not_given(missing: str, key: str, remedy: str) -> None:
@@ -168,7 +168,10 @@ def test_sizes_that_do_not_fit() -> None:
         load_seechat(**files, settings=BlipSettings(blocks=3, heads=5))
     with pytest.raises(CheckpointError, match=r"pictures of 60 pixels.*a multiple of 14"):
         load_seechat(**files, settings=TINY, image_size=60)
-    with pytest.raises(CheckpointError, match=r"missing \(visual_encoder\.blocks\.4\..*--eva"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"missing \(visual_encoder\.blocks\.4\..*: name eva_vit_g\.pth as eva",
+    ):
         load_seechat(**files)  # the published ViT has 39 blocks
 
 

@@ -105,15 +105,15 @@ def test_options_between_the_words(
         (["ask", "你好", "--temperature", "-1"], "temperature is -1.0; expected 0"),
         (["ask", "你好", "--temperature", "nan"], "temperature is nan"),
         (["ask", "你好", "--temperature", "hot"], "invalid float value: 'hot'"),
-        (["ask", "你好", "--top-p", "0"], "top_p is 0.0"),
-        (["ask", "你好", "--top-k", "-1"], "top_k is -1"),
+        (["ask", "你好", "--top-p", "0"], "--top-p is 0.0"),
+        (["ask", "你好", "--top-k", "-1"], "--top-k is -1"),
         (["ask", "你好", "--seed", "-1"], "seed is -1"),
         (["ask", "你好", "--max-new-tokens", "0"], "--max-new-tokens is 0; expected at least 1"),
         (["ask", "你好", "--context", "3"], "--context is 3; expected at least 16"),
         (["ask", "你好", "--engine", "x"], "--engine is x; expected one of auto, onnx"),
         (["ask", "你好", "--dtype", "bf16"], "--dtype bf16 goes with --engine torch"),
-        (["ask", "你好", "--clip", "x", "--projector", "y"], ", …) go with --engine torch"),
-        (["serve", "--image-size", "56", "--eva", "x"], ", …) go with --engine torch"),
+        (["ask", "你好", "--clip", "x", "--projector", "y"], ", …) goes with --engine torch"),
+        (["serve", "--image-size", "56", "--eva", "x"], ", …) goes with --engine torch"),
         (["ask", "你好", "--format", "x"], "--format is x; expected one of seechat,"),
         (["chat", "--format", "x"], "--format is x"),
         (["info", "--context", "3"], "--context is 3"),
@@ -166,11 +166,14 @@ def test_published_weights_are_called_what_they_are(capfd: pytest.CaptureFixture
         code, out, err = main(capfd, *command, "--model", tiny)
         assert (code, out) == (1, "")
         assert f"{tiny}: published weights (ChatGLM-6B); expected a bundle: " in one_line(err)
-        assert "--engine torch" in err and f": seechat export --lm {tiny} --precision" in err
+        assert (
+            "--engine torch" in err
+            and f"; seechat export --lm {tiny} --precision int4 --out BUNDLE)" in err
+        )
     for path, expected in [
-        (data("quantized/int4"), "seechat info {path}` says what it still needs"),  # no tokenizer
+        (data("quantized/int4"), "says what it still needs (seechat info {path})"),  # no tokenizer
         (data("vision/clip_hf"), "a CLIP vision tower; expected a bundle"),
-        (data("quantized/matrices.safetensors"), "make one with `seechat export`"),
+        (data("quantized/matrices.safetensors"), "expected a bundle: export one of it"),
         (tiny.parent, f"name {tiny}"),
     ]:
         code, _, err = main(capfd, "ask", "你好", "--model", path)
@@ -360,10 +363,10 @@ def test_chat_reads_questions_from_a_file(vision_bundle: Path, cat: Path, tmp_pa
     help_lines = HELP.splitlines()
     assert lines[: len(help_lines)] == help_lines
     assert lines[len(help_lines) :] == [
-        "seechat: /image needs a file: /image cat.jpg",
+        "seechat: /image without a file; expected its name: /image cat.jpg",
         *(f"🖼 × {waiting} · ask about it 请提问" for waiting in (1, 2, 4)),
         f"seechat: {tmp_path}/nothing.png: no such file; expected a picture: check the path",
-        "seechat: unknown command /nonsense; see /help",
+        "seechat: unknown command /nonsense; expected one of these: see /help",
         "> 🖼 🖼 🖼 🖼 这些是什么?",
         out.splitlines()[0],
         "> 然后呢?",

@@ -149,7 +149,7 @@ def test_offline_opens_no_socket(
     out = tmp_path / "out"
     assert main(["export", "--lm", "tiny/chatglm", "--offline", "--out", str(out)]) == 1
     error = capfd.readouterr().err
-    assert error.count("\n") == 1 and "run once without --offline" in error
+    assert error.count("\n") == 1 and "run once online" in error
     assert list(tmp_path.iterdir()) == []
 
 

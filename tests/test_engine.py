@@ -24,7 +24,7 @@ from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_lite.source import open_source
 from seechat_weights.config import LMConfig
-from seechat_weights.errors import ContextError, EngineError
+from seechat_weights.errors import ContextError, EngineError, OptionError
 
 TOLERANCE = 5e-4
 CASES = ["p0", "p1", "p2", "p3_mask", "p4_continue", "p5_both", "p6_infill", "p7_len1", "p8_long"]
@@ -274,7 +274,7 @@ def test_a_closed_engine_holds_no_file(bundle_of: Callable[..., Path], tmp_path:
 
 def test_unknown_engines_and_devices(bundle_of: Callable[..., Path]) -> None:
     folder = bundle_of("chatglm_tiny")
-    with pytest.raises(EngineError, match="unknown engine 'tpu'"):
+    with pytest.raises(OptionError, match="engine is 'tpu'"):
         open_engine(folder, "tpu")
     with pytest.raises(EngineError, match="'NoSuchProvider' is not in this ONNX Runtime"):
         open_engine(folder, options=EngineOptions(device="NoSuchProvider"))

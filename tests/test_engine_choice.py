@@ -102,7 +102,7 @@ def settings() -> tuple[object, ...]:
     )
 
 
-def test_the_torch_engine_leaves_the_process_as_it_was() -> None:
+def test_the_torch_engine_leaves_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     before = settings()
     other = before[0] % 2 + 1  # another number of threads
     assert isinstance(other, int)
@@ -119,8 +119,13 @@ def test_the_torch_engine_leaves_the_process_as_it_was() -> None:
         with pytest.raises(ZeroDivisionError):
             model.chat().ask("你好")
         assert settings() == before
+
+    def fails(*_: object, **__: object) -> None:
+        raise sl.EngineError("no; expected yes: do")
+
+    monkeypatch.setattr("seechat_lite.engines.torch.engine.weights_of", fails)
     with pytest.raises(sl.EngineError):
-        sl.load(TINY, engine="torch", device="cpu", threads=other, quantize="int3")
+        sl.load(TINY, engine="torch", device="cpu", threads=other)
     for threads in (-1, 100_000):  # as many would be started
         with pytest.raises(sl.OptionError, match="expected 0 to"):
             sl.load(threads=threads)

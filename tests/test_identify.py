@@ -75,7 +75,7 @@ def test_fixtures(
     found = identify(neutral(data(source), tmp_path))
     assert (found.kind, found.usable, tuple(found.missing)) == (kind, True, missing)
     assert facts.items() <= found.facts.items()
-    assert kind == "tokenizer" or str(found.path) in (found.command or "")
+    assert kind == "tokenizer" or found.path in found.options.values()
 
 
 def of_keys(
@@ -214,7 +214,7 @@ def test_a_bundle_says_what_it_is_made_of(tmp_path: Path, text_bundle: Path) -> 
     assert facts["precision"] == "int4, blocks of 64; the head int8; embeddings float32"
     expected = "lm pytorch_model-1.bin … (8 files), adapter adapter_model.bin"
     assert facts["made from"] == expected
-    assert facts["--lm"] == "THUDM/chatglm-6b at 8b7d335"
+    assert facts["downloaded lm"] == "THUDM/chatglm-6b at 8b7d335"
     assert facts["licence"] == r"ChatGLM-6B\x1b[2J"
 
 
@@ -232,28 +232,28 @@ def test_shards_are_missing_and_nothing_tells_whose(tmp_path: Path) -> None:
         ("lm", "chatglm_tiny", ""),
         ("lm", "chatglm_bin", ""),
         ("lm", "prefix.bin", "a P-tuning prefix for ChatGLM-6B; expected ChatGLM-6B or VisualGLM-6B"
-         " for --lm: give it to --prefix"),
-        ("lm", "vision/checkpoint_100.pth", "give it to --checkpoint"),
-        ("lm", "bundle", "a bundle: tiny-text; .*--model of ask, chat or serve"),
+         " as lm: name it as prefix"),
+        ("lm", "vision/checkpoint_100.pth", "name it as checkpoint"),
+        ("lm", "bundle", "a bundle: tiny-text; .*: a bundle is exported already"),
         ("lm", "nowhere", "no such file or folder; .*or name it on the Hub as owner/name"),
         ("prefix", "prefix.bin", ""),
-        ("prefix", "chatglm_tiny", "give it to --lm"),
-        ("adapter", "prefix.bin", "expected a LoRA adapter for --adapter: give it to --prefix"),
+        ("prefix", "chatglm_tiny", "name it as lm"),
+        ("adapter", "prefix.bin", "expected a LoRA adapter as adapter: name it as prefix"),
         ("tokenizer", "chatglm_tiny/ice_text.model", ""),
         ("tokenizer", "chatglm_tiny", "expected the file ice_text.model .*: name .*ice_text.model"),
         ("eva", "vision/eva_vit_tiny.pth", ""),
-        ("eva", "vision/blip2_tiny_flant5.pth", "is BLIP-2's Q-Former; expected EVA ViT-g for --eva"
-         ": give it to --qformer"),
-        ("qformer", "vision/eva_vit_tiny.pth", "give it to --eva"),
+        ("eva", "vision/blip2_tiny_flant5.pth", "is BLIP-2's Q-Former; expected EVA ViT-g as eva"
+         ": name it as qformer"),
+        ("qformer", "vision/eva_vit_tiny.pth", "name it as eva"),
         ("qformer", "vision/blip2_tiny_flant5.pth", ""),
         ("checkpoint", "vision/checkpoint_100_legacy_format.pth", ""),
         ("checkpoint", "vision/blip2_tiny_flant5.pth", ""),
-        ("checkpoint", "chatglm_tiny", "give it to --lm"),
+        ("checkpoint", "chatglm_tiny", "name it as lm"),
         ("clip", "vision/clip_hf", ""),
-        ("clip", "vision/mm_projector_linear.bin", "give it to --projector"),
+        ("clip", "vision/mm_projector_linear.bin", "name it as projector"),
         ("projector", "vision/mm_projector_linear.bin", ""),
         ("projector", "vision/checkpoint_100.pth", ""),
-        ("projector", "vision/clip_open_clip", "give it to --clip"),
+        ("projector", "vision/clip_open_clip", "name it as clip"),
     ],
 )  # fmt: skip
 def test_what_is_given_to_another_option(
@@ -273,7 +273,7 @@ def test_the_command_says_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     eva, qformer = (str(data(f"vision/{n}")) for n in ("eva_vit_tiny.pth", "blip2_tiny_flant5.pth"))
     files = ["--lm", str(data("chatglm_tiny")), "--eva", qformer, "--qformer", eva]
     assert main(["export", *files, "--out", str(tmp_path / "b")]) == 1
-    assert "expected EVA ViT-g for --eva: give it to --qformer" in capfd.readouterr().err
+    assert "expected EVA ViT-g as eva: name it as qformer (--qformer " in capfd.readouterr().err
 
 
 def test_a_training_runs_folder_is_an_adapter(tmp_path: Path) -> None:

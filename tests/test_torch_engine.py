@@ -15,7 +15,6 @@ from networks import load_chatglm
 from reference import check_recorded, data, greedy, load_json, positions, tensors
 from seechat_export.export import export_bundle
 from seechat_export.reference_chatglm import KVCache
-from seechat_lite.cli import options
 from seechat_lite.cli.main import main
 from seechat_lite.engines import Engine, EngineOptions, create
 from seechat_lite.engines.base import Cancelled
@@ -25,6 +24,7 @@ from seechat_lite.engines.torch.memory import device_plan
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_tables
 from seechat_lite.source import open_source
+from seechat_weights.bundle import precisions
 from seechat_weights.bundle.manifest import Decoder, Manifest, TokenizerConfig
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import EngineError, MemoryPlanError
@@ -331,8 +331,8 @@ def test_devices_that_are_not_there() -> None:
 
 
 def test_the_command_line_offers_what_there_is() -> None:
-    assert tuple(DTYPES) == options.DTYPES
-    assert tuple(QUANTIZATIONS) == options.QUANTIZATIONS
+    assert set(DTYPES) == set(precisions.DTYPES)
+    assert tuple(QUANTIZATIONS) == precisions.QUANTIZATIONS
 
 
 def test_a_dialogue_straight_from_published_weights(capsys: pytest.CaptureFixture[str]) -> None:

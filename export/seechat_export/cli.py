@@ -121,7 +121,7 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         from seechat_lite.source import open_source
     except ImportError as e:
         raise SeechatError(
-            f'{e.name} is not installed; export needs it: pip install "seechat-lite[export]"'
+            f'{e.name} is not installed; export needs it: run pip install "seechat-lite[export]"'
         ) from None
     source = open_source(
         args.lm,

@@ -33,6 +33,7 @@ from seechat_lite.nn.block_quantization import FRACTIONS
 from seechat_lite.source import Source as ModelSource
 from seechat_lite.source import spoken_format
 from seechat_lite.tokenizer import Tokenizer
+from seechat_weights.arguments import check_choice, refuse
 from seechat_weights.bundle.layout import TensorLayout, decoder_layout, reordered_prefix
 from seechat_weights.bundle.manifest import (
     MANIFEST,
@@ -97,19 +98,24 @@ def export_bundle(
     "seechat" with vision and "chatglm" without. announce: is told the plan once all sources are
     checked, before the work begins.
 
-    Raises CheckpointError (sources), BundleError (`out` exists or cannot be written, the disk is
-    too small, or the finished bundle does not agree with the torch networks), MemoryPlanError.
+    Raises OptionError (a wrong argument), CheckpointError (sources), BundleError (`out` exists or
+    cannot be written, the disk is too small, or the finished bundle does not agree with the torch
+    networks), MemoryPlanError.
     """
     out = local_path(out)
-    if precision not in PRECISIONS:
-        raise BundleError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    check_choice("precision", precision, PRECISIONS)
     if PRECISIONS[precision].block and block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
-        raise BundleError(f"block size {block_size}; expected one of {sizes}")
-    if conversation not in (None, *FORMATS):
-        raise BundleError(f"format {conversation!r}; expected one of {', '.join(FORMATS)}")
+        refuse("block_size", block_size, f"one of {sizes}", "pass one of these")
+    if conversation is not None:
+        check_choice("conversation", conversation, FORMATS)
+    if vision_precision is not None:
+        check_choice("vision_precision", vision_precision, VISION_PRECISIONS)
     if os.path.lexists(out) or out.name in ("", ".."):  # a broken link, too
-        raise BundleError(f"{out}: exists already; remove it or choose another --out")
+        raise BundleError(
+            f"{out}: exists already; expected a new folder: remove it or choose another place",
+            options={"out": None},
+        )
     vision_precision = vision_precision or ("fp32" if PRECISIONS[precision].exact else "fp16")
     if not isinstance(lm, ModelSource):
         model = open_lm(lm, checkpoint=checkpoint, adapter=adapter, prefix=prefix)
@@ -289,8 +295,9 @@ class _Writer:
         except OSError as e:
             if e.errno != errno.ENOSPC:
                 raise BundleError(
-                    f"{self.place.path}: cannot be written ({e.strerror or e}): "
-                    "check the folder's permissions or choose another --out"
+                    f"{self.place.path}: cannot be written ({e.strerror or e}); expected to: "
+                    "check the folder's permissions or choose another place",
+                    options={"out": None},
                 ) from e
             raise BundleError(
                 f"{self.place.path}: the disk is full; the weights take {human(self.size)}: "

@@ -58,8 +58,9 @@ class VisionCheck:
         found = list(self.expected.shape)
         if found != [1, config.tokens, hidden]:
             raise CheckpointError(
-                f"the vision network gives embeddings {found}, the LM expects "
-                f"[1, {config.tokens}, {hidden}]: projector and LM belong to different models"
+                f"the vision network gives embeddings {found}; the LM expected "
+                f"[1, {config.tokens}, {hidden}]: projector and LM belong to different models, "
+                "name two that were trained together"
             )
 
     def report(self, path: Path, precision: str) -> dict[str, float]:

@@ -127,12 +127,12 @@ def memory_bytes(config: LMConfig, items: Sequence[TensorLayout], precision: Pre
 
 def check_room(plan: ExportPlan, config: LMConfig, precision: Precision, *, out: Path) -> None:
     """Raise MemoryPlanError or BundleError, with the sums and what would fit, if it does not."""
-    needs, free = "", 0
+    needs, free, options = "", 0, {}
     if plan.memory > plan.free_memory:
         error, advice = MemoryPlanError, "close other programs"
         needs, free = f"{human(plan.memory)} of memory at its peak", plan.free_memory
     elif plan.disk > plan.free_disk:
-        error, advice = BundleError, "free some space or choose another --out"
+        error, advice = BundleError, "free some space or choose another place"
         parts = f"{plan.parts} = {human(plan.parts.total)}"
         needs, free = f"{human(plan.disk)} more on the disk (of {parts})", plan.free_disk
     else:
@@ -144,9 +144,12 @@ def check_room(plan: ExportPlan, config: LMConfig, precision: Precision, *, out:
         memory = memory_bytes(config, items, form)
         if memory <= plan.free_memory and parts.total <= plan.free_disk + there:
             small = f"{human(memory)} of memory, {human(parts.total)} on the disk"
-            advice += f", or use --precision {form.name} ({small})"
+            advice += f", or use precision {form.name} ({small})"
+            options["precision"] = form.name
             break
-    raise error(f"{out}: the export needs {needs}; {human(free)} are free: {advice}")
+    raise error(
+        f"{out}: the export needs {needs}; {human(free)} are free: {advice}", options=options
+    )
 
 
 @dataclass(frozen=True)

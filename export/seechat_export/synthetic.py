@@ -64,7 +64,10 @@ def write_synthetic(
     28 layers it takes 13.4 GB. Raises CheckpointError if the folder is there already.
     """
     if os.path.lexists(folder):
-        raise CheckpointError(f"{folder}: exists already; remove it or choose another --out")
+        raise CheckpointError(
+            f"{folder}: exists already; expected a new folder: remove it or choose another place",
+            options={"out": None},
+        )
     config = LMConfig(num_layers=layers)
     generator = torch.Generator().manual_seed(seed)
     lm = folder / "chatglm-6b"

@@ -22,9 +22,10 @@ from torch import nn
 
 from seechat_lite.nn.block_quantization import quantize_blocks
 from seechat_lite.nn.layer_streaming import Streamed
+from seechat_weights.arguments import check_choice
 from seechat_weights.bundle.precisions import VISION_PRECISIONS
 from seechat_weights.config import VisionConfig
-from seechat_weights.errors import CheckpointError, OptionError
+from seechat_weights.errors import CheckpointError
 from seechat_weights.vision.bundled import BLOCK_SIZE, CODES, HALF, SCALES, TRANSPOSED
 
 OPSET = 21  # opset 23's Attention measured no faster and runs on fewer devices
@@ -42,9 +43,7 @@ def export_vision(module: nn.Module, config: VisionConfig, path: Path, *, precis
     VisionConfig.weights; with fp16 and int8 a second graph of that file, VisionConfig.half,
     computes in float16, for GPUs. The weights of another network are kept in the one graph.
     """
-    if precision not in VISION_PRECISIONS:
-        known = ", ".join(VISION_PRECISIONS)
-        raise OptionError(f"vision precision is {precision!r}; expected {known}: name one of them")
+    check_choice("vision_precision", precision, VISION_PRECISIONS)
     form = VISION_PRECISIONS[precision]
     with _quiet():
         if isinstance(module, Streamed):
@@ -187,7 +186,8 @@ def _lazy(
         if dtype == ir.DataType.FLOAT16 and not np.isfinite(array).all():
             raise CheckpointError(
                 f"the vision network's {name.removesuffix(HALF)} has numbers beyond 65504, the "
-                "end of float16; expected smaller ones: export with --vision-precision fp32"
+                "end of float16; expected smaller ones: export with vision_precision fp32",
+                options={"vision_precision": "fp32"},
             )
         return ir.tensor(array, name=name)
 

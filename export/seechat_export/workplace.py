@@ -52,7 +52,8 @@ class Workplace:
                 yield
         except Timeout:
             raise BundleError(
-                f"{self.out}: another export is writing it; wait for it or choose another name"
+                f"{self.out}: another export is writing it; expected one at a time: wait for it "
+                "or choose another name"
             ) from None
         finally:
             if not (self.path / JOURNAL).exists():  # done, or never begun
@@ -138,5 +139,6 @@ class Workplace:
     def _others(self, found: str) -> BundleError:
         return BundleError(
             f"{self.path}: not made by an export of {self.out.name} ({found}), yet that would be "
-            "written there: move it away or choose another name for the bundle"
+            "written there; expected nothing else: move it away or choose another name for the "
+            "bundle"
         )

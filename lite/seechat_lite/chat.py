@@ -46,9 +46,10 @@ from seechat_lite.prompt import Prompt
 from seechat_lite.prompt_lookup import PromptLookup
 from seechat_lite.text_stream import TextStream
 from seechat_lite.tokenizer import Tokenizer
+from seechat_weights.arguments import check_choice, check_integer, check_type
 from seechat_weights.bundle.manifest import Manifest
 from seechat_weights.config import PixelSpec
-from seechat_weights.errors import ContextError, EngineError, OptionError
+from seechat_weights.errors import ContextError, EngineError
 
 log = logging.getLogger(__name__)
 
@@ -96,10 +97,7 @@ class Model:
         Raises OptionError for an unknown format or messages that cannot be read, ImageError.
         """
         name = format or self.manifest.conversation
-        if name not in FORMATS:
-            raise OptionError(
-                f"unknown conversation format {name!r}; expected one of {', '.join(FORMATS)}"
-            )
+        check_choice("format", name, FORMATS)
         chat = Chat(self, FORMATS[name])
         if messages:
             chat.take(messages)
@@ -165,7 +163,7 @@ class Model:
         vision = self.manifest.vision
         if vision is None:
             raise EngineError(
-                f"{self.manifest.name}: a text-only model, it cannot see pictures: "
+                f"{self.manifest.name}: a text-only model; expected one that sees pictures: "
                 "ask without one, or load a bundle that was exported with a vision tower"
             )
         return replace(vision.pixels, exact=exact or vision.pixels.exact)
@@ -216,7 +214,7 @@ class Model:
 
     def _check(self, stopped: Callable[[], bool]) -> None:
         if self._closed:
-            raise EngineError("the model is closed: load it again")
+            raise EngineError("the model is closed; expected an open one: load it again")
         if stopped():
             raise Cancelled("stopped while it waited for its turn")
 
@@ -335,6 +333,8 @@ class Chat:
         Raises ImageError, EngineError, ContextError (neither question nor picture, or too long for
         the context), OptionError (an option out of range).
         """
+        check_type("generation", generation, Generation | None, "a Generation")
+        check_type("question", question, str | None, "a text")
         chosen = replace(generation or Generation(), **options)
         question = question or ""
         if self._asked:
@@ -413,6 +413,7 @@ class Chat:
 
         Raises the errors of stream().
         """
+        check_integer("max_new_tokens", max_new_tokens, least=1, expected="at least 1")
         turn, embeds = self._turn(question, image)
         return self._fit(turn, embeds, reserve=max_new_tokens)[0]
 
@@ -551,6 +552,7 @@ class Chat:
         answer: the answer, if it is known; it tells which language is spoken.
         stopped: asked before each picture, which may take seconds; Cancelled is raised if so.
         """
+        check_type("question", question, str, "a text")
         embeds: list[tuple[str, np.ndarray]] = []
         tokens, context = 0, self.model.engine.context
         for source in several(image):

@@ -109,7 +109,7 @@ def render(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]:
     """
     if not turns or turns[-1].answer is not None or any(t.answer is None for t in turns[:-1]):
         raise ContextError(
-            "conversation: expected every turn but the last to be answered; "
+            "conversation: expected every turn but the last to be answered: "
             "append past turns with their answers and leave the question to be asked last"
         )
     if format.demo:
@@ -117,7 +117,7 @@ def render(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]:
     if "{images}" not in format.turn and any(t.images for t in turns):
         takers = ", ".join(f.name for f in FORMATS.values() if "{images}" in f.turn)
         raise ContextError(
-            f"conversation format {format.name!r} has no place for pictures, a turn has one: "
+            f"conversation format {format.name!r} has no place for pictures; a turn has one: "
             f"ask without a picture or use a format that takes them ({takers})"
         )
     template = format.single if format.single and len(turns) == 1 else format.turn
@@ -171,8 +171,8 @@ def _render_demo(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]
     """
     if len(turns[0].images) != 1 or any(t.images for t in turns[1:]):
         raise ContextError(
-            f"conversation format {format.name!r} is the published demo's: expected exactly one "
-            "picture, with the first question; use the format 'seechat' for anything else"
+            f"conversation format {format.name!r} is the published demo's; expected exactly one "
+            "picture, with the first question: use the format 'seechat' for anything else"
         )
     first = "</Img> 详细描述这张图片 ###Assistant: "
     after = history = first

@@ -46,7 +46,7 @@ def fetch(
     except ImportError:
         raise SeechatError(
             f"{given}: no such path, so a Hub id; huggingface_hub is not installed: "
-            'pip install "seechat-lite[download]", or download it yourself and name the folder'
+            'run pip install "seechat-lite[download]", or download it yourself and name the folder'
         ) from None
     offline = offline or constants.HF_HUB_OFFLINE
     ask: dict[str, Any] = {"repo_id": repo, "revision": revision}
@@ -80,7 +80,7 @@ def fetch(
     except errors.RevisionNotFoundError:
         raise _refused(given, f"{repo} has no revision {revision}", "check it") from None
     except errors.LocalEntryNotFoundError:
-        do = "run once without --offline and HF_HUB_OFFLINE" if offline else "check the network"
+        do = "run once online, HF_HUB_OFFLINE unset" if offline else "check the network"
         found = f"no such path, and not in the cache {constants.HF_HUB_CACHE}"
         raise _refused(given, found, do) from None
     except Exception as e:  # networks, proxies and disks raise many types
@@ -88,7 +88,7 @@ def fetch(
             do = "free some space, or set HF_HOME to another disk; run again, it continues"
             raise _refused(given, "the disk is full", do) from None
         found = f"{constants.ENDPOINT} cannot be reached ({line(e)})"
-        do = "check the network, set HF_ENDPOINT to a mirror, or use --offline with the cache"
+        do = "check the network, set HF_ENDPOINT to a mirror, or use the cache offline"
         raise _refused(given, found, do) from None
     path = Path(folder) / file if file else Path(folder)
     if not path.exists():

@@ -6,7 +6,7 @@ from seechat_lite.engines.base import Cancelled, Engine
 from seechat_lite.prompt import Prompt
 from seechat_lite.prompt_lookup import PromptLookup
 from seechat_lite.sampling import Sampler, Sampling
-from seechat_weights.errors import OptionError
+from seechat_weights.arguments import check_integer
 
 
 def generate(
@@ -36,10 +36,7 @@ def generate(
     Raises OptionError if max_new_tokens is less than 1, EngineError if the logits are not finite
     numbers.
     """
-    if max_new_tokens < 1:
-        raise OptionError(
-            f"max_new_tokens is {max_new_tokens}; expected at least 1: allow at least one token"
-        )
+    check_integer("max_new_tokens", max_new_tokens, least=1, expected="at least 1")
     if stopped():
         return
     sampler = Sampler(sampling, prompt.ids, eos_id=eos_id)

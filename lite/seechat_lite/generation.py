@@ -4,12 +4,14 @@ An option is a field here; sampling.py, or the code that uses it, does what it s
 offer the options in HELP; `seechat pipe` and the plugin for `llm` offer them without `stop`.
 """
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from seechat_weights.errors import OptionError
+from seechat_weights.arguments import check_integer, check_number, check_type, refuse
+
+TINY = sys.float_info.min
 
 
 @dataclass(frozen=True)
@@ -39,26 +41,22 @@ class Sampling:
     invalid_token: int | None = None
 
     def __post_init__(self) -> None:
-        for name, ok, expected in (
-            (
-                "temperature",
-                self.temperature == 0 or 0.001 <= self.temperature < math.inf,
-                "0 (greedy) or at least 0.001",
-            ),
-            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1 (1: no limit)"),
-            ("top_k", self.top_k >= 0, "0 (no limit) or a positive whole number"),
-            (
-                "repetition_penalty",
-                0.01 <= self.repetition_penalty <= 100,
-                "a number from 0.01 to 100 (1: no penalty)",
-            ),
-            ("min_new_tokens", self.min_new_tokens >= 0, "0 or a positive whole number"),
-            ("seed", self.seed >= 0, "0 or a positive whole number"),
-        ):
-            if not ok:
-                raise OptionError(
-                    f"{name} is {getattr(self, name)}; expected {expected}: choose such a number"
-                )
+        heat = "0 (greedy) or at least 0.001"
+        check_number("temperature", self.temperature, least=0, expected=heat)
+        if 0 < self.temperature < 0.001:
+            refuse("temperature", self.temperature, heat)
+        one = "more than 0 and at most 1 (1: no limit)"
+        check_number("top_p", self.top_p, least=TINY, most=1, expected=one)
+        check_integer("top_k", self.top_k, expected="0 (no limit) or a positive whole number")
+        check_number(
+            "repetition_penalty",
+            self.repetition_penalty,
+            least=0.01,
+            most=100,
+            expected="a number from 0.01 to 100 (1: no penalty)",
+        )
+        for name in ("min_new_tokens", "seed"):
+            check_integer(name, getattr(self, name), expected="0 or a positive whole number")
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -92,14 +90,14 @@ class Generation(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_new_tokens < 1:
-            raise OptionError(
-                f"max_new_tokens is {self.max_new_tokens}; expected at least 1: allow one token "
-                "or more"
-            )
+        check_integer(
+            "max_new_tokens", self.max_new_tokens, least=1, expected="at least 1, a whole number"
+        )
+        check_type("speculate", self.speculate, bool, "True or False")
+        check_type("stop", self.stop, Sequence, "a text or several")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if not all(isinstance(text, str) and text for text in stop):
-            raise OptionError(f"stop is {self.stop!r:.80}; expected texts: leave empty ones out")
+            refuse("stop", self.stop, "texts", "leave empty ones out")
         object.__setattr__(self, "stop", stop)
 
 

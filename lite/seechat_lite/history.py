@@ -51,7 +51,7 @@ def fit(
     limit = context - min(reserve, context // 4)
     if len(turn.question) > context * MAX_CHARACTERS_PER_TOKEN:
         raise ContextError(
-            f"the question has more than {context * MAX_CHARACTERS_PER_TOKEN} characters, too many "
+            f"the question has more than {context * MAX_CHARACTERS_PER_TOKEN} characters; too many "
             f"for a context of {context} tokens: shorten it or load the model with more context"
         )
 

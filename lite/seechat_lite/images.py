@@ -240,7 +240,9 @@ def thumbnail(source: ImageSource, size: tuple[int, int] = (320, 320)) -> Image.
     Raises ImageError.
     """
     if len(size) != 2 or not all(isinstance(n, int) and 0 < n <= 4096 for n in size):
-        raise ImageError(f"a size of {size!r:.40}; expected width and height, 1 to 4096 each")
+        raise ImageError(
+            f"a size of {size!r:.40}; expected width and height, 1 to 4096 each: take such a size"
+        )
     image = load_image(source).image
     if isinstance(image, Image.Image):
         return reduced(image, size, orientation=_orientation(image))

@@ -13,10 +13,10 @@ from seechat_lite.cache_folder import verify_once
 from seechat_lite.chat import IMAGE_CACHE, Model
 from seechat_lite.conversation import FORMATS
 from seechat_lite.engines import EngineOptions, engine_class, not_for
-from seechat_lite.engines.base import MAX_THREADS
 from seechat_lite.memory import MIN_CONTEXT, MemoryPlan
 from seechat_lite.source import Source, open_source
 from seechat_lite.tokenizer import Tokenizer
+from seechat_weights.arguments import MAX_INTEGER, check_integer, check_type
 from seechat_weights.errors import BundleError, ContextError, OptionError
 from seechat_weights.vision.weights import VisionFiles
 
@@ -73,18 +73,32 @@ def load(
         the loading and leaves nothing open.
 
     Raises BundleError (missing, damaged or newer bundle), CheckpointError (the same of published
-    weights), OptionError (what the engine cannot do), EngineError (engine or device),
-    MemoryPlanError (would not fit), ContextError (context too small to be of use).
+    weights), OptionError (a wrong argument, or what the engine cannot do), EngineError (a device
+    that is not there, a library that is not installed), MemoryPlanError (would not fit),
+    ContextError (context too small to be of use).
     """
+    check_integer("context", context, least=-MAX_INTEGER, expected="a whole number of tokens")
+    check_integer("image_cache", image_cache, expected="a whole number of bytes")
     if context < MIN_CONTEXT:
         raise ContextError(
-            f"context is {context} tokens; expected at least {MIN_CONTEXT}: choose more"
+            f"context is {context} tokens; expected at least {MIN_CONTEXT}: load the model with "
+            "more",
+            options={"context": None},
         )
-    if not 0 <= threads <= MAX_THREADS:
-        raise OptionError(f"threads is {threads}; expected 0 to {MAX_THREADS}: choose fewer")
     if eyes is not None:
         warnings.warn("load(eyes=…) is now load(vision=…)", DeprecationWarning, stacklevel=2)
         vision = vision or eyes
+    check_type("vision", vision, VisionFiles | None, "VisionFiles")
+    options = EngineOptions(
+        device=device,
+        threads=threads,
+        vision_device=vision_device,
+        keep_vision=keep_vision,
+        dtype=dtype,
+        quantize=quantize,
+        max_memory=max_memory,
+        rounded_rotary=rounded_rotary,
+    )
     chosen = engine_class(engine)
     extras = {
         "quantize": quantize,
@@ -106,16 +120,6 @@ def load(
             f"{source.path}: conversation format {manifest.conversation!r} is unknown; expected "
             f"one of {', '.join(FORMATS)}: upgrade seechat-lite or export the model again"
         )
-    options = EngineOptions(
-        device=device,
-        threads=threads,
-        vision_device=vision_device,
-        keep_vision=keep_vision,
-        dtype=dtype,
-        quantize=quantize,
-        max_memory=max_memory,
-        rounded_rotary=rounded_rotary,
-    )
     plan = chosen.plan(source, context=context, options=options)
     log.info("%s: %s", manifest.name, plan)
     chosen.check(plan, source, options=options)

@@ -7,9 +7,10 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Self
 
 from seechat_weights.errors import MemoryPlanError, OptionError
 
@@ -34,6 +35,20 @@ CGROUPS = (
         ("total_inactive_file ", "total_active_file "),
     ),
 )
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What would fit, in words and as data. options, calls: see errors.SeechatError."""
+
+    text: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    calls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, name: str, value: Any) -> Self:
+        """Advice to load the model with another value of one argument."""
+        return cls(f"load it with {name}={value!r}", {name: value})
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,7 @@ def check_room(
     *,
     free: int | None,
     budget: int | None,
-    advice: Callable[[int, str], str],
+    advice: Callable[[int, str], Advice],
     where: str = "",
 ) -> None:
     """Check a plan against the free memory and the budget.
@@ -109,7 +124,7 @@ def check_room(
     name: the model's name, for the error.
     free: bytes that are free; None if that is not known.
     budget: bytes that the model may take; None for any number.
-    advice: returns, in words, the next smaller setting that takes at most so many bytes, or else
+    advice: returns the next smaller setting that takes at most so many bytes, or else
         the text it was given.
     where: whose memory it is, if not this machine's.
 
@@ -120,7 +135,12 @@ def check_room(
         return
     limit = f"{human(room)} are free" if room == free else f"the budget is {human(room)}"
     last = "close other programs" if room == free else "allow more"
-    raise MemoryPlanError(f"{name} needs {needed}{where}; {limit}: {advice(room, last)}")
+    found = advice(room, last)
+    raise MemoryPlanError(
+        f"{name} needs {needed}{where}; {limit}: {found.text}",
+        options=found.options,
+        calls=found.calls,
+    )
 
 
 def smaller_context(context: int, fits: Callable[[int], bool]) -> int | None:

@@ -40,7 +40,8 @@ class OneAtATime:
                         break
                     if holder.thread == me.thread:
                         raise EngineError(
-                            "another answer of this model is not finished in this thread: read it "
+                            "another answer of this model is not finished in this thread; "
+                            "expected its end: read it "
                             "to its end, close() its stream or stop() its chat before asking again"
                         )
                     del holder

@@ -4,7 +4,6 @@ A path is interpreted here, once. The result is handed on to an engine, to an ex
 `seechat info`.
 """
 
-import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,8 +83,7 @@ def open_source(
             return _bundle(path, vision)
         if not only_bundles:
             return _published(path, vision or VisionFiles(), adapter, prefix, tokenizer, opener)
-        if found := _not_exported(path):
-            raise BundleError(found)
+        _check_exported(path)
         return _bundle(path, vision)  # its error says what is wrong
     except OSError as e:
         raise BundleError(
@@ -144,21 +142,29 @@ def _published(
     return Source(path, manifest, ice, lm, vision)
 
 
-def _not_exported(path: Path) -> str | None:
-    """What `path` holds if it is not a bundle, and how to go on; None if that is not known."""
+def _check_exported(path: Path) -> None:
+    """Raise BundleError if it is known what is in `path`, which is no bundle, and how to go on."""
     if not path.exists():
-        return None
+        return
     try:
         found = identify(path)
     except CheckpointError as e:
-        return str(e) if path.is_dir() else None
+        if path.is_dir():
+            raise BundleError(str(e), options=e.options, calls=e.calls) from None
+        return
     if found.missing:
-        info = f"seechat info {shlex.quote(str(path))}"
-        return f"{path}: {found.title}; expected a bundle: `{info}` says what it still needs"
-    if not found.run:
-        return f"{path}: {found.title}; expected a bundle: make one with `seechat export`"
-    return (
-        f"{path}: published weights ({found.title}); expected a bundle: run them as they are, "
-        f'{found.run} (in Python engine="torch"; needs pip install "seechat-lite[torch]"), or '
-        f"export them once: {found.command}"
+        raise BundleError(
+            f"{path}: {found.title}; expected a bundle: complete it, identify() says what it still "
+            "needs",
+            calls={"identify": {"path": path}},
+        )
+    if not found.runs:
+        raise BundleError(
+            f"{path}: {found.title}; expected a bundle: export one of it",
+            calls={"export": found.options},
+        )
+    raise BundleError(
+        f"{path}: published weights ({found.title}); expected a bundle: load them as they are with "
+        'engine="torch" (which needs pip install "seechat-lite[torch]"), or export them once',
+        calls={"load": {"engine": "torch", "model": found.options["lm"]}, "export": found.options},
     )

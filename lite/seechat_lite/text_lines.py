@@ -41,7 +41,10 @@ def text_lines(stream: Bytes, *, most: int) -> Iterator[str | LineError]:
     """
     for line in _split(_as_utf8(iter(lambda: stream.read1(_CHUNK), b"")), most):
         if line is None:
-            yield LineError(f"a line of more than {most} bytes; expected shorter ones")
+            yield LineError(
+                f"a line of more than {most} bytes; expected shorter ones: send larger things as "
+                "files"
+            )
             continue
         try:
             yield _decode(line)

@@ -98,12 +98,12 @@ class Tokenizer:
             if found != expected:
                 raise BundleError(
                     f"{self._path}: {name} is {found}, the model expects {expected}: the tokenizer "
-                    "is another model's; get it from where the weights are from"
+                    "is another model's, get it from where the weights are from"
                 )
         if self.vocab_size > lm.vocab_size:
             raise BundleError(
                 f"{self._path}: {self.vocab_size} pieces, the model has {lm.vocab_size} ids: the "
-                "tokenizer is another model's; get it from where the weights are from"
+                "tokenizer is another model's, get it from where the weights are from"
             )
 
     def decode(self, ids: Sequence[int]) -> str:

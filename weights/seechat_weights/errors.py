@@ -9,14 +9,33 @@
     ├── ContextError       a conversation does not fit the context, or a prompt is malformed
     └── OptionError        an argument is out of its range (a ValueError too)
 
-Every message has three parts: what was read, what was expected, what to do.
+Every message has three parts: what was read, what was expected, what to do. The last one speaks to
+whoever calls the library; the command line says besides what is to be typed (cli/hints.py).
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 from seechat_weights.plain_text import one_line
 
 
 class SeechatError(Exception):
-    """Base of all errors raised on purpose. Its text is one line, whatever a file contained."""
+    """Base of all errors raised on purpose; as text it is one line, whatever files had in it.
+
+    options: the arguments of the failed call that the advice is about, with values that would do,
+    None for one that the caller has to find. calls: other calls that it is about, "load", "export"
+    (make a bundle) or "identify" (ask what a path holds), each with its arguments.
+    """
+
+    def __init__(
+        self,
+        *args: object,
+        options: Mapping[str, Any] | None = None,
+        calls: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(*args)
+        self.options = dict(options or {})
+        self.calls = dict(calls or {})
 
     def __str__(self) -> str:
         return one_line(super().__str__())

@@ -1,7 +1,6 @@
 """Recognizes each published model by its tensors; says what it still needs and how to use it."""
 
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,9 +49,10 @@ class Identity:
     title: a line for people.
     facts: name -> value, in the order to show.
     missing: what else is needed -> where it is published.
-    command: the export that would use it.
+    options: what an export that uses it is given, by argument: a path, or the name of what is still
+        needed; of a bundle, the "model" to load.
     usable: whether seechat-lite can read it at all.
-    run: the command that uses it without an export.
+    runs: whether without an export.
     """
 
     path: Path
@@ -60,9 +60,9 @@ class Identity:
     title: str
     facts: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    command: str | None = None
+    options: Mapping[str, Path | str] = field(default_factory=dict)
     usable: bool = True
-    run: str | None = None
+    runs: bool = False
 
 
 def _lm(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Identity | None:
@@ -104,9 +104,8 @@ def _lm(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Identity | Non
     title = f"{family}, SwissArmyTransformer's file" if sat else family
     kind = "visualglm" if seeing else "chatglm"
     beside = TOKENIZER if TOKENIZER in missing else None
-    command = export(lm=str(where), tokenizer=beside)
-    run = None if missing else f"seechat chat --engine torch --model {shlex.quote(str(where))}"
-    return Identity(path, kind, title, facts, missing, command, run=run)
+    options = export(lm=where, tokenizer=beside)
+    return Identity(path, kind, title, facts, missing, options, runs=not missing)
 
 
 def _precision(shapes: Mapping[str, TensorInfo], hidden: int) -> str:
@@ -132,7 +131,7 @@ def _ptuning(path: Path, shapes: Shapes, _: object) -> Identity | None:
         "a P-tuning prefix for ChatGLM-6B",
         facts,
         need("a ChatGLM-6B folder"),
-        export(prefix=str(path)),
+        export(prefix=path),
     )
 
 
@@ -147,8 +146,8 @@ def _lora(path: Path, shapes: Shapes, _: object) -> Identity | None:
     missing = need("a ChatGLM-6B folder")
     if not (folder / "adapter_config.json").is_file():
         missing["adapter_config.json"] = "the training run that made it"
-    command = export(adapter=str(path))
-    return Identity(path, "lora", "a LoRA adapter for ChatGLM-6B", facts, missing, command)
+    options = export(adapter=path)
+    return Identity(path, "lora", "a LoRA adapter for ChatGLM-6B", facts, missing, options)
 
 
 def _seechat(path: Path, shapes: Shapes, _: object) -> Identity | None:
@@ -172,8 +171,8 @@ def _seechat(path: Path, shapes: Shapes, _: object) -> Identity | None:
         eva = None if "ViT" in held else EVA
         qformer = None if {"Q-Former", "queries", "ln_vision"} <= set(held) else QFORMER
         missing = need("a ChatGLM-6B folder", *filter(None, (eva, qformer)))
-        command = export(eva=eva, qformer=qformer, checkpoint=str(path))
-        return Identity(path, "seechat", "a checkpoint of SEEChat", facts, missing, command)
+        options = export(eva=eva, qformer=qformer, checkpoint=path)
+        return Identity(path, "seechat", "a checkpoint of SEEChat", facts, missing, options)
     if "Q-Former" not in held:
         return None
     queries = _size(shapes.get("query_tokens"), 1)
@@ -181,8 +180,8 @@ def _seechat(path: Path, shapes: Shapes, _: object) -> Identity | None:
     if any(k.startswith(("t5_proj.", "opt_proj.")) for k in shapes):
         facts["ignored"] = "BLIP-2's own projector"
     missing = need("a ChatGLM-6B folder", EVA, CHECKPOINT)
-    command = export(eva=EVA, qformer=str(path), checkpoint=CHECKPOINT)
-    return Identity(path, "qformer", "BLIP-2's Q-Former", facts, missing, command)
+    options = export(eva=EVA, qformer=path, checkpoint=CHECKPOINT)
+    return Identity(path, "qformer", "BLIP-2's Q-Former", facts, missing, options)
 
 
 def _eva(path: Path, shapes: Shapes, _: object) -> Identity | None:
@@ -192,8 +191,8 @@ def _eva(path: Path, shapes: Shapes, _: object) -> Identity | None:
     patch, width = _size(shapes["patch_embed.proj.weight"], 2), _size(shapes.get("pos_embed"), 2)
     facts = {"vision": f"{blocks} blocks (SEEChat uses 39), width {width}, patches of {patch}"}
     missing = need("a ChatGLM-6B folder", QFORMER, CHECKPOINT)
-    command = export(eva=str(path), qformer=QFORMER, checkpoint=CHECKPOINT)
-    return Identity(path, "eva", "EVA ViT-g", facts, missing, command)
+    options = export(eva=path, qformer=QFORMER, checkpoint=CHECKPOINT)
+    return Identity(path, "eva", "EVA ViT-g", facts, missing, options)
 
 
 def _clip(path: Path, shapes: Shapes, _: object) -> Identity | None:
@@ -209,8 +208,8 @@ def _clip(path: Path, shapes: Shapes, _: object) -> Identity | None:
     if text:
         facts["ignored"] = "the text tower"
     missing = need("a ChatGLM-6B folder", "a projector")
-    command = export(clip=str(path), projector="PROJECTOR")
-    return Identity(path, "clip", "a CLIP vision tower", facts, missing, command)
+    options = export(clip=path, projector="PROJECTOR")
+    return Identity(path, "clip", "a CLIP vision tower", facts, missing, options)
 
 
 def _projector(path: Path, shapes: Shapes, _: object) -> Identity | None:
@@ -222,8 +221,8 @@ def _projector(path: Path, shapes: Shapes, _: object) -> Identity | None:
     first, last = names[min(names, key=_by_layer)], names[max(names, key=_by_layer)]
     facts = {"bridge": f"{kind}, {_size(shapes[first], 1)} to {_size(shapes[last], 0)}"}
     missing = need("a ChatGLM-6B folder", "a CLIP ViT-L/14")
-    command = export(clip="CLIP", projector=str(path))
-    return Identity(path, "projector", "a projector", facts, missing, command)
+    options = export(clip="CLIP", projector=path)
+    return Identity(path, "projector", "a projector", facts, missing, options)
 
 
 def _by_layer(name: str) -> tuple[str, bool]:
@@ -273,11 +272,10 @@ def need(*names: str) -> dict[str, str]:
     return {name: PLACES[name] for name in names}
 
 
-def export(**options: str | None) -> str:
-    """The `seechat export` command with these options; None leaves one out."""
-    given = {"lm": "CHATGLM-6B"} | {k: v for k, v in options.items() if v}
-    words = " ".join(f"--{k} {shlex.quote(v)}" for k, v in given.items())
-    return f"seechat export {words} --precision int4 --out BUNDLE"
+def export(**options: Path | str | None) -> dict[str, Path | str]:
+    """What an export is given, by argument: a path, or the name of what is still needed."""
+    given: dict[str, Path | str] = {"lm": "CHATGLM-6B"}
+    return given | {k: v for k, v in options.items() if v}
 
 
 def _layers(shapes: Mapping[str, TensorInfo], pattern: str) -> int:

@@ -5,7 +5,6 @@ headers.
 """
 
 import re
-import shlex
 from collections import Counter
 from collections.abc import Mapping
 from itertools import chain, islice
@@ -48,7 +47,7 @@ from seechat_weights.model_files import CONFIG, TOKENIZER, is_bundle, model_plac
 
 __all__ = ["Identity", "check_given", "describe_bundle", "identify"]
 
-# the kinds that each option of `seechat export` takes; the first option with a kind is its own
+# the kinds that each argument of an export takes; the first one with a kind is its own
 _OPTIONS = {
     "lm": ("ChatGLM-6B or VisualGLM-6B", ("chatglm", "visualglm")),
     "adapter": ("a LoRA adapter", ("lora",)),
@@ -91,7 +90,7 @@ def identify(path: str | Path, *, opener: Opener = open_checkpoint) -> Identity:
 
 
 def check_given(option: str, path: Path, *, opener: Opener = open_checkpoint) -> None:
-    """Check that a path given to an option of `seechat export` does not belong to another option.
+    """Check that a path given as one argument of an export does not belong to another one.
 
     A path of an unknown kind passes: the option's own reader tells more.
 
@@ -104,22 +103,26 @@ def check_given(option: str, path: Path, *, opener: Opener = open_checkpoint) ->
     expected, kinds = _OPTIONS[option]
     if not path.exists():
         raise CheckpointError(
-            f"{path}: no such file or folder; expected {expected} for --{option}: check the path, "
-            "or name it on the Hub as owner/name"
+            f"{path}: no such file or folder; expected {expected} as {option}: check the path, "
+            "or name it on the Hub as owner/name",
+            options={option: None},
         )
     if option == "adapter" and (path / "adapter_config.json").is_file():
         return  # something else that a training run left in its folder
     found = identify(path, opener=opener)
     owner = next((name for name, (_, own) in _OPTIONS.items() if found.kind in own), None)
+    options: dict[str, Path] = {}
     if found.kind == "bundle":
-        do = "a bundle is exported already, give it to --model of ask, chat or serve"
+        do = "a bundle is exported already, load it as the model"
     elif option == "tokenizer" and (path / TOKENIZER).is_file():
-        do = f"name {path / TOKENIZER}"
+        do, options = f"name {path / TOKENIZER}", {option: path / TOKENIZER}
     elif owner and found.kind not in kinds:
-        do = f"give it to --{owner}"
+        do, options = f"name it as {owner}", {owner: path}
     else:
         return
-    raise CheckpointError(f"{path}: is {found.title}; expected {expected} for --{option}: {do}")
+    raise CheckpointError(
+        f"{path}: is {found.title}; expected {expected} as {option}: {do}", options=options
+    )
 
 
 def _identify_folder(folder: Path, opener: Opener) -> Identity:
@@ -192,10 +195,10 @@ def describe_bundle(folder: Path, manifest: Manifest) -> Identity:
     if files:
         facts["made from"] = ", ".join(files)
     for option, origin in _items(said.get("downloads")):
-        facts[f"--{option}"] = " at ".join(shown(value) for _, value in _items(origin))
+        facts[f"downloaded {option}"] = " at ".join(shown(value) for _, value in _items(origin))
     facts["licence"] = shown(said.get("license", "as that of the weights it was made from"))
-    command = f"seechat chat --model {shlex.quote(str(folder))}"
-    return Identity(folder, "bundle", f"a bundle: {manifest.name}", facts, command=command)
+    title, options = f"a bundle: {manifest.name}", {"model": folder}
+    return Identity(folder, "bundle", title, facts, options=options, runs=True)
 
 
 def _items(value: Any) -> list[tuple[str, Any]]:
@@ -241,7 +244,7 @@ def _tried(found: Identity, path: Path, shapes: Shapes, opener: Opener) -> Ident
             check_adapter(open_adapter(path, config_like(shapes), opener=opener), str(path))
     except CheckpointError as e:
         facts = found.facts | {"cannot be used": str(e)}
-        return _with(found, facts=facts, command=None, run=None, usable=False)
+        return _with(found, facts=facts, options={}, runs=False, usable=False)
     return found
 
 

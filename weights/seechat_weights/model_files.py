@@ -128,5 +128,6 @@ def _sat_file(path: Path) -> Path:
     raise CheckpointError(
         f"{path}: {what if path.exists() else 'no such folder'}; expected a ChatGLM-6B folder with "
         f"config.json, weights and ice_text.model, or one {SAT_FILE}: name such a folder, or "
-        "download what it lacks (`seechat info` says where)"
+        "download what it lacks (identify() says from where)",
+        calls={"identify": {"path": path}},
     )

@@ -78,7 +78,8 @@ def _synthetic(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
         write = entry.load()
     except ImportError as e:
         raise SeechatError(
-            f'{e.name} is not installed; --synthetic needs it: pip install "seechat-lite[export]"'
+            f"{e.name} is not installed; --synthetic needs it: run pip install "
+            '"seechat-lite[export]"'
         ) from None
     print(one_line(f"writing random weights to {folder}"), file=sys.stderr)
     write(

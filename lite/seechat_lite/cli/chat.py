@@ -122,7 +122,7 @@ class _Talk:
         elif command == "/help":
             print(HELP, file=sys.stderr)
         elif command.startswith("/"):
-            raise SeechatError(f"unknown command {command}; see /help")
+            raise SeechatError(f"unknown command {command}; expected one of these: see /help")
         else:
             self._answer(line)
 
@@ -160,7 +160,7 @@ def _paths(text: str) -> list[str]:
     except ValueError:  # an apostrophe in a name
         words = [text]
     if not words:
-        raise SeechatError("/image needs a file: /image cat.jpg")
+        raise SeechatError("/image without a file; expected its name: /image cat.jpg")
     return [str(Path(word.strip("'\"")).expanduser()) for word in words]
 
 

@@ -3,8 +3,9 @@
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from seechat_lite.cli.hints import chat_with, export_with
 from seechat_lite.cli.options import (
     UsageError,
     add_engine_options,
@@ -13,6 +14,9 @@ from seechat_lite.cli.options import (
     check_engine,
 )
 from seechat_lite.cli.terminal import print_json, print_table
+
+if TYPE_CHECKING:
+    from seechat_weights.identify import Identity
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -55,7 +59,11 @@ def _info(args: argparse.Namespace, usage_error: UsageError) -> int:
     needed = engine_class(args.engine).plan(source, context=args.context, options=options)
     found, free = describe_bundle(folder, manifest), available_memory()
     if args.json:
-        report = vars(found) | {"path": str(folder)} | dataclasses.asdict(manifest)
+        report = (
+            _data(found)
+            | {"command": chat_with(found), "run": chat_with(found), "path": str(folder)}
+            | dataclasses.asdict(manifest)
+        )
         report["memory"] = dataclasses.asdict(needed) | {"total": needed.total, "free": free}
         print_json(report)
         return 0
@@ -70,7 +78,7 @@ def _info(args: argparse.Namespace, usage_error: UsageError) -> int:
             needed.parts,
             f"{human(free)} free now",
         ],
-        "start with": str(found.command) if args.model else "seechat chat",
+        "start with": str(chat_with(found)) if args.model else "seechat chat",
     }
     print_table(rows)
     return 0
@@ -82,14 +90,20 @@ def _identify(path: Path, *, as_json: bool) -> int:
 
     found = identify(path)
     if as_json:
-        print_json(vars(found) | {"path": str(path)})
+        commands = {"command": export_with(found), "run": chat_with(found)}
+        print_json(_data(found) | commands | {"path": str(path)})
         return 0 if found.usable else 1
     rows: dict[str, str | list[str]] = {"what": found.title, "path": str(path), **found.facts}
     if found.missing:
         rows["still needed"] = [f"{name}: {place}" for name, place in found.missing.items()]
-    if found.command:
-        rows["export with"] = found.command
-    if found.run:
-        rows["run as it is"] = found.run
+    if command := export_with(found):
+        rows["export with"] = command
+    if command := chat_with(found):
+        rows["run as it is"] = command
     print_table(rows)
     return 0 if found.usable else 1
+
+
+def _data(found: "Identity") -> dict[str, Any]:
+    """What JSON takes of an identity."""
+    return vars(found) | {"options": {name: str(value) for name, value in found.options.items()}}

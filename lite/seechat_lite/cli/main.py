@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args and args.debug:
             show_traceback()
         else:
-            complain(e)
+            complain(e, vars(args) if args else ())
         return 1
     finally:
         forget_unwritable_output()

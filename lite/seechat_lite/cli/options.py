@@ -8,8 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+from seechat_lite.cli.hints import as_usage
 from seechat_lite.cli.terminal import say
 from seechat_lite.generation import DEFAULTS, HELP, Generation
+from seechat_weights.bundle.precisions import DTYPES, QUANTIZATIONS
 from seechat_weights.errors import SeechatError
 from seechat_weights.plain_text import one_line
 
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
     from seechat_weights.vision.weights import VisionFiles
 
 WORTH_A_PLAN = 1_000_000_000  # bytes; for a model that takes more, people are told the sums
-
-DTYPES = ("fp16", "bf16", "fp32")
-QUANTIZATIONS = ("int4", "nf4", "fp4", "int8")
 
 
 class UsageError(Protocol):
@@ -149,7 +148,7 @@ def vision_files(args: argparse.Namespace, usage_error: UsageError) -> "VisionFi
     try:
         return VisionFiles(**given)
     except SeechatError as e:
-        usage_error(str(e))
+        usage_error(as_usage(e))
 
 
 def load_options(args: argparse.Namespace, usage_error: UsageError) -> dict[str, Any]:
@@ -252,7 +251,7 @@ def answer_options(args: argparse.Namespace, usage_error: UsageError) -> Generat
     try:
         return Generation(**{name: getattr(args, name) for name in DEFAULTS})
     except SeechatError as e:
-        usage_error(str(e).replace("max_new_tokens", "--max-new-tokens", 1))
+        usage_error(as_usage(e))
 
 
 def load_model(args: argparse.Namespace, options: dict[str, Any]) -> "Model":

@@ -228,10 +228,14 @@ class Pipe:
                         self._size += asked.size
                 if used:
                     text = f"{MAX_WAITING} questions wait already, or one with this id"
-                    raise RequestError(f"{text}; expected its answer first", asked.id)
+                    raise RequestError(
+                        f"{text}; expected its answer first: wait for that", asked.id
+                    )
                 if full:
                     text = f"more than {MAX_WAITING_BYTES} characters of questions wait already"
-                    raise RequestError(f"{text}; expected their answers first", asked.id)
+                    raise RequestError(
+                        f"{text}; expected their answers first: wait for one", asked.id
+                    )
                 self._requests.put(asked)
 
     def _stop(self, id: str | int) -> None:
@@ -285,14 +289,16 @@ def _no_number(name: str) -> Any:
 def _parse(line: str) -> dict[str, Any]:
     """The object in a line. Raises RequestError."""
     if why := too_complex(line.encode("utf-8", "replace")):
-        raise RequestError(f"not JSON that is read here: {why}", _id_in(line))
+        raise RequestError(
+            f"not JSON that is read here; {why}: send a simpler object", _id_in(line)
+        )
     try:
         request = json.loads(line, parse_constant=_no_number)
     except (ValueError, RecursionError) as e:
         message = f"not JSON ({e!s:.200}); expected an object a line"
         raise RequestError(message, _id_in(line)) from None
     if not isinstance(request, dict):
-        raise RequestError("not an object; expected an object a line")
+        raise RequestError("not an object; expected an object a line: put it into one")
     return request
 
 
@@ -314,17 +320,21 @@ def _question(request: dict[str, Any], *, size: int) -> _Request:
     id = given.pop("id", None)
     if isinstance(id, bool) or not isinstance(id, str | int):
         raise RequestError(
-            f"id is {_shown(id)}; expected a text or a whole number that names the question"
+            f"id is {_shown(id)}; expected a text or a whole number: name the question"
         )
     if (len(id) > MAX_NAME) if isinstance(id, str) else abs(id) > MAX_INTEGER:
-        raise RequestError(f"id is too long; expected at most {MAX_NAME} characters")
+        raise RequestError(
+            f"id is too long; expected at most {MAX_NAME} characters: take a shorter name"
+        )
 
     def take(name: str, kinds: type | tuple[type, ...], expected: str) -> Any:
         value = given.pop(name, None)
         if isinstance(value, bool) or not isinstance(value, kinds):
-            raise RequestError(f"{name} is {_shown(value)}; expected {expected}", id)
+            raise RequestError(f"{name} is {_shown(value)}; expected {expected}: send that", id)
         if isinstance(value, int) and abs(value) > MAX_INTEGER:
-            raise RequestError(f"{name} is {_shown(value)}; expected a smaller one", id)
+            raise RequestError(
+                f"{name} is {_shown(value)}; expected at most {MAX_INTEGER}: send a smaller one", id
+            )
         return value
 
     question = (
@@ -332,7 +342,9 @@ def _question(request: dict[str, Any], *, size: int) -> _Request:
     )
     chat = take("chat", str, "a text") if "chat" in given else None
     if chat is not None and len(chat) > MAX_NAME:
-        raise RequestError(f"chat is too long; expected at most {MAX_NAME} characters", id)
+        raise RequestError(
+            f"chat is too long; expected at most {MAX_NAME} characters: take a shorter name", id
+        )
     images = given.pop("image", None)
     options = {}
     for name, default in DEFAULTS.items():
@@ -342,13 +354,17 @@ def _question(request: dict[str, Any], *, size: int) -> _Request:
         if kind is bool:
             options[name] = given.pop(name)
             if not isinstance(options[name], bool):
-                raise RequestError(f"{name} is {_shown(options[name])}; expected true or false", id)
+                raise RequestError(
+                    f"{name} is {_shown(options[name])}; expected true or false: send that", id
+                )
         else:
             value = take(name, (int, float) if kind is float else int, f"a {kind.__name__}")
             options[name] = kind(value)
     if given:
         unknown = ", ".join(_shown(name) for name in sorted(given)[:5])
-        raise RequestError(f"unknown fields {unknown}; see docs/embedding.md", id)
+        raise RequestError(
+            f"unknown fields {unknown}; expected those of docs/embedding.md: leave others out", id
+        )
     pictures = images if isinstance(images, list) else [] if images is None else [images]
     return _Request(id, question, tuple(_picture(p, id) for p in pictures), chat, options, size)
 
@@ -363,5 +379,7 @@ def _picture(given: object, id: str | int) -> str | bytes:
                     return from_data_url(text, limit=MAX_LINE)
                 return from_base64(text, limit=MAX_LINE)
             except ImageError as e:
-                raise RequestError(f"image: {e}; expected a path or {{base64: …}}", id) from None
-    raise RequestError(f"image is {_shown(given)}; expected a path or {{base64: …}}", id)
+                raise RequestError(
+                    f"image: {e}; expected a path or {{base64: …}}: send that", id
+                ) from None
+    raise RequestError(f"image is {_shown(given)}; expected a path or {{base64: …}}: send that", id)

@@ -105,7 +105,8 @@ def _serve(args: argparse.Namespace, usage_error: UsageError) -> int:
         from seechat_lite.server.settings import Settings
     except ImportError as e:
         raise SeechatError(
-            f'{e.name} is not installed; the server needs it: pip install "seechat-lite[server]"'
+            f"{e.name} is not installed; the server needs it: run pip install "
+            '"seechat-lite[server]"'
         ) from None
     settings = Settings(
         max_body=int(args.max_body * 1e6),
@@ -115,6 +116,8 @@ def _serve(args: argparse.Namespace, usage_error: UsageError) -> int:
         api_keys=tuple(keys),
         cors_origins=tuple(o.rstrip("/") for o in args.cors_origin),
         hosts=tuple(args.host_name),
+        allow_host="start it with --host-name",
+        allow_origin="start it with --cors-origin",
         aliases=tuple(args.alias),
         queue=args.queue,
         keep_alive=args.keep_alive,

@@ -10,9 +10,10 @@ import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from seechat_lite.cli.hints import told
 from seechat_weights.errors import SeechatError
 from seechat_weights.plain_text import many_lines, one_line, safe_json, spoken
 
@@ -138,13 +139,14 @@ def forget_unwritable_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def complain(error: Exception) -> None:
+def complain(error: Exception, known: Container[str] = ()) -> None:
     """Say in one line what went wrong.
 
     error: the exception.
+    known: the names of the options that the running command has.
     """
     if isinstance(error, SeechatError):
-        message = str(error)
+        message = told(error, known)
     elif isinstance(error, MemoryError):
         message = "out of memory: close other programs, or choose a smaller --context or picture"
     elif isinstance(error, OSError):

@@ -9,6 +9,7 @@ from importlib import import_module
 
 from seechat_lite.engines.base import Engine, EngineOptions
 from seechat_lite.source import Source
+from seechat_weights.arguments import check_choice
 from seechat_weights.errors import EngineError
 
 ENGINES = {
@@ -23,17 +24,16 @@ def engine_class(name: str) -> type[Engine]:
 
     name: a name of ENGINES; "auto" takes the default.
 
-    Raises EngineError for an unknown engine, or one whose libraries are not installed.
+    Raises OptionError for an unknown engine, EngineError for one whose libraries are not installed.
     """
+    check_choice("engine", name, ("auto", *ENGINES))
     name = DEFAULT if name == "auto" else name
-    if name not in ENGINES:
-        raise EngineError(f"unknown engine {name!r}; expected one of: auto, {', '.join(ENGINES)}")
     module, cls = ENGINES[name]
     try:
         return getattr(import_module(module), cls)
     except ImportError as e:
         raise EngineError(
-            f"{e.name} is not installed; the engine {name!r} needs it: "
+            f"{e.name} is not installed; expected it for the engine {name!r}: run "
             f'pip install "seechat-lite[{name}]"'
         ) from None
 
@@ -58,8 +58,8 @@ def create(
     context: tokens that the cache has room for.
     options: where and how to run.
 
-    Raises EngineError for an unknown engine or device, or if the graphs cannot be loaded, and
-    MemoryPlanError.
+    Raises OptionError for an unknown engine, EngineError for a device that is not there or if the
+    graphs cannot be loaded, and MemoryPlanError.
     """
     engine, options = engine_class(name), options or EngineOptions()
     plan = engine.plan(source, context=context, options=options)

@@ -10,6 +10,8 @@ import numpy as np
 from seechat_lite.memory import MemoryPlan
 from seechat_lite.prompt import Prompt, context_length, position_ids
 from seechat_lite.source import Source
+from seechat_weights.arguments import check_choice, check_integer, check_type
+from seechat_weights.bundle.precisions import DTYPES, QUANTIZATIONS
 from seechat_weights.config import LMConfig, VisionConfig
 from seechat_weights.errors import ContextError, EngineError
 
@@ -31,6 +33,20 @@ class EngineOptions:
     # for engines that have them in their `own_options`
     quantize: str | None = None  # a name of engines.torch.linears.QUANTIZATIONS
     rounded_rotary: bool = False  # angles as the published code rounds them in half precision
+
+    def __post_init__(self) -> None:
+        """Raises OptionError for what no engine takes."""
+        check_type("device", self.device, str, "the name of a device")
+        check_type("vision_device", self.vision_device, str | None, "the name of a device")
+        check_integer("threads", self.threads, most=MAX_THREADS, expected=f"0 to {MAX_THREADS}")
+        check_type("keep_vision", self.keep_vision, bool | None, "True, False or None")
+        check_type("rounded_rotary", self.rounded_rotary, bool, "True or False")
+        if self.dtype is not None:
+            check_choice("dtype", self.dtype, DTYPES)
+        if self.max_memory is not None:
+            check_integer("max_memory", self.max_memory, expected="a whole number of bytes")
+        if self.quantize is not None:
+            check_choice("quantize", self.quantize, QUANTIZATIONS)
 
 
 OPTIONAL = ("quantize", "rounded_rotary", "vision", "bf16")  # not every engine has these
@@ -183,7 +199,7 @@ def embedded(
     if min(ids) < 0 or max(ids) >= lm.vocab_size:
         raise ContextError(
             f"the prompt's ids reach from {min(ids)} to {max(ids)}; expected 0 to "
-            f"{lm.vocab_size - 1}: it was made with another tokenizer"
+            f"{lm.vocab_size - 1}: make it with this model's tokenizer"
         )
     positions = position_ids(ids, gmask_id=lm.gmask_id, mask_id=lm.mask_id, bos_id=lm.bos_id)
     embeds = rows(ids)
@@ -193,7 +209,7 @@ def embedded(
         if image.shape[1] != lm.hidden_size:
             raise ContextError(
                 f"picture embeddings of width {image.shape[1]}; expected {lm.hidden_size}: "
-                "they were made by another model"
+                "use those that this model made"
             )
         embeds[start : start + len(image)] = image
     return embeds, positions, context_length(ids, bos_id=lm.bos_id)
@@ -210,7 +226,8 @@ def check_room(tokens: int, free: int, context: int) -> None:
     """
     if tokens > free:
         raise ContextError(
-            f"the context of {context} tokens is full ({free} left, {tokens} needed): "
+            f"the context of {context} tokens is full; {tokens} tokens are needed, {free} are "
+            "left: "
             "start a new chat or load the model with a larger context"
         )
 
@@ -226,7 +243,7 @@ def check_pixels(pixels: np.ndarray, vision: VisionConfig | None, folder: Path) 
     """
     if vision is None:
         raise EngineError(
-            f"{folder}: a text-only bundle, it cannot see pictures: "
+            f"{folder}: a text-only bundle; expected one that sees pictures: "
             "export it with a vision tower, or ask without a picture"
         )
     size = vision.pixels.image_size

@@ -246,7 +246,10 @@ def _open(data: bytes, format: str) -> ImageFile.ImageFile:
             )
         plugin.DEFAULT_MAX_THREADS = 2
     if format not in Image.OPEN:
-        raise ImageError(f"a {format} picture, which this Pillow does not read; save it as PNG")
+        raise ImageError(
+            f"a {format} picture, which this Pillow does not read; expected another format: save "
+            "it as PNG"
+        )
     factory = Image.OPEN[format][0]
     return factory(file, "")  # pyright: ignore[reportReturnType]
 

@@ -106,7 +106,9 @@ def check_size(size: tuple[int, int], mode: str) -> None:
             f"{width}×{height} pixels of 32 bits", f"{BAND_PIXELS // 10**6} million of these"
         )
     if not width or not height:
-        raise ImageError(f"{width}×{height} pixels; expected a picture: choose another")
+        raise ImageError(
+            f"{width}×{height} pixels; expected a picture with pixels: choose another one"
+        )
 
 
 def too_large(what: str, limit: str) -> ImageError:

@@ -21,7 +21,7 @@ from PIL import Image
 from seechat_lite.pictures import decode, reduce
 from seechat_weights.errors import ImageError
 
-ARGUMENT = "--seechat-picture-worker"  # starts a packed application as a worker
+ARGUMENT = "seechat-picture-worker"  # starts a packed application as a worker
 CPU_SECONDS = 8  # for one picture; after that the system ends this process
 SLACK = 40 << 20  # bytes beside what a picture is said to need
 

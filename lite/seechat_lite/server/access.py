@@ -69,6 +69,7 @@ class Guard:
         self._hosts = {"localhost", *CONTAINER_HOSTS, *(h.lower() for h in settings.hosts)}
         self._origins = frozenset(settings.cors_origins)
         self._told: set[str] = set()  # of whom the log has told
+        self._allow_host, self._allow_origin = settings.allow_host, settings.allow_origin
         self._keys = [_digest(key.encode()) for key in settings.api_keys]
         self._public = public.union(OPEN)
 
@@ -85,8 +86,9 @@ class Guard:
         if name is None or not (name in self._hosts or _is_address(name)):
             return ApiError(
                 403,
-                f"this server is not known by the name {self._tell(host)!r}: start it with "
-                "--host-name, or call it by its address",
+                f"this server is not known by the name {self._tell(host)!r}: {self._allow_host}, "
+                "or "
+                "call it by its address",
                 code="unknown_host",
             )
         origin = headers.get("origin")
@@ -94,7 +96,7 @@ class Guard:
             return ApiError(
                 403,
                 f"pages and programs of the origin {self._tell(origin)!r} may not use this server: "
-                f"start it with --cors-origin {self._tell(origin)}",
+                f"{self._allow_origin} {self._tell(origin)}",
                 code="unknown_origin",
             )
         client = _network(scope)

@@ -190,7 +190,8 @@ def _listen(host: str, port: int) -> Generator[socket.socket, None, None]:
         reason = (e.strerror or str(e)).partition(" (while")[0]  # the address is said already
         raise SeechatError(
             f"{host}:{port}: cannot listen there ({reason}); expected a free port of this "
-            "machine: choose another --port or --host"
+            "machine: choose another port or host",
+            options={"port": None, "host": None},
         ) from None
     with sock:
         no_delay(sock)  # accepted connections inherit it on Linux

@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of `seechat serve`; sizes in bytes, times in seconds."""
+    """How a server answers; sizes in bytes, times in seconds."""
 
     max_body: int = 32 << 20  # of one request
     max_bodies: int = 256 << 20  # of all that are answered or wait, and fetched pictures
@@ -20,6 +20,9 @@ class Settings:
     api_keys: tuple[str, ...] = ()  # clients send one of them; each is a client of its own
     cors_origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()  # names by which clients may call this server, besides localhost
+    # what whoever is refused for a name or an origin is told to do
+    allow_host: str = "its operator can add that to its hosts"
+    allow_origin: str = "its operator can add to its cors_origins"  # and then the origin
     aliases: tuple[str, ...] = ()  # names of the model, besides its own
     queue: int = 32  # requests that may wait
     keep_alive: float | None = None  # the model is unloaded after so long without a request

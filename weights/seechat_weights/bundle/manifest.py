@@ -106,8 +106,8 @@ class Manifest:
             ) from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise BundleError(
-                f'{where}: expected "format": "{FORMAT}"; this is not a bundle written by '
-                "`seechat export`: point --model at the exported folder"
+                f'{where}: expected "format": "{FORMAT}"; this is not a bundle that an '
+                "export wrote: name the folder of one"
             )
         version = data.get("version")
         if not isinstance(version, int) or isinstance(version, bool):
@@ -122,7 +122,9 @@ class Manifest:
         try:
             manifest = _build(cls, data, where, "manifest")
         except (RecursionError, OverflowError) as e:  # absurd nesting, a number beyond float
-            raise BundleError(f"{where}: not a manifest ({e}): export again") from None
+            raise BundleError(
+                f"{where}: not a manifest ({e}); expected one that an export wrote: export again"
+            ) from None
         for field_name, found, ok, expected in _rules(manifest):
             if not ok:
                 raise BundleError(
@@ -246,12 +248,15 @@ def read_manifest(folder: Path) -> Manifest:
     if folder.is_file():
         raise BundleError(f"{folder}: a file; expected a bundle, which is a folder: name that")
     if not folder.is_dir():
-        raise BundleError(f"{folder}: no such folder; expected a bundle from `seechat export`")
+        raise BundleError(
+            f"{folder}: no such folder; expected a bundle: check the path, or export one there"
+        )
     try:
         text = decoded(read_file(path, limit=MAX_JSON))
     except FileNotFoundError:
         raise BundleError(
-            f"{folder}: holds no {MANIFEST}; expected a bundle: make one with `seechat export`"
+            f"{folder}: holds no {MANIFEST}; expected a bundle: export the weights to make one",
+            calls={"export": {}},
         ) from None
     except (OSError, ValueError) as e:
         said = (e.strerror if isinstance(e, OSError) else None) or line(e)
@@ -274,7 +279,7 @@ def read_manifest(folder: Path) -> Manifest:
         if status.st_size != entry.bytes:
             raise BundleError(
                 f"{file}: {status.st_size} bytes, the manifest says {entry.bytes}: "
-                "the file is damaged or was changed; copy the bundle again or export again"
+                "the file is damaged or was changed, copy the bundle again or export again"
             )
     return manifest
 
@@ -315,13 +320,13 @@ def verify_hashes(
             digest = sha256(folder / name, read)
         except OSError as e:
             raise BundleError(
-                f"{folder / name}: cannot be read ({e.strerror or e}): check its permissions, or "
-                "copy the bundle again"
+                f"{folder / name}: cannot be read ({e.strerror or e}); expected a readable file: "
+                "check its permissions, or copy the bundle again"
             ) from None
         if digest != entry.sha256:
             raise BundleError(
                 f"{folder / name}: sha256 {digest[:12]}…, the manifest says {entry.sha256[:12]}…: "
-                "the file is damaged or was changed; copy the bundle again or export again"
+                "the file is damaged or was changed, copy the bundle again or export again"
             )
 
 
@@ -364,13 +369,16 @@ def _build(kind: Any, value: Any, where: str, path: str) -> Any:
         fields = {f.name: f for f in dataclasses.fields(kind)}
         unknown = value.keys() - fields.keys()
         if unknown:
-            raise BundleError(f"{where}: {path} has unknown fields {sorted(unknown)}: export again")
+            raise BundleError(
+                f"{where}: {path} has unknown fields {sorted(unknown)}; expected the known ones "
+                "alone: export again"
+            )
         built = {}
         for name, f in fields.items():
             if name in value:
                 built[name] = _build(hints[name], value[name], where, f"{path}.{name}")
             elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-                raise BundleError(f"{where}: {path} lacks {name!r}: export again")
+                raise BundleError(f"{where}: {path} lacks {name!r}; expected it: export again")
         return kind(**built)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:  # only X | None is used

@@ -217,12 +217,14 @@ def _check(
         check(found)
     except (_RefusedError, CheckpointError) as e:
         raise BundleError(
-            f"{path}: the graph has {e}; expected what `seechat export` writes: get the bundle "
+            f"{path}: the graph has {e}; expected what an export writes: get the bundle "
             "from somebody you trust, or export the model again"
         ) from None
     except (OSError, ValueError) as e:  # an empty file cannot be mapped
         said = (e.strerror if isinstance(e, OSError) else None) or e
-        raise BundleError(f"{path}: cannot be read ({said}): copy the bundle again") from None
+        raise BundleError(
+            f"{path}: cannot be read ({said}); expected an ONNX file: copy the bundle again"
+        ) from None
 
 
 def _check_growth(found: Graph) -> None:

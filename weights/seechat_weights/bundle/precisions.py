@@ -60,6 +60,9 @@ PRECISIONS: dict[str, Precision] = {
     )
 }
 
+DTYPES = ("fp16", "bf16", "fp32")  # what engines compute with
+# float weights to fewer bits as they are loaded: see nn.linears
+QUANTIZATIONS = ("int4", "nf4", "fp4", "int8")
 BLOCK_SIZES = (32, 64, 128)
 
 

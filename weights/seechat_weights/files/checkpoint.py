@@ -245,7 +245,7 @@ def _open_indexed(folder: Path, index: Path) -> Checkpoint:
     for key, name in weight_map.items():
         if key not in checkpoint.shapes or checkpoint.source(key).name != name:
             raise CheckpointError(
-                f"{folder / name}: lacks tensor {shown(key)}, which {index.name} says it holds: "
+                f"{folder / name}: lacks tensor {shown(key)}; {index.name} says it holds it: "
                 "download the shard and the index again"
             )
     return checkpoint

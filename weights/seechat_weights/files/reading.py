@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from seechat_weights.arguments import check_type
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files.untrusted import open_file, read_file
 from seechat_weights.plain_text import one_line
@@ -21,7 +22,10 @@ def local_path(given: str | Path) -> Path:
     """A path as people write it: `~` is their home, unless a file here is called so.
 
     given: the path.
+
+    Raises OptionError for what is no path.
     """
+    check_type("path", given, str | os.PathLike, "the path of a file or folder")
     path = Path(given)
     if not str(given).startswith("~") or os.path.lexists(path):
         return path

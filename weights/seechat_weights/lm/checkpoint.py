@@ -242,8 +242,9 @@ def open_lm(
         raise CheckpointError(
             f"{path}: config.json says that a P-tuning prefix of "
             f"{settings['pre_seq_len']!r:.80} tokens belongs to it, and none is there; expected "
-            "its weights: give --prefix the folder of its training run, or take pre_seq_len out "
-            "of config.json"
+            "its weights: name the folder of its training run as prefix, or take pre_seq_len out "
+            "of config.json",
+            options={"prefix": None},
         )
     return lm
 
@@ -307,8 +308,9 @@ def _open_prefix(path: Path, opener: Opener) -> tuple[str, Checkpoint, dict[str,
     encoder = next((e for e in _ENCODERS if any(k.startswith(e) for k in keys)), None)
     if encoder is None:
         raise CheckpointError(
-            f"{where}: holds no P-tuning prefix ({few(keys)}); expected {_ENCODERS[0]}*: give "
-            "--prefix the folder or file of a P-tuning run"
+            f"{where}: holds no P-tuning prefix ({few(keys)}); expected {_ENCODERS[0]}*: name "
+            "the folder or file of a P-tuning run as prefix",
+            options={"prefix": None},
         )
     names = {k.removeprefix(encoder): k for k in keys if k.startswith(encoder)}
     account(checkpoint.shapes, names.values(), (), where)

@@ -46,8 +46,8 @@ _UNLIKE_LORA = (
 )
 _MODULE = re.compile(r"\^?[\w.]+")  # a key of alpha_pattern; "^" means the beginning of the name
 _MERGE = (
-    "merge the adapter with PEFT (merge_and_unload, save_pretrained) and give --lm the merged "
-    "checkpoint"
+    "merge the adapter with PEFT (merge_and_unload, save_pretrained) and name the merged "
+    "checkpoint as lm"
 )
 
 
@@ -132,7 +132,8 @@ def open_adapter(folder: Path, config: LMConfig, *, opener: Opener = open_checkp
     if not (folder / ADAPTER_CONFIG).exists():
         raise CheckpointError(
             f"{given}: no PEFT adapter; expected a folder with {ADAPTER_CONFIG} and "
-            f"{' or '.join(_ADAPTER_FILES)}: give --adapter the folder that save_pretrained wrote"
+            f"{' or '.join(_ADAPTER_FILES)}: name the folder that save_pretrained wrote as adapter",
+            options={"adapter": None},
         )
     settings = read_json(folder / ADAPTER_CONFIG)
     _refuse_other_methods(settings, str(folder / ADAPTER_CONFIG))

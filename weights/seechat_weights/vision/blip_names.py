@@ -105,9 +105,11 @@ class Overlay:
         needed, reasons = list(dict.fromkeys(needed)), list(reasons)
         missing = [key for key in needed if key not in self.shapes]
         if missing:
+            argument, do = _remedy(missing[0])
             raise CheckpointError(
                 f"{self.where}: tensors are {len(missing)} missing ({few(missing)}); expected all "
-                f"of EVA ViT, Q-Former and projector: {_remedy(missing[0])}"
+                f"of EVA ViT, Q-Former and projector: {do}",
+                options={argument: None} if argument else {},
             )
         ignored = {}
         for layer in self._layers:
@@ -137,14 +139,15 @@ class Overlay:
             check_shapes(layer.shapes, here, str(layer.checkpoint.path))
 
 
-def _remedy(missing: str) -> str:
+def _remedy(missing: str) -> tuple[str | None, str]:
+    """The argument that names the file with a missing tensor, if any, and what to do."""
     if missing.startswith("visual_encoder."):
-        return "give eva_vit_g.pth to --eva"
+        return "eva", "name eva_vit_g.pth as eva"
     if missing.startswith("llama_proj."):
-        return "give SEEChat's checkpoint (checkpoint_100.pth) to --checkpoint"
+        return "checkpoint", "name SEEChat's checkpoint (checkpoint_100.pth) as checkpoint"
     if missing.startswith(("Qformer.", "query_tokens", "ln_vision.")):
-        return "give blip2_pretrained_flant5xxl.pth to --qformer"
-    return "download the checkpoint again"
+        return "qformer", "name blip2_pretrained_flant5xxl.pth as qformer"
+    return None, "download the checkpoint again"
 
 
 def seechat_overlay(

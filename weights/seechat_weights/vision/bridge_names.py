@@ -52,7 +52,8 @@ def map_bridge(shapes: Shapes, *, where: str) -> BridgeNames:
         raise CheckpointError(
             f"{where}: holds no known bridge ({few(list(shapes))}); expected a projector, one of "
             f"{', '.join(BRIDGE_TENSORS)}, as mm_projector.*, llama_proj.* or plain weight and "
-            "bias: give --projector the file that holds it"
+            "bias: name the file that holds it as projector",
+            options={"projector": None},
         )
     name, tensors = found[0]
     keys = {k: prefix + k for k in tensors}
@@ -61,7 +62,8 @@ def map_bridge(shapes: Shapes, *, where: str) -> BridgeNames:
     if len(first) != 2 or 0 in first:
         raise CheckpointError(
             f"{where}: {prefix}{next(iter(tensors))} has shape {list(first)}, expected "
-            "[outputs, inputs]: give --projector the file that holds a projector"
+            "[outputs, inputs]: name the file that holds a projector as projector",
+            options={"projector": None},
         )
     outputs, inputs = first
     sizes = bridge_parameters(name, inputs, outputs)

@@ -61,13 +61,15 @@ def clip_settings(path: Path, names: ClipNames, activation: str | None) -> Setti
     if not activation:
         raise CheckpointError(
             f"{path}: no {settings.file} beside it, and the weights do not tell their activation; "
-            "expected to know it: put the file there, or pass --clip-activation quick_gelu "
-            "(OpenAI's weights) or gelu (LAION's)"
+            "expected to know it: put the file there, or pass clip_activation: quick_gelu "
+            "(OpenAI's weights) or gelu (LAION's)",
+            options={"clip_activation": None},
         )
     if activation not in ACTIVATIONS:
         raise CheckpointError(
             f"{settings.file}: activation {activation!r:.80}; expected {' or '.join(ACTIVATIONS)}: "
-            "give --clip a CLIP ViT checkpoint"
+            "name a CLIP ViT checkpoint as clip",
+            options={"clip": None},
         )
     if settings.heads < 1 or names.network.width % settings.heads:
         raise CheckpointError(

@@ -112,7 +112,8 @@ def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
     if form is None:
         raise CheckpointError(
             f"{where}: holds no vision tower; expected tensors visual.* (open_clip) or "
-            "vision_model.* (Hugging Face): give --clip a CLIP ViT checkpoint"
+            "vision_model.* (Hugging Face): name a CLIP ViT checkpoint as clip",
+            options={"clip": None},
         )
     layers = count_layers(shapes, form.layer, where=where)
     if layers < 2:
@@ -132,7 +133,7 @@ def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
 
     def shape(ours: str, rank: int) -> Shape:
         (key,) = used[ours].names
-        advice = "give --clip a CLIP ViT checkpoint"
+        advice = "name a CLIP ViT checkpoint as clip"
         return sizes_of(shapes, key, rank, where=where, advice=advice)
 
     width, _, patch, _ = shape("embeddings.patch_embedding.weight", 4)

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from seechat_weights.arguments import check_choice, check_integer
 from seechat_weights.config import PixelSpec, VisionConfig
-from seechat_weights.errors import CheckpointError, SeechatError
+from seechat_weights.errors import CheckpointError, OptionError
 from seechat_weights.files.accounting import Shape
 from seechat_weights.files.audit import Place, check_vision
 from seechat_weights.files.checkpoint import Checkpoint, Opener, open_checkpoint, read_json
@@ -32,7 +33,7 @@ from seechat_weights.vision.blip_names import (
 from seechat_weights.vision.bridge_names import map_bridge
 from seechat_weights.vision.clip_config import clip_settings
 from seechat_weights.vision.clip_names import map_clip
-from seechat_weights.vision.network import BRIDGE, TOWER
+from seechat_weights.vision.network import ACTIVATIONS, BRIDGE, TOWER
 from seechat_weights.vision.part import TensorMapping
 
 PUBLISHED = BlipSettings()
@@ -72,7 +73,7 @@ class VisionFiles:
     eva, qformer, checkpoint, image_size: see load_seechat; the checkpoint may also hold a part of
         the language model.
 
-    Raises SeechatError for files that do not go together.
+    Raises OptionError for files that do not go together.
     """
 
     clip: str | Path | None = None
@@ -85,11 +86,24 @@ class VisionFiles:
 
     def __post_init__(self) -> None:
         if bool(self.clip) != bool(self.projector):
-            raise SeechatError("--clip and --projector go together: give both")
+            raise OptionError(
+                "clip and projector go together; expected both: name both, or neither",
+                options={"clip": None, "projector": None},
+            )
         if self.clip and (self.eva or self.qformer):
-            raise SeechatError("--clip is one vision tower and --eva another: give one of them")
+            raise OptionError(
+                "clip is one vision tower and eva another; expected one: leave the other out",
+                options={"clip": None, "eva": None},
+            )
         if self.image_size and not (self.eva or self.qformer):
-            raise SeechatError("--image-size goes with --eva: give both")
+            raise OptionError(
+                "image_size goes with eva; expected both: name both, or leave image_size out",
+                options={"image_size": None, "eva": None},
+            )
+        if self.image_size is not None:
+            check_integer("image_size", self.image_size, least=1, expected="pixels a side")
+        if self.clip_activation is not None:
+            check_choice("clip_activation", self.clip_activation, ACTIVATIONS)
 
     def open(self, lm: str | Path, *, opener: Opener = open_checkpoint) -> VisionWeights | None:
         """Open the vision network for a published language model; None if there is none.
@@ -141,8 +155,9 @@ def load_clip(
     if bridge.inputs != names.network.width:
         raise CheckpointError(
             f"{projector}: takes {bridge.inputs} numbers a token; expected "
-            f"{names.network.width}, the width of {clip}: give --clip the tower that the "
-            "projector was trained with"
+            f"{names.network.width}, the width of {clip}: name the tower that the "
+            "projector was trained with as clip",
+            options={"clip": None},
         )
     config = VisionConfig(
         graph=GRAPH,
@@ -257,7 +272,8 @@ def _resized(names: BlipNames, image_size: int) -> BlipNames:
     if image_size < patch or image_size % patch:
         raise CheckpointError(
             f"pictures of {image_size} pixels a side; expected a multiple of {patch}, "
-            "the size of the vision tower's patches: choose another --image-size"
+            "the size of the vision tower's patches: take such an image_size",
+            options={"image_size": None},
         )
     key = "tower.vit.embeddings.position_embedding"
     shape = (1, 1 + (image_size // patch) ** 2, names.network.width)

@@ -11,6 +11,7 @@ import numpy as np
 
 from seechat_lite.engines.onnx.memory import CARDS
 from seechat_lite.onnx_runtime import ort
+from seechat_weights.arguments import refuse
 from seechat_weights.errors import BundleError, EngineError
 
 # short names of ONNX Runtime's execution providers; a provider's full name works too
@@ -58,20 +59,21 @@ def find_device(name: str) -> Device:
 
     name: a name of DEVICES or of a provider, such as "cuda:1"; "auto" is the CPU.
 
-    Raises EngineError if this ONNX Runtime does not have it.
+    Raises EngineError if this ONNX Runtime does not have it, OptionError for a wrong number.
     """
     available = ort.get_available_providers()
     kind, colon, number = ("cpu" if name == "auto" else name).partition(":")
     device = Device(DEVICES.get(kind.lower(), kind), int(number) if number.isdecimal() else 0)
     if device.provider not in available:
         known = ", ".join(n for n in DEVICES if DEVICES[n] in available)
-        gpu = "; onnxruntime-gpu has to take the place of onnxruntime (docs/gpu.md)"
+        gpu = ", or put onnxruntime-gpu in the place of onnxruntime (docs/gpu.md)"
         hint = gpu if device.kind == "cuda" else ""
         raise EngineError(
-            f"device {name!r} is not in this ONNX Runtime; it offers: auto, {known}{hint}"
+            f"device {name!r:.80} is not in this ONNX Runtime; expected one that it offers, auto, "
+            f"{known}: take one of these{hint}"
         )
     if colon and not (device.on_gpu and number.isdecimal()):
-        raise EngineError(f"device is {name!r}; expected its name, or such as cuda:1: choose one")
+        refuse("device", name, "its name, or such as cuda:1", "number GPUs from 0, others not")
     return device
 
 
@@ -132,15 +134,18 @@ def open_session(
         said = str(e).splitlines()[0].rpartition(" : ")[2]
         where = f"check the number of the device ({device.number}), " if device.number else ""
         raise EngineError(
-            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({said}): {where}"
-            "check the bundle with `seechat info`, or export it again"
+            f"{path}: ONNX Runtime {ort.__version__} cannot load it ({said}); expected a graph "
+            f"for it: {where}"
+            "check the bundle's files with identify(), or export it again",
+            calls={"identify": {"path": path.parent}},
         ) from e
     if (
         device.provider not in session.get_providers()
     ):  # it goes on without the device and only logs why
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot start {device.provider}: a library or driver, "
-            "named above, is missing or another version; expected NVIDIA's driver and what "
+            "named above, is missing or another version; expected NVIDIA's driver and libraries: "
+            "install what "
             'pip install "onnxruntime-gpu[cuda,cudnn]" brings'
         )
     found = {v.name: v.shape for v in [*session.get_inputs(), *session.get_outputs()]}
@@ -151,8 +156,8 @@ def open_session(
             isinstance(f, int) and e not in (None, f) for f, e in pairs
         ):
             raise BundleError(
-                f"{path}: {name} is {sizes or 'missing'}, the manifest expects "
-                f"{['any' if e is None else e for e in shape]}: the graph is another model's; "
+                f"{path}: {name} is {sizes or 'missing'}; the manifest expects "
+                f"{['any' if e is None else e for e in shape]}: the graph is another model's, "
                 "export the bundle again"
             )
     return session

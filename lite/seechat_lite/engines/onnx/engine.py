@@ -193,7 +193,9 @@ class OnnxEngine(Native):
     @guarded
     def extend(self, token_ids: Sequence[int]) -> np.ndarray:
         if not self._cache:
-            raise EngineError("step() before prefill(): there is no prompt to continue")
+            raise EngineError(
+                "step() before prefill(); expected a prompt to continue: call prefill() first"
+            )
         free = self.context + len(self._prefix) - self._length
         check_room(len(token_ids), free, self.context)
         logits = []
@@ -309,7 +311,8 @@ class OnnxEngine(Native):
             if self._cancelled:
                 raise Cancelled from None
             raise EngineError(
-                f"ONNX Runtime failed after {self._length} tokens ({str(e).splitlines()[0]}): "
+                f"ONNX Runtime failed after {self._length} tokens ({str(e).splitlines()[0]}); "
+                "expected a step: "
                 "if memory was short, load the model with a smaller context"
             ) from e
         self._length = total
@@ -364,7 +367,9 @@ class OnnxEngine(Native):
             how = advice(self._plan, self._manifest, self._plan.total - 1, last="free some of it")
             raise MemoryPlanError(
                 f"the GPU's memory is short ({said}); {self._manifest.name} needs {self._plan}: "
-                f"{how}"
+                f"{how.text}",
+                options=how.options,
+                calls=how.calls,
             ) from e
 
 
@@ -427,8 +432,9 @@ class OnnxVision(Native):
             (found,) = session.run(["image_embeds"], feeds, self._run)
         except Exception as e:  # ONNX Runtime raises its own unrelated exception types
             raise EngineError(
-                f"ONNX Runtime failed on a picture ({str(e).splitlines()[0]}): if memory is short, "
-                "close other programs, or read pictures elsewhere with vision_device"
+                f"ONNX Runtime failed on a picture ({str(e).splitlines()[0]}); expected its "
+                "embeddings: if memory is short, close other programs, or read pictures "
+                "elsewhere with vision_device"
             ) from e
         return np.asarray(found)
 

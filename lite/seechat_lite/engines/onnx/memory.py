@@ -17,6 +17,7 @@ import numpy as np
 from seechat_lite import memory
 from seechat_lite.memory import (
     KEPT_VISION,
+    Advice,
     MemoryPlan,
     check_room,
     human,
@@ -160,8 +161,8 @@ def check_memory(needed: OnnxPlan, manifest: Manifest, *, budget: int | None = N
     )
 
 
-def advice(needed: OnnxPlan, manifest: Manifest, room: int, *, last: str) -> str:
-    """The next smaller setting, in words, that takes little enough.
+def advice(needed: OnnxPlan, manifest: Manifest, room: int, *, last: str) -> Advice:
+    """The next smaller setting that takes little enough.
 
     needed: the plan.
     manifest: the bundle's.
@@ -181,8 +182,11 @@ def advice(needed: OnnxPlan, manifest: Manifest, room: int, *, last: str) -> str
 
     smaller = smaller_context(needed.context, lambda n: fits(n, needed.keep_vision))
     if needed.keep_vision and needed.vision and fits(needed.context, False):
-        return "load it with keep_vision=False (--no-keep-vision)"
+        return Advice.load("keep_vision", False)
     if smaller:
-        return f"load it with context={smaller} (--context {smaller})"
+        return Advice.load("context", smaller)
     lower = smaller_precisions(manifest.decoder.precision)
-    return f"export it with --precision {lower[0].name}, or {last}" if lower else last
+    if not lower:
+        return Advice(last)
+    text, name = f"export it with precision {lower[0].name}, or {last}", lower[0].name
+    return Advice(text, calls={"export": {"precision": name}})

@@ -38,7 +38,6 @@ from seechat_lite.engines.torch.decoder import (
     TorchOps,
 )
 from seechat_lite.engines.torch.kernels import KERNEL_ROWS, fused
-from seechat_lite.engines.torch.linears import QUANTIZATIONS
 from seechat_lite.engines.torch.memory import TorchPlan, advice, device_plan
 from seechat_lite.engines.torch.settings import torch_settings
 from seechat_lite.engines.torch.vision import TorchVision
@@ -212,7 +211,9 @@ class TorchEngine(Native):
     @torch.inference_mode()
     def extend(self, token_ids: Sequence[int]) -> np.ndarray:
         if self._cache is None or not self._length:
-            raise EngineError("step() before prefill(): there is no prompt to continue")
+            raise EngineError(
+                "step() before prefill(); expected a prompt to continue: call prefill() first"
+            )
         check_room(len(token_ids), self.context + self._before - self._length, self.context)
         rows = len(token_ids)
         positions = self._next.repeat(rows, axis=1)
@@ -341,7 +342,9 @@ class TorchEngine(Native):
         how = advice(self._plan, self._plan.total - 1, last="close other programs")
         raise MemoryPlanError(
             f"{self._device} is out of memory ({first}); {self._manifest.name} needs "
-            f"{self._plan}: {how}"
+            f"{self._plan}: {how.text}",
+            options=how.options,
+            calls=how.calls,
         )
 
     def _return_memory(self) -> None:
@@ -350,11 +353,6 @@ class TorchEngine(Native):
 
 
 def _weights(source: Source, options: EngineOptions, dtype: torch.dtype) -> Weights:
-    if options.quantize not in (None, *QUANTIZATIONS):
-        raise EngineError(
-            f"quantize is {options.quantize!r}; expected one of {', '.join(QUANTIZATIONS)}: "
-            "choose one"
-        )
     return weights_of(source, quantize=options.quantize, exact=dtype == torch.float32)
 
 
@@ -397,7 +395,8 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         found = "auto, cpu" + (", cuda" if torch.cuda.is_available() else "")
         raise EngineError(
-            f"device {name!r} is not there for torch {torch.__version__}; it offers: {found}"
+            f"device {name!r:.80} is not there for torch {torch.__version__}; expected one that it "
+            f"offers, {found}: take one of these"
         ) from None
     return device
 
@@ -405,6 +404,4 @@ def _device(name: str) -> torch.device:
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name is None:
         return torch.float16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise EngineError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}: choose one")
     return DTYPES[name]

@@ -113,7 +113,7 @@ def bitsandbytes_linear(kind: str, dtype: torch.dtype) -> Callable[[Tensor], nn.
         ).nn  # its types do not describe its modules' arguments
     except ImportError as e:
         raise EngineError(
-            f"{e.name} is not installed; quantize={kind!r} needs it: pip install bitsandbytes"
+            f"{e.name} is not installed; quantize={kind!r} needs it: run pip install bitsandbytes"
         ) from None
 
     def make(weight: Tensor) -> nn.Module:

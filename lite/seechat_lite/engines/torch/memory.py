@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from seechat_lite.engines.torch.linears import BLOCK, CHUNK, QUANTIZATIONS
-from seechat_lite.memory import MemoryPlan, smaller_context
+from seechat_lite.memory import Advice, MemoryPlan, smaller_context
 from seechat_weights.bundle.layout import HEAD, decoder_layout
 from seechat_weights.bundle.manifest import Manifest
 from seechat_weights.bundle.precisions import stored_precision
@@ -80,19 +80,20 @@ def device_plan(
     )
 
 
-def advice(plan: TorchPlan, room: int, *, last: str) -> str:
-    """The next smaller setting that fits, in words.
+def advice(plan: TorchPlan, room: int, *, last: str) -> Advice:
+    """The next smaller setting that fits.
 
     plan: the plan.
     room: bytes that it may take.
     last: returned if no setting fits.
     """
     if plan.vision and plan.total - plan.vision <= room:
-        return "load it with keep_vision=False (--no-keep-vision)"
+        return Advice.load("keep_vision", False)
     per_token = (plan.cache + plan.workspace - RUNTIME) / plan.context
     fixed = plan.total - per_token * plan.context
     if smaller := smaller_context(plan.context, lambda n: fixed + per_token * n <= room):
-        return f"load it with context={smaller} (--context {smaller})"
+        return Advice.load("context", smaller)
     if plan.quantizable:
-        return 'load it with quantize="int4" (--quantize int4), or export it with --precision int4'
-    return last if plan.on_host else f"{last}, or take a GPU with more memory"
+        smaller = Advice.load("quantize", "int4")
+        return replace(smaller, text=f"{smaller.text}, or export it with precision int4")
+    return Advice(last if plan.on_host else f"{last}, or take a GPU with more memory")

@@ -64,7 +64,7 @@ class TorchVision(Native):
             network = streamed(self._weights, self.device, self._dtype)
         except ImportError as e:
             raise EngineError(
-                f"{e.name} is not installed; pictures need it with the engine 'torch': "
+                f"{e.name} is not installed; pictures need it with the engine 'torch': run "
                 'pip install "seechat-lite[torch]"'
             ) from None
         network = network.loaded() if self._keep else network
