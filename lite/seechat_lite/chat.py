@@ -301,14 +301,12 @@ class Chat:
         self.stats: Stats | None = None  # of the last answer
         self.dropped_turns = 0  # for which the last question left no room
         self._embeds: dict[str, np.ndarray] = {}  # pictures of the turns, by key
-        self._asked: tuple[str, list[ImageSource]] | None = (
-            None  # a question from messages, not yet answered
-        )
+        # a question from messages, not yet answered
+        self._asked: tuple[str, list[ImageSource]] | None = None
         self._stop = threading.Event()
         self._answering = False  # whether the engine works for this chat
-        self._cancelling = (
-            threading.RLock()
-        )  # keeps the engine from beginning another chat's work meanwhile
+        # keeps the engine from beginning another chat's work meanwhile
+        self._cancelling = threading.RLock()
         self._cleared = 0  # how many times
 
     def stream(
@@ -483,9 +481,8 @@ class Chat:
                     "with it, load the model with a context of %d tokens",
                     DEMO_CONTEXT,
                 )
-        room = (
-            model.engine.context - len(prompt.ids) + 1
-        )  # the last token needs no place in the cache
+        # the last token needs no place in the cache
+        room = model.engine.context - len(prompt.ids) + 1
         limit = min(generation.max_new_tokens, room)
         lookup = PromptLookup(prompt.ids) if generation.speculate else None
         tokens = generate(
@@ -558,9 +555,8 @@ class Chat:
         for source in several(image):
             if stopped():
                 raise Cancelled("stopped while its pictures were read")
-            if (
-                tokens >= context
-            ):  # refused before the other pictures are read: there may be endlessly many
+            # refused before the other pictures are read: there may be endlessly many
+            if tokens >= context:
                 raise ContextError(
                     f"the first {len(embeds)} pictures of the question take {tokens} tokens; the "
                     f"context holds {context}, answer included: show fewer"

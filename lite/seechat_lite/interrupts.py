@@ -4,9 +4,8 @@ import os
 import signal
 
 EXIT_CODE = 130
-OUTPUT_GONE = (
-    141  # a shell's exit code for programs that wrote to a pipe that nobody reads (SIGPIPE)
-)
+# a shell's exit code for programs that wrote to a pipe that nobody reads (SIGPIPE)
+OUTPUT_GONE = 141
 
 
 def leave_on_ctrl_c() -> None:

@@ -98,9 +98,8 @@ class Seechat(llm.Model):
         _tell_usage(chat, response)
 
     def _model(self, bundle: str | None) -> "Model":
-        from seechat_lite.loading import (
-            load,
-        )  # here, because `llm` imports all plugins for every command
+        # here, because `llm` imports all plugins for every command
+        from seechat_lite.loading import load
 
         if self._loaded and self._loaded[0] != bundle:
             self._loaded[1].close()

@@ -94,9 +94,8 @@ def available_memory() -> int:
         import psutil
 
         free = psutil.virtual_memory().available
-    except (
-        ImportError
-    ):  # not installed, but run from a clone, such as bench/gpu.py on a bare machine
+    except ImportError:
+        # not installed, but run from a clone, such as bench/gpu.py on a bare machine
         if not hasattr(os, "sysconf"):
             raise
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # without file caches

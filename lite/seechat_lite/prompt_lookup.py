@@ -25,9 +25,8 @@ class PromptLookup:
         self.guessed = 0
         self.right = 0
         self._ids: list[int] = []
-        self._next: dict[
-            tuple[int, ...], int
-        ] = {}  # n-gram -> index of the token that last followed it
+        # n-gram -> index of the token that last followed it
+        self._next: dict[tuple[int, ...], int] = {}
         self._length = 4  # tokens of the next guess
         self._failures = 0  # guesses in a row without a right token
         self._pause = 0  # tokens until the next guess

@@ -53,9 +53,8 @@ def _ask(args: argparse.Namespace, usage_error: UsageError) -> int:
             usage_error(f"{question} is a file; the question comes after the pictures")
     if not trimmed(question):
         usage_error("the question is empty")
-    if any(
-        "\ud800" <= c <= "\udfff" for c in question
-    ):  # Python turns undecodable bytes into these
+    # Python turns undecodable bytes into these
+    if any("\ud800" <= c <= "\udfff" for c in question):
         usage_error(f"the question has bytes that are no text in {sys.getfilesystemencoding()}")
     options = answer_options(args, usage_error)
     images = [picture_source(place) for place in (*args.image, *places)]

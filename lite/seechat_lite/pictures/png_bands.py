@@ -25,9 +25,8 @@ class PngBands:
         self.size = self.width, self.height = header.size
         self.mode = _MODES[header.channels]
         self._colour = _COLOURS[header.channels]
-        self._stride = (
-            1 + self.width * header.channels
-        )  # bytes of a row with the number of its filter
+        # bytes of a row with the number of its filter
+        self._stride = 1 + self.width * header.channels
         self._transparency = [c for c in header.parts if c[4:8] == b"tRNS"]
         self._chunks = _contents(header.parts)
         self._inflate = zlib.decompressobj()

@@ -151,9 +151,8 @@ def _exchange(
     done = threading.Event()
 
     def talk() -> None:
-        with suppress(
-            OSError, ValueError
-        ):  # the worker has ended: an error of its pipes, or of what it wrote
+        # the worker has ended: an error of its pipes, or of what it wrote
+        with suppress(OSError, ValueError):
             _write(current.process, line)
             _write(current.process, data)
             answers.append(_read(current.process))

@@ -1,4 +1,4 @@
-"""Who may ask: keys, and web pages that a browser runs on somebody's behalf."""
+"""Decides who may ask, by keys and by the web page that a browser asks for."""
 
 import hashlib
 import hmac
@@ -15,7 +15,7 @@ from seechat_lite.server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-OPEN = ("/health",)  # needs no key, as monitors have none
+OPEN = ("/health",)  # needs no key: monitors have none
 # What containers call the machine they run on; no web site can have these names
 CONTAINER_HOSTS = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
 # Programs with a web view; no page of a web site can have such an origin
@@ -23,15 +23,17 @@ PROGRAM_ORIGINS = re.compile(
     r"(?:tauri|app|capacitor|ionic|vscode-webview|vscode-file|wails)://[A-Za-z0-9._-]{0,100}"
     r"|https?://tauri\.localhost"
 )
-_CLIENT = "seechat_client"  # where a request's client is kept in its scope
+_CLIENT = "seechat_client"  # the key under which a request's scope keeps its client
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s\x00-\x20\[\]@/\\?#:]+)(?::[0-9]{1,5})?", re.IGNORECASE)
 
 
 class Framing:
-    """ASGI middleware that ends connections on which it is not certain where a request ends.
+    """ASGI middleware that closes connections on which the end of a request is uncertain.
 
     A proxy before this server may have taken the other one of two lengths, and the rest of a body
-    for somebody else's request. What is merely malformed, h11 refuses by itself.
+    for somebody else's request. h11 itself refuses requests that are merely malformed.
+
+    app: the application behind it.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -56,12 +58,18 @@ class Framing:
 
 
 class Guard:
-    """ASGI middleware that lets in whom Settings allow.
+    """ASGI middleware that lets in those whom Settings allow.
 
-    Host: a web page whose own name was made to point at this machine must not reach the server
-    through its visitor's browser (DNS rebinding), so names have to be known; addresses are fine.
-    Origin: a page of another site may make a browser send requests here even if it cannot read
-    the answers. Key: compared in constant time.
+    Host: somebody may point the name of a web page at this machine. The page must not reach the
+    server through its visitor's browser (DNS rebinding), so names must be known; addresses are
+    fine.
+    Origin: a page of another site may make a browser send requests here even if it cannot read the
+    answers.
+    Key: compared in constant time.
+
+    app: the application behind it.
+    settings: keys and host names.
+    public: paths that need no key.
     """
 
     def __init__(self, app: ASGIApp, *, settings: Settings, public: frozenset[str]) -> None:
@@ -104,7 +112,7 @@ class Guard:
         if not self._keys:
             return None
         sent = _digest(_key(headers).encode("latin-1"))
-        right = [hmac.compare_digest(sent, key) for key in self._keys]  # all of them, in any case
+        right = [hmac.compare_digest(sent, key) for key in self._keys]  # always all of them
         if any(right):
             scope[_CLIENT] = f"{client} key {right.index(True)}"
             return None
@@ -133,13 +141,15 @@ class Guard:
 def client_of(scope: Scope) -> str:
     """Who asks, for a fair share of the answers: an address, and the key if one is required.
 
-    Only what was checked counts: whoever could make up names would be many clients.
+    Only checked facts count: a client that could make up names would count as many clients.
+
+    scope: the request's.
     """
     return scope.get(_CLIENT) or _network(scope)
 
 
 def _network(scope: Scope) -> str:
-    """The client's address; of IPv6 the network of 64 bits, all of which one client may use."""
+    """The client's address; for IPv6 its network of 64 bits, as one client may use all of it."""
     address = (scope.get("client") or ("",))[0]
     try:
         ip = ip_address(address.partition("%")[0])
@@ -159,18 +169,18 @@ def _key(headers: Headers) -> str:
 
 
 def _digest(key: bytes) -> bytes:
-    """Of one length for every key, so that not even its length shows in the time."""
+    """A digest, of one length for every key, so that not even a key's length shows in the time."""
     return hashlib.sha256(key).digest()
 
 
 def _name(host: str) -> str | None:
-    """The name in a Host header, without its port; None if it is no such header."""
+    """The name in a Host header, without its port; None if it is malformed."""
     found = _HOST.fullmatch(host)
     return found[1].strip("[]").lower() if found else None
 
 
 def _authority(origin: str) -> str | None:
-    """Host and port of an origin, as a Host header has them; None if it is no origin."""
+    """Host and port of an origin, as a Host header has them; None if it is not an origin."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:

@@ -1,4 +1,4 @@
-"""The application: routes, what stands before them, and the model's life."""
+"""Builds the application: routes, the middleware before them, and the life of the model."""
 
 import asyncio
 import time
@@ -44,11 +44,17 @@ def create_app(
     failed: Callable[[Exception], None],
     fetcher: Fetcher | None = None,
 ) -> Starlette:
-    """The server as an ASGI application.
+    """The server as an ASGI application. `app.state.scheduler` is its Scheduler.
 
-    load: opens the model of `manifest`; called in the model's thread when the application starts,
-    and again after keep_alive unloaded it. failed: told if that first loading fails; nothing can
-    be answered then, and the server should end. `app.state.scheduler` is its Scheduler.
+    load: opens the model; called in the model's thread when the application starts, and again after
+        keep_alive unloaded it.
+    manifest: the model's.
+    settings: the operator's.
+    context: tokens that the cache has room for.
+    format: the conversation format; None for the bundle's.
+    failed: called if the first loading fails; nothing can be answered then, and the server should
+        end.
+    fetcher: fetches pictures; None for the default.
     """
     metrics = Metrics()
     scheduler = Scheduler(
@@ -149,7 +155,7 @@ def create_app(
         allow_origins=settings.cors_origins,
         allow_origin_regex=PROGRAM_ORIGINS.pattern,
         allow_methods=["GET", "POST"],
-        allow_headers=["*"],  # SDKs send headers of their own
+        allow_headers=["*"],  # SDKs send their own headers
         expose_headers=["X-Request-Id", "Retry-After", IGNORED, DROPPED],
     )
     middleware.insert(2, cors)

@@ -1,4 +1,4 @@
-"""From a request of any API to what the scheduler takes, and what every answer says in headers."""
+"""Turns a request of any API into what the scheduler takes, and makes an answer's headers."""
 
 import logging
 import secrets
@@ -23,14 +23,18 @@ from seechat_lite.server.scheduler import Begun, GenerationRequest, Scheduler, T
 log = logging.getLogger(__name__)
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
-SMALL_PENALTY = 1.0  # which changes little; a larger one is meant
+SMALL_PENALTY = 1.0  # a smaller penalty changes little; a larger one is meant
 IGNORED, DROPPED = "X-Seechat-Ignored", "X-Seechat-Dropped-Turns"
 
 
 class Asking:
     """What the APIs share.
 
-    names: what the model may be called; the first is its own name. context: tokens it can hold.
+    scheduler: answers.
+    bodies: reads bodies.
+    images: reads pictures.
+    names: what the model may be called; the first is its own name.
+    context: tokens that the cache has room for.
     format: how conversations are written.
     """
 
@@ -61,7 +65,13 @@ class Asking:
         pictures: Sequence[str] = (),
         ignored: Sequence[str] = (),
     ) -> tuple[GenerationRequest, list[str]]:
-        """What is asked, and what of it has no effect. pictures: of the last question.
+        """Turn messages into a request for the scheduler; returns it, and what had no effect.
+
+        request: the HTTP request.
+        messages: the conversation.
+        generation: the options of the answer.
+        pictures: pictures of the last question.
+        ignored: what is known to have no effect.
 
         Raises ApiError, MessagesError, ImageError.
         """
@@ -87,13 +97,20 @@ class Asking:
         ), all_ignored
 
     def check_name(self, name: str | None) -> None:
-        """Raises ApiError 404 for another model's name."""
+        """Raise ApiError 404 for another model's name.
+
+        name: the name in the request; None for any model.
+        """
         if name and name not in self.names:
             raise unknown_model(name)
 
 
 def headers(begun: Begun | Stats, ignored: Sequence[str]) -> dict[str, str]:
-    """What an answer's headers tell: what was ignored, and how much was forgotten."""
+    """An answer's headers: what was ignored, and how many turns were dropped.
+
+    begun: what is known of the answer.
+    ignored: what had no effect.
+    """
     told = {IGNORED: ", ".join(ignored)} if ignored else {}
     if begun.dropped_turns:
         told[DROPPED] = str(begun.dropped_turns)
@@ -110,9 +127,16 @@ def generation(
     repetition_penalty: float | None,
     seed: int | None,
 ) -> Generation:
-    """The options of an answer as clients mean them. Raises ApiError."""
+    """The options of an answer as clients mean them.
+
+    limit: tokens of the answer; negative for as many as the context holds.
+    stop, temperature, top_p, top_k, repetition_penalty, seed: see generation.Generation; None for
+        the default.
+
+    Raises ApiError.
+    """
     stops = [stop] if isinstance(stop, str) else stop or []
-    stops = [text for text in stops if text]  # a form's field that nobody filled in stops nothing
+    stops = [text for text in stops if text]  # an empty field of a form stops nothing
     if len(stops) > MAX_STOPS or any(len(text) > MAX_STOP_LENGTH for text in stops):
         raise ApiError(
             400,
@@ -124,12 +148,12 @@ def generation(
     top_p = 1.0 if top_p is None else top_p
     if top_p == 0 or temperature < 0.001:  # only the likeliest token is left
         temperature, top_p = 0.0, 1.0
-    # a seed is a name for an answer; without one, or with other local servers' -1, it is drawn anew
+    # a seed names an answer; without one, or with -1 as in other local servers, it is drawn anew
     seed = secrets.randbits(63) if seed in (None, -1) else seed % 2**64
     limit = limit or Generation.max_new_tokens
     return Generation(
         stop=tuple(stops),
-        max_new_tokens=schemas.MAX_INTEGER if limit < 0 else limit,  # the context is what limits it
+        max_new_tokens=schemas.MAX_INTEGER if limit < 0 else limit,  # only the context limits it
         temperature=temperature,
         top_p=top_p,
         top_k=max(top_k or 0, 0),
@@ -139,7 +163,12 @@ def generation(
 
 
 def not_done(body: schemas.ChatRequest | schemas.CompletionRequest) -> list[str]:
-    """Which of the fields have no effect. Raises ApiError for what would change the answer."""
+    """The fields of a request that have no effect.
+
+    body: the request.
+
+    Raises ApiError for a field that would change the answer.
+    """
     if body.n not in (None, 1):
         raise unsupported("n", "one answer a request; ask again with another seed", param="n")
     ignored = []
@@ -164,7 +193,15 @@ def not_done(body: schemas.ChatRequest | schemas.CompletionRequest) -> list[str]
 
 
 def tools_ignored(tools: Any, choice: str | dict[str, Any] | None) -> list[str]:
-    """Tools are declared to every model; this one calls none. Raises ApiError if it has to."""
+    """Return the names of the fields for tools, which are ignored: this model calls none.
+
+    Programs declare tools to every model.
+
+    tools: the declared tools.
+    choice: which tool to call.
+
+    Raises ApiError if the model is told to call one.
+    """
     if isinstance(choice, dict) or choice in ("required", "any"):
         raise _no_calls("tool_choice")
     return ["tools"] if tools else []

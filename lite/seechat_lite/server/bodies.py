@@ -1,4 +1,4 @@
-"""From a request's body to the model of it: bounded, checked, and off the event loop if large."""
+"""Turns a request's body into its model: within bounds, checked, off the event loop if large."""
 
 import asyncio
 import re
@@ -14,19 +14,25 @@ from seechat_lite.server.errors import ApiError
 
 M = TypeVar("M", bound=BaseModel)
 
-SMALL = 64 << 10  # bytes that are parsed at once; what is larger could hold up other clients
+SMALL = 64 << 10  # bytes that are parsed at once; a larger body could delay other clients
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Bodies:
-    """Reads bodies. Large ones one after the other, so that what parsing takes is taken once."""
+    """Reads bodies; large ones one after the other, so that memory for parsing is taken once."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "seechat-body")
 
     async def read(self, request: Request, model: type[M]) -> M:
-        """The body as `model`. Raises ApiError 400, 415 or 422: what is wrong, what is taken."""
+        """The body of a request as a model.
+
+        request: the request.
+        model: the class of its body.
+
+        Raises ApiError 400, 415 or 422; it says what is wrong and what is expected.
+        """
         encoding = request.headers.get("content-encoding", "identity").strip().lower()
         if encoding not in ("identity", ""):
             raise _compressed(encoding)
@@ -43,21 +49,21 @@ class Bodies:
 
 
 async def _received(request: Request) -> bytes | bytearray:
-    """The body, which comes whole (see Intake). Not kept by the request, as its body() would be."""
+    """The whole body (see Intake). The request does not keep it, as its own body() would."""
     parts = [part async for part in request.stream() if part]
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _parse_large(body: bytes | bytearray, model: type[M], kind: str) -> M:
     try:
-        trim_heap()  # what earlier requests left, so that they do not add up
+        trim_heap()  # frees what earlier requests left, so that it does not add up
         return _parse(body, model, kind)
     finally:
         trim_heap()
 
 
 def _parse(body: bytes | bytearray, model: type[M], kind: str) -> M:
-    if body.startswith(b"\xef\xbb\xbf"):  # a byte order mark, as editors on Windows write it
+    if body.startswith(b"\xef\xbb\xbf"):  # a byte order mark, which editors on Windows write
         body = body[3:]
     _check_beginning(body, kind)
     if why := too_complex(body):
@@ -72,7 +78,7 @@ def _parse(body: bytes | bytearray, model: type[M], kind: str) -> M:
 
 
 def _check_beginning(body: bytes | bytearray, kind: str) -> None:
-    """Say of what is no JSON in UTF-8 what it is, as far as its first bytes tell."""
+    """Say what a body is that is not JSON in UTF-8, as far as its first bytes tell."""
     start = body[:4]
     if not body or body.isspace():
         raise _invalid("the body is empty; expected a JSON object")
@@ -83,7 +89,7 @@ def _check_beginning(body: bytes | bytearray, kind: str) -> None:
         raise _invalid("the body is UTF-16 or UTF-32; expected JSON in UTF-8")
     form = kind.partition(";")[0].strip().lower()
     if form in ("multipart/form-data", "application/x-www-form-urlencoded") and (
-        body[:1000].lstrip()[:1] not in (b"{", b"[")  # curl calls JSON a form unless it is told
+        body[:1000].lstrip()[:1] not in (b"{", b"[")  # curl calls JSON a form unless told otherwise
     ):
         raise _invalid("the body is a form; expected a JSON object, pictures in it as base64")
 

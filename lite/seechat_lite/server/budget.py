@@ -1,4 +1,4 @@
-"""How much of the server's memory requests may take while they are read and answered."""
+"""Limits the server's memory that requests take while they are read and answered."""
 
 from collections import Counter
 
@@ -6,10 +6,13 @@ from seechat_lite.server.errors import ApiError
 
 
 class Budget:
-    """Bytes that the requests of all clients may hold, and those of one client.
+    """The bytes that the requests of all clients may hold, and those of one client.
 
-    total: of all together. request: of one request. A client may take all but one request's worth,
-    so that nobody keeps everybody else out.
+    One client may take everything except one request's worth, so that nobody keeps everybody else
+    out.
+
+    total: bytes for all requests together.
+    request: bytes for one request.
     """
 
     def __init__(self, *, total: int, request: int) -> None:
@@ -19,7 +22,10 @@ class Budget:
         self.held = 0
 
     def open(self, client: str) -> "Held":
-        """What a request of this client holds: nothing yet."""
+        """The part of a new request; it holds nothing yet.
+
+        client: who asks.
+        """
         return Held(self, client)
 
     def _take(self, client: str, size: int) -> None:
@@ -41,7 +47,7 @@ class Budget:
 
 
 class Held:
-    """One request's part of a Budget: its body, and the pictures that are fetched for it."""
+    """One request's part of a Budget: its body, and the pictures fetched for it."""
 
     def __init__(self, budget: Budget, client: str) -> None:
         self._budget = budget
@@ -49,12 +55,17 @@ class Held:
         self._size = 0
 
     def add(self, size: int) -> None:
-        """Hold so many bytes more. Raises ApiError 503 if that is too much now."""
+        """Hold more bytes.
+
+        size: how many.
+
+        Raises ApiError 503 if that is too much now.
+        """
         self._budget._take(self._client, size)
         self._size += size
 
     def release(self) -> int:
-        """Hold nothing any more; returns how much it was."""
+        """Hold nothing any more; returns how many bytes were held."""
         self._budget._give_back(self._client, self._size)
         size, self._size = self._size, 0
         return size

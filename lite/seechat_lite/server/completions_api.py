@@ -1,4 +1,4 @@
-"""POST /v1/completions, OpenAI's older API: a prompt, which is asked as a question."""
+"""POST /v1/completions, OpenAI's older API: the prompt is asked as a question."""
 
 import json
 import logging
@@ -23,7 +23,10 @@ log = logging.getLogger(__name__)
 
 
 class OldCompletions:
-    """The endpoint."""
+    """The endpoint.
+
+    asking: what the APIs share.
+    """
 
     def __init__(self, asking: Asking) -> None:
         self._asking = asking
@@ -65,7 +68,10 @@ class OldCompletions:
         return event_stream(events(), headers(begun, ignored))
 
     async def _asked(self, request: Request) -> tuple[GenerationRequest, list[str], bool, bool]:
-        """Apart from answer(), so that the request is not held while it waits for its turn."""
+        """Read the request.
+
+        This is not in answer(), so that the request is not held while it waits for its turn.
+        """
         body = await self._asking.bodies.read(request, schemas.CompletionRequest)
         self._asking.check_name(body.model)
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt

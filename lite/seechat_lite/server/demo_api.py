@@ -1,7 +1,7 @@
-"""POST /: the requests of ChatGLM-6B's and VisualGLM-6B's demo servers, whose clients live on.
+"""POST /: answers the requests of ChatGLM-6B's and VisualGLM-6B's demo servers, for their clients.
 
-{"prompt", "history", max_length, top_p, temperature} is ChatGLM-6B's, {"text", "image" (base64),
-"history", …} VisualGLM-6B's; each has its demo's defaults. `min_length` and `num_beams` are
+{"prompt", "history", max_length, top_p, temperature} is ChatGLM-6B's. {"text", "image" (base64),
+"history", …} is VisualGLM-6B's. Each has its demo's defaults. `min_length` and `num_beams` are
 ignored.
 """
 
@@ -79,7 +79,7 @@ class Legacy:
         )
 
     async def _image(self, body: schemas.LegacyRequest) -> bytes:
-        """The picture, which is then no longer in the body: it may wait long for its turn."""
+        """The picture; it is removed from the body, which may wait long for its turn."""
         image = body.image or body.image_prompt or ""
         body.image = body.image_prompt = None
         return await self._images.decode(image)

@@ -1,4 +1,4 @@
-"""Errors as clients of the OpenAI API expect them: a status and {"error": {...}}."""
+"""Makes errors as clients of the OpenAI API expect them: a status and {"error": {...}}."""
 
 import logging
 from collections.abc import Mapping
@@ -26,7 +26,11 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 503: "overloaded
 class ApiError(Exception):
     """An answer that says what is wrong with a request, or with the server.
 
-    code: a word for programs. param: the field of the request it is about.
+    status: the HTTP status.
+    message: one line for people.
+    code: a word for programs.
+    param: the field of the request that it is about.
+    headers: more headers of the answer.
     """
 
     def __init__(
@@ -59,12 +63,20 @@ HANDLED = (ApiError, SeechatError, ValidationError, MemoryError, HTTPException, 
 
 
 def unsupported(what: str, advice: str, *, param: str) -> ApiError:
-    """A request asks for something that this server does not do; better said than ignored."""
+    """The error for a request that this server cannot do; saying so is better than ignoring it.
+
+    what: what was asked for.
+    advice: what to do.
+    param: the field of the request.
+    """
     return ApiError(400, f"{what}: {advice}", code="unsupported", param=param)
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of any exception; of our own mistakes it learns nothing."""
+    """What a client is told of any exception; it learns nothing of our own mistakes.
+
+    error: the exception.
+    """
     match error:
         case ApiError():
             return error
@@ -97,12 +109,16 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 async def handle(request: Request, error: Exception) -> Response:
-    """Starlette's exception handler for all of them."""
+    """Starlette's handler for all of our exceptions.
+
+    request: the request.
+    error: the exception.
+    """
     answer = as_api_error(error)
     note_error(request, answer.code)
     if answer.status < 500:
-        # Its frames hold the request, and a future in them holds the error: a circle that would
-        # keep megabytes until the garbage collector comes by.
+        # Its frames hold the request, and a future in them holds the error. This circle would
+        # keep megabytes until the garbage collector runs.
         error.__traceback__ = None
     if request.url.path.startswith("/api/"):  # Ollama's clients look for a text
         return JSONResponse({"error": answer.message}, answer.status, headers=answer.headers)
@@ -110,11 +126,11 @@ async def handle(request: Request, error: Exception) -> Response:
 
 
 def _invalid(error: ValidationError) -> ApiError:
-    """422 for JSON of the wrong shape; 400 for a kind of content unknown."""
+    """422 for JSON of the wrong shape; 400 for an unknown kind of content."""
     errors = error.errors(include_url=False, include_input=False, include_context=False)
-    # of a field that may be this or that, what was nearest to being right
+    # for a field of several types, the error of the type that was nearest to right
     first = max(errors, key=lambda e: len(e["loc"]))
-    # the names of union members in a path say nothing to a client
+    # the names of union members in a path mean nothing to a client
     path = [str(p) for p in first["loc"] if not (isinstance(p, str) and not p.islower())]
     where = _short(".".join(path)) or None
     status = 400 if "content" in path and path[-1] == "type" else 422
@@ -124,5 +140,5 @@ def _invalid(error: ValidationError) -> ApiError:
 
 
 def _short(text: str) -> str:
-    """What may hold a client's own words, which have any length."""
+    """A text shortened, because a client's own words in it may have any length."""
     return text if len(text) <= 200 else text[:200] + "…"

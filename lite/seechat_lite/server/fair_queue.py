@@ -1,8 +1,8 @@
 """A bounded queue in which clients take turns: fair queueing by round robin.
 
-Whoever posts sixteen requests at once waits with the second until everybody else's first was
-served. A full queue makes room at the cost of the client that has the most waiting, so that nobody
-can fill it alone (the rule that is known as longest queue drop).
+A client that posts sixteen requests at once waits with the second until everybody else's first is
+served. A full queue drops an item of the client that has the most waiting, so that nobody can fill
+it alone (the rule known as longest queue drop).
 """
 
 from collections import OrderedDict, deque
@@ -12,17 +12,25 @@ T = TypeVar("T")
 
 
 class FairQueue(Generic[T]):
-    """limit: how many items may wait, those of all clients together."""
+    """A queue of items, each of a client.
+
+    limit: how many items of all clients may wait together.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._clients: OrderedDict[str, deque[T]] = OrderedDict()  # those who wait, next one first
+        # clients that wait, the next one first
+        self._clients: OrderedDict[str, deque[T]] = OrderedDict()
 
     def __len__(self) -> int:
         return sum(map(len, self._clients.values()))
 
     def put(self, client: str, item: T) -> T | None:
-        """Add an item; if that makes one too many, return the one that has to go, maybe this."""
+        """Add an item; if that is one too many, return the one that must go, maybe this one.
+
+        client: whose it is.
+        item: the item.
+        """
         self._clients.setdefault(client, deque()).append(item)
         if len(self) <= self._limit:
             return None
@@ -32,7 +40,10 @@ class FairQueue(Generic[T]):
         return refused
 
     def get(self, *, after: str) -> T | None:
-        """Take the next item, if there is one; the client `after` was served last."""
+        """Take the next item; None if there is none.
+
+        after: the client that was served last.
+        """
         if after in self._clients:
             self._clients.move_to_end(after)
         for client, items in self._clients.items():
@@ -42,7 +53,11 @@ class FairQueue(Generic[T]):
         return None
 
     def remove(self, client: str, item: T) -> bool:
-        """Take an item out; False if it is not there."""
+        """Take an item out; False if it is not there.
+
+        client: whose it is.
+        item: the item.
+        """
         items = self._clients.get(client, deque())
         if item not in items:
             return False
@@ -52,7 +67,7 @@ class FairQueue(Generic[T]):
         return True
 
     def clear(self) -> list[T]:
-        """Take all items out."""
+        """Take all items out and return them."""
         items = [item for items in self._clients.values() for item in items]
         self._clients.clear()
         return items

@@ -1,9 +1,10 @@
-"""Pictures from https: addresses, for a server that was told to fetch them.
+"""Fetches pictures from https: addresses, if the server was told to.
 
 A client must not reach what only the server can reach: other services of its machine, its network,
 a cloud's metadata. So a name is resolved once, every address it has must be public, and the
-connection goes to the very address that was checked; so does every redirect. How an address is
-written (decimal, IPv6-mapped, a name) does not matter, because what is checked is where it leads.
+connection goes to the very address that was checked. Every redirect is treated the same. It does
+not matter how an address is written (decimal, IPv6-mapped, a name), because the check is on where
+it leads.
 """
 
 import asyncio
@@ -24,18 +25,25 @@ Resolve = Callable[[str, int], Awaitable[list[Address]]]
 MAX_REDIRECTS = 3
 _REDIRECTS = (301, 302, 303, 307, 308)
 _HTTP_ERRORS = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException)
-# IPv6 networks in which an IPv4 address is hidden, which may be a private one: 6to4, Teredo, NAT64
+# IPv6 networks that hide an IPv4 address, which may be a private one: 6to4, Teredo, NAT64
 _TUNNELS = tuple(map(IPv6Network, ("2002::/16", "2001::/32", "64:ff9b::/96", "64:ff9b:1::/48")))
 
 
 async def resolve(host: str, port: int) -> list[Address]:
-    """All addresses of a name, in the system's order."""
+    """All addresses of a name, in the system's order.
+
+    host: the name.
+    port: the port.
+    """
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [ip_address(sockaddr[0]) for *_, sockaddr in found]
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address belongs to the internet at large and to no tunnel into elsewhere."""
+    """Whether an address belongs to the public internet and not to a tunnel into another network.
+
+    address: the address.
+    """
     if isinstance(address, IPv6Address):
         if address.ipv4_mapped:
             return is_public(address.ipv4_mapped)
@@ -45,7 +53,7 @@ def is_public(address: Address) -> bool:
 
 
 class _CheckedBackend(httpcore.AsyncNetworkBackend):
-    """Connects to addresses that were checked, and to nothing else."""
+    """Connects only to addresses that were checked."""
 
     def __init__(self, resolve: Resolve, allowed: Callable[[Address], bool]) -> None:
         self._resolve = resolve
@@ -69,7 +77,11 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
 
 
 class Fetcher:
-    """Fetches pictures. resolve, allowed and context are there to be replaced in tests."""
+    """Fetches pictures.
+
+    seconds: the time that one picture may take.
+    resolve, allowed, context: replaced in tests.
+    """
 
     def __init__(
         self,
@@ -86,17 +98,20 @@ class Fetcher:
     async def fetch(
         self, url: str, *, limit: int, hold: Callable[[int], None] = lambda size: None
     ) -> bytes:
-        """The file at an https: URL, of at most `limit` bytes.
+        """The file at an https: URL.
 
-        hold: told of bytes that came, before they are kept; may raise.
-        Raises ApiError 400: refused, unreachable, too slow, too large, or no success.
+        url: the URL.
+        limit: bytes that it may have at most.
+        hold: called with the number of bytes that came, before they are kept; may raise.
+
+        Raises ApiError 400: refused, unreachable, too slow, too large, or not successful.
         """
         try:
             async with (
                 asyncio.timeout(self._seconds),
                 httpcore.AsyncConnectionPool(
                     ssl_context=self._context,
-                    max_keepalive_connections=0,  # every request is checked anew
+                    max_keepalive_connections=0,  # a kept connection would skip the check
                     network_backend=self._backend,
                 ) as pool,
             ):
@@ -118,7 +133,7 @@ class Fetcher:
         limit: int,
         hold: Callable[[int], None],
     ) -> tuple[bytes, bytes | None]:
-        """One request: the body, or where the server says it is."""
+        """One request: the body, or the address that the server redirects to."""
         host, port, target = _parse(url)
         name = f"[{host}]" if ":" in host else host
         headers = [
@@ -148,7 +163,7 @@ class Fetcher:
 
 
 def _follow(url: str, location: bytes) -> str:
-    """Where a redirect leads, which any bytes may say."""
+    """Where a redirect leads; it may contain any bytes."""
     try:
         return urljoin(url, location.decode("utf-8"))
     except ValueError:
@@ -156,7 +171,7 @@ def _follow(url: str, location: bytes) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The name of what went wrong, which the HTTP client wraps in errors of its own."""
+    """The name of the error that the HTTP client has wrapped in errors of its own."""
     while error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
     return type(error).__name__
@@ -183,5 +198,5 @@ def _parse(url: str) -> tuple[str, int, str]:
 
 
 def _failed(why: str) -> ApiError:
-    """Says as little as possible of what the server can see."""
+    """An error that says as little as possible of what the server can see."""
     return ApiError(400, f"the picture {why}", code="invalid_image_url", param="messages")

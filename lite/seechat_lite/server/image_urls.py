@@ -1,4 +1,4 @@
-"""What a picture's text may be: a data: URL, base64, an https: address or a file, as allowed."""
+"""Reads a picture from its text: a data: URL, base64, an https: address or a file, if allowed."""
 
 import asyncio
 import os
@@ -20,7 +20,11 @@ from seechat_weights.errors import ImageError
 
 
 class Images:
-    """Reads the pictures of requests within the limits of Settings."""
+    """Reads the pictures of requests within the limits of Settings.
+
+    settings: the operator's.
+    fetcher: fetches https: addresses.
+    """
 
     def __init__(self, settings: Settings, fetcher: Fetcher) -> None:
         self._settings = settings
@@ -28,9 +32,12 @@ class Images:
         self._thread = ThreadPoolExecutor(1, "seechat-decode")
 
     async def read(self, urls: list[str], held: Held) -> list[bytes]:
-        """The files, in order; held: grows by what was not in the request itself.
+        """The files of pictures, in order.
 
-        Raises ApiError 400: refused, not there, too large, too many; 503: too much at once.
+        urls: the texts.
+        held: grows by the bytes that were not in the request itself.
+
+        Raises ApiError 400: refused, missing, too large, too many; 503: too much at once.
         """
         if len(urls) > self._settings.max_images:
             raise _refused(f"{len(urls)} pictures; expected at most {self._settings.max_images}")
@@ -42,7 +49,12 @@ class Images:
         return files
 
     async def decode(self, text: str) -> bytes:
-        """A file as base64 or in a data: URL. Raises ApiError 400."""
+        """A file as base64 or in a data: URL.
+
+        text: the text.
+
+        Raises ApiError 400.
+        """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, _decoded, text, self._settings.max_image)
 
@@ -69,9 +81,9 @@ class Images:
         )
 
     def _from_file(self, url: str, limit: int) -> bytes:
-        """A file below the folder that is allowed, wherever links and dots in its path lead.
+        """A file below the allowed folder, wherever links and dots in its path lead.
 
-        What is elsewhere is refused in the same words, there or not.
+        A file elsewhere is refused in the same words, whether it exists or not.
         """
         assert self._settings.media_path
         root = self._settings.media_path.resolve()
@@ -83,9 +95,9 @@ class Images:
             path = (root / url2pathname(parts.path)).resolve()
             if not path.is_relative_to(root):
                 raise elsewhere
-            if not path.is_file():  # a pipe would never end
+            if not path.is_file():  # reading a pipe would never end
                 raise _refused("there is no such file")
-            # resolved just now: what has become a link since then is not followed
+            # resolved just now: a link made since then is not followed
             file = os.open(
                 path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
             )

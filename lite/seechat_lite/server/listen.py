@@ -1,4 +1,4 @@
-"""Listens, serves until a signal, and ends cleanly: what uvicorn does, with limits of our own."""
+"""Listens, serves until a signal, and ends cleanly, as uvicorn does but with limits of our own."""
 
 import asyncio
 import logging
@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 512
 HEADER_SECONDS = 15.0  # a client must have sent a request's headers by then
 MAX_HEADER_BYTES = 32 << 10
-READ_BYTES = 16 << 10  # at once: a body in chunks of one byte keeps the loop 0.2 s, not 4
+# bytes at once: a body in chunks of one byte then blocks the loop for 0.2 s, not 4
+READ_BYTES = 16 << 10
 
 
 def serve(
@@ -46,9 +47,16 @@ def serve(
 ) -> int:
     """Serve until SIGTERM (returns 0) or Ctrl-C (returns 130).
 
-    load, manifest, context, format: see create_app. port: 0 for any free one. listening: told the
-    server's address once it accepts connections; the model may still load. Raises what loading the
-    model raises, and SeechatError when the address cannot be listened on.
+    load, manifest, context, format: see create_app.
+    settings: the operator's.
+    listening: called with the server's address once it accepts connections; the model may still
+        load.
+    host: the address to listen on.
+    port: the port to listen on; 0 for any free one.
+    log_json: log JSON lines.
+    verbose: log more.
+
+    Raises the errors of loading the model, and SeechatError if the address cannot be listened on.
     """
     logs.set_up(as_json=log_json, verbose=verbose)
     failures: list[Exception] = []
@@ -64,9 +72,10 @@ def serve(
     server = _Server(configure(app), scheduler, settings.grace)
     with _listen(host, port) as sock:
         listening(_address(host, sock))
-        raise_on_ctrl_c()  # from here on uvicorn takes care of signals
+        raise_on_ctrl_c()  # from here on uvicorn handles signals
         server.run([sock])
-    if not scheduler.idle:  # loading, or in a call that does not end: it cannot be waited for
+    # it loads, or is in a call that does not end; waiting could take for ever
+    if not scheduler.idle:
         logging.shutdown()
         sys.stdout.flush()
         os._exit(server.exit_code)
@@ -76,7 +85,10 @@ def serve(
 
 
 def configure(app: Starlette) -> uvicorn.Config:
-    """uvicorn's settings: limits for connections and headers, and none of its own logging."""
+    """uvicorn's settings: limits for connections and headers, and no logging of its own.
+
+    app: the application.
+    """
     return uvicorn.Config(
         app,
         http=_Protocol,
@@ -93,7 +105,7 @@ def configure(app: Starlette) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    """Ends running answers before it closes their connections, and lives on after a signal."""
+    """Ends running answers before it closes their connections, and survives a signal."""
 
     def __init__(self, config: uvicorn.Config, scheduler: Scheduler, grace: float) -> None:
         super().__init__(config)
@@ -106,12 +118,12 @@ class _Server(uvicorn.Server):
             listener.close()
         log.info("stopping")
         await self._scheduler.stop(self._grace)
-        await asyncio.sleep(0)  # the last pieces are on their way
+        await asyncio.sleep(0)  # lets the last pieces be sent
         await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Unlike uvicorn's, not to die of the signal afterwards: it was done as told."""
+        """Unlike uvicorn's, do not die of the signal afterwards: the server did as it was told."""
 
         def handle(number: int, frame: object) -> None:
             self.exit_code = EXIT_CODE if number == signal.SIGINT else 0
@@ -129,17 +141,15 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """Closes connections that take too long over their headers, or to begin at all.
-
-    Whoever opens very many and asks nothing keeps nobody else out: the oldest of these make room.
-    """
+    """Closes connections that take too long to begin or to send their headers."""
 
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         no_delay(transport.get_extra_info("socket"))
-        if hasattr(transport, "max_size"):  # asyncio's own for Unix; others read less anyway
+        # asyncio's own transport for Unix; others read less anyway
+        if hasattr(transport, "max_size"):
             transport.max_size = READ_BYTES  # pyright: ignore[reportAttributeAccessIssue]
         self._expect_headers()
 
@@ -187,7 +197,8 @@ def _listen(host: str, port: int) -> Generator[socket.socket, None, None]:
         )[0]
         sock = socket.create_server(address[:2], family=family, backlog=MAX_CONNECTIONS)
     except OSError as e:
-        reason = (e.strerror or str(e)).partition(" (while")[0]  # the address is said already
+        # the message already names the address
+        reason = (e.strerror or str(e)).partition(" (while")[0]
         raise SeechatError(
             f"{host}:{port}: cannot listen there ({reason}); expected a free port of this "
             "machine: choose another port or host",

@@ -1,4 +1,4 @@
-"""One line a request on stderr, for people or (--log-json) for programs."""
+"""Logs one line a request on stderr, for people or (--log-json) for programs."""
 
 import json
 import logging
@@ -19,11 +19,15 @@ from seechat_weights.plain_text import many_lines, one_line
 log = logging.getLogger("seechat_lite.requests")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_STATE = "seechat"  # where a request's notes are kept in its scope
+_STATE = "seechat"  # the key under which a request's scope keeps its notes
 
 
 def set_up(*, as_json: bool, verbose: bool) -> None:
-    """Log to stderr; replaces what the command line set up for short commands."""
+    """Log to stderr; this replaces the set-up of the command line.
+
+    as_json: JSON lines.
+    verbose: log more.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter(as_json=as_json))
     logging.basicConfig(
@@ -34,12 +38,19 @@ def set_up(*, as_json: bool, verbose: bool) -> None:
 
 
 def formatter(*, as_json: bool) -> logging.Formatter:
-    """One line a record, whatever is in it."""
+    """A formatter that makes one line of every record, whatever is in it.
+
+    as_json: JSON lines.
+    """
     return _Json() if as_json else _Text()
 
 
 def note(request: Request, stats: Stats) -> None:
-    """Have the request's line tell what its answer took."""
+    """Make the request's line tell what its answer took.
+
+    request: the request.
+    stats: of its answer.
+    """
     request.scope[_STATE].update(
         prompt_tokens=stats.prompt_tokens,
         new_tokens=stats.new_tokens,
@@ -50,7 +61,11 @@ def note(request: Request, stats: Stats) -> None:
 
 
 def note_error(request: Request, code: str) -> None:
-    """Have the request's line tell why it was refused."""
+    """Make the request's line tell why it was refused.
+
+    request: the request.
+    code: the error's word for programs.
+    """
     request.scope[_STATE]["error"] = code
 
 
@@ -63,7 +78,11 @@ def _request_id(scope: Scope) -> bytes:
 
 
 class RequestLog:
-    """ASGI middleware, the outermost. What users ask and what is answered is never logged."""
+    """The outermost ASGI middleware. It never logs what users ask and what is answered.
+
+    app: the application behind it.
+    metrics: counts requests.
+    """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
         self._app = app
@@ -76,7 +95,7 @@ class RequestLog:
         start = time.perf_counter()
         notes: dict[str, Any] = {}
         scope[_STATE] = notes
-        status = 499  # nobody was there to be answered
+        status = 499  # the client had gone before an answer
 
         name = _request_id(scope)
 
@@ -122,7 +141,7 @@ class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, Any] = getattr(record, "fields", {})
         message = " ".join(f"{k}={v}" for k, v in fields.items()) or record.getMessage().strip()
-        # paths hold whatever a client sent, line breaks and escape sequences too
+        # a path may hold anything that a client sent, also line breaks and escape sequences
         line = one_line(f"seechat: {message}")
         if not record.exc_info:
             return line

@@ -1,4 +1,4 @@
-"""GET /metrics: counts and times in Prometheus's text format."""
+"""GET /metrics: shows counts and times in Prometheus's text format."""
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -11,7 +11,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """A registry of its own: several servers may live in one process."""
+    """The counts of one server, in a registry of its own: a process may have several servers."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -43,7 +43,7 @@ class Metrics:
         self._speed.set(stats.tokens_per_second)
 
     def requested(self, method: str, status: int) -> None:
-        # names that clients make up would grow the registry without end
+        # clients could make up names, which would grow the registry without end
         known = method if method in ("GET", "HEAD", "POST", "OPTIONS") else "other"
         self._requests.labels(known, str(status)).inc()
 

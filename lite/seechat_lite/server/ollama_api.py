@@ -1,7 +1,7 @@
 """Ollama's API, for the many programs that speak only that: /api/chat, /api/generate and lists.
 
-Answers are objects, one a line where they are streamed, which is the default. Options that these
-models have no use for are ignored, as Ollama does.
+Answers are objects. A streamed answer, the default, is one object a line. Options that mean nothing
+to these models are ignored, as Ollama does.
 """
 
 import json
@@ -27,12 +27,17 @@ from seechat_weights.bundle.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
-VERSION = "0.12.0"  # of Ollama's API that this follows; programs ask for a least one
+VERSION = "0.12.0"  # the version of Ollama's API that this follows; programs ask for a minimum
 _LINES = "application/x-ndjson"
 
 
 class Ollama:
-    """The endpoints."""
+    """The endpoints.
+
+    asking: what the APIs share.
+    manifest: the model's.
+    context: tokens that the cache has room for.
+    """
 
     def __init__(self, asking: Asking, manifest: Manifest, *, context: int) -> None:
         self._asking = asking
@@ -105,14 +110,14 @@ class Ollama:
         self._check_name(body.model)
         name = body.model or self._asking.names[0]
         if not any(m.get("content") or m.get("images") for m in messages):
-            # how programs load a model ahead, or have it unloaded
+            # programs load a model ahead, or unload it, in this way
             done = {"done": True, "done_reason": "load"}
             return JSONResponse(_head(name) | shape.piece("") | done)
         if body.format:
             raise unsupported("format", "answers are text", param="format")
         stream = body.stream is not False
         ask, told = await self._asking.ask(request, messages, _generation(body), ignored=ignored)
-        del body, messages  # not to be held while it waits for its turn
+        del body, messages  # so that nothing is held while it waits for its turn
         if stream:
             return await self._stream(request, name, ask, shape, told)
         text, stats = await self._asking.scheduler.whole_answer(ask)
@@ -146,7 +151,7 @@ class Ollama:
         return event_stream(lines(), headers(begun, ignored), _LINES)
 
     def _check_name(self, name: str | None) -> None:
-        """As names are written there: with a tag, which here is always the latest."""
+        """Check a name as Ollama writes it: with a tag, which here is always the latest."""
         if name and name.removesuffix(":latest") not in self._asking.names:
             raise unknown_model(name)
 
@@ -167,14 +172,15 @@ class Ollama:
         return {
             "format": "onnx",
             "family": family,
-            "families": [family, *(["clip"] if seeing else [])],  # by which programs know it sees
+            # tells programs that it takes pictures
+            "families": [family, *(["clip"] if seeing else [])],
             "parameter_size": "",
             "quantization_level": self._manifest.decoder.precision,
         }
 
 
 class _Shape:
-    """Where an answer's text stands."""
+    """Says where an answer's text stands in the object."""
 
     def piece(self, text: str) -> dict[str, Any]:
         raise NotImplementedError
@@ -208,7 +214,7 @@ def _head(name: str) -> dict[str, Any]:
 
 
 def _end(stats: Stats) -> dict[str, Any]:
-    """Times in nanoseconds, as there."""
+    """The last object; times are in nanoseconds, as Ollama has them."""
     first, rest = stats.first_token_seconds, stats.seconds - stats.first_token_seconds
     return {
         "done": True,

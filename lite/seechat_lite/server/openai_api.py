@@ -24,7 +24,10 @@ log = logging.getLogger(__name__)
 
 
 class Completions:
-    """The endpoint."""
+    """The endpoint.
+
+    asking: what the APIs share.
+    """
 
     def __init__(self, asking: Asking) -> None:
         self._asking = asking
@@ -39,9 +42,9 @@ class Completions:
         return json_response(head.completion(text, stats), headers(stats, ignored))
 
     async def _asked(self, request: Request) -> tuple[GenerationRequest, list[str], bool, bool]:
-        """What is asked, what of it is ignored, whether as a stream, and whether with its usage.
+        """Read the request: what is asked, what is ignored, whether to stream, whether with usage.
 
-        Apart from answer(), so that the request is not held while it waits for its turn.
+        This is not in answer(), so that the request is not held while it waits for its turn.
         """
         body = await self._asking.bodies.read(request, schemas.ChatRequest)
         self._asking.check_name(body.model)
@@ -99,9 +102,14 @@ class Completions:
 async def begin(
     scheduler: Scheduler, ask: GenerationRequest
 ) -> tuple[AsyncGenerator[Begun | str | Stats, None], Begun]:
-    """An answer of which nothing was said yet. Raises what goes wrong before its first piece.
+    """Begin an answer, of which no text was sent yet.
 
-    Headers are sent after that, so that errors before it have their status.
+    The headers are sent after this, so that errors before the first piece have their own status.
+
+    scheduler: answers.
+    ask: the request.
+
+    Raises the errors that come before the first piece.
     """
     answer = scheduler.answer(ask)
     try:
@@ -116,7 +124,12 @@ async def begin(
 def event_stream(
     events: AsyncIterator[str], more: Mapping[str, str], media_type: str = "text/event-stream"
 ) -> Response:
-    """A response that sends what comes, as it comes."""
+    """A response that sends each event as it comes.
+
+    events: the events.
+    more: more headers.
+    media_type: the type of the response.
+    """
     told = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **more}
     return StreamingResponse(events, media_type=media_type, headers=told)
 
@@ -197,5 +210,6 @@ def _timings(stats: Stats) -> schemas.Timings:
 def _event(chunk: schemas.ChatChunk) -> str:
     event = chunk.model_dump(exclude_none=True)
     for choice in event["choices"]:
-        choice.setdefault("finish_reason", None)  # clients look for it, other fields may be missing
+        # clients read this field; other fields may be missing
+        choice.setdefault("finish_reason", None)
     return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"

@@ -1,4 +1,4 @@
-"""The OpenAPI document, made of schemas.py."""
+"""Makes the OpenAPI document from schemas.py."""
 
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -51,7 +51,10 @@ _OLLAMA_ERROR = {
 
 
 def document(*, with_key: bool) -> dict[str, Any]:
-    """The document as JSON; with_key: whether requests need one."""
+    """The document as JSON.
+
+    with_key: whether requests need a key.
+    """
     ref = "#/components/schemas/{model}"
     _, definitions = models_json_schema(_MODELS, ref_template=ref)
     completion = _ok(schemas.ChatCompletion, "an answer; with `stream`, events")

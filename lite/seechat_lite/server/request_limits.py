@@ -1,4 +1,4 @@
-"""Takes a request's body in, within limits, and ends its task when the client goes away."""
+"""Reads a request's body within limits, and ends its task when the client goes away."""
 
 import asyncio
 from contextlib import suppress
@@ -13,20 +13,26 @@ from seechat_lite.server.settings import Settings
 
 DRAIN_SECONDS = 2.0
 LARGE = 1 << 20  # bytes
-_HELD = "seechat_held"  # where a request's part of the budget is kept in its scope
+_HELD = "seechat_held"  # the key under which a request's scope keeps its part of the budget
 
 
 def held_by(scope: Scope) -> Held:
-    """What the request holds of the memory for all; to be added to for what is read for it."""
+    """The part of the memory budget that a request holds; add to it what is read for the request.
+
+    scope: the request's.
+    """
     return scope[_HELD]
 
 
 class Intake:
     """ASGI middleware around every route that takes a body.
 
-    The body is read here, to the limits of Settings: its size, that of all bodies together, and
-    the time a client may take. The application then runs in a task of its own, which is cancelled
-    when the client disconnects or does not take what is sent to it.
+    It reads the body within the limits of Settings: its size, that of all bodies together, and the
+        time a client may take. The application then runs in a task of its own. That task is
+        cancelled if the client disconnects or does not take what is sent to it.
+
+    app: the application behind it.
+    settings: the operator's.
     """
 
     def __init__(self, app: ASGIApp, *, settings: Settings) -> None:
@@ -53,11 +59,11 @@ class Intake:
                 waiting: list[Message] = [
                     {"type": "http.request", "body": body, "more_body": False}
                 ]
-                del body  # the application takes it over, and is done with it long before its end
+                del body  # the application takes it over and frees it long before the answer ends
                 await self._run(scope, receive, send, waiting)
         except ApiError as e:
-            e.__traceback__ = None  # what had come is in its frames
-            if held.release() >= LARGE:  # before it is drained: others may be waiting for it
+            e.__traceback__ = None  # its frames hold the bytes that came
+            if held.release() >= LARGE:  # before draining: others may wait for this memory
                 trim_heap()
             await self._drain(scope, receive)
             response = e.response()
@@ -65,7 +71,7 @@ class Intake:
             await response(scope, receive, send)
         finally:
             if held.release() >= LARGE:
-                trim_heap()  # else every thread that had a part of it keeps as much for later
+                trim_heap()  # else every thread that had a part of it keeps that memory for later
 
     async def _read(self, scope: Scope, receive: Receive, held: Held) -> bytearray | None:
         """The body; None if the client has gone before its end."""
@@ -87,12 +93,12 @@ class Intake:
                 return body
 
     async def _drain(self, scope: Scope, receive: Receive) -> None:
-        """Throw away what the client still sends, for a moment.
+        """Throw away, for a moment, what the client still sends.
 
         Closing a connection with unread bytes resets it, and the client would never see the answer.
         """
         if any(name == b"expect" for name, _ in scope["headers"]):
-            return  # it waits to be told to send
+            return  # the client waits to be told to send
         with suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
                 while (await receive()).get("more_body", False):
@@ -109,7 +115,7 @@ class Intake:
     async def _run(
         self, scope: Scope, receive: Receive, send: Send, waiting: list[Message]
     ) -> None:
-        """waiting: what the application will receive; this takes it out."""
+        """Run the application; `waiting` is what it will receive, and this takes it out."""
         gone = asyncio.Event()
 
         async def replay() -> Message:
@@ -134,6 +140,6 @@ class Intake:
         finally:
             for task in (answer, watcher):
                 task.cancel()
-            # a client that has gone, or does not listen, is no error
+            # a client that has gone, or does not listen, is not an error
             with suppress(asyncio.CancelledError, TimeoutError):
                 await answer

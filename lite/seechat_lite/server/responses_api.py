@@ -1,7 +1,7 @@
-"""POST /v1/responses, OpenAI's newer API, as far as one answer to one conversation goes.
+"""POST /v1/responses, OpenAI's newer API, for one answer to one conversation.
 
-Nothing is stored: a request that goes on with an earlier response is refused, and has to send the
-conversation. The events of a stream are those that its clients wait for, in their order.
+Nothing is stored. A request that continues an earlier response is refused and must send the
+conversation. A stream has the events that clients wait for, in their order.
 """
 
 import json
@@ -30,7 +30,10 @@ _RESULTS = ("function_call_output", "custom_tool_call_output")
 
 
 class Responses:
-    """The endpoint."""
+    """The endpoint.
+
+    asking: what the APIs share.
+    """
 
     def __init__(self, asking: Asking) -> None:
         self._asking = asking
@@ -50,7 +53,10 @@ class Responses:
     async def _asked(
         self, request: Request
     ) -> tuple[GenerationRequest, list[str], bool, dict[str, Any]]:
-        """Apart from answer(), so that the request is not held while it waits for its turn."""
+        """Read the request.
+
+        This is not in answer(), so that the request is not held while it waits for its turn.
+        """
         body = await self._asking.bodies.read(request, schemas.ResponsesRequest)
         self._asking.check_name(body.model)
         for name in ("previous_response_id", "conversation"):
@@ -140,7 +146,7 @@ class Responses:
 
 
 def _messages(body: schemas.ResponsesRequest) -> list[dict[str, Any]]:
-    """The input as messages: a text, or items, of which some are no messages."""
+    """The input as messages: a text, or items, of which some are not messages."""
     messages: list[dict[str, Any]] = []
     if body.instructions:
         messages.append({"role": "system", "content": body.instructions})

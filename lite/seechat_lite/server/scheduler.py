@@ -1,8 +1,8 @@
-"""Who is answered when: one model, one answer at a time, clients in turn.
+"""Decides who is answered when: one model, one answer at a time, clients in turn.
 
 Everything that touches the model runs in one thread. The pieces of an answer go to the client's
-task through a queue, so a slow client keeps nobody waiting; when that task is cancelled, its place
-in the queue is free at once, and a running answer ends within one token.
+task through a queue, so a slow client delays nobody. If that task is cancelled, its place in the
+queue is free at once, and a running answer ends within one token.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ DECODERS = 2  # pictures that are decoded at a time
 
 @dataclass(frozen=True)
 class Turn:
-    """A question with the files of its pictures, and its answer where it is past."""
+    """A question with the files of its pictures, and its answer if it is past."""
 
     question: str
     images: tuple[bytes | PreparedImage, ...] = ()
@@ -41,7 +41,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """All that one answer needs.
+    """Everything that one answer needs.
 
     client: names who asks; clients take turns.
     """
@@ -55,17 +55,22 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Begun:
-    """What is known when an answer begins. dropped_turns: as in Stats."""
+    """What is known when an answer begins.
+
+    dropped_turns: as in Stats.
+    """
 
     dropped_turns: int
 
 
 class Scheduler:
-    """Made and used in the event loop's thread.
+    """Runs the model's thread. It must be made and used in the event loop's thread.
 
-    load: opens the model, here and again after it was unloaded. queue: how many may wait.
-    keep_alive: seconds without a request after which the model is unloaded, None for never.
-    observe: told of every answer's Stats.
+    load: opens the model, in open() and again after it was unloaded.
+    format: the conversation format; None for the bundle's.
+    queue: how many requests may wait.
+    keep_alive: seconds without a request after which the model is unloaded; None for never.
+    observe: called with every answer's Stats.
     """
 
     def __init__(
@@ -86,11 +91,11 @@ class Scheduler:
         self._model: Model | None = None
         self._opened = self._stopping = False
         self._busy = False  # something runs in the thread
-        self._client = ""  # for whom it runs, or ran last
-        self._running: _Running | None = None  # the answer among such things
+        self._client = ""  # the client for whom it runs, or ran last
+        self._running: _Running | None = None  # the answer, if an answer runs
         self._queue: FairQueue[asyncio.Future[None]] = FairQueue(queue)
         self._unloading: asyncio.TimerHandle | None = None
-        self._usual = 1.0  # seconds that an answer took lately
+        self._usual = 1.0  # seconds that recent answers took
 
     @property
     def status(self) -> Literal["ok", "loading", "unloaded", "stopping"]:
@@ -106,7 +111,7 @@ class Scheduler:
 
     @property
     def _expected_wait(self) -> float:
-        """Seconds until who asks now and finds no place would have been answered."""
+        """Seconds until a request that finds no place now would have been answered."""
         return self._usual * (len(self._queue) + 1)
 
     @property
@@ -119,7 +124,7 @@ class Scheduler:
         return not self._busy
 
     async def open(self) -> None:
-        """Load the model; meanwhile requests wait. Raises what loading it raises."""
+        """Load the model; requests wait meanwhile. Raises the errors of loading it."""
         await self._enter("")
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._loaded)
@@ -129,9 +134,11 @@ class Scheduler:
             self._leave()
 
     async def answer(self, ask: GenerationRequest) -> AsyncGenerator[Begun | str | Stats, None]:
-        """Wait for a turn; yield Begun, the answer's pieces as they come, and at its end the Stats.
+        """Wait for a turn; yield Begun, the answer's pieces as they come, and at the end the Stats.
 
-        Raises ApiError when the queue is full or the server stops, and what Chat.stream raises.
+        ask: the request.
+
+        Raises ApiError if the queue is full or the server stops, and the errors of Chat.stream.
         """
         await self._enter(ask.client)
         running = self._running = _Running()
@@ -152,7 +159,8 @@ class Scheduler:
                 raise _shutting_down() from None
             self._observe(stats)
             self._usual += (stats.seconds - self._usual) / 4
-            if running.stopped:  # of those who hear this, only a shutdown cuts the answer short
+            # if anybody still reads this, only a shutdown has cut the answer short
+            if running.stopped:
                 if not said:
                     raise _shutting_down()
                 stats = replace(stats, finish_reason="length")
@@ -161,9 +169,13 @@ class Scheduler:
             running.stop()
 
     async def prepare(self, images: Sequence[bytes]) -> list[bytes | PreparedImage]:
-        """Decode pictures away from the model's thread; given up when the caller is cancelled.
+        """Decode pictures outside the model's thread; a cancelled caller ends the work.
 
-        Pictures stay as they are while there is no model that says how. Raises ImageError.
+        Pictures stay as they are while no model is loaded that says how to decode them.
+
+        images: the files.
+
+        Raises ImageError.
         """
         model = self._model
         if model is None or model.manifest.vision is None:
@@ -186,7 +198,12 @@ class Scheduler:
         return ready
 
     async def whole_answer(self, ask: GenerationRequest) -> tuple[str, Stats]:
-        """The pieces joined, and the Stats."""
+        """The pieces of an answer joined, and its Stats.
+
+        ask: the request.
+
+        Raises the errors of answer().
+        """
         text = ""
         async with aclosing(self.answer(ask)) as answer:
             async for piece in answer:
@@ -196,7 +213,10 @@ class Scheduler:
         raise AssertionError("an answer ends with its Stats")
 
     async def stop(self, grace: float) -> None:
-        """Refuse who waits and who comes; end a running answer when `grace` seconds are over."""
+        """Refuse requests that wait or come, and end a running answer.
+
+        grace: seconds that the running answer may still take.
+        """
         self._stopping = True
         for place in self._queue.clear():
             if not place.done():
@@ -205,7 +225,7 @@ class Scheduler:
         if self._running:
             self._running.stop()
             await self._finished(0.5)
-        if self._running:  # in a call of the engine that does not heed it
+        if self._running:  # in a call of the engine that cannot be stopped
             self._running.pieces.put_nowait(_shutting_down())
 
     def close(self) -> None:
@@ -223,7 +243,7 @@ class Scheduler:
             await asyncio.sleep(0.02)
 
     async def _enter(self, client: str) -> None:
-        """Come back when it is this client's turn."""
+        """Return when it is this client's turn."""
         if self._stopping:
             raise _shutting_down()
         if not self._busy:
@@ -239,13 +259,13 @@ class Scheduler:
             await place
         except asyncio.CancelledError:
             waiting = self._queue.remove(client, place)
-            if not (waiting or place.cancelled() or place.exception()):  # its turn had just come
+            if not (waiting or place.cancelled() or place.exception()):  # its turn has just come
                 self._leave()
             raise
         self._client = client
 
     def _leave(self) -> None:
-        """Let the next one in."""
+        """Let the next client in."""
         self._running = None
         while place := self._queue.get(after=self._client):
             if not place.done():
@@ -258,7 +278,7 @@ class Scheduler:
 
     def _answered(self, done: asyncio.Future[Stats]) -> None:
         if not done.cancelled():
-            done.exception()  # which is no news where the client has gone
+            done.exception()  # marks it as seen; the client may have gone
         self._leave()
 
     def _stay(self) -> None:
@@ -314,10 +334,10 @@ class Scheduler:
 
 
 class _Running:
-    """An answer being given: what it has said and how to end it."""
+    """A running answer: what it has said and how to end it."""
 
     def __init__(self) -> None:
-        # "" is the end
+        # "" marks the end
         self.pieces: asyncio.Queue[str | Begun | ApiError] = asyncio.Queue()
         self._stop = threading.Event()
         self._chat: Chat | None = None
@@ -327,14 +347,14 @@ class _Running:
         return self._stop.is_set()
 
     def wanted(self, images: Iterable[bytes | PreparedImage]) -> Iterator[bytes | PreparedImage]:
-        """Pictures, each of which takes its time, until the answer that is prepared is stopped."""
+        """Yield pictures until the answer is stopped; each picture takes its time."""
         for image in images:
             if self.stopped:
                 raise Cancelled
             yield image
 
     def follow(self, chat: Chat) -> None:
-        """From now on stop() stops this chat, also if it came before."""
+        """Make stop() stop this chat from now on, also if stop() came before."""
         self._chat = chat
         if self.stopped:
             chat.stop()

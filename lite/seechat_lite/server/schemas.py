@@ -1,7 +1,7 @@
-"""Requests and answers as clients see them; the OpenAPI document is made of these.
+"""Describes requests and answers as clients see them; the OpenAPI document is made from this.
 
-Fields that the OpenAI API has and this server has no use for are ignored, unless ignoring them
-would change an answer: those are refused in completions.py.
+A field of the OpenAI API that means nothing to this server is ignored. A field that would change
+the answer is refused in asking.py.
 """
 
 import re
@@ -15,7 +15,7 @@ from seechat_lite.messages import ROLES
 MAX_INTEGER = 2**63 - 1
 FinishReason = Literal["stop", "length"]
 T = TypeVar("T")
-# The first wrong item is told, and the others are not looked at: a request may have very many.
+# Only the first wrong item is reported, the others are not checked: a request may have very many.
 FastList = Annotated[list[T], Field(fail_fast=True)]
 
 

@@ -1,4 +1,4 @@
-"""What the operator decided: limits, what URLs may be read, who may ask."""
+"""Holds the operator's decisions: limits, which URLs may be read, who may ask."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +9,16 @@ class Settings:
     """How a server answers; sizes in bytes, times in seconds."""
 
     max_body: int = 32 << 20  # of one request
-    max_bodies: int = 256 << 20  # of all that are answered or wait, and fetched pictures
+    # of all requests that are answered or wait, and of fetched pictures
+    max_bodies: int = 256 << 20
     max_image: int = 20 << 20  # of one picture's file
     max_images: int = 16  # in one request
-    body_seconds: float = 30.0  # a request's body must have come by then
-    send_seconds: float = 60.0  # a client must take what is sent by then
-    fetch_seconds: float = 15.0  # a picture's address must have answered by then
+    body_seconds: float = 30.0  # a request's body must arrive in this time
+    send_seconds: float = 60.0  # a client must take what is sent in this time
+    fetch_seconds: float = 15.0  # a picture's address must answer in this time
     https_images: bool = False
     media_path: Path | None = None  # file: URLs below this folder are read
-    api_keys: tuple[str, ...] = ()  # clients send one of them; each is a client of its own
+    api_keys: tuple[str, ...] = ()  # clients send one of them; each key counts as one client
     cors_origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()  # names by which clients may call this server, besides localhost
     # what whoever is refused for a name or an origin is told to do
@@ -25,5 +26,5 @@ class Settings:
     allow_origin: str = "its operator can add to its cors_origins"  # and then the origin
     aliases: tuple[str, ...] = ()  # names of the model, besides its own
     queue: int = 32  # requests that may wait
-    keep_alive: float | None = None  # the model is unloaded after so long without a request
-    grace: float = 2.5  # on shutdown, a running answer may go on for so long
+    keep_alive: float | None = None  # the model is unloaded after this time without a request
+    grace: float = 2.5  # on shutdown, a running answer may go on for this time

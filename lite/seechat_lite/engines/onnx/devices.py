@@ -125,9 +125,8 @@ def open_session(
             ort.preload_dlls()  # NVIDIA's libraries, from their Python packages
     providers = [(device.provider, chosen)]
     if device.provider != DEVICES["cpu"]:
-        providers.append(
-            (DEVICES["cpu"], {})
-        )  # runs the operators that the device has no kernel for
+        # runs the operators that the device has no kernel for
+        providers.append((DEVICES["cpu"], {}))
     try:
         session = ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as e:  # ONNX Runtime raises its own unrelated exception types
@@ -139,9 +138,8 @@ def open_session(
             "check the bundle's files with identify(), or export it again",
             calls={"identify": {"path": path.parent}},
         ) from e
-    if (
-        device.provider not in session.get_providers()
-    ):  # it goes on without the device and only logs why
+    # it goes on without the device and only logs why
+    if device.provider not in session.get_providers():
         raise EngineError(
             f"ONNX Runtime {ort.__version__} cannot start {device.provider}: a library or driver, "
             "named above, is missing or another version; expected NVIDIA's driver and libraries: "

@@ -305,9 +305,8 @@ class TorchEngine(Native):
     def _lend_memory(self) -> None:
         """Limit torch to the budget."""
         budget = self._options.max_memory
-        if (
-            self._device.type == "cuda"
-        ):  # also without a budget: an earlier engine's may still apply
+        # also without a budget: an earlier engine's may still apply
+        if self._device.type == "cuda":
             _, total = torch.cuda.mem_get_info(self._device)
             share = 1.0 if budget is None else min(budget / total, 1.0)
             torch.cuda.set_per_process_memory_fraction(share, self._device)

@@ -108,9 +108,8 @@ def bitsandbytes_linear(kind: str, dtype: torch.dtype) -> Callable[[Tensor], nn.
     Raises EngineError if bitsandbytes is not installed.
     """
     try:
-        bnb: Any = import_module(
-            "bitsandbytes"
-        ).nn  # its types do not describe its modules' arguments
+        # its types do not describe its modules' arguments
+        bnb: Any = import_module("bitsandbytes").nn
     except ImportError as e:
         raise EngineError(
             f"{e.name} is not installed; quantize={kind!r} needs it: run pip install bitsandbytes"

@@ -57,9 +57,8 @@ class TorchVision(Native):
 
     def _built(self) -> nn.Module:
         try:
-            from seechat_lite.nn.vision import (
-                streamed,
-            )  # takes seconds: it imports the transformers library
+            # takes seconds: it imports the transformers library
+            from seechat_lite.nn.vision import streamed
 
             network = streamed(self._weights, self.device, self._dtype)
         except ImportError as e:
@@ -74,8 +73,7 @@ class TorchVision(Native):
             if vision := here():
                 vision.check_open()
 
-        for (
-            module
-        ) in network.modules():  # a picture takes seconds: close() ends it between two modules
+        # a picture takes seconds: close() ends it between two modules
+        for module in network.modules():
             module.register_forward_pre_hook(raise_if_closed)
         return network

@@ -1,6 +1,7 @@
-"""The page at `/`: modules to read, two libraries, sample pictures; served as they are.
+"""Serves the page at `/`: modules to read, two libraries and sample pictures, as they are.
 
-No build step, and nothing from any other host. Where the libraries are from: `vendor/README.md`.
+There is no build step, and nothing comes from another host. `vendor/README.md` says where the
+libraries are from.
 """
 
 from importlib.resources import files
@@ -49,8 +50,8 @@ _FILES = {"/" if name == "index.html" else f"/{name}": name for name in _NAMES}
 PATHS = frozenset(_FILES)
 
 _HEADERS = {
-    # nothing from any other host, no script but ours, in nobody's frame; HTML is made of text in
-    # one place alone, the sanitizer
+    # nothing from any other host, no script but ours, in nobody's frame; HTML is made from text in
+    # one place only, the sanitizer
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify",
@@ -62,7 +63,7 @@ _HEADERS = {
 
 
 def routes() -> list[Route]:
-    """A route for each file, read once."""
+    """A route for each file; the files are read once."""
     return [_route(path, name) for path, name in _FILES.items()]
 
 

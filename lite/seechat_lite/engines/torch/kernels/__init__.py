@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KERNEL_ROWS = (
-    16  # the most rows that the kernels multiply by codes; for more, the weight is made first
-)
+# the most rows that the kernels multiply by codes; for more, the weight is made first
+KERNEL_ROWS = 16
 
 
 @cache

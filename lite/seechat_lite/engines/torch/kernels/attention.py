@@ -105,9 +105,8 @@ def _append(
     size: tl.constexpr = 4 * QUARTER
     i = tl.arange(0, HALF)
     inside = i < 2 * QUARTER
-    first = (
-        i < QUARTER
-    )  # these rotate by the position in the context, the rest by that in the answer
+    # these rotate by the position in the context, the rest by that in the answer
+    first = i < QUARTER
     at = tl.load(positions + tl.where(first, 0, tl.num_programs(0)) + row, mask=inside, other=0)
     angle = at * QUARTER + tl.where(first, i, i - QUARTER)
     cos = tl.load(rotary + angle, mask=inside, other=0.0)
