@@ -27,7 +27,7 @@ from seechat_lite.server.listen import configure
 from seechat_lite.server.scheduler import Scheduler
 from seechat_lite.server.settings import Settings
 from seechat_weights.builtin import BUILTIN
-from seechat_weights.bundle.manifest import read_manifest
+from seechat_weights.bundle.manifest import Manifest, read_manifest
 
 IMAGES = Path(__file__).parent.parent / "docs/images"
 PANDA = (IMAGES / "panda.png").read_bytes()
@@ -138,13 +138,16 @@ def running(
     load: Callable[[], sl.Model] = sl.load,
     fetcher: Fetcher | None = None,
     loading: bool = False,
+    manifest: Manifest | None = None,
+    format: str | None = None,
 ) -> Iterator[Running]:
     """A server of this process, on a port of its own, once its model is loaded, or loading."""
     failures: list[Exception] = []
     app = create_app(
         load,
-        read_manifest(BUILTIN),
+        manifest or read_manifest(BUILTIN),
         settings=settings or Settings(),
+        format=format,
         failed=failures.append,
         fetcher=fetcher,
     )

@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ import pytest
 
 import seechat_lite as sl
 from seechat_lite.server.settings import Settings
+from seechat_weights.builtin import BUILTIN
+from seechat_weights.bundle.manifest import read_manifest
 from serving import (
     IMAGES,
     PANDA,
@@ -184,7 +187,17 @@ def test_stop(server: Running, stop: str | list[str], stream: bool) -> None:
     assert choices[-1]["finish_reason"] == "stop"
 
 
-def test_a_seed_names_an_answer(server: Running) -> None:
+@pytest.fixture(scope="module")
+def any_model() -> Iterator[Running]:
+    """As if its model had learnt instructions, and bore any temperature."""
+    manifest = replace(read_manifest(BUILTIN), sampling=None)
+    with running(manifest=manifest, format="seechat") as server:
+        yield server
+
+
+def test_a_seed_names_an_answer(any_model: Running) -> None:
+    server = any_model
+
     def ask(**fields: Any) -> str:
         body = asking("你好", temperature=2.0, max_tokens=24, **fields)
         return server.post(body)["choices"][0]["message"]["content"]
@@ -197,7 +210,9 @@ def test_a_seed_names_an_answer(server: Running) -> None:
     assert ask(seed=1, top_p=0) == ask(seed=2, top_p=0) == ask(seed=3, top_k=1)
 
 
-def test_system_messages_precede_the_question(server: Running) -> None:
+def test_system_messages_precede_the_question(any_model: Running) -> None:
+    server = any_model
+
     def answer(*messages: dict[str, Any]) -> dict[str, Any]:
         return server.post({"messages": messages})
 

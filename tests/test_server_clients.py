@@ -12,7 +12,7 @@ import pytest
 import seechat_lite as sl
 from seechat_lite.server.listen import _listen, _Protocol, configure
 from seechat_lite.server.settings import Settings
-from serving import PANDA, Running, asking, data_url, running
+from serving import IMAGES, PANDA, Running, asking, data_url, running
 
 PICTURE = base64.b64encode(PANDA).decode()
 OTHER = "https://chat.example"
@@ -266,3 +266,26 @@ def test_the_same_conversation_in_python(server: Running) -> None:
     messages = HISTORIES["SillyTavern: character, greeting, instructions after the history"]
     with sl.load() as model:
         assert model.chat(messages=messages).ask() == said(server, {"messages": messages})
+
+
+SYSTEM = "You are a helpful assistant. Answer in the language of the user."
+
+
+@pytest.mark.parametrize("name", ["panda", "banana", "frog", "pizza", "owl", "scissors"])
+def test_a_chat_programs_habits_change_no_greedy_answer(server: Running, name: str) -> None:
+    """System prompt and greeting, of which the built-in model has learnt nothing."""
+    question = asking("这是什么？", data_url((IMAGES / f"{name}.png").read_bytes()))
+    before = [message(S, SYSTEM), message(A, "Hi! How can I help you?")]
+    more = {"messages": [*before, *question["messages"]]}
+    assert said(server, more) == said(server, question)
+
+
+def test_what_the_model_bears(server: Running) -> None:
+    """Temperature 1, which most programs send; the header says what became of it."""
+    right = 0
+    for seed in range(20):
+        body = asking("这是什么？", data_url(), temperature=1, seed=seed)
+        _, headers, content = server.request("POST", "/v1/chat/completions", body)
+        assert headers["X-Seechat-Ignored"] == "temperature above 0.3"
+        right += json.loads(content)["choices"][0]["message"]["content"] == "这是熊猫。"
+    assert right >= 18

@@ -20,7 +20,7 @@ from vision import TOKENS, Bridge, Features, Vision
 
 from seechat_export.export import export_bundle
 from seechat_export.reference_chatglm import ChatGLM
-from seechat_weights.bundle.manifest import MANIFEST, FileHash, sha256
+from seechat_weights.bundle.manifest import MANIFEST, FileHash, Sampling, sha256
 from seechat_weights.config import PixelSpec, VisionConfig
 
 VISION_GRAPH = "vision.onnx"
@@ -163,10 +163,13 @@ def publish(
         precision=precision,
         block_size=BLOCK.get(precision, 32),
         vision_precision="fp32" if vision == "int8" else vision,
-        conversation="seechat",
+        conversation="seechat-plain",  # it has learnt no instructions
         name="seechat-lite-builtin",
         provenance=provenance(),
     )
+    # of 60 answers about the sample pictures 54 are right at 0 to 0.5, 39 at 1
+    manifest = dataclasses.replace(manifest, sampling=Sampling(max_temperature=0.3))
+    (out / MANIFEST).write_text(manifest.to_json(), "utf-8")
     if vision == "int8":
         graph = out / VISION_GRAPH
         store_as_int8(graph)

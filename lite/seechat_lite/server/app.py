@@ -86,6 +86,7 @@ def create_app(
         names=names,
         context=context,
         format=FORMATS[format or manifest.conversation],
+        sampling=manifest.sampling,
     )
     completions, old = Completions(asking), OldCompletions(asking)
     responses = Responses(asking)

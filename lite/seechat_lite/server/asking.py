@@ -3,6 +3,7 @@
 import logging
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -19,6 +20,7 @@ from seechat_lite.server.errors import ApiError, unsupported
 from seechat_lite.server.image_urls import Images
 from seechat_lite.server.request_limits import held_by
 from seechat_lite.server.scheduler import Begun, GenerationRequest, Scheduler, Turn
+from seechat_weights.bundle.manifest import Sampling
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class Asking:
     names: what the model may be called; the first is its own name.
     context: tokens that the cache has room for.
     format: how conversations are written.
+    sampling: what the model bears.
     """
 
     def __init__(
@@ -47,12 +50,14 @@ class Asking:
         names: Sequence[str],
         context: int,
         format: Format,
+        sampling: Sampling | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.bodies = bodies
         self.names = names
         self._images = images
         self._format = format
+        self._sampling = sampling
         self._most = context * MAX_CHARACTERS_PER_TOKEN
         self._told: set[str] = set()
 
@@ -89,6 +94,9 @@ class Asking:
             for e in exchanges
         )
         all_ignored = [*ignored, *found.ignored]
+        if self._sampling and generation.temperature > (most := self._sampling.max_temperature):
+            generation = replace(generation, temperature=most)
+            all_ignored.append(f"temperature above {most:g}")
         if new := set(all_ignored) - self._told:
             self._told |= new
             log.info("ignored, here and from now on: %s", ", ".join(sorted(new)))

@@ -197,7 +197,7 @@ class _Generate(_Shape):
 
 
 def _generation(body: schemas.OllamaChat | schemas.OllamaGenerate) -> Generation:
-    given = body.options or schemas.OllamaOptions()
+    given = body.options or schemas.OllamaOptions.model_validate({})
     return generation(
         limit=-1 if given.num_predict == -2 else given.num_predict,
         stop=given.stop,

@@ -66,6 +66,13 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """What a model bears of what chat programs send to every model alike."""
+
+    max_temperature: float  # a higher one is taken for this; small models fall apart sooner
+
+
+@dataclass(frozen=True)
 class FileHash:
     bytes: int
     sha256: str
@@ -81,6 +88,7 @@ class Manifest:
     tokenizer: TokenizerConfig
     conversation: str  # name of the default conversation format
     vision: VisionConfig | None = None
+    sampling: Sampling | None = None
     files: dict[str, FileHash] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)  # sources, licence, versions
     format: str = FORMAT
@@ -185,6 +193,9 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
     table = manifest.files[decoder.embeddings].bytes
     size = lm.vocab_size * lm.hidden_size * EMBEDDINGS_DTYPES[dtype]
     yield f"files.{decoder.embeddings}.bytes", table, table == size, f"{size} for the ids and width"
+    if manifest.sampling:
+        most = manifest.sampling.max_temperature
+        yield "sampling.max_temperature", most, 0 <= most <= 100, "0 to 100"
     tokens = decoder.prefix_tokens
     sound = 0 < tokens < lm.max_sequence_length if decoder.prefix else tokens == 0
     yield "decoder.prefix_tokens", tokens, sound, "0, or the tokens of decoder.prefix"
