@@ -179,7 +179,8 @@ def test_a_page_elsewhere_with_an_sdk(server: Running, origin: str) -> None:
 def test_other_origins_are_named(server: Running, origin: str) -> None:
     status, headers, content = server.request("GET", "/v1/models", None, {"Origin": origin})
     assert status == 403 and "Access-Control-Allow-Origin" not in headers
-    assert f"--cors-origin {origin}" in json.loads(content)["error"]["message"]
+    message = json.loads(content)["error"]["message"]
+    assert f"the origin {origin!r}" in message and f"cors_origins {origin}" in message
 
 
 def test_hosts_that_containers_use(server: Running) -> None:
