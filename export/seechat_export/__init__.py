@@ -1,3 +1,3 @@
-"""Checkpoint → bundle: the step that needs torch, done once per model."""
+"""Turns a checkpoint into a bundle: the step that needs torch, done once per model."""
 
-import seechat_weights  # noqa: F401 (first: it keeps the libraries that follow from reporting)
+import seechat_weights  # noqa: F401 (first: it switches off others' telemetry)

@@ -1,4 +1,4 @@
-"""ChatGLM-6B's decoder graph.
+"""Builds ChatGLM-6B's decoder graph.
 
     inputs_embeds [1, s, hidden]
       └─ per layer: LayerNorm ─ qkv ─ rotary(q, k) ─ If bidirectional:
@@ -8,8 +8,8 @@
                         └─ LayerNorm ─ MLP, the same way
       └─ chosen rows ─ LayerNorm ─ lm_head ─ logits [r, vocab]
 
-The `half` graph has no If: GroupQueryAttention fills the cache in every call, and a Where takes
-either its output or that of MultiHeadAttention, which costs next to nothing for one token.
+The `half` graph has no If. There GroupQueryAttention fills the cache in every call, and a Where
+takes either its output or that of MultiHeadAttention. For one token this costs almost nothing.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,9 @@ from seechat_weights.config import ALPHA
 
 
 class ChatGLMGraph(DecoderGraph):
-    """See DecoderGraph; a further input is `bidirectional` bool [].
+    """A DecoderGraph with one more input, `bidirectional`, bool [].
 
-    A bidirectional call must start with a cache that holds the prefix alone.
+    A bidirectional call must start with a cache that holds only the prefix.
     """
 
     def extra_inputs(self) -> None:
@@ -81,9 +81,9 @@ class ChatGLMGraph(DecoderGraph):
     def _full_attention(
         self, q: ir.Value, k: ir.Value, v: ir.Value, past: list[ir.Value]
     ) -> Callable[[Tape], ir.Value]:
-        """Attention of the context of a prompt, where all new tokens see each other.
+        """Attention of a prompt's context, in which all new tokens see each other.
 
-        It needs no cache but for a prefix. MultiHeadAttention never holds all the scores.
+        It needs no cache except for a prefix. MultiHeadAttention never holds all the scores.
         """
 
         def full(t: Tape) -> ir.Value:

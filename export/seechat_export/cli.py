@@ -1,4 +1,4 @@
-"""The command `seechat export`, found by the runtime's command line as an entry point."""
+"""The command `seechat export`. The runtime's command line finds it as an entry point."""
 
 import argparse
 import json
@@ -26,7 +26,11 @@ _PUBLISHED = (
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Add `export` to the subparsers of `seechat`; `common` holds the options of all commands."""
+    """Add `export` to the subparsers of `seechat`.
+
+    commands: the subparsers.
+    common: holds the options of all commands.
+    """
     parser = commands.add_parser(
         "export",
         parents=[common],
@@ -95,10 +99,10 @@ def _synthetic(args: argparse.Namespace) -> int:
 
 
 def _fetch(args: argparse.Namespace, opener: Opener) -> dict[str, dict[str, str]]:
-    """Put downloads in the place of Hub ids, each seen to be for its option; tells their origin."""
+    """Replace Hub ids in `args` by downloads, checked against their options; returns origins."""
     from seechat_lite.download import fetch
 
-    if not sys.stderr.isatty():  # read when huggingface_hub is imported
+    if not sys.stderr.isatty():  # huggingface_hub reads this when it is imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sources = {}
     for option in _PUBLISHED:
@@ -112,7 +116,7 @@ def _fetch(args: argparse.Namespace, opener: Opener) -> dict[str, dict[str, str]
 
 
 def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    vision_files(args, parser.error)  # before anything is fetched
+    vision_files(args, parser.error)  # before anything is downloaded
     openings = Openings()
     downloads = _fetch(args, openings)
     try:

@@ -1,19 +1,20 @@
-"""Decoders as ONNX graphs, written node by node: what all LM families share.
+"""Writes decoders as ONNX graphs, node by node: the part that all LM families share.
 
-A graph is not traced from torch: its attention and its block-quantized products are ONNX Runtime's
-own operators, which torch does not have, and building it needs no weights, so that a 13 GB
+A graph is not traced from torch. Its attention and its block-quantized products are ONNX Runtime's
+own operators, which torch does not have. Building it needs no weights either, so that a 13 GB
 checkpoint can be written out one tensor at a time (see docs/decisions). The layer of a family is in
-a file of its own: chatglm_graph, llama_graph.
+a file of its own, such as chatglm_graph.
 
-The cache is the caller's: past and present are the same buffers, and attention writes into them. It
-is float16 unless the weights are float32: half the memory, read faster, and 1e-4 in the logits.
+The cache belongs to the caller: past and present are the same buffers, and attention writes into
+them. It is float16 unless the weights are float32. This takes half the memory, is read faster, and
+changes the logits by 1e-4.
 
-For GPUs a second graph, `half`, computes in float16 over the same weights and has no control flow:
-an If has to know the lengths on the host, so that in every layer they would be fetched from the
-device, which waits for all work before.
+For GPUs a second graph, `half`, computes in float16 over the same weights and has no control flow.
+An If must know the lengths on the host; every layer would fetch them from the device, and that
+waits for all work before.
 
-The weights lie in their file as seechat_weights.bundle.layout says, whose order of heads makes
-every family's rotary embedding one ordinary rotation. The scale is that of a head's true size.
+The weights lie in their file as seechat_weights.bundle.layout says. Its order of heads makes every
+family's rotary embedding one ordinary rotation. The scale is that of a head's true size.
 """
 
 from collections.abc import Callable
@@ -31,20 +32,30 @@ MICROSOFT = "com.microsoft"
 
 
 def cache_dtype(precision: Precision) -> ir.DataType:
-    """What the key/value cache holds."""
+    """The type of the key/value cache.
+
+    precision: of the weights.
+    """
     return ir.DataType.from_numpy(np.dtype(precision.cache_dtype))
 
 
 def hidden_name(layer: int) -> str:
-    """Name of a layer's input, [1, s, hidden]; of what the last norm reads after the last layer."""
+    """The name of a layer's input, [1, s, hidden].
+
+    layer: its number; the number of layers gives the input of the last norm.
+    """
     return f"layers.{layer}.input" if layer else "inputs_embeds"
 
 
 class Weights:
-    """Graph values for the weights of `items`, which lie in the file `location`.
+    """Makes graph values for weights that lie in a file.
 
-    dtype: what is computed with; weights stored as another float are cast to it, and ONNX Runtime
-    folds the casts away when it loads the graph.
+    tape: the graph being built.
+    location: the file's name.
+    items: where each weight lies.
+    block_size: inputs that share a scale.
+    dtype: what is computed with. Weights stored as another float are cast to it; ONNX Runtime folds
+        the casts away when it loads the graph.
     """
 
     def __init__(
@@ -62,12 +73,20 @@ class Weights:
         self.items = {item.key: item for item in items}
 
     def vector(self, key: str) -> ir.Value:
-        """A bias or a norm's parameter: [size]."""
+        """A bias or a norm's parameter, [size].
+
+        key: our name of the tensor.
+        """
         (value,) = self._values(self.items[key])
         return value
 
     def linear(self, x: ir.Value, key: str, *, bias: bool = True) -> ir.Value:
-        """x [..., inputs] times the transposed weight [outputs, inputs] (plus bias)."""
+        """x times a transposed weight [outputs, inputs], plus its bias.
+
+        x: [..., inputs].
+        key: our name of the linear.
+        bias: whether it has a bias.
+        """
         item = self.items[f"{key}.weight"]
         y = self._block_linear(x, item) if item.bits else self._float_linear(x, item)
         return self.tape.op("Add", [y, self.vector(f"{key}.bias")]) if bias else y
@@ -84,7 +103,7 @@ class Weights:
             "block_size": self.block_size,
         }
         if self.dtype == ir.DataType.FLOAT:
-            # the products' inputs are rounded to 8 bits a block, for the CPU's integer kernels
+            # the CPU's integer kernels round the products' inputs to 8 bits a block
             attributes["accuracy_level"] = 4
         inputs = [x, *self._values(item)]
         return self.tape.op("MatMulNBits", inputs, attributes, domain=MICROSOFT)
@@ -114,7 +133,8 @@ class DecoderGraph:
 
     config, precision, block_size: what the weights were laid out with.
     location: the weights file's name beside the graph.
-    prefix_tokens: of a P-tuning prefix, which the caller puts into the cache before anything else.
+    prefix_tokens: length of a P-tuning prefix; the caller puts it into the cache before anything
+        else.
     half: write the graph for GPUs.
 
     Inputs of the graph (number: float16 with `half`, else float32; s new tokens, `capacity` the
@@ -122,11 +142,11 @@ class DecoderGraph:
 
     inputs_embeds number [1, s, hidden] · rotary_cos, rotary_sin number [s, head / 2] ·
     last_index int32 [1] = t - 1 · total_length int32 [] = t · the family's own `extra_inputs` ·
-    logit_rows int64 [r]: of which of the new tokens logits are wanted ·
+    logit_rows int64 [r]: the new tokens whose logits are wanted ·
     past_key_i, past_value_i cache_dtype [1, kv_heads, capacity, head]: `head` is padded_head_size
 
-    Outputs: logits float32 [r, vocab]; present_key_i, present_value_i, to be bound to the very
-    buffers of the past.
+    Outputs: logits float32 [r, vocab]; present_key_i, present_value_i, to be bound to the same
+    buffers as the past.
     """
 
     def __init__(
@@ -142,7 +162,8 @@ class DecoderGraph:
         self.config = config
         self.half = half
         self.prefix_tokens = prefix_tokens
-        self.dtype = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT  # what is computed in
+        # the graph computes in this type
+        self.dtype = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
         self.kind = cache_dtype(precision)
         self.head = config.padded_head_size
         self.heads, self.kv_heads = config.num_heads, config.kv_heads
@@ -163,15 +184,23 @@ class DecoderGraph:
         self._rotary_start = self.tape.initializer(start)
 
     def layer(self, x: ir.Value, index: int) -> ir.Value:
-        """A whole layer: [1, s, hidden] to the same."""
+        """Add a whole layer; returns its output, [1, s, hidden].
+
+        x: its input, [1, s, hidden].
+        index: the layer's number.
+        """
         raise NotImplementedError
 
     def norm(self, x: ir.Value, key: str) -> ir.Value:
-        """The norm whose parameters are `key`.*; also that before the head, "final_layernorm"."""
+        """Add a norm.
+
+        x: its input.
+        key: the start of its parameters' names; "final_layernorm" is the norm before the head.
+        """
         raise NotImplementedError
 
     def build(self) -> ir.Model:
-        """The finished graph."""
+        """Return the finished graph."""
         hidden = self.config.hidden_size
         x = embeds = self.declare(hidden_name(0), self.dtype, [1, "s", hidden])
         self.cos = self.declare("rotary_cos", self.dtype, ["s", self.head // 2])
@@ -197,40 +226,54 @@ class DecoderGraph:
         return ir.Model(self.graph, ir_version=10, producer_name="seechat-lite")
 
     def declare(self, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
-        """An input of the graph."""
+        """Add an input to the graph.
+
+        name, dtype, shape: of the input.
+        """
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
         self.graph.inputs.append(value)
         return value
 
     def declare_past(self, layer: int) -> list[ir.Value]:
-        """A layer's part of the cache: key and value."""
+        """Add a layer's part of the cache as inputs: key and value.
+
+        layer: its number.
+        """
         parts = ("key", "value")
         return [self.declare(f"past_{p}_{layer}", self.kind, self.cache_shape) for p in parts]
 
     def give_present(self, layer: int, present: list[ir.Value]) -> None:
-        """Name what a layer has written into its part of the cache as outputs of the graph."""
+        """Make what a layer wrote into its part of the cache outputs of the graph.
+
+        layer: its number.
+        present: key and value.
+        """
         for part, value in zip(("key", "value"), present, strict=True):
             value.name = f"present_{part}_{layer}"
             value.type, value.shape = ir.TensorType(self.kind), ir.Shape(self.cache_shape)
             self._presents.append(value)
 
     def rotated(self, x: ir.Value, heads: int) -> ir.Value:
-        """Queries or keys [1, s, heads * head], turned by their positions."""
+        """Rotate queries or keys by their positions.
+
+        x: [1, s, heads * head].
+        heads: how many.
+        """
         inputs = [x, self._rotary_start, self.cos, self.sin]
         return self.tape.op("RotaryEmbedding", inputs, {"num_heads": heads}, domain=MICROSOFT)
 
     def cached(self, tape: Tape, x: ir.Value) -> ir.Value:
-        """`x` as the cache holds it."""
+        """Cast `x` to the type of the cache."""
         return x if self.kind == self.dtype else tape.op("Cast", [x], {"to": self.kind})
 
     def restored(self, tape: Tape, x: ir.Value) -> ir.Value:
-        """`x` out of the cache, as it is computed with."""
+        """Cast `x` from the cache to the type of the computation."""
         return x if self.kind == self.dtype else tape.op("Cast", [x], {"to": self.dtype})
 
     def causal(
         self, tape: Tape, q: ir.Value, k: ir.Value, v: ir.Value, past: list[ir.Value]
     ) -> list[ir.Value]:
-        """Causal attention behind the cache, which it appends to: output, key, value."""
+        """Causal attention behind the cache, which it appends to; returns output, key, value."""
         out, *present = tape.op_multi_out(
             "GroupQueryAttention",
             [
@@ -251,7 +294,13 @@ class DecoderGraph:
 
 
 def branch(name: str, build: Callable[[Tape], list[ir.Value]]) -> ir.Graph:
-    """One branch of an If. Names are shared with the outer graph: the branch's bear its own."""
+    """One branch of an If.
+
+    The outer graph and the branch share one set of names, so the branch's names begin with its own.
+
+    name: the branch's name.
+    build: adds the nodes and returns the outputs.
+    """
     graph = ir.Graph((), (), nodes=(), name=name)
     graph.outputs.extend(build(Tape(graph)))
     values = (value for node in graph for value in node.outputs)

@@ -1,8 +1,8 @@
-"""Checkpoint → bundle: one folder that holds all the runtime reads.
+"""Writes a bundle from a checkpoint: one folder with everything that the runtime reads.
 
 The weights file is written one tensor at a time into `OUT.partial/bundle`, beside a journal of what
-is finished. A run that was interrupted is continued by the next one; only a complete, checked
-bundle is renamed to OUT.
+is finished. The next run continues a run that was interrupted. Only a complete, checked bundle is
+renamed to OUT.
 """
 
 import dataclasses
@@ -88,19 +88,26 @@ def export_bundle(
     announce: Callable[[ExportPlan], None] = lambda plan: None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Manifest:
-    """Write the bundle `out` from the checkpoint `lm` and, optionally, a vision network.
+    """Write a bundle from a checkpoint and, optionally, a vision network.
 
-    lm, checkpoint, adapter, prefix: as lm.checkpoint.open_lm takes them; or lm is what
-    open_source made of them. tokenizer: the ice_text.model, if it is not beside the weights.
-    vision: weights, or a module in eval mode, float32 pixels [n, 3, S, S] to embeddings [n, tokens,
-    hidden], and its description. vision_precision: "fp32", "fp16" or "int8"; by default fp32 in an
-    fp32 bundle, else fp16. conversation: the default format; "visualglm" for VisualGLM-6B, else
-    "seechat" with vision and "chatglm" without. announce: is told the plan once all sources are
-    checked, before the work begins.
+    lm: as lm.checkpoint.open_lm takes it, or what open_source returned.
+    out: the folder to write; it must not exist.
+    checkpoint, adapter, prefix: as lm.checkpoint.open_lm takes them.
+    tokenizer: the ice_text.model, if it is not beside the weights.
+    vision: weights; or a module in eval mode, from float32 pixels [n, 3, S, S] to embeddings [n,
+        tokens, hidden], and its description.
+    precision: a name of precisions.PRECISIONS.
+    block_size: inputs that share a scale.
+    vision_precision: "fp32", "fp16" or "int8"; None for fp32 in an fp32 bundle, else fp16.
+    conversation: the default format; None for "visualglm" with VisualGLM-6B, else "seechat" with
+        vision and "chatglm" without.
+    name: the bundle's name.
+    provenance: facts to add to the manifest's provenance.
+    announce: called with the plan once all sources are checked, before the work begins.
+    progress: called with what is being done, how much is done, and how much there is.
 
-    Raises OptionError (a wrong argument), CheckpointError (sources), BundleError (`out` exists or
-    cannot be written, the disk is too small, or the finished bundle does not agree with the torch
-    networks), MemoryPlanError.
+    Raises CheckpointError (sources), BundleError (`out` exists or cannot be written, the disk is
+    too small, or the finished bundle does not agree with the torch networks), MemoryPlanError.
     """
     out = local_path(out)
     check_choice("precision", precision, PRECISIONS)
@@ -131,7 +138,7 @@ def export_bundle(
         conversation = spoken_format(model, seeing=vision is not None)
     described, network, ignored = None, None, {}
     if isinstance(vision, VisionWeights):
-        # transformers, which this needs, takes seconds to import
+        # this needs transformers, which takes seconds to import
         from seechat_lite.nn.vision import streamed
 
         network, described, ignored = streamed(vision), vision.config, vision.ignored
@@ -193,9 +200,12 @@ def export_bundle(
 
 
 class Source:
-    """The LM to export and its tokenizer, as the writer and the check take them.
+    """The LM to export and its tokenizer, as the writer and the check need them.
 
-    Raises CheckpointError or BundleError (tokenizer) for whatever does not fit.
+    lm: the published weights.
+    tokenizer: the ice_text.model, if it is not beside them.
+
+    Raises CheckpointError or BundleError (tokenizer) if something does not fit.
     """
 
     def __init__(self, lm: LM, tokenizer: str | Path | None = None) -> None:
@@ -207,7 +217,10 @@ class Source:
         Tokenizer(self.tokenizer, num_image_tokens=self.num_image_tokens).check(self.config)
 
     def write_tokenizer(self, path: Path) -> None:
-        """Write the tokenizer's file, of an early one the form that is published now."""
+        """Write the tokenizer's file; an early form becomes the form that is published now.
+
+        path: the file to write.
+        """
         found = read_file(self.tokenizer, limit=MAX_BYTES)
         if is_first_form(found):
             log.info(
@@ -218,19 +231,28 @@ class Source:
         path.write_bytes(completed(found))
 
     def tensor(self, key: str, rows: Rows = ALL) -> Tensor:
-        """One of our tensors, or some of its rows."""
+        """Read one of our tensors, or some of its rows.
+
+        key: our name of the tensor.
+        rows: a slice, or the numbers of the rows.
+        """
         return torch.from_numpy(self.lm.read(key, rows))
 
     def weight(self, item: TensorLayout) -> Tensor | Quantized:
-        """The tensor of `item`, as its authors quantized it where the item can hold just that."""
+        """Read an item's tensor, as its authors quantized it if the item can hold that.
+
+        item: says how it is to be stored.
+        """
         if 0 < self.lm.bits(item.key) <= item.bits:
             return self.lm.quantized(item.key)
         return self.tensor(item.key)
 
     def form(self, precision: Precision) -> Precision:
-        """The precision, with a head of 8 bits where its authors quantized all but the head.
+        """The precision, with a head of 8 bits if its authors quantized everything except the head.
 
         With 4 bits the head would be all that such a bundle loses, and it would lose a lot.
+
+        precision: the precision that was asked for.
         """
         kept = any(0 < self.lm.bits(key) <= precision.bits for key in self.lm.shapes)
         wider = precision.block and precision.bits < 8
@@ -239,9 +261,10 @@ class Source:
         return dataclasses.replace(precision, head_bits=8)
 
     def ignored(self, vision: Mapping[str, str], *, seeing: bool) -> dict[str, dict[str, str]]:
-        """Tensors that nothing of the bundle is made of, by source, each with the reason.
+        """Tensors that no part of the bundle is made of, by source, each with the reason.
 
-        vision: those of its vision's checkpoints. seeing: whether it has vision.
+        vision: those of the vision network's checkpoints.
+        seeing: whether the bundle has vision.
         """
         ignored = {role: dict(reasons) for role, reasons in self.lm.ignored.items()}
         ignored["vision"] = dict(vision)
@@ -252,7 +275,7 @@ class Source:
         return {role: reasons for role, reasons in ignored.items() if reasons}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Which files the weights come from: names, sizes and times of the last change."""
+        """The files that the weights come from: names, sizes and times of the last change."""
         roles = {**self.lm.sources, "tokenizer": [self.tokenizer]}
         return {role: _stamps(files) for role, files in roles.items()}
 
@@ -283,13 +306,13 @@ class _Writer:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """The place to write in, held by this process alone, cleared if another export's."""
+        """Hold the place to write in for this process alone, cleared if it is another export's."""
         try:
             with self.place.held():
                 self._begin()
                 try:
                     yield
-                except CheckpointError:  # other files are needed: nothing to continue with
+                except CheckpointError:  # other files are needed, so there is nothing to continue
                     self.place.discard()
                     raise
         except OSError as e:
@@ -305,7 +328,7 @@ class _Writer:
             ) from e
 
     def plan(self, vision: nn.Module | None, vision_precision: str) -> ExportPlan:
-        """What is left to do will take this; raises MemoryPlanError or BundleError if it cannot."""
+        """Plan the rest of the work; raises MemoryPlanError or BundleError if it cannot be done."""
         lm, done = self.source.config, self._done()
         form = VISION_PRECISIONS[vision_precision]
         numbers = sum(p.numel() for p in vision.parameters()) if vision else 0
@@ -322,7 +345,7 @@ class _Writer:
             block_size=self.block_size,
             parts=parts,
             done=done,
-            # traced, written and run a layer at a time; only int8 is held whole by its kernels
+            # traced, written and run a layer at a time; only the int8 kernels hold it whole
             vision_memory=VISION_WORK + (parts.vision if form.integers else 0) if vision else 0,
         )
         try:
@@ -334,7 +357,7 @@ class _Writer:
         return plan
 
     def weights(self) -> None:
-        """The decoder's weights file, tensor by tensor, then its graph."""
+        """Write the decoder's weights file, tensor by tensor, then its graph."""
         done = self._done()
         log.info("%s: %d of %d tensors are there already", self.folder, done, len(self.items))
         path = self.folder / WEIGHTS
@@ -370,7 +393,7 @@ class _Writer:
         )
 
     def embeddings(self) -> None:
-        """The word embedding table, raw, as the runtime maps it."""
+        """Write the word embedding table, raw, as the runtime maps it."""
         key, dtype = "word_embeddings.weight", getattr(torch, self.embeddings_dtype)
         self.source.lm.audit(key)
         rows, width = self.source.lm.shapes[key].shape
@@ -384,7 +407,7 @@ class _Writer:
                 self.progress("embeddings", f.tell(), total)
 
     def prefix(self, prefix: np.ndarray) -> None:
-        """A P-tuning prefix [layers, 2, heads, tokens, head_size], raw, as the cache holds it."""
+        """Write a P-tuning prefix [layers, 2, heads, tokens, head_size] as the cache holds it."""
         stored = reordered_prefix(prefix, self.source.config).astype(self.embeddings_dtype)
         (self.folder / PREFIX).write_bytes(stored.tobytes())
 
@@ -399,7 +422,7 @@ class _Writer:
             done += size
         self.progress("hash", done, done)
         manifest = dataclasses.replace(manifest, files=hashes)
-        check_graphs(self.folder, manifest)  # else nobody could load it
+        check_graphs(self.folder, manifest)  # nobody could load a bundle that fails this
         with (self.folder / MANIFEST).open("w", encoding="utf-8") as f:
             f.write(manifest.to_json())
             f.flush()
@@ -408,15 +431,15 @@ class _Writer:
         return manifest
 
     def _begin(self) -> None:
-        """Keep what an earlier run of the same export wrote; anything else of ours is cleared."""
+        """Keep what an earlier run of the same export wrote; clear everything else of ours."""
         same = self.place.journal().get("fingerprint") == self._fingerprint()
         keep = same and (self.folder / WEIGHTS).exists()
         if not keep:
-            self._record(0)  # first: whatever is left when this is cut short counts as nothing
+            self._record(0)  # first: if this is interrupted, what is left counts as nothing
         self.place.clear(*([WEIGHTS] if keep else []))  # the rest is quick to write again
 
     def _fingerprint(self) -> str:
-        """What must be the same for a run to continue an earlier one's tensors."""
+        """What must be the same for a run to continue an earlier one."""
         facts = {
             "files": self.source.fingerprint(),
             "config": dataclasses.asdict(self.source.config),
@@ -440,7 +463,14 @@ class _Writer:
 def save_graphs(
     folder: Path, config: LMConfig, precision: Precision, block_size: int, *, prefix_tokens: int = 0
 ) -> None:
-    """Write the decoder's graph, and the one for GPUs unless the weights are float32."""
+    """Write the decoder's graph, and the graph for GPUs unless the weights are float32.
+
+    folder: where to write.
+    config: the decoder's shape.
+    precision: how its weights are stored.
+    block_size: inputs that share a scale.
+    prefix_tokens: length of a P-tuning prefix.
+    """
     for half in (False,) if precision.exact else (False, True):
         graph = ChatGLMGraph(
             config, precision, block_size, WEIGHTS, prefix_tokens=prefix_tokens, half=half

@@ -1,9 +1,9 @@
 """Checks a written bundle against the torch networks, stage by stage.
 
-The decoder is run one layer at a time, cut out of its graph, beside the torch network's layer, so
-that the check of a 6B model needs the memory of one layer. The torch network runs twice: over the
-weights as the bundle stores them, which must agree with the graph after every layer, and over the
-checkpoint's own, which tells what the precision cost.
+The decoder runs one layer at a time, cut out of its graph, beside the torch network's layer. So the
+check of a 6B model needs the memory of one layer. The torch network runs twice. Over the weights as
+the bundle stores them, it must agree with the graph after every layer. Over the checkpoint's own
+weights, it tells what the precision cost.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ HEAD_ROWS = 8192  # rows of lm_head multiplied at a time
 
 
 class Weights(Protocol):
-    """Where tensors come from: seechat_export.export.Source."""
+    """A source of tensors: seechat_export.export.Source."""
 
     config: LMConfig
     lm: LM
@@ -44,9 +44,13 @@ class Weights(Protocol):
 
 
 class VisionCheck:
-    """One fixed picture through the torch vision network, kept for comparison with the graph.
+    """One fixed picture and the torch vision network's embeddings of it, to compare the graph with.
 
-    Raises CheckpointError when the network's output does not fit the LM or its own description.
+    module: the network, in eval mode.
+    config: describes it.
+    hidden: the LM's hidden size.
+
+    Raises CheckpointError if the network's output does not fit the LM or its own description.
     """
 
     def __init__(self, module: nn.Module, config: VisionConfig, hidden: int) -> None:
@@ -64,12 +68,18 @@ class VisionCheck:
             )
 
     def report(self, path: Path, precision: str) -> dict[str, float]:
-        """Compare with what the written graph makes of the same picture."""
+        """Compare with the written graph's embeddings of the same picture.
+
+        path: the graph.
+        precision: a name of a vision precision.
+
+        Raises BundleError if they do not agree.
+        """
         options = ort.SessionOptions()
         form = VISION_PRECISIONS[precision]
         if not form.integers:
-            # as written: weights stay in their mapped file, and are widened one matrix at a time.
-            # Not int8, of which onnxruntime 1.31 then makes numbers that have nothing to do with it
+            # as written: weights stay in their mapped file and are widened one matrix at a time.
+            # Not int8: onnxruntime 1.31 then gives numbers that have nothing to do with the weights
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
@@ -86,9 +96,15 @@ def check(
     vision: VisionCheck | None,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
-    """Run the bundle in `folder` and the torch networks on the same inputs; returns the report.
+    """Run a bundle and the torch networks on the same inputs; returns the report.
 
-    Raises BundleError when they do not agree.
+    source: the LM that was exported.
+    folder: the bundle.
+    manifest: the bundle's.
+    vision: the check of its vision network, if it has one.
+    progress: called with what is being done, how much is done, and how much there is.
+
+    Raises BundleError if they do not agree.
     """
     lm, decoder = source.config, manifest.decoder
     report: dict[str, Any] = {"precision": decoder.precision}
@@ -137,7 +153,7 @@ def check(
 def _compare(stage: str, found: Tensor, expected: Tensor, tolerance: float) -> dict[str, float]:
     difference = float((found - expected).abs().max())
     deviation = float(expected.std())
-    if not difference <= tolerance * deviation:  # catches NaN as well
+    if not difference <= tolerance * deviation:  # catches NaN too
         raise BundleError(
             f"the written {stage} graph differs from the torch network by {difference:.3g} where "
             f"{tolerance * deviation:.3g} is expected at most: the bundle is not to be trusted; "
@@ -147,7 +163,7 @@ def _compare(stage: str, found: Tensor, expected: Tensor, tolerance: float) -> d
 
 
 class _Stages:
-    """The decoder's stages, as cut out of the graph and as the torch network has them."""
+    """The decoder's stages, cut out of the graph, beside those of the torch network."""
 
     def __init__(
         self,
@@ -157,7 +173,11 @@ class _Stages:
         prefix: Tensor | None,
         cache: np.dtype[Any],
     ) -> None:
-        """prefix: as published, [layers, 2, heads, tokens, head_size]; cache: what it holds."""
+        """Prepare.
+
+        prefix: as published, [layers, 2, heads, tokens, head_size].
+        cache: the type of the cache.
+        """
         self.folder = graph.parent
         self.graph = ir.load(graph).graph
         self.lm = lm
@@ -174,7 +194,7 @@ class _Stages:
         self.mask = F.pad(mask, (self.before, 0), value=True)
 
     def layer(self, i: int, x: Tensor) -> Tensor:
-        """One layer of the graph: the context in one call, what follows in another."""
+        """Run one layer of the graph: the context in one call, the rest in another."""
         past = [f"past_{part}_{i}" for part in ("key", "value")]
         present = [f"present_{part}_{i}" for part in ("key", "value")]
         shared = ("rotary_cos", "rotary_sin", "last_index", "total_length", "bidirectional")
@@ -208,7 +228,7 @@ class _Stages:
         return torch.cat(parts, 1)
 
     def head(self, x: Tensor) -> Tensor:
-        """The graph's logits [1 + ANSWER, vocab] from <sop> on."""
+        """The graph's logits from <sop> on, [1 + ANSWER, vocab]."""
         name = hidden_name(self.lm.num_layers)
         session = self._cut([name, "logit_rows"], ["logits"])
         rows = np.arange(self.context, x.shape[1])
@@ -217,7 +237,7 @@ class _Stages:
 
     @torch.inference_mode()
     def torch_layer(self, i: int, x: Tensor, read: Callable[[str], Tensor]) -> Tensor:
-        """One layer of the torch network over the weights that `read` gives."""
+        """Run one layer of the torch network over the weights that `read` returns."""
         with torch.device("meta"):
             block = Block(self.lm)
         weights = {key: read(f"layers.{i}.{key}") for key in block.state_dict()}

@@ -1,7 +1,7 @@
-"""What an export will take, known before it starts: time, memory, disk.
+"""Plans an export before it starts: time, memory, disk.
 
-Sizes follow from the shapes. Time is measured: a few million of the very weights are quantized,
-written and checked as the export will do it, which takes about a second.
+Sizes follow from the shapes. Time is measured: a few million of the actual weights are quantized,
+written and checked as the export will do it. This takes about a second.
 """
 
 import hashlib
@@ -27,15 +27,15 @@ from seechat_weights.errors import BundleError, MemoryPlanError
 from seechat_weights.lm.checkpoint import ALL, Rows
 
 PROCESS = 260_000_000  # bytes of Python, torch and ONNX Runtime themselves
-SAMPLE = 1 << 23  # weights converted to see how long it takes
-PROBE_BYTES = 1 << 26  # written to see how fast the disk is
-PROBE = "probe.new"  # the file of that
-CHECK_TOKENS = 29  # of the prompt that the check runs
-SESSION = 1.2  # times what torch takes to run a layer: ONNX Runtime's preparing and running it
+SAMPLE = 1 << 23  # weights that are converted to measure the time
+PROBE_BYTES = 1 << 26  # bytes written to measure the disk
+PROBE = "probe.new"  # the file that they are written to
+CHECK_TOKENS = 29  # tokens of the prompt that the check runs
+SESSION = 1.2  # ONNX Runtime prepares and runs a layer in this many times torch's time
 
 
 class Weights(Protocol):
-    """Where tensors come from: seechat_export.export.Source."""
+    """A source of tensors: seechat_export.export.Source."""
 
     config: LMConfig
 
@@ -44,7 +44,7 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes of a bundle's files, the small ones left out."""
+    """Bytes of a bundle's files, without the small ones."""
 
     weights: int
     embeddings: int
@@ -61,8 +61,15 @@ class Parts:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """seconds: from now on. memory: bytes at the peak, mapped input files not counted, because the
-    system takes their pages back when it needs them. disk: bytes still to be written of `parts`."""
+    """What an export will take.
+
+    seconds: from now on.
+    memory: bytes at the peak. Mapped input files are not counted, because the system takes their
+        pages back when it needs them.
+    disk: bytes of `parts` still to be written.
+    parts: bytes of the bundle's files.
+    free_memory, free_disk: bytes.
+    """
 
     seconds: float
     memory: int
@@ -90,10 +97,16 @@ def make_plan(
     done: int,
     vision_memory: int = 0,
 ) -> ExportPlan:
-    """The plan of an export into `folder`, where the first `done` items are written already.
+    """Plan an export. This writes a file to measure the disk and removes it.
 
-    vision_memory: bytes that the vision part takes at its peak, beyond the process itself. Writes a
-    file to measure the disk and removes it.
+    source: the LM to export.
+    items: the tensors to write.
+    folder: where the bundle is written.
+    precision: how weights are stored.
+    block_size: inputs that share a scale.
+    parts: bytes of the bundle's files.
+    done: how many items are already written.
+    vision_memory: bytes that the vision part takes at its peak, beyond the process itself.
     """
     speed = _measure(source, items, folder, precision, block_size, limit=parts.total)
     linear = [_weights(item) for item in items if item.kind == "linear"]
@@ -113,20 +126,33 @@ def make_plan(
 
 
 def memory_bytes(config: LMConfig, items: Sequence[TensorLayout], precision: Precision) -> int:
-    """The peak of writing and checking the LM, mapped files not counted."""
+    """The peak of writing and checking the LM, in bytes, without mapped files.
+
+    config: the decoder's shape.
+    items: the tensors to write.
+    precision: how weights are stored.
+    """
     stored = {item.key: sum(s.nbytes for s in item.stored) for item in items}
-    # rearranged heads: the tensor is copied a few times, in no more than float32
+    # rearranged heads: the tensor is copied a few times, at most in float32
     write = max(stored[i.key] + (8 * _weights(i) if i.heads else 0) for i in items)
     layer = [item for item in items if item.key.startswith("layers.0.")]
-    # the check holds one layer in float32 while its largest weight is still being worked out
+    # the check holds one layer in float32 while its largest weight is still being computed
     check = 4 * sum(map(_weights, layer)) + 2 * max(map(_weights, layer))
-    # ONNX Runtime keeps a product's weights in an order of its own, and widens float16 before
+    # ONNX Runtime keeps a product's weights in its own order, and widens float16 before that
     head = stored["lm_head.weight"] * precision.widening**2
     return PROCESS + max(write, check, head)
 
 
 def check_room(plan: ExportPlan, config: LMConfig, precision: Precision, *, out: Path) -> None:
-    """Raise MemoryPlanError or BundleError, with the sums and what would fit, if it does not."""
+    """Check a plan against the free memory and the free disk.
+
+    plan: the plan.
+    config: the decoder's shape.
+    precision: how weights are stored.
+    out: the bundle's folder.
+
+    Raises MemoryPlanError or BundleError, with the sums and with what would fit.
+    """
     needs, free, options = "", 0, {}
     if plan.memory > plan.free_memory:
         error, advice = MemoryPlanError, "close other programs"
@@ -137,7 +163,7 @@ def check_room(plan: ExportPlan, config: LMConfig, precision: Precision, *, out:
         needs, free = f"{human(plan.disk)} more on the disk (of {parts})", plan.free_disk
     else:
         return
-    there = plan.parts.total - plan.disk  # other options would begin anew
+    there = plan.parts.total - plan.disk  # other options would start over
     for form in smaller_precisions(precision.name):
         items = decoder_layout(config, form, 128 if form.block else 0)
         parts = replace(plan.parts, weights=items[-1].end)
@@ -154,7 +180,7 @@ def check_room(plan: ExportPlan, config: LMConfig, precision: Precision, *, out:
 
 @dataclass(frozen=True)
 class _Speed:
-    """Seconds a weight (convert, check) and a byte (write, hash)."""
+    """Seconds for a weight (convert, check) and for a byte (write, hash)."""
 
     convert: float
     write: float
@@ -175,7 +201,8 @@ def _measure(
     rows = min(-(-outputs // 3), max(1, SAMPLE // inputs))
     sample = replace(item, shape=(rows, inputs))
 
-    def part(number: int) -> Tensor:  # others each time: the first look at a page costs more
+    # another part each time: the first access to a page costs more
+    def part(number: int) -> Tensor:
         return source.tensor(item.key, slice(number * rows, (number + 1) * rows))
 
     def convert(number: int) -> list[Tensor]:
@@ -197,7 +224,7 @@ def _measure(
             f.flush()
             os.fsync(f.fileno())
 
-    arrays = convert(0)  # once before it is timed: the first call starts threads
+    arrays = convert(0)  # once before timing, because the first call starts threads
     check(0)
     data = arrays[0].numpy().tobytes()
     data = (data * (PROBE_BYTES // len(data) + 1))[: min(PROBE_BYTES, limit)]
@@ -213,7 +240,7 @@ def _measure(
 
 
 def _time(work: Callable[[int], object], *numbers: int) -> float:
-    """Seconds of the fastest of several calls: others on the machine may slow one of them down."""
+    """Seconds of the fastest of several calls: other work on the machine may slow one down."""
     times = []
     for number in numbers:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Progress bars for long work: one bar a stage, on stderr, silent where that is no terminal."""
+"""Shows progress bars for long work: one a stage, on stderr, silent if that is not a terminal."""
 
 from types import TracebackType
 from typing import Self
@@ -10,7 +10,7 @@ FORMAT = "{percentage:3.0f}% {bar:30} {n_fmt:>5} of {total_fmt:<5} {elapsed}, {r
 
 
 class Bars:
-    """Callable as export_bundle's `progress`; a context manager that closes the last bar."""
+    """Progress bars for export_bundle's `progress`; a context manager that closes the last bar."""
 
     def __init__(self) -> None:
         self._stage = ""
@@ -25,7 +25,7 @@ class Bars:
                 unit_scale=in_bytes,
                 bar_format=f"{stage:<10} {FORMAT}",
                 dynamic_ncols=True,
-                disable=None,  # off where stderr is no terminal
+                disable=None,  # off if stderr is not a terminal
                 leave=True,
             )
             self._stage = stage

@@ -1,6 +1,6 @@
-"""Weights as a precision stores them: rearranged, transposed, or in blocks of 8 or 4 bits.
+"""Makes weights as a precision stores them: rearranged, transposed, or in blocks of 8 or 4 bits.
 
-How a weight becomes codes and scales of blocks is in seechat_lite.nn.block_quantization.
+seechat_lite.nn.block_quantization turns a weight into codes and scales of blocks.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ ALL = slice(None)
 def _published_blocks(
     item: TensorLayout, weight: Quantized, config: LMConfig, block_size: int
 ) -> list[Tensor]:
-    """What quantize_blocks gives, from published integers and their rows' scales, nothing lost."""
+    """What quantize_blocks would return, without loss from published integers and scales."""
     scales = weight.scales
     if item.bits > weight.bits:
         weight = Quantized(weight.codes, weight.scales, item.bits)
@@ -37,7 +37,7 @@ def _published_blocks(
 
 
 def _reordered(array: Any, item: TensorLayout, config: LMConfig) -> Any:
-    """A published array of `item`, whose axis of heads comes into a bundle's order."""
+    """A published array of `item` with its axis of heads in a bundle's order."""
     order = head_order(config, item.heads)
     return reordered(array, order, axis=1 if item.heads == "columns" else 0)
 
@@ -49,9 +49,15 @@ def stored_arrays(
     precision: Precision,
     block_size: int,
 ) -> list[Tensor]:
-    """The arrays to write for `item`, in the order of item.stored, from its tensor as published.
+    """The arrays to write for an item, in the order of item.stored.
 
     A weight that its authors quantized, to no more bits than the item has, is stored as it is.
+
+    item: says how it is stored.
+    tensor: the tensor as published.
+    config: the decoder's shape.
+    precision: how weights are stored.
+    block_size: inputs that share a scale.
     """
     if isinstance(tensor, Quantized):
         return _published_blocks(item, tensor, config, block_size)
@@ -60,7 +66,7 @@ def stored_arrays(
         return [weight.float()]
     if item.bits:
         return list(quantize_blocks(weight, bits=item.bits, block_size=block_size))
-    # copied into place: transposing and converting one after the other would take twice the memory
+    # copied into place: transposing first and converting then would take twice the memory
     turned = torch.empty(weight.shape[::-1], dtype=getattr(torch, precision.dtype))
     return [turned.copy_(weight.t())]
 
@@ -68,9 +74,12 @@ def stored_arrays(
 def restored_tensor(
     item: TensorLayout, stored: Sequence[np.ndarray], config: LMConfig, *, rows: slice = ALL
 ) -> Tensor:
-    """Our tensor of `item`, float32, from its arrays in a bundle: the inverse of stored_arrays.
+    """Our tensor, float32, from its arrays in a bundle: the inverse of stored_arrays.
 
-    rows: only these rows of a linear weight whose heads are in the published order.
+    item: says how it is stored.
+    stored: its arrays.
+    config: the decoder's shape.
+    rows: only these rows of a linear weight, which must have its heads in the published order.
     """
     transposed = item.kind == "linear" and not item.bits
     arrays = [torch.from_numpy((a[:, rows] if transposed else a[rows]).copy()) for a in stored]

@@ -1,16 +1,16 @@
-"""ChatGLM-6B (first generation) in torch, as published: what an export is checked against.
+"""ChatGLM-6B (first generation) in torch, as published; an export is checked against it.
 
-Written apart from the runtime's networks: that both give the same numbers says something.
+It is written apart from the runtime's networks, so that their agreement means something.
 
 Parameter names are the published keys without their leading "transformer.", so that a checkpoint
-and this module can be compared side by side. What sets this decoder apart:
+and this module can be compared side by side. This decoder differs from others:
 
 - The residual of both halves of a block starts from the layer-normed input, scaled by ALPHA.
-- Rotary positions are two-dimensional: the first half of a head turns by the position in the
+- Rotary positions are two-dimensional: the first half of a head rotates by the position in the
   context, the second half by the position in the answer.
 - The context is bidirectional, the answer causal. A single prompt needs no mask at all: the context
-  is one full-attention forward, every answer token a one-token forward over the cache.
-- The published code divides queries by (layer + 1) and multiplies the scores by it again; the two
+  is one full-attention forward, and every answer token is a one-token forward over the cache.
+- The published code divides queries by (layer + 1) and multiplies the scores by it again. The two
   cancel, so neither is done here.
 """
 
@@ -25,10 +25,10 @@ from seechat_weights.config import ALPHA, LMConfig
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the two-dimensional rotary embedding.
+    """Apply the two-dimensional rotary embedding; returns a tensor like x.
 
-    x: [batch, length, heads, head_size]; cos, sin: [batch, length, 2, head_size / 4], the last
-    axes being (which half, frequency). Returns a tensor like x.
+    x: [batch, length, heads, head_size].
+    cos, sin: [batch, length, 2, head_size / 4]; the last axes are (which half, frequency).
     """
     halves = x.unflatten(-1, (2, 2, -1))  # [batch, length, heads, half, pair member, frequency]
     a, b = halves[..., 0, :], halves[..., 1, :]
@@ -115,7 +115,10 @@ class Block(nn.Module):
 
 
 class ChatGLM(nn.Module):
-    """The decoder. `forward` takes embeddings, so that pictures can stand among the words."""
+    """The decoder. `forward` takes embeddings, so that pictures can stand among the words.
+
+    config: its shape.
+    """
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
@@ -138,9 +141,11 @@ class ChatGLM(nn.Module):
     ) -> list[Tensor]:
         """The input of every layer and, last, the output of the final layer norm.
 
-        inputs_embeds: [batch, length, hidden]; position_ids: int64 [batch, 2, length] (position in
-        the context, position in the answer); mask: bool [batch, 1, length, past + length], True
-        where a token may look, None for everywhere; cache: where keys and values are appended.
+        inputs_embeds: [batch, length, hidden].
+        position_ids: int64 [batch, 2, length] (position in the context, position in the answer).
+        mask: bool [batch, 1, length, past + length], True where a token may look; None for
+            everywhere.
+        cache: where keys and values are appended.
         """
         # [batch, length, 2, head_size / 4]
         cos, sin = (t[position_ids].transpose(1, 2) for t in self.rotary)
@@ -161,7 +166,10 @@ class ChatGLM(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits [batch, length, vocab]. See hidden_states."""
+        """Logits, [batch, length, vocab].
+
+        inputs_embeds, position_ids, mask, cache: see hidden_states.
+        """
         return self.lm_head(
             self.hidden_states(inputs_embeds, position_ids, mask=mask, cache=cache)[-1]
         )
@@ -170,9 +178,12 @@ class ChatGLM(nn.Module):
 def prefix_mask(context_lengths: Tensor, length: int) -> Tensor:
     """Mask for whole sequences at once (training, batches): bidirectional context, causal answer.
 
-    context_lengths: int64 [batch], the index of <sop> in each row. Returns bool
-    [batch, 1, length, length], True where row i may look at column j. Rows padded on the right need
-    no more than this: nothing before them can see the padding.
+    Rows padded on the right need no other mask: nothing before the padding can see it.
+
+    context_lengths: int64 [batch], the index of <sop> in each row.
+    length: of the sequences.
+
+    Returns bool [batch, 1, length, length], True where row i may look at column j.
     """
     index = torch.arange(length, device=context_lengths.device)
     causal = index[None, :] <= index[:, None]

@@ -1,8 +1,8 @@
-"""Checkpoints and bundles of the published shapes with random weights, to measure with.
+"""Writes checkpoints and bundles of the published shapes with random weights, to measure with.
 
-The real weights are large and not everybody's to pass on; how long an export takes and how fast a
-bundle answers depends on shapes alone. Weights are drawn so that activations stay near unit scale:
-vanishing ones become denormal numbers, which make processors several times slower.
+The real weights are large, and not everybody may pass them on. The time of an export and the speed
+of a bundle depend only on shapes. Weights are drawn so that activations stay near unit scale:
+vanishing ones would become denormal numbers, which make processors several times slower.
 """
 
 import importlib
@@ -44,7 +44,7 @@ from seechat_weights.errors import CheckpointError
 from seechat_weights.lm.chatglm import OLD_VOCABULARY, lm_shapes
 from seechat_weights.vision.network import PUBLISHED_VISION
 
-SHARD_BYTES = 2_000_000_000  # the published shards were cut so, when the vocabulary was the old one
+SHARD_BYTES = 2_000_000_000  # size of the published shards, cut when the vocabulary was the old one
 BASE_PIECES = 130_000  # pieces of the tokenizer before the special ones
 PUBLISHED = LMConfig()
 POOL = 1 << 24  # random bytes drawn at a time
@@ -60,8 +60,15 @@ def write_synthetic(
     """Write `folder`/chatglm-6b, `folder`/clip-vit-large-patch14 and `folder`/mm_projector.bin.
 
     The LM is laid out as published: .bin shards in half precision with float32 layer norms, an
-    index, config.json, and a tokenizer of the ICE layout whose ids are the published ones. With all
-    28 layers it takes 13.4 GB. Raises CheckpointError if the folder is there already.
+        index, config.json, and a tokenizer of the ICE layout with the published ids. With all 28
+        layers it takes 13.4 GB.
+
+    folder: must not exist.
+    layers: layers of the LM.
+    seed: of the random weights.
+    progress: called with what is being done, how much is done, and how much there is.
+
+    Raises CheckpointError if the folder already exists.
     """
     if os.path.lexists(folder):
         raise CheckpointError(
@@ -79,12 +86,14 @@ def write_synthetic(
 
 
 def write_tokenizer(path: Path) -> None:
-    """A sentencepiece model of ChatGLM-6B's layout and size: 130344 pieces, the ids as published.
+    """Write a sentencepiece model of ChatGLM-6B's layout and size: 130344 pieces, published ids.
 
     Its pieces are ASCII characters, Chinese characters and pairs of them, so that ordinary Chinese
     takes about as many tokens as with the real model.
+
+    path: the file to write.
     """
-    # protobuf makes these classes when they are imported: type checkers cannot see them
+    # protobuf makes these classes at import: type checkers cannot see them
     pb: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     kinds = pb.ModelProto.SentencePiece
     control = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
@@ -111,7 +120,7 @@ def write_tokenizer(path: Path) -> None:
 def _texts(count: int) -> list[str]:
     common = [chr(c) for c in range(0x4E00, 0xA000)]
     singles = ["▁", *(chr(c) for c in range(33, 127)), *common]
-    # each pair once, spread over the whole block: the second character moves by a growing step
+    # each pair once, spread over the whole block; the second character moves by a growing step
     pairs = (
         common[i] + common[(i * 7 + step * 131) % len(common)]
         for step in range(1, 9)
@@ -158,12 +167,12 @@ def _write_shards(
         file = f"pytorch_model-{number:05}-of-{len(plan):05}.bin"
         state = {}
         for key in keys:
-            # the head is the word embeddings again: both are drawn from the same state
+            # the head equals the word embeddings: both are drawn from the same state
             tied = key in ("word_embeddings.weight", "lm_head.weight")
             source = embeddings.manual_seed(generator.initial_seed() + 1) if tied else generator
             published = key if key == "lm_head.weight" else f"transformer.{key}"
             state[published] = _random(key, shapes[key], source)
-            if key.endswith("attention.query_key_value.weight"):  # a buffer, published with it
+            if key.endswith("attention.query_key_value.weight"):  # this buffer is published with it
                 buffer = published.replace("query_key_value.weight", "rotary_emb.inv_freq")
                 state[buffer] = torch.ones(config.head_size // 4, dtype=torch.float16)
             done += _bytes(key, shapes[key])
@@ -175,7 +184,7 @@ def _write_shards(
 
 
 def _shards(config: LMConfig) -> Iterator[list[str]]:
-    """Which tensors share a file; the cuts are those of the old vocabulary, as published."""
+    """Which tensors share a file; the files are cut as published, for the old vocabulary."""
     old = lm_shapes(replace(config, vocab_size=OLD_VOCABULARY))
     shard, size = [], 0
     for key, shape in old.items():
@@ -192,7 +201,7 @@ def _bytes(key: str, shape: tuple[int, ...]) -> int:
 
 
 def _random(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """One tensor: unit layer norms, zero biases, matrices that keep the scale of what they take."""
+    """One tensor: unit layer norms, zero biases, matrices that keep the scale of their input."""
     if "layernorm" in key:
         return torch.ones(shape) if key.endswith("weight") else torch.zeros(shape)
     if key.endswith("bias"):
@@ -209,7 +218,8 @@ def _write_vision(folder: Path, hidden: int, generator: torch.Generator) -> None
     clip = PUBLISHED_VISION["clip"]
     network = clip.network
     assert network
-    whole = replace(network, layers=network.layers + 1)  # with the last, which no bridge reads
+    # with the last layer, which no bridge reads
+    whole = replace(network, layers=network.layers + 1)
     config = CLIPVisionConfig(**vit_settings(whole, clip.pixels.image_size))
     tower = folder / "clip-vit-large-patch14"
     config.save_pretrained(tower)
@@ -228,10 +238,17 @@ def write_synthetic_bundle(
     shape: LMConfig = PUBLISHED,
     progress: Progress = lambda stage, done, total: None,
 ) -> None:
-    """Write what `seechat export` would make of a synthetic ChatGLM-6B, without the detour.
+    """Write directly what `seechat export` would make of a synthetic ChatGLM-6B.
 
-    A text-only bundle; its quantized weights are random codes and one scale, so it takes the time
-    that writing 3.5 GB takes. Atomic: `folder` appears when it is complete.
+    The bundle is text-only. Its quantized weights are random codes and one scale, so this takes
+    only the time to write 3.5 GB. It is atomic: `folder` appears when it is complete.
+
+    folder: must not exist.
+    precision: a name of precisions.PRECISIONS.
+    block_size: inputs that share a scale.
+    layers: layers of the LM.
+    shape: the other sizes.
+    progress: called with what is being done, how much is done, and how much there is.
     """
     config, form = replace(shape, num_layers=layers), PRECISIONS[precision]
     block_size = block_size if form.block else 0
@@ -276,9 +293,10 @@ def write_synthetic_bundle(
 def _random_blocks(
     stored: ArraySpan, item: TensorLayout, precision: Precision, generator: np.random.Generator
 ) -> Iterator[bytes | memoryview]:
-    """An array's bytes, piece by piece, with the scale that keeps activations near unit.
+    """Yield an array's bytes, piece by piece, with the scale that keeps activations near unit.
 
-    No two weights are the same: ONNX Runtime keeps equal ones once, and would seem frugal and fast.
+    No two weights are the same: ONNX Runtime keeps equal ones only once, and would seem frugal and
+        fast.
     """
     if item.kind == "vector":
         value = 1.0 if item.key.endswith("norm.weight") else 0.0

@@ -1,6 +1,6 @@
-"""Vision networks as ONNX: traced without their weights, which are then written one at a time.
+"""Writes vision networks as ONNX: traced without weights, which are then written one at a time.
 
-A traced graph names the network's parameters; what is stored for each is worked out only when the
+A traced graph names the network's parameters. What is stored for each is computed only when the
 file is written, so that exporting takes the memory of the largest matrix, not of the network.
 """
 
@@ -37,11 +37,16 @@ Values = Callable[[], np.ndarray]  # float32 or float16
 def export_vision(module: nn.Module, config: VisionConfig, path: Path, *, precision: str) -> None:
     """Write a vision module as ONNX: pixel_values [n, 3, S, S] -> image_embeds [n, tokens, hidden].
 
-    module: Streamed, or any network with its weights. precision: "fp32"; "fp16", where matrices
-    are stored as float16; or "int8", where those of products are, in blocks of BLOCK_SIZE. The
-    arithmetic is float32. What a Streamed network reads goes to a file beside it,
-    VisionConfig.weights; with fp16 and int8 a second graph of that file, VisionConfig.half,
-    computes in float16, for GPUs. The weights of another network are kept in the one graph.
+    The arithmetic is float32. The weights of a Streamed network go to a file beside the graph,
+    VisionConfig.weights. With fp16 and int8 there is a second graph over that file,
+    VisionConfig.half, which computes in float16, for GPUs. The weights of any other network are
+    kept in the one graph.
+
+    module: a Streamed network, or any network with its weights.
+    config: describes it.
+    path: the graph to write.
+    precision: "fp32"; "fp16" stores matrices as float16; "int8" stores the matrices of products in
+        blocks of BLOCK_SIZE.
     """
     check_choice("vision_precision", precision, VISION_PRECISIONS)
     form = VISION_PRECISIONS[precision]
@@ -50,7 +55,8 @@ def export_vision(module: nn.Module, config: VisionConfig, path: Path, *, precis
             model = _trace_streamed(module, config)
         else:
             model = _trace(module, config, optimize=True)
-        ClearMetadataAndDocStringPass()(model)  # traces of the exporting machine's source files
+        # the graph would name the exporting machine's source files
+        ClearMetadataAndDocStringPass()(model)
         if form.integers:
             _store_as_int8(model.graph)
         if not form.exact:
@@ -64,9 +70,9 @@ def export_vision(module: nn.Module, config: VisionConfig, path: Path, *, precis
 
 
 def _write_weights(graph: ir.Graph, path: Path) -> None:
-    """Write lazy tensors to a safetensors file, one at a time, and leave where they are in it.
+    """Write lazy tensors to a safetensors file, one at a time, and note where each lies in it.
 
-    ONNX Runtime finds them by their place, everybody else (vision.bundled) by their names.
+    ONNX Runtime finds them by their place, every other reader (vision.bundled) by their names.
     """
     kinds = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.UINT8: "U8"}
     lazy = [
@@ -74,11 +80,12 @@ def _write_weights(graph: ir.Graph, path: Path) -> None:
         for name, value in graph.initializers.items()
         if isinstance(value.const_value, ir.LazyTensor)
     ]
-    order: dict[str, int] = {}  # a matrix' codes and scales are made at once: side by side
+    # a matrix's codes and scales are made at once, so they lie side by side
+    order: dict[str, int] = {}
 
     def place(entry: tuple[str, ir.Value, ir.LazyTensor]) -> tuple[bool, int]:
         name = entry[0].partition(CODES)[0].partition(SCALES)[0]
-        # float32 first: what comes after it needs less alignment
+        # float32 first: the other types need less alignment
         return entry[2].dtype != ir.DataType.FLOAT, order.setdefault(name, len(order))
 
     lazy.sort(key=place)
@@ -121,12 +128,12 @@ def _trace(module: nn.Module, config: VisionConfig, *, optimize: bool) -> ir.Mod
         optimize=optimize,
         verbose=False,
     )
-    assert program is not None  # None only comes from the old exporter
+    assert program is not None  # only the old exporter returns None
     return program.model
 
 
 def _trace_streamed(module: Streamed, config: VisionConfig) -> ir.Model:
-    """Trace a network without weights, and let its initializers read them when they are written."""
+    """Trace a network without weights; its initializers read them when they are written."""
     from onnxscript.optimizer import optimize_ir
 
     network = copy.deepcopy(module.network)
@@ -135,14 +142,14 @@ def _trace_streamed(module: Streamed, config: VisionConfig) -> ir.Model:
         for name, parameter in part.named_parameters(recurse=False):
             shapes[f"{prefix}.{name}" if prefix else name] = tuple(parameter.shape)
             # one number that looks like the whole parameter: the trace must not take its memory.
-            # Not zero, for which a bias would be left out
+            # Not zero, because a bias of zero would be left out
             nothing = torch.full((), torch.nan).expand(parameter.shape)
             setattr(part, name, nn.Parameter(nothing, requires_grad=False))
     model = _trace(network, config, optimize=False)
     graph = model.graph
     pixels = graph.inputs[0]
     values = {name: graph.initializers.pop(name) for name in shapes}
-    for value in values.values():  # not known, so that nothing is worked out in advance
+    for value in values.values():  # unknown, so that nothing is computed in advance
         value.const_value = None
         graph.inputs.append(value)
     optimize_ir(model)
@@ -195,12 +202,12 @@ def _lazy(
 
 
 def _store_as_fp16(graph: ir.Graph) -> None:
-    """Store weight matrices as float16, each cast back to float32 in front of its users.
+    """Store weight matrices as float16; each is cast back to float32 before its users.
 
     Vectors (biases, layer norms) stay as they are: they are small, and rounding them shows. The
-    casts stand first in the graph: ONNX Runtime orders a graph by going back from its outputs, to
-    the later one of a node's inputs first, so that each cast then runs right before its user. Where
-    they are not folded, one matrix at a time is held in float32, not all.
+    casts come first in the graph. ONNX Runtime orders a graph by going back from its outputs, first
+    to the later one of a node's inputs, so that each cast then runs right before its user. If the
+    casts are not folded, only one matrix at a time is held in float32.
     """
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
@@ -224,7 +231,7 @@ def _store_as_int8(graph: ir.Graph) -> None:
     """
     matrices: dict[str, Callable[[], np.ndarray]] = {}
 
-    # codes and scales of a matrix are two tensors of the file, written one after the other
+    # codes and scales of a matrix are two tensors of the file, written in turn
     @functools.lru_cache(maxsize=1)
     def quantized(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         weight = torch.from_numpy(np.ascontiguousarray(matrices[name]().T))
@@ -265,10 +272,10 @@ def _store_as_int8(graph: ir.Graph) -> None:
 
 
 def _compute_in_fp16(graph: ir.Graph) -> None:
-    """Let the arithmetic be float16, between pixels and embeddings, which stay float32."""
+    """Make the arithmetic float16; pixels and embeddings stay float32."""
     full, half = ir.DataType.FLOAT, ir.DataType.FLOAT16
     for node in list(graph):
-        if node.op_type == "Cast" and node.outputs[0].dtype == full:  # of a stored matrix
+        if node.op_type == "Cast" and node.outputs[0].dtype == full:  # the cast of a stored matrix
             (stored,), (widened,) = node.inputs, node.outputs
             assert stored is not None and stored.dtype == half
             ir.convenience.replace_all_uses_with(widened, stored)
@@ -297,7 +304,7 @@ def _compute_in_fp16(graph: ir.Graph) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's exporter from talking about its inner life: warnings, log lines, prints."""
+    """Silence torch's exporter: its warnings, log lines and prints."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,11 +1,4 @@
-"""OUT.partial, where a bundle is written until it is complete: what of it is ours.
-
-Whatever else is there belongs to somebody else: then nothing is written and nothing removed.
-
-    OUT.partial/journal.json    what an export has done; says itself whose it is
-    OUT.partial/export.lock     held while one writes
-    OUT.partial/bundle/         becomes OUT
-"""
+"""Manages OUT.partial, where a bundle is written until it is complete; knows what in it is ours."""
 
 import json
 import stat
@@ -21,14 +14,15 @@ from seechat_weights.files.untrusted import read_file
 
 FORMAT, VERSION = "seechat-export-journal", 1
 JOURNAL, NEW_JOURNAL, LOCK, BUNDLE = "journal.json", "journal.json.new", "export.lock", "bundle"
-_BEGINNING = json.dumps({"format": FORMAT})[:-1].encode()  # of every journal
-_MAX_JOURNAL = 1 << 20  # bytes; it has a few hundred
+_BEGINNING = json.dumps({"format": FORMAT})[:-1].encode()  # the beginning of every journal
+_MAX_JOURNAL = 1 << 20  # bytes; a journal has a few hundred
 
 
 class Workplace:
-    """The place beside `out` in which it is written.
+    """The place beside `out` in which a bundle is written.
 
-    names: of the files that may be written into the bundle.
+    out: the bundle's folder.
+    names: the files that may be written into the bundle.
     """
 
     def __init__(self, out: Path, names: Collection[str]) -> None:
@@ -39,16 +33,16 @@ class Workplace:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Have it, empty or as an export left it, for this process alone.
+        """Hold the place for this process alone, empty or as an export left it.
 
-        Raises BundleError where it is somebody else's or another export writes there, OSError.
+        Raises BundleError if it is somebody else's or another export writes there, OSError.
         """
         self._check()
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK, timeout=0)
         try:
             with lock:
-                self._check()  # now that nobody else changes it
+                self._check()  # again, now that nobody else changes it
                 yield
         except Timeout:
             raise BundleError(
@@ -56,13 +50,13 @@ class Workplace:
                 "or choose another name"
             ) from None
         finally:
-            if not (self.path / JOURNAL).exists():  # done, or never begun
-                with suppress(OSError):  # another export has come to it meanwhile
+            if not (self.path / JOURNAL).exists():  # finished, or never begun
+                with suppress(OSError):  # another export may use it by now
                     (self.path / LOCK).unlink(missing_ok=True)
                     self.path.rmdir()
 
     def journal(self) -> dict[str, Any]:
-        """What an export noted last; empty if none did."""
+        """What an export noted last; empty if there is no note."""
         try:
             found = json.loads(read_file(self.path / JOURNAL, limit=_MAX_JOURNAL))
         except (OSError, ValueError, RecursionError):
@@ -74,7 +68,10 @@ class Workplace:
         return found if ours and isinstance(files, list) else {}
 
     def record(self, **facts: object) -> None:
-        """Note them; atomic, so never half a note."""
+        """Note facts. The write is atomic, so there is never half a note.
+
+        facts: what to note.
+        """
         note = {"format": FORMAT, "version": VERSION, "out": self.out.name}
         note |= {"files": sorted(self.names), **facts}
         new = self.path / NEW_JOURNAL
@@ -82,13 +79,16 @@ class Workplace:
         new.replace(self.path / JOURNAL)
 
     def clear(self, *keep: str) -> None:
-        """Remove an earlier export's files from the bundle, but for those to keep."""
+        """Remove an earlier export's files from the bundle.
+
+        keep: names of files to keep.
+        """
         self.folder.mkdir(exist_ok=True)
         for name in self._found() - {*keep}:
             (self.folder / name).unlink()
 
     def deliver(self) -> None:
-        """Give the bundle its name."""
+        """Give the bundle its final name."""
         self.folder.rename(self.out)
         self._forget()
 
@@ -100,14 +100,14 @@ class Workplace:
         self._forget()
 
     def _forget(self) -> None:
-        for name in (NEW_JOURNAL, JOURNAL):  # the lock goes when it is let go
+        for name in (NEW_JOURNAL, JOURNAL):  # the lock file is removed when the lock is released
             (self.path / name).unlink(missing_ok=True)
 
     def _found(self) -> set[str]:
         return {file.name for file in self.folder.iterdir()}
 
     def _check(self) -> None:
-        """See that all that is there is an export's of the same name."""
+        """Check that everything there is from an export of the same name."""
         try:
             status = self.path.lstat()
         except FileNotFoundError:
@@ -117,7 +117,8 @@ class Workplace:
         found = {file.name: file.lstat() for file in self.path.iterdir()}
         if LOCK in found and found[LOCK].st_size:
             raise self._others(f"with a {LOCK} that says something")
-        if NEW_JOURNAL in found:  # cut short while it was written, or just before it got its name
+        # an export was interrupted while writing it, or just before renaming it
+        if NEW_JOURNAL in found:
             begun = read_file(self.path / NEW_JOURNAL, limit=_MAX_JOURNAL)
             if not begun.startswith(_BEGINNING[: len(begun)]):
                 raise self._others(f"with a {NEW_JOURNAL} that no export wrote")
@@ -132,7 +133,7 @@ class Workplace:
             files |= {file: file.lstat() for file in self.folder.iterdir()}
             if unknown := sorted(self._found() - self.names - set(map(str, journal["files"]))):
                 raise self._others(f"it holds {unknown[0]!r:.80}")
-        for file, status in files.items():  # a link would lead to somebody else's file
+        for file, status in files.items():  # a link could lead to somebody else's file
             if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
                 raise self._others(f"its {file.name!r:.80} is a link or no file")
 
