@@ -1,4 +1,11 @@
-"""Manages OUT.partial, where a bundle is written until it is complete; knows what in it is ours."""
+"""Manages OUT.partial, where a bundle is written until it is complete; knows what in it is ours.
+
+Anything else there belongs to somebody else; then nothing is written and nothing is removed.
+
+    OUT.partial/journal.json    what an export has done; says itself whose it is
+    OUT.partial/export.lock     held while an export writes
+    OUT.partial/bundle/         becomes OUT
+"""
 
 import json
 import stat
