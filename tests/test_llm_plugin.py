@@ -7,6 +7,7 @@ from pathlib import Path
 
 import llm
 import pytest
+from PIL import Image
 
 import seechat_lite as sl
 from serving import IMAGES, PANDA
@@ -69,6 +70,15 @@ def test_options_and_system_prompt(home: Path) -> None:
 def test_errors_are_one_line(home: Path, args: list[str], message: str) -> None:
     done = run(home, "-m", "seechat", *args, "x")
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_picture_without_words(tmp_path: Path) -> None:
+    """And one of a kind that other plugins leave out."""
+    avif = tmp_path / "panda.avif"
+    Image.open(PANDA_FILE).convert("RGB").save(avif)
+    model = llm.get_model("seechat")
+    for path in (PANDA_FILE, str(avif)):
+        assert model.prompt("", attachments=[llm.Attachment(path=path)]).text() == "这是熊猫。"
 
 
 def test_from_python() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import seechat_lite as sl
+from seechat_lite.cli.main import main
 from seechat_lite.conversation import FORMATS
 from seechat_lite.messages import ROLES, MessagesError, read_messages
 
@@ -259,6 +260,15 @@ def test_a_picture_without_words(model: sl.Model) -> None:
     for nothing in (None, [], ()):
         with pytest.raises(sl.ContextError, match="the question is empty"):
             model.chat().stream("", nothing)
+
+
+def test_the_command_describes_a_picture_without_words(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["ask", str(PANDA), ""]) == 0
+    assert capfd.readouterr().out == "这是熊猫。\n"
+    with pytest.raises(SystemExit):
+        main(["ask", " "])
 
 
 # --- what an answer took

@@ -51,7 +51,7 @@ def _ask(args: argparse.Namespace, usage_error: UsageError) -> int:
     with suppress(OSError):  # a question may be too long for a file name
         if Path(question).is_file():
             usage_error(f"{question} is a file; the question comes after the pictures")
-    if not trimmed(question):
+    if not trimmed(question) and not (places or args.image):  # a picture alone is described
         usage_error("the question is empty")
     # Python turns undecodable bytes into these
     if any("\ud800" <= c <= "\udfff" for c in question):
