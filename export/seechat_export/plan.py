@@ -52,6 +52,7 @@ class Parts:
 
     @property
     def total(self) -> int:
+        """Bytes of all files together."""
         return self.weights + self.embeddings + self.vision
 
     def __str__(self) -> str:

@@ -46,6 +46,12 @@ class KVCache:
 
     @classmethod
     def empty(cls, model: "ChatGLM", capacity: int, batch: int = 1) -> "KVCache":
+        """A cache with no tokens.
+
+        model: whose cache it is.
+        capacity: tokens that it has room for.
+        batch: sequences.
+        """
         c, weight = model.config, model.word_embeddings.weight
         shape = (batch, c.num_heads, capacity, c.head_size)
         make = lambda: [weight.new_zeros(shape) for _ in range(c.num_layers)]  # noqa: E731
@@ -53,6 +59,8 @@ class KVCache:
 
 
 class Attention(nn.Module):
+    """Self-attention with the two-dimensional rotary embedding; see Block for the shapes."""
+
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
         self.heads = config.num_heads
@@ -82,6 +90,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linears with a GELU between them."""
+
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_size)
@@ -92,6 +102,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention and MLP, each on the layer-normed input with a scaled residual."""
+
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)

@@ -39,7 +39,10 @@ CGROUPS = (
 
 @dataclass(frozen=True)
 class Advice:
-    """What would fit, in words and as data. options, calls: see errors.SeechatError."""
+    """What would fit, in words and as data.
+
+    options, calls: see errors.SeechatError.
+    """
 
     text: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -47,7 +50,11 @@ class Advice:
 
     @classmethod
     def load(cls, name: str, value: Any) -> Self:
-        """Advice to load the model with another value of one argument."""
+        """Advice to load the model with another value of one argument.
+
+        name: the argument.
+        value: its new value.
+        """
         return cls(f"load it with {name}={value!r}", {name: value})
 
 

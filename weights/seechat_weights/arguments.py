@@ -1,4 +1,4 @@
-"""Checks of what a caller passes: a wrong argument is an OptionError that says what is expected."""
+"""Checks what a caller passes: a wrong argument is an OptionError that says what is expected."""
 
 import math
 import numbers
@@ -12,7 +12,13 @@ MAX_INTEGER = 2**63 - 1
 
 
 def refuse(name: str, value: object, expected: str, do: str | None = None) -> NoReturn:
-    """Raise OptionError: the argument `name` is `value`, which is not what is `expected`."""
+    """Raise OptionError for an argument.
+
+    name: the argument.
+    value: what was passed.
+    expected: what was expected, in words.
+    do: what to do; None for the usual advice.
+    """
     do = do or "pass that, or leave it out for the default"
     raise OptionError(f"{name} is {_shown(value)}; expected {expected}: {do}", options={name: None})
 
@@ -20,7 +26,15 @@ def refuse(name: str, value: object, expected: str, do: str | None = None) -> No
 def check_integer(
     name: str, value: Any, *, least: int = 0, most: int = MAX_INTEGER, expected: str
 ) -> None:
-    """Raise OptionError unless `value` is a whole number of `least` to `most`; 1.0 is none."""
+    """Check that an argument is a whole number; 1.0 is not one.
+
+    name: the argument.
+    value: what was passed.
+    least, most: the smallest and the largest allowed.
+    expected: what was expected, in words.
+
+    Raises OptionError.
+    """
     try:
         number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -32,7 +46,15 @@ def check_integer(
 def check_number(
     name: str, value: object, *, least: float = -math.inf, most: float = math.inf, expected: str
 ) -> None:
-    """Raise OptionError unless `value` is a finite number of `least` to `most`."""
+    """Check that an argument is a finite number.
+
+    name: the argument.
+    value: what was passed.
+    least, most: the smallest and the largest allowed.
+    expected: what was expected, in words.
+
+    Raises OptionError.
+    """
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         try:
             number = float(value)
@@ -44,20 +66,35 @@ def check_number(
 
 
 def check_choice(name: str, value: object, known: Iterable[str]) -> None:
-    """Raise OptionError unless `value` is one of the texts that are known."""
+    """Check that an argument is one of some texts.
+
+    name: the argument.
+    value: what was passed.
+    known: the texts.
+
+    Raises OptionError.
+    """
     known = list(known)
     if not (isinstance(value, str) and value in known):
         refuse(name, value, f"one of {', '.join(known)}", "pass one of these names")
 
 
 def check_type(name: str, value: object, kind: Any, expected: str) -> None:
-    """Raise OptionError unless `value` is of this kind, a type or a union of types."""
+    """Check the type of an argument.
+
+    name: the argument.
+    value: what was passed.
+    kind: a type or a union of types.
+    expected: what was expected, in words.
+
+    Raises OptionError.
+    """
     if not isinstance(value, kind):
         refuse(name, value, expected)
 
 
 def _shown(value: object) -> str:
-    """A value for an error: short, whatever it is."""
+    """A value for an error, always short."""
     try:
         text = repr(value)
     except Exception:  # an integer of very many digits, or an object that cannot say what it is

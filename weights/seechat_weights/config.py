@@ -44,6 +44,7 @@ class LMConfig:
 
     @property
     def head_size(self) -> int:
+        """Size of one head."""
         return self.hidden_size // self.num_heads
 
     @property

@@ -20,11 +20,12 @@ from seechat_weights.plain_text import one_line
 
 
 class SeechatError(Exception):
-    """Base of all errors raised on purpose; as text it is one line, whatever files had in it.
+    """Base of all errors raised on purpose. Its text is one line, whatever a file contained.
 
-    options: the arguments of the failed call that the advice is about, with values that would do,
-    None for one that the caller has to find. calls: other calls that it is about, "load", "export"
-    (make a bundle) or "identify" (ask what a path holds), each with its arguments.
+    options: the arguments of the failed call that the advice is about, with values that would do;
+        None for a value that the caller has to find.
+    calls: other calls that the advice is about, each with its arguments: "load", "export" (make a
+        bundle) or "identify" (ask what a path holds).
     """
 
     def __init__(

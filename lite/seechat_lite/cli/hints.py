@@ -1,4 +1,4 @@
-"""Command lines for people: what an error's or an identity's facts are called on a command line."""
+"""Writes command lines for people from the facts of an error or an identity."""
 
 import os
 import re
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def quoted(text: str | Path) -> str:
-    """One word of a command line, for sh or, on Windows, for cmd and PowerShell alike."""
+    """One word of a command line, quoted for sh or, on Windows, for both cmd and PowerShell.
+
+    text: the word.
+    """
     text = str(text)
     if os.name == "posix":
         return shlex.quote(text)
@@ -22,12 +25,18 @@ def quoted(text: str | Path) -> str:
 
 
 def flag(name: str) -> str:
-    """An argument of the library as commands call it."""
+    """The option of a command for an argument of the library.
+
+    name: the argument.
+    """
     return "--" + name.replace("_", "-")
 
 
 def flags(options: Mapping[str, Any]) -> str:
-    """Arguments of the library as options; None stands for a value that is not known."""
+    """Options of a command for arguments of the library.
+
+    options: argument -> value; None stands for a value that is not known.
+    """
     words = []
     for name, value in options.items():
         if isinstance(value, bool):
@@ -38,8 +47,9 @@ def flags(options: Mapping[str, Any]) -> str:
 
 
 def hint(error: SeechatError, known: Container[str] = ()) -> str:
-    """What is to be typed to follow an error's advice; "" where nothing is.
+    """What to type to follow an error's advice; "" if there is nothing.
 
+    error: the error.
     known: the names of the options that the running command has.
     """
     own = flags({name: value for name, value in error.options.items() if name in known})
@@ -47,7 +57,11 @@ def hint(error: SeechatError, known: Container[str] = ()) -> str:
 
 
 def command(call: str, options: Mapping[str, Any]) -> str:
-    """The command that is a call of the library: "load", "export" or "identify"."""
+    """The command for a call of the library.
+
+    call: "load", "export" or "identify".
+    options: the arguments of the call.
+    """
     options = dict(options)
     if call == "identify":
         path = options.pop("path", None)
@@ -60,13 +74,20 @@ def command(call: str, options: Mapping[str, Any]) -> str:
 
 
 def told(error: SeechatError, known: Container[str] = ()) -> str:
-    """An error with its hint, in one line."""
+    """An error with its hint, in one line.
+
+    error: the error.
+    known: the names of the options that the running command has.
+    """
     found = hint(error, known)
     return f"{error} ({found})" if found else str(error)
 
 
 def as_usage(error: SeechatError) -> str:
-    """An error of wrong arguments, which are called as they were typed."""
+    """An error of wrong arguments; they are named as they were typed.
+
+    error: the error.
+    """
     text = str(error)
     for name in error.options:
         text = re.sub(rf"(?<![\w-]){name}(?![\w-])", flag(name), text)
@@ -74,14 +95,20 @@ def as_usage(error: SeechatError) -> str:
 
 
 def export_with(found: "Identity") -> str | None:
-    """The command that makes a bundle of what was found, None if there is none."""
+    """The command that makes a bundle of what was found; None if there is none.
+
+    found: what was found.
+    """
     if found.kind == "bundle" or not found.options:
         return None
     return command("export", found.options)
 
 
 def chat_with(found: "Identity") -> str | None:
-    """The command that runs what was found as it is, None if there is none."""
+    """The command that runs what was found as it is; None if there is none.
+
+    found: what was found.
+    """
     if not found.runs:
         return None
     if found.kind == "bundle":

@@ -90,6 +90,7 @@ def add_memory_options(parser: Any) -> None:
 
 
 def add_model_option(parser: Any) -> None:
+    """Add the option of the model's name."""
     parser.add_argument(
         "--model",
         type=Path,

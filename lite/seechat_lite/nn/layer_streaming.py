@@ -65,6 +65,10 @@ class Streamed(nn.Module):
         return network.requires_grad_(False)
 
     def parameter(self, name: str) -> nn.Parameter:
+        """Read a parameter onto the device.
+
+        name: the parameter's name in the whole network.
+        """
         value = self.read(name)
         # writeable arrays are private views of a mapped file; moved to the device as stored,
         # converted and reordered only there

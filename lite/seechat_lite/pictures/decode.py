@@ -225,6 +225,7 @@ def undecodable(error: Exception) -> ImageError:
 
 
 def too_much_memory() -> TooMuchMemoryError:
+    """The error for a picture that the memory cannot hold."""
     return TooMuchMemoryError(
         f"decoding takes more than {BUDGET // 10**6} MB; expected at most {MAX_PIXELS // 10**6} "
         "million pixels, and ordinary ones: make the picture smaller, or save it as PNG"

@@ -256,4 +256,5 @@ def _as_text(head: bytes) -> str | None:
 
 
 def heif_missing() -> ImageError:
+    """The error for a HEIF picture if pillow-heif is not installed."""
     return ImageError(f"{_HEIC[0]}; expected {EXPECTED}: {_HEIC[1]}")

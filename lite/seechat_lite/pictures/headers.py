@@ -37,6 +37,7 @@ class Header:
 
     @property
     def pixels(self) -> int:
+        """Width times height."""
         return self.size[0] * self.size[1]
 
 
@@ -230,6 +231,10 @@ def orientation_of_exif(block: bytes) -> int | None:
 
 
 def orientation_of_xmp(text: bytes) -> int | None:
+    """The orientation, 1 to 8, in a text of XMP; None if it has none.
+
+    text: the XMP.
+    """
     found = _XMP.search(text)
     return int(found[1]) if found else None
 

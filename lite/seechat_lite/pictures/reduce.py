@@ -86,6 +86,11 @@ def reduce(
 
 
 def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """The image turned upright.
+
+    image: the image.
+    orientation: 1 to 8, as EXIF has it.
+    """
     turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
@@ -112,10 +117,22 @@ def check_size(size: tuple[int, int], mode: str) -> None:
 
 
 def too_large(what: str, limit: str) -> ImageError:
+    """The error for a picture that is too large.
+
+    what: what is too large, in words.
+    limit: how much is allowed, in words.
+    """
     return ImageError(f"{what}; expected at most {limit}: make the picture smaller")
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image to another colour mode.
+
+    image: the image.
+    mode: Pillow's name of the mode.
+
+    Raises ImageError for a colour space that Pillow cannot convert.
+    """
     if image.mode == mode:
         return image
     try:

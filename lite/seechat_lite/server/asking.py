@@ -216,6 +216,10 @@ def tools_ignored(tools: Any, choice: str | dict[str, Any] | None) -> list[str]:
 
 
 def unknown_model(name: str) -> ApiError:
+    """The error for another model's name.
+
+    name: the name.
+    """
     shown = name if len(name) <= 80 else name[:80] + "…"
     return ApiError(
         404,

@@ -32,6 +32,10 @@ class OldCompletions:
         self._asking = asking
 
     async def answer(self, request: Request) -> Response:
+        """Answer a request, whole or as a stream.
+
+        request: the request.
+        """
         ask, ignored, stream, with_usage = await self._asked(request)
         head = {
             "id": f"cmpl-{secrets.token_hex(12)}",

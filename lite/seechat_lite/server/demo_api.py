@@ -38,6 +38,10 @@ class Legacy:
         self._images = images
 
     async def answer(self, request: Request) -> Response:
+        """Answer a request of either demo.
+
+        request: the request.
+        """
         body = await self._bodies.read(request, schemas.LegacyRequest)
         question = body.prompt if body.text is None else body.text
         if question is None or (body.prompt is not None and body.text is not None):

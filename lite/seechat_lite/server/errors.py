@@ -48,6 +48,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, dict[str, str | None]]:
+        """The error as a JSON object, as OpenAI's API has it."""
         kind = _TYPES.get(
             self.status, "server_error" if self.status >= 500 else "invalid_request_error"
         )
@@ -56,6 +57,7 @@ class ApiError(Exception):
         }
 
     def response(self) -> JSONResponse:
+        """The error as a response with its status and headers."""
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 

@@ -181,9 +181,9 @@ class _Protocol(H11Protocol):
 
 
 def no_delay(sock: Any) -> None:
-    """Have small events sent at once; else each waits 40 ms for the client's acknowledgement.
+    """Send small events at once; otherwise each waits 40 ms for the client's acknowledgement.
 
-    asyncio sets this only on sockets that were made with the protocol's number.
+    sock: the connection's socket.
     """
     if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

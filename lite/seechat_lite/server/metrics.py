@@ -36,6 +36,10 @@ class Metrics:
         )
 
     def answered(self, stats: Stats) -> None:
+        """Count an answer.
+
+        stats: what it took.
+        """
         self._tokens.labels("prompt").inc(stats.prompt_tokens)
         self._tokens.labels("completion").inc(stats.new_tokens)
         self._answers.labels(stats.finish_reason).inc()
@@ -43,11 +47,21 @@ class Metrics:
         self._speed.set(stats.tokens_per_second)
 
     def requested(self, method: str, status: int) -> None:
+        """Count a request.
+
+        method: its HTTP method.
+        status: the HTTP status of its answer.
+        """
         # clients could make up names, which would grow the registry without end
         known = method if method in ("GET", "HEAD", "POST", "OPTIONS") else "other"
         self._requests.labels(known, str(status)).inc()
 
     def response(self, *, waiting: int, loaded: bool) -> Response:
+        """The counts in Prometheus's text format.
+
+        waiting: requests that wait.
+        loaded: whether the model is loaded.
+        """
         self._waiting.set(waiting)
         self._loaded.set(loaded)
         self._memory.set(memory())

@@ -46,6 +46,7 @@ class Ollama:
         self._since = _now()
 
     def routes(self) -> list[Route]:
+        """The routes of these endpoints."""
         return [
             Route("/api/chat", self._chat, methods=["POST"]),
             Route("/api/generate", self._generate, methods=["POST"]),

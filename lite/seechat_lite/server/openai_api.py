@@ -33,6 +33,10 @@ class Completions:
         self._asking = asking
 
     async def answer(self, request: Request) -> Response:
+        """Answer a request, whole or as a stream.
+
+        request: the request.
+        """
         ask, ignored, stream, usage = await self._asked(request)
         head = _Head(self._asking.names[0])
         if stream:
@@ -183,14 +187,27 @@ class _Head:
 
 
 def json_response(body: BaseModel, headers: Mapping[str, str] | None = None) -> Response:
+    """A model as a JSON response.
+
+    body: the model.
+    headers: more headers.
+    """
     return Response(to_json(body), media_type="application/json", headers=headers)
 
 
 def finish_reason(stats: Stats) -> schemas.FinishReason:
+    """Why an answer ended, in OpenAI's words.
+
+    stats: what it took.
+    """
     return "stop" if stats.finish_reason == "stop" else "length"
 
 
 def usage_of(stats: Stats) -> schemas.Usage:
+    """The tokens of prompt and answer, as OpenAI counts them.
+
+    stats: what the answer took.
+    """
     return schemas.Usage(
         prompt_tokens=stats.prompt_tokens,
         completion_tokens=stats.new_tokens,

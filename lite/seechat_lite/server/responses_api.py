@@ -39,6 +39,10 @@ class Responses:
         self._asking = asking
 
     async def answer(self, request: Request) -> Response:
+        """Answer a request, whole or as a stream.
+
+        request: the request.
+        """
         ask, ignored, stream, about = await self._asked(request)
         item = f"msg_{secrets.token_hex(16)}"
         if not stream:

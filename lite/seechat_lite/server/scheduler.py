@@ -99,6 +99,7 @@ class Scheduler:
 
     @property
     def status(self) -> Literal["ok", "loading", "unloaded", "stopping"]:
+        """The state of the model and the server, as /health shows it."""
         if self._stopping:
             return "stopping"
         if not self._opened:
@@ -107,6 +108,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
+        """How many requests wait."""
         return len(self._queue)
 
     @property
@@ -116,6 +118,7 @@ class Scheduler:
 
     @property
     def answering(self) -> bool:
+        """Whether an answer runs."""
         return self._running is not None
 
     @property

@@ -36,10 +36,12 @@ class ArraySpan:
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @property
     def end(self) -> int:
+        """The first byte after it."""
         return self.offset + self.nbytes
 
 

@@ -61,6 +61,8 @@ class Decoder:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
+    """The tokenizer's file and its vocabulary."""
+
     file: str = "ice_text.model"
     num_image_tokens: int = 0  # 20000 in the old vocabulary of 150528 ids
 
@@ -74,6 +76,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class FileHash:
+    """The size of a file in bytes and its sha256."""
+
     bytes: int
     sha256: str
 
@@ -95,6 +99,7 @@ class Manifest:
     version: int = VERSION
 
     def to_json(self) -> str:
+        """The manifest as JSON, as from_json reads it."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1) + "\n"
 
     @classmethod

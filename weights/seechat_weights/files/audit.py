@@ -44,6 +44,12 @@ class Place:
     name: str
 
     def error(self, found: str, expected: str, do: str = "") -> CheckpointError:
+        """The error for what was found here.
+
+        found: what was found.
+        expected: what was expected.
+        do: what to do; "" for the usual advice.
+        """
         beside = unfinished(self.file)
         do = do or "download the file again, or take the checkpoint of an earlier step"
         if beside:

@@ -93,11 +93,13 @@ class Window:
         self._data, self._at, self._end = data, start, min(end, start + MAX_BYTES)
 
     def read(self, count: int) -> bytes:
+        """The next bytes, as of a file."""
         part = self._data[self._at : min(self._at + max(count, 0), self._end)]
         self._at += len(part)
         return bytes(part)
 
     def readline(self) -> bytes:
+        """The next line, as of a file; empty without a line's end."""
         part = bytes(self._data[self._at : min(self._at + _MAX_LINE, self._end)])
         part = part[: part.find(b"\n") + 1]  # empty without a line's end, which is an error
         if b"\\" in part:
@@ -106,6 +108,7 @@ class Window:
         return part
 
     def tell(self) -> int:
+        """The present position."""
         return self._at
 
 

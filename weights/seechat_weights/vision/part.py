@@ -25,6 +25,7 @@ class TensorMapping:
 
     @property
     def names(self) -> list[str]:
+        """The published tensors, without None."""
         return [key for key in self.keys if key is not None]
 
     def published_shape(self, shape: Shape) -> Shape:

@@ -439,6 +439,7 @@ class OnnxVision(Native):
         return np.asarray(found)
 
     def cancel(self) -> None:
+        """End the running call soon. May be called from any thread."""
         if self._run:
             self._run.terminate = True
 

@@ -29,6 +29,13 @@ class Cache:
     def empty(
         cls, config: LMConfig, head: int, capacity: int, *, dtype: torch.dtype, device: torch.device
     ) -> "Cache":
+        """A cache of zeros.
+
+        config: the decoder's shape.
+        head: size of a head of the weights.
+        capacity: tokens that it has room for.
+        dtype, device: of the buffers.
+        """
         shape = (config.num_heads, capacity, head)
         layers = range(config.num_layers)
         keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
@@ -97,6 +104,8 @@ class PromptKernelOps(KernelOps):
 
 
 class Layer(nn.Module):
+    """One layer of the decoder."""
+
     def __init__(self, config: LMConfig, head: int) -> None:
         super().__init__()
         hidden, width = config.hidden_size, config.num_heads * head

@@ -54,6 +54,11 @@ class BlockLinear(nn.Module):
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        """The product, plus bias, and its GELU (tanh).
+
+        x: [rows, inputs].
+        gelu: whether to apply the GELU.
+        """
         if self.fused and len(x) <= kernels.KERNEL_ROWS:
             weight = self.codes, self.scales, self.bias
             return kernels.linear.block_linear(x.contiguous(), *weight, bits=self.bits, gelu=gelu)
