@@ -143,7 +143,7 @@ def _published(
 
 
 def _check_exported(path: Path) -> None:
-    """Raise BundleError if it is known what is in `path`, which is no bundle, and how to go on."""
+    """Raise BundleError that says what `path` holds and how to go on, if that is known."""
     if not path.exists():
         return
     try:

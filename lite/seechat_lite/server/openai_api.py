@@ -106,7 +106,7 @@ class Completions:
 async def begin(
     scheduler: Scheduler, ask: GenerationRequest
 ) -> tuple[AsyncGenerator[Begun | str | Stats, None], Begun]:
-    """Begin an answer, of which no text was sent yet.
+    """Begin an answer; no text is sent yet.
 
     The headers are sent after this, so that errors before the first piece have their own status.
 

@@ -61,7 +61,7 @@ PRECISIONS: dict[str, Precision] = {
 }
 
 DTYPES = ("fp16", "bf16", "fp32")  # what engines compute with
-# float weights to fewer bits as they are loaded: see nn.linears
+# quantize float weights while they are loaded: see engines.torch.linears
 QUANTIZATIONS = ("int4", "nf4", "fp4", "int8")
 BLOCK_SIZES = (32, 64, 128)
 

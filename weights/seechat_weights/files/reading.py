@@ -23,7 +23,7 @@ def local_path(given: str | Path) -> Path:
 
     given: the path.
 
-    Raises OptionError for what is no path.
+    Raises OptionError if it is not a path.
     """
     check_type("path", given, str | os.PathLike, "the path of a file or folder")
     path = Path(given)
