@@ -11,7 +11,7 @@ import pytest
 
 from seechat_lite.cli import main as cli
 from seechat_lite.cli.options import add_load_options
-from seechat_weights.families import PLACES, VISUALGLM_HUB
+from seechat_weights.published_models import PLACES, VISUALGLM_HUB
 from serving import serving
 
 ROOT = Path(__file__).parent.parent

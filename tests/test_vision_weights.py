@@ -19,7 +19,7 @@ from reference import data, run_onnx, tensors
 from seechat_export.vision_graph import export_vision
 from seechat_lite.cli.main import main
 from seechat_lite.engines import EngineOptions, create
-from seechat_lite.engines.onnx.engine import OnnxVision
+from seechat_lite.engines.onnx.vision import OnnxVision
 from seechat_lite.engines.torch.engine import TorchEngine
 from seechat_lite.engines.torch.vision import TorchVision
 from seechat_lite.nn.vision import streamed, vision_network
@@ -212,9 +212,10 @@ def test_eyes_of_another_language_model(tmp_path: Path) -> None:
 
 
 def test_a_bundle_takes_no_other_eyes(vision_bundle: Path) -> None:
-    for name in ("auto", "torch"):
-        with pytest.raises(EngineError, match="a bundle, which has its own vision"):
-            sl.load(vision_bundle, engine=name, vision=VisionFiles(**CLIP))
+    with pytest.raises(sl.OptionError, match="vision: not for the engine 'auto'"):
+        sl.load(vision_bundle, vision=VisionFiles(**CLIP))
+    with pytest.raises(EngineError, match="a bundle, which has its own vision"):
+        sl.load(vision_bundle, engine="torch", vision=VisionFiles(**CLIP))
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,6 @@ from typing import Any
 
 from seechat_weights.bundle.manifest import MANIFEST, Manifest, read_manifest
 from seechat_weights.errors import CheckpointError
-from seechat_weights.families import (
-    CHATGLM_HUB,
-    RECOGNIZERS,
-    VISUALGLM_HUB,
-    Identity,
-    Shapes,
-    later,
-    need,
-    whole,
-)
 from seechat_weights.files.checkpoint import (
     WEIGHT_SUFFIXES,
     NoWeightsError,
@@ -44,6 +34,16 @@ from seechat_weights.lm.checkpoint import open_lm
 from seechat_weights.lm.lora import ADAPTER_CONFIG, check_adapter, config_like, open_adapter
 from seechat_weights.lm.tokenizer_file import MAX_BYTES, completed
 from seechat_weights.model_files import CONFIG, TOKENIZER, is_bundle, model_place
+from seechat_weights.published_models import (
+    CHATGLM_HUB,
+    RECOGNIZERS,
+    VISUALGLM_HUB,
+    Identity,
+    Shapes,
+    later,
+    need,
+    whole,
+)
 
 __all__ = ["Identity", "check_given", "describe_bundle", "identify"]
 

@@ -230,3 +230,12 @@ class Recorded:
             value.update_inplace(feeds[name])
         self._session.run_with_iobinding(self._binding, self._options)
         return self._logits.numpy()
+
+
+def run_options(*, return_memory: bool = False) -> ort.RunOptions:
+    """Options of a run; return_memory gives large activations back to the system when it ends."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", "-1")  # do not record this run
+    if return_memory:  # not a GPU's: recorded steps still use it
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options

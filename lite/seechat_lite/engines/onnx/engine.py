@@ -25,7 +25,13 @@ from seechat_lite.engines.base import (
     check_room,
     embedded,
 )
-from seechat_lite.engines.onnx.devices import Recorded, find_device, open_session, out_of_memory
+from seechat_lite.engines.onnx.devices import (
+    Recorded,
+    find_device,
+    open_session,
+    out_of_memory,
+    run_options,
+)
 from seechat_lite.engines.onnx.memory import (
     OnnxPlan,
     advice,
@@ -34,6 +40,7 @@ from seechat_lite.engines.onnx.memory import (
     check_memory,
     float_bytes_on_gpu,
 )
+from seechat_lite.engines.onnx.vision import OnnxVision
 from seechat_lite.memory import MemoryPlan
 from seechat_lite.native import Native, guarded
 from seechat_lite.onnx_runtime import ort
@@ -41,8 +48,8 @@ from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_rows, rotary_tables
 from seechat_lite.source import Source
 from seechat_weights.bundle.arrays import BundleArrays
-from seechat_weights.bundle.onnx_graph import check_decoder, check_vision
-from seechat_weights.bundle.precisions import PRECISIONS, VISION_PRECISIONS, stored_precision
+from seechat_weights.bundle.onnx_graph import check_decoder
+from seechat_weights.bundle.precisions import PRECISIONS, stored_precision
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import EngineError, MemoryPlanError
 
@@ -184,7 +191,7 @@ class OnnxEngine(Native):
             logits = self._run(embeds[split:], positions[:, split:])[0]
         self._next_position = positions[:, -1:].copy()
         self._next_position[1] += 1
-        self._options = _run_options()  # steps are short: they keep their memory for the next one
+        self._options = run_options()  # steps are short: they keep their memory for the next one
         return logits
 
     def step(self, token_id: int) -> np.ndarray:
@@ -254,7 +261,7 @@ class OnnxEngine(Native):
         assert self._binding
         self._bind_cache(self._binding)
         self._length = len(self._prefix)
-        self._options = _run_options(return_memory=True)
+        self._options = run_options(return_memory=True)
 
     def _new_cache(self) -> dict[str, ort.OrtValue]:
         """Buffers [1, heads, context, head] by the past inputs' names; they hold the prefix."""
@@ -373,93 +380,6 @@ class OnnxEngine(Native):
             ) from e
 
 
-class OnnxVision(Native):
-    """Runs a bundle's vision graph. The first picture loads it: text alone needs none of it.
-
-    source: the bundle.
-    options: where and how to run.
-    """
-
-    def __init__(self, source: Source, options: EngineOptions) -> None:
-        self._folder = source.path
-        self._manifest = source.manifest
-        self._options = options
-        self.device = find_device(options.vision_device or options.device)
-        self._session: ort.InferenceSession | None = None
-        self._checked = False  # whether the graph was checked to be one that an export writes
-        self._run: ort.RunOptions | None = None  # of the picture that is being encoded
-        self._fork = "never" if self.device.on_gpu else "idle"
-
-    @guarded
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Compute the embeddings of pictures, float32 [n, tokens, hidden].
-
-        pixels: float32 [n, 3, S, S].
-        """
-        vision, exact = self._manifest.vision, self._options.dtype == "fp32"
-        assert vision is not None
-        precision = VISION_PRECISIONS[vision.precision]
-        half = self.device.on_gpu and not exact and vision.half in self._manifest.files
-        size = vision.pixels.image_size
-        # preparing the weights for one picture takes longer than it saves, and twice the memory;
-        # int8 products need it anyway
-        mapped = (
-            not self._options.keep_vision
-            and not precision.integers
-            and self.device.provider == "CPUExecutionProvider"
-        )
-        graph = vision.half if half else vision.graph
-        if not self._checked:
-            check_vision(self._folder, self._manifest, graph)
-        self._checked = True
-        session = self._session or open_session(
-            self._folder / graph,
-            self.device,
-            {
-                "pixel_values": (None, 3, size, size),
-                "image_embeds": (None, vision.tokens, self._manifest.lm.hidden_size),
-            },
-            threads=self._options.threads,
-            as_written=mapped,
-            exact=exact or precision.exact,
-            limit=self._options.max_memory,
-        )
-        self._session = session if self._options.keep_vision else None
-        feeds = {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
-        self._run = _run_options(return_memory=True)
-        self.check_open()  # cancel() knows of this run from here on
-        try:
-            (found,) = session.run(["image_embeds"], feeds, self._run)
-        except Exception as e:  # ONNX Runtime raises its own unrelated exception types
-            raise EngineError(
-                f"ONNX Runtime failed on a picture ({str(e).splitlines()[0]}); expected its "
-                "embeddings: if memory is short, close other programs, or read pictures "
-                "elsewhere with vision_device"
-            ) from e
-        return np.asarray(found)
-
-    def cancel(self) -> None:
-        """End the running call soon. May be called from any thread."""
-        if self._run:
-            self._run.terminate = True
-
-    def unload(self) -> None:
-        """Free the session; the next picture opens it again."""
-        self._session = None
-
-    def _release(self) -> None:
-        self.unload()
-
-
 def _cache_names(lm: LMConfig) -> list[str]:
     """The names of the graph's past inputs: key and value of every layer in turn."""
     return [f"past_{part}_{i}" for i in range(lm.num_layers) for part in ("key", "value")]
-
-
-def _run_options(*, return_memory: bool = False) -> ort.RunOptions:
-    """Options of a run; return_memory gives large activations back to the system when it ends."""
-    options = ort.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", "-1")  # do not record this run
-    if return_memory:  # not a GPU's: recorded steps still use it
-        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-    return options

@@ -49,7 +49,7 @@ from seechat_lite.source import Source
 from seechat_weights.errors import EngineError, MemoryPlanError
 
 if TYPE_CHECKING:
-    from seechat_lite.engines.onnx.engine import OnnxVision
+    from seechat_lite.engines.onnx.vision import OnnxVision
 
 log = logging.getLogger(__name__)
 
@@ -370,7 +370,7 @@ def _sight(
         return None
     if source.vision is None:
         # imported here: nothing else needs ONNX Runtime
-        from seechat_lite.engines.onnx.engine import OnnxVision
+        from seechat_lite.engines.onnx.vision import OnnxVision
 
         keep, place = options.keep_vision is not False, options.vision_device or "cpu"
         return OnnxVision(source, replace(options, keep_vision=keep, vision_device=place))
