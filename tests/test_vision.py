@@ -187,7 +187,7 @@ def test_another_size_in_every_form(other: Path, tmp_path: Path) -> None:
 
 def test_lone_file_cannot_tell_its_activation(other: Path, tmp_path: Path) -> None:
     save_file(as_open_clip(other / "hf"), tmp_path / "lone.safetensors")
-    with pytest.raises(CheckpointError, match=r"open_clip_config\.json beside it.*clip-activation"):
+    with pytest.raises(CheckpointError, match=r"open_clip_config\.json beside it.*clip_activation"):
         opened(clip=tmp_path / "lone.safetensors", projector=other / "p.safetensors")
     shutil.copy(other / "hf/model.safetensors", tmp_path / "hf.safetensors")
     with pytest.raises(CheckpointError, match=r"no config\.json beside it"):
@@ -375,5 +375,5 @@ def test_projector_of_another_tower(other: Path) -> None:
 
 def test_unknown_precision(tmp_path: Path) -> None:
     module, config = load(data("vision/clip_hf"))
-    with pytest.raises(ValueError, match="expected fp32, fp16, int8"):
+    with pytest.raises(ValueError, match="expected one of fp32, fp16, int8"):
         export_vision(module, config, tmp_path / "vision.onnx", precision="int4")
