@@ -322,7 +322,7 @@ def test_command_line(tmp_path: Path) -> None:
     done = seechat(
         "export", "--lm", source, "--clip", "x", "--projector", "y", *files, "--out", "z"
     )
-    assert done.returncode == 2 and "give one of them" in done.stderr
+    assert done.returncode == 2 and "--clip is one vision tower and --eva another" in done.stderr
 
 
 def test_a_checkpoint_without_eyes() -> None:

@@ -23,7 +23,13 @@ from seechat_lite.nn.block_quantization import dequantize_blocks, quantize_block
 from seechat_weights.bundle.layout import head_order, inverse_order, reordered
 from seechat_weights.bundle.manifest import read_manifest, verify_hashes
 from seechat_weights.config import LMConfig
-from seechat_weights.errors import BundleError, CheckpointError, MemoryPlanError, SeechatError
+from seechat_weights.errors import (
+    BundleError,
+    CheckpointError,
+    MemoryPlanError,
+    OptionError,
+    SeechatError,
+)
 
 LM = data("chatglm_tiny")
 
@@ -214,7 +220,7 @@ def test_nothing_of_the_users_is_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "b/mine.txt").read_text() == "mine"
     (tmp_path / "c.partial").mkdir()
     (tmp_path / "c.partial/mine.txt").write_text("mine")
-    with pytest.raises(BundleError, match="format 'nonsense'"):
+    with pytest.raises(OptionError, match="conversation is 'nonsense'"):
         export_bundle(lm=LM, out=tmp_path / "c", conversation="nonsense")
     with pytest.raises(BundleError, match="not made by an export"):
         export_bundle(lm=LM, out=tmp_path / "c")
@@ -320,7 +326,7 @@ def test_too_little_room_is_said_before_anything_is_written(
 ) -> None:
     """Each error names the next smaller precision if that fits, and nothing is left behind."""
     usage = shutil.disk_usage(tmp_path)
-    for free, advice in ((1_500_000, "use --precision fp16"), (1000, "another --out$")):
+    for free, advice in ((1_500_000, "use precision fp16"), (1000, "another place$")):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         with pytest.raises(BundleError, match=f"on the disk .*are free: .*{advice}"):
             export_bundle(lm=LM, out=tmp_path / "b", precision="fp32")

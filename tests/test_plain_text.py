@@ -114,7 +114,7 @@ def test_a_bundle_full_of_escapes(
     assert object_in(shown)["name"] == EVIL
     question = json.dumps({"id": EVIL, "question": EVIL, "max_new_tokens": 2, EVIL: EVIL})
     for line in (f"{question}\n", "hi\n/history\n/image \x1b[2J\n"):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(line))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(line.encode()), "utf-8"))
         run("pipe" if line[0] == "{" else "chat", *model, capfd=capfd)
     run("ask", evil_bundle / EVIL.replace("/", ""), "hi", *model, capfd=capfd)
 

@@ -133,11 +133,11 @@ def test_every_command_takes_every_way_to_write_a_path(
 
     assert main(["ask", "你好", *cpu, *short, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["answer"] == expected
-    monkeypatch.setattr("sys.stdin", io.StringIO("你好\n"))
+    monkeypatch.setattr("sys.stdin", stdin("你好\n"))
     assert main(["chat", *cpu, *short]) == 0
     assert capsys.readouterr().out == expected + "\n"
     question = json.dumps({"id": 1, "question": "你好", "max_new_tokens": 4})
-    monkeypatch.setattr("sys.stdin", io.StringIO(question + "\n"))
+    monkeypatch.setattr("sys.stdin", stdin(question + "\n"))
     assert main(["pipe", *cpu]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["answer"] == expected
     for model in served(monkeypatch, *cpu):
@@ -226,6 +226,10 @@ PUBLISHED = {
 }
 
 
+def stdin(text: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8")
+
+
 COMMANDS = ("ask", "chat", "pipe", "serve", "info")
 
 
@@ -252,7 +256,7 @@ def test_each_file_is_opened_once(
     path = str(models[form] if form else vision_bundle)
     tiny = BlipSettings(blocks=3, heads=4, query_heads=4)
     monkeypatch.setattr(weights, "load_seechat", partial(load_seechat, settings=tiny))
-    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin", stdin(""))
     monkeypatch.setattr(server, "serve", lambda load, *_, **__: load().close() or 0)
     for name in ("PREFILL", "DECODE"):
         monkeypatch.setattr(bench, name, ())

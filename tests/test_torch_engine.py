@@ -27,7 +27,7 @@ from seechat_lite.source import open_source
 from seechat_weights.bundle import precisions
 from seechat_weights.bundle.manifest import Decoder, Manifest, TokenizerConfig
 from seechat_weights.config import LMConfig
-from seechat_weights.errors import EngineError, MemoryPlanError
+from seechat_weights.errors import EngineError, MemoryPlanError, OptionError
 
 TINY = data("chatglm_tiny")
 TOLERANCE = 5e-4
@@ -315,7 +315,7 @@ def test_the_plan_of_the_published_model(precision: str, quantize: str | None, m
     ],
 )
 def test_unknown_settings(chosen: dict[str, str], message: str) -> None:
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises(OptionError, match=message):
         direct(**chosen)
 
 

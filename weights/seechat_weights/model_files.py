@@ -54,7 +54,11 @@ class Openings:
         """
         key = os.path.realpath(path)
         if key not in self._opened:
-            self._opened[key] = open_checkpoint(path)
+            found = open_checkpoint(path)
+            self._opened[key] = found
+            files = {found.source(name) for name in found.shapes}
+            if len(files) == 1:  # of a folder; the file itself may be asked for next
+                self._opened.setdefault(os.path.realpath(files.pop()), found)
         return self._opened[key]
 
 

@@ -87,8 +87,9 @@ def _info(args: argparse.Namespace, usage_error: UsageError) -> int:
 def _identify(path: Path, *, as_json: bool) -> int:
     """Say what published weights are; returns 1 if they are not usable."""
     from seechat_weights.identify import identify
+    from seechat_weights.model_files import Openings
 
-    found = identify(path)
+    found = identify(path, opener=Openings())
     if as_json:
         commands = {"command": export_with(found), "run": chat_with(found)}
         print_json(_data(found) | commands | {"path": str(path)})
