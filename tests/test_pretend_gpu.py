@@ -123,7 +123,7 @@ def test_the_gpu_program_runs_to_its_end(
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # its code for GPUs needs a real one
     with pretend_gpu(monkeypatch, triton=False):
         runpy.run_path(str(ROOT / "bench/gpu.py"), run_name="__main__")
-    report = json.loads((tmp_path / "gpu-pretended-card-tiny.json").read_text("utf-8"))
+    report = json.loads((tmp_path / "gpu-pretended-gpu-tiny.json").read_text("utf-8"))
     found = {name: stage["found"] for name, stage in report["stages"].items()}
     assert all(row["ok"] for row in found["correctness"]["correctness"]), found["correctness"]
     assert all(row["runs"] for row in found["budgets"]["budgets"]), found["budgets"]

@@ -359,11 +359,11 @@ def test_a_sight_tells_the_colours_of_thing_and_surroundings() -> None:
 
 def test_the_graph_with_photographs_computes_what_torch_does(tmp_path: Path) -> None:
     import onnx_ir as ir
-    import onnxruntime as ort
     from publish import PIXELS, VISION_GRAPH, round_to_int8, store_as_int8
     from vision import TOKENS
 
     from seechat_export.vision_graph import export_vision
+    from seechat_lite.onnx_runtime import ort
     from seechat_weights.bundle.onnx_graph import VISION_OPERATORS
     from seechat_weights.config import VisionConfig
 

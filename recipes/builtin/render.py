@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 from concepts import load_concepts
 from emoji_sets import VENDORS, drawings, fetch
 from PIL import Image
@@ -14,6 +13,8 @@ SIZE = 144  # larger than an icon is ever shown in a scene, and enough for a sin
 def draw(svg: str, size: int = SIZE) -> np.ndarray:
     """An SVG as straight-alpha RGBA, uint8 [size, size, 4], centred on a transparent square."""
     import io
+
+    import resvg_py  # only who draws needs it
 
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
     image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
