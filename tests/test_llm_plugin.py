@@ -62,7 +62,7 @@ def test_options_and_system_prompt(home: Path) -> None:
     ("args", "message"),
     [
         (["-o", "bundle", "/no/such"], "no such folder"),
-        (["-o", "format", "klingon"], "unknown conversation format"),
+        (["-o", "format", "klingon"], "format is 'klingon'; expected one of"),
         (["-o", "temperature", "-1"], "temperature"),
         (["-a", str(IMAGES / "README.md")], "not"),
     ],

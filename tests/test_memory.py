@@ -97,11 +97,11 @@ def test_the_sums_on_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("precision", "keep_vision", "free", "advice"),
     [
-        ("int4", None, 4_800_000_000, "load it with context=1024 (--context 1024)"),
+        ("int4", None, 4_800_000_000, "load it with context=1024"),
         ("int4", None, 2_000_000_000, "close other programs"),
-        ("int8", None, 2_000_000_000, "export it with --precision int4, or close other programs"),
-        ("int4", True, 5_500_000_000, "load it with keep_vision=False (--no-keep-vision)"),
-        ("int4", True, 5_100_000_000, "load it with context=256 (--context 256)"),
+        ("int8", None, 2_000_000_000, "export it with precision int4, or close other programs"),
+        ("int4", True, 5_500_000_000, "load it with keep_vision=False"),
+        ("int4", True, 5_100_000_000, "load it with context=256"),
     ],
 )
 def test_the_error_says_what_would_fit(
