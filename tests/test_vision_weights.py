@@ -308,7 +308,7 @@ def test_networks_of_a_newer_version(change: dict[str, str], message: str) -> No
 
 def test_older_names_still_work_and_say_so(vision_bundle: Path) -> None:
     with pytest.warns(DeprecationWarning, match="EyeFiles is now VisionFiles"):
-        files = sl.VisionFiles(**CLIP)
+        files = sl.EyeFiles(**CLIP)
     assert isinstance(files, sl.VisionFiles)
     with (
         pytest.warns(DeprecationWarning, match=r"load\(vision="),

@@ -157,7 +157,7 @@ def generation(
     if top_p == 0 or temperature < 0.001:  # only the likeliest token is left
         temperature, top_p = 0.0, 1.0
     # a seed names an answer; without one, or with -1 as in other local servers, it is drawn anew
-    seed = secrets.randbits(63) if seed in (None, -1) else seed % 2**64
+    seed = secrets.randbits(63) if seed in (None, -1) else seed % 2**63
     limit = limit or Generation.max_new_tokens
     return Generation(
         stop=tuple(stops),
