@@ -125,12 +125,12 @@ def test_close_in_a_finalizer(engine: str, vision_bundle: Path) -> None:
 
 
 @pytest.fixture
-def alarms() -> Iterator[Callable[[float, Callable[[], None]], None]]:
-    """Have something done by a signal's handler, so many seconds from now."""
+def alarms() -> Iterator[Callable[..., None]]:
+    """Have something done by a signal's handler, so many seconds from now, and perhaps again."""
 
-    def set_alarm(seconds: float, act: Callable[[], None]) -> None:
+    def set_alarm(seconds: float, act: Callable[[], None], *, again: float = 0) -> None:
         signal.signal(signal.SIGALRM, lambda *_: act())
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds, again)
 
     before = signal.getsignal(signal.SIGALRM)
     yield set_alarm
@@ -145,7 +145,7 @@ def interrupt() -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="signals of Unix")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_signal_handlers_at_any_moment(
-    engine: str, vision_bundle: Path, alarms: Callable[[float, Callable[[], None]], None]
+    engine: str, vision_bundle: Path, alarms: Callable[..., None]
 ) -> None:
     """close(), stop() and KeyboardInterrupt amid whatever this thread is just doing."""
     random = Random(3)
@@ -154,12 +154,18 @@ def test_signal_handlers_at_any_moment(
         for i in range(24):
             chat = model.chat()
             chat.append("a", "b")
-            alarms(0.001 + random.random() * 0.05, (interrupt, chat.stop)[i % 2])
+            # a stop between two questions stops neither, so that it is said again
+            alarms(
+                0.001 + random.random() * 0.05,
+                (interrupt, chat.stop)[i % 2],
+                again=0.03 if i % 2 else 0,
+            )
             try:
                 while chat.stats is None or chat.stats.finish_reason != "cancelled":
                     chat.ask(LONG, PANDA, max_new_tokens=50, temperature=1.0)
             except KeyboardInterrupt:
                 pass
+            signal.setitimer(signal.ITIMER_REAL, 0)
             assert model.chat().ask("hi", PANDA, max_new_tokens=4) == alone
     for _ in range(6):
         model = small(engine, vision_bundle)
