@@ -89,6 +89,8 @@ def prepare_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # started with it closed; print() would use the other one
             setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w"), encoding="utf-8"))
+    global _lost
+    _lost = False  # of an earlier command in this process
     codecs.register_error(_LOSSY, _replace)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
