@@ -252,12 +252,7 @@ time.sleep(seconds)
 
 @pytest.mark.parametrize("what", WORK)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_exit_while_a_daemon_thread_works(
-    engine: str, what: str, vision_bundle: Path, request: pytest.FixtureRequest
-) -> None:
-    if (engine, what) == ("onnx", "sees"):
-        why = "ONNX Runtime now and then aborts where a picture is encoded as the process ends"
-        request.node.add_marker(pytest.mark.xfail(strict=False, reason=why))
+def test_exit_while_a_daemon_thread_works(engine: str, what: str, vision_bundle: Path) -> None:
     for seconds in (0.02, 0.2, 0.31):
         code = EXIT.format(work=WORK[what])
         done = subprocess.run(

@@ -88,7 +88,8 @@ class Sampler:
         self._sampling = sampling
         self._eos_id = eos_id
         self._random = np.random.default_rng(sampling.seed)
-        self._past = np.unique(np.array(prompt_ids, np.int64))
+        # not numpy's unique, whose C++ ends the process if the interpreter exits meanwhile
+        self._past = np.array(sorted(set(map(int, prompt_ids))), np.int64)
         self._new_tokens = 0
 
     def next(self, logits: np.ndarray) -> int:
