@@ -24,7 +24,10 @@ from reference import data
 from seechat_lite.cli import ask
 from seechat_lite.cli import main as cli
 from seechat_lite.cli.chat import HELP
+from seechat_lite.cli.hints import quoted
 from seechat_lite.cli.terminal import show
+from seechat_lite.conversation import FORMATS
+from seechat_lite.engines import ENGINES
 from serving import PATIENCE, slow_command, wait_until
 
 posix = pytest.mark.skipif(os.name != "posix", reason="terminals and signals of Unix")
@@ -114,8 +117,14 @@ def test_options_between_the_words(
         (["ask", "你好", "--dtype", "bf16"], "--dtype bf16 goes with --engine torch"),
         (["ask", "你好", "--clip", "x", "--projector", "y"], ", …) goes with --engine torch"),
         (["serve", "--image-size", "56", "--eva", "x"], ", …) goes with --engine torch"),
-        (["ask", "你好", "--format", "x"], "--format is x; expected one of seechat,"),
-        (["chat", "--format", "x"], "--format is x"),
+        (["ask", "CAT", "CAT"], "pictures: seechat ask CAT CAT QUESTION"),
+        (["ask", "what is this", "CAT"], f"pictures: seechat ask CAT {quoted('what is this')}"),
+        (["ask", "CAT", "什么？", "CAT"], f"pictures: seechat ask CAT CAT {quoted('什么？')}"),
+        (["ask", "missing.png", "CAT"], "pictures: seechat ask missing.png CAT QUESTION"),
+        (["ask", "你好", "--format", "x"], "--format: invalid choice: 'x' (choose from "),
+        (["chat", "--format", "x"], "--format: invalid choice: 'x'"),
+        (["serve", "--format", "x"], "--format: invalid choice: 'x'"),
+        (["pipe", "--format", "x"], "--format: invalid choice: 'x'"),
         (["info", "--context", "3"], "--context is 3"),
         (["export", "--lm", "x"], "required: --out"),
         (["export", "--lm", "x", "--out", "y", "--clip", "z"], "--clip and --projector go"),
@@ -126,7 +135,7 @@ def test_wrong_usage(
 ) -> None:
     code, out, err = main(capfd, *[a.replace("CAT", str(cat)) for a in args])
     assert (code, out) == (2, "")
-    assert expected in err and err.startswith("usage: seechat")
+    assert expected.replace("CAT", quoted(cat)) in err and err.startswith("usage: seechat")
 
 
 def test_a_long_question_is_no_file_name(
@@ -266,6 +275,48 @@ def test_info_of_published_weights(capfd: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and "seechat export" in out and "--engine" not in out
 
 
+def test_info_says_which_options_it_did_not_use(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Options of loading need a model that can be loaded, and an engine that can load it."""
+    model, projector = data("chatglm_tiny"), data("vision/mm_projector_linear.bin")
+    assert main(capfd, "info", model, "--context", "64", "--no-keep-vision")[0] == 0
+    assert main(capfd, "info", projector, "--engine", "torch", "--device", "cpu")[0] == 0
+    assert main(capfd, "info", model)[0] == main(capfd, "info", projector)[0] == 0
+    assert caplog.messages == [
+        "not used: --context, --keep-vision (--engine torch is what loads published weights)",
+        "not used: --engine, --device (no whole model)",
+    ]
+
+
+@pytest.mark.torch
+def test_info_plans_the_memory_of_published_weights(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    plans = []
+    for context in ("64", "128"):
+        args = ("info", data("chatglm_tiny"), "--engine", "torch", "--context", context)
+        assert f"at a context of {context} tokens" in main(capfd, *args)[1]
+        code, out, err = main(capfd, *args, "--json")
+        assert (code, err) == (0, "")
+        plans.append(json.loads(out)["memory"])
+    assert [plan["context"] for plan in plans] == [64, 128]
+    assert plans[0]["total"] < plans[1]["total"]
+
+
+def test_a_context_beyond_the_training_is_told(
+    text_bundle: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The default is nobody's wish; this model was trained with 256 tokens."""
+    ask = ("ask", "你好", "--max-new-tokens", "2", "--model", text_bundle)
+    for args in (ask, ("info", text_bundle)):
+        for context, told in (("256", False), ("257", True), ("2048", False)):
+            caplog.clear()
+            assert main(capfd, *args, "--context", context)[0] == 0
+            assert len(caplog.messages) == told
+            expected = "a context of 257 tokens, but the model was trained with 256"
+            assert all(expected in message for message in caplog.messages)
+
+
 def test_info(vision_bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     code, out, err = main(capfd, "info", vision_bundle)
@@ -283,7 +334,7 @@ def test_info(vision_bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) 
 def test_help_and_version_need_no_model(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Help fits a terminal, begins with a short usage, and explains every option."""
+    """Help fits a terminal, begins with a short usage, explains every option, names choices."""
     monkeypatch.setenv("COLUMNS", "80")
     (commands,) = (a.choices for a in cli._parser([])._actions if a.dest == "command")
     assert commands and all(action.help for p in commands.values() for action in p._actions)
@@ -292,6 +343,8 @@ def test_help_and_version_need_no_model(
         assert (code, err) == (0, "") and out
         assert all(len(line) <= 80 for line in out.splitlines())
         assert out.partition("\n\n")[0].count("\n") < 2
+        assert "--engine" not in out or all(name in out.split("--engine")[-1] for name in ENGINES)
+        assert "--format" not in out or all(name in out.split("--format")[-1] for name in FORMATS)
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -1,6 +1,9 @@
 """Examples in the documents run as they stand."""
 
 import argparse
+import ast
+import dataclasses
+import json
 import re
 import shlex
 import subprocess
@@ -9,12 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from reference import data
 from seechat_lite.cli import main as cli
 from seechat_lite.cli.options import add_load_options
+from seechat_lite.memory import MemoryPlan
 from seechat_weights.published_models import PLACES, VISUALGLM_HUB
 from serving import serving
 
 ROOT = Path(__file__).parent.parent
+MEMORY = [f.name for f in dataclasses.fields(MemoryPlan)]
 
 
 def examples(name: str) -> list[str]:
@@ -107,6 +113,41 @@ def test_where_weights_are_published() -> None:
     text = (ROOT / "docs/checkpoints.md").read_text("utf-8")
     places = [place for place in PLACES.values() if place.startswith("https:")]
     assert len(places) > 4 and all(place in text for place in [*places, VISUALGLM_HUB])
+
+
+@pytest.mark.parametrize(
+    "path", [None, data("chatglm_tiny"), data("vision/mm_projector_linear.bin")]
+)
+def test_every_field_of_info_is_documented(
+    path: Path | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs/embedding.md").read_text("utf-8")
+    table = text.partition("## What a path is")[2]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    documented = {(name, what) for names, what, _ in rows for name in re.findall(r"`(\w+)`", names)}
+    assert cli.main(["info", *([str(path)] if path else []), "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    wanted = ("all", "bundles") if path is None else ("all",)
+    assert {name for name, what in documented if what.startswith(wanted)} == report.keys()
+    kinds = next(text for names, _, text in rows if "`kind`" in names)
+    assert f"`{report['kind']}`" in kinds
+    assert all(f"`{part}`" in table for part in ("total", "free", *MEMORY))
+
+
+def test_every_kind_is_documented() -> None:
+    """The kinds are the second argument of Identity, wherever one is made."""
+    text = (ROOT / "docs/embedding.md").read_text("utf-8")
+    modules = [
+        ROOT / f"weights/seechat_weights/{name}.py" for name in ("identify", "published_models")
+    ]
+    made = [
+        node.args[1]
+        for module in modules
+        for node in ast.walk(ast.parse(module.read_text("utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Identity" and node.args
+    ]
+    kinds = {node.value for node in made if isinstance(node, ast.Constant)}
+    assert len(kinds) > 8 and not [kind for kind in kinds if f"`{kind}`" not in text]
 
 
 def test_no_example_is_forgotten() -> None:

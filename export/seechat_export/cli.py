@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from seechat_lite.cli.options import add_vision_options, vision_files
-from seechat_lite.conversation import FORMATS
+from seechat_lite.cli.options import add_format_option, add_vision_options, vision_files
 from seechat_lite.memory import human
 from seechat_weights.bundle.precisions import BLOCK_SIZES, PRECISIONS, VISION_PRECISIONS
 from seechat_weights.errors import SeechatError
@@ -42,8 +41,8 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="the bundle to write")
-    add("--name", help="the model's name; default: the folder's")
-    add("--precision", choices=PRECISIONS, default="int4", help="(%(default)s)")
+    add("--name", help="of the model; default: the folder's")
+    add("--precision", choices=PRECISIONS, default="int4", help="of the LM's weights (%(default)s)")
     add(
         "--block-size",
         type=int,
@@ -54,9 +53,9 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     add(
         "--vision-precision",
         choices=VISION_PRECISIONS,
-        help="(fp16; fp32 with --precision fp32)",
+        help="of the vision network's weights; default: fp16, or fp32 with --precision fp32",
     )
-    add("--format", choices=FORMATS, help="of conversations (by what the model sees)")
+    add_format_option(parser)
     add("--offline", action="store_true", help="take Hub ids from the cache, open no connection")
     add = parser.add_argument_group("language model").add_argument
     add(
@@ -70,7 +69,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     add("--adapter", type=Path, metavar="DIR", help="a PEFT LoRA, to be merged")
     add("--prefix", type=Path, metavar="PATH", help="a P-tuning v2 prefix: its folder or file")
     add("--tokenizer", type=Path, metavar="FILE", help="ice_text.model; default: the one in --lm")
-    add_vision_options(parser.add_argument_group("vision, if it brings none"))
+    add_vision_options(parser.add_argument_group("vision, if the language model brings none"))
     parser.set_defaults(run=lambda args: _export(args, parser))
 
     synthetic = commands.add_parser(

@@ -103,13 +103,13 @@ class Generation(Sampling):
 
 # one line for people for each option, in the order they are shown
 HELP = {
-    "max_new_tokens": "tokens of an answer",
-    "temperature": "0: always the likeliest",
-    "top_p": "choose among the likeliest that together have this probability",
-    "top_k": "choose among so many; 0: all",
-    "repetition_penalty": "above 1: avoid what was said already",
-    "seed": "of what is drawn by chance",
-    "stop": "a text that ends the answer",
+    "max_new_tokens": "most tokens that an answer may have",
+    "temperature": "0 takes the likeliest token each time, more varies the answers",
+    "top_p": "draw only from the likeliest tokens that together have this probability; 1: from all",
+    "top_k": "draw only from this many of the likeliest tokens; 0: from all",
+    "repetition_penalty": "above 1: avoid tokens that were read or said already",
+    "seed": "answers that are drawn with the same number are the same",
+    "stop": "end the answer before this text",
     "speculate": "guess tokens from what was said before; changes the speed, not the answer",
 }
 DEFAULTS: dict[str, Any] = {name: getattr(Generation, name) for name in HELP}

@@ -13,10 +13,11 @@ from seechat_lite.cache_folder import verify_once
 from seechat_lite.chat import IMAGE_CACHE, Model
 from seechat_lite.conversation import FORMATS
 from seechat_lite.engines import EngineOptions, engine_class, not_for
-from seechat_lite.memory import MIN_CONTEXT, MemoryPlan
+from seechat_lite.memory import DEFAULT_CONTEXT, MIN_CONTEXT, MemoryPlan
 from seechat_lite.source import Source, open_source
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.arguments import MAX_INTEGER, check_integer, check_type
+from seechat_weights.bundle.manifest import Manifest
 from seechat_weights.errors import BundleError, ContextError, OptionError
 from seechat_weights.vision.weights import VisionFiles
 
@@ -30,7 +31,7 @@ def load(
     *,
     engine: str = "auto",
     device: str = "auto",
-    context: int = 2048,
+    context: int = DEFAULT_CONTEXT,
     threads: int = 0,
     vision_device: str | None = None,
     keep_vision: bool | None = None,
@@ -53,7 +54,8 @@ def load(
         Hub id, "owner/name", is downloaded if no such path exists (with the extra "download").
     engine: "auto" or a name of engines.ENGINES.
     device: "auto", "cpu", "cuda:1", … or the name of an ONNX Runtime execution provider.
-    context: tokens that prompt and answer may take together; the cache grows with it.
+    context: tokens that prompt and answer may take together; the cache grows with it. More than
+        the model was trained with is allowed, and logged as a warning.
     threads: threads on the CPU; 0 for one a core.
     vision_device: where the vision network runs, if not on `device`.
     keep_vision: hold the vision network in memory, or release it after every picture; None keeps a
@@ -120,6 +122,7 @@ def load(
             f"{source.path}: conversation format {manifest.conversation!r} is unknown; expected "
             f"one of {', '.join(FORMATS)}: upgrade seechat-lite or export the model again"
         )
+    warn_of_context(context, manifest)
     plan = chosen.plan(source, context=context, options=options)
     log.info("%s: %s", manifest.name, plan)
     chosen.check(plan, source, options=options)
@@ -139,3 +142,20 @@ def load(
         model.close()
         raise
     return model
+
+
+def warn_of_context(context: int, manifest: Manifest) -> None:
+    """Log a warning if somebody asks for a longer context than the model was trained with.
+
+    context: tokens; the default is nobody's wish.
+    manifest: the model's.
+    """
+    trained = manifest.lm.max_sequence_length
+    if context > trained and context != DEFAULT_CONTEXT:
+        log.warning(
+            "%s: a context of %d tokens, but the model was trained with %d: its answers get worse "
+            "where a conversation is longer than that",
+            manifest.name,
+            context,
+            trained,
+        )

@@ -15,6 +15,7 @@ from typing import Any, Self
 from seechat_weights.errors import MemoryPlanError, OptionError
 
 MIN_CONTEXT = 16  # tokens; less holds no question and answer
+DEFAULT_CONTEXT = 2048  # tokens; as many as ChatGLM-6B was trained with
 ADVISED_CONTEXT = 256  # tokens; less is never recommended
 KEPT_VISION = 256_000_000  # bytes; a larger vision network is loaded for each new picture
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "MIB": 1 << 20, "GIB": 1 << 30}

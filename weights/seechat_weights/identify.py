@@ -72,6 +72,11 @@ def identify(path: str | Path, *, opener: Opener = open_checkpoint) -> Identity:
     """
     path = local_path(path)
     try:
+        if not path.exists():
+            raise CheckpointError(
+                f"{path}: no such file or folder; expected a bundle, or published weights or a "
+                "part of them: check the path"
+            )
         if path.is_dir():
             return _identify_folder(path, opener)
     except OSError as e:  # no permission to look into it
@@ -191,6 +196,7 @@ def describe_bundle(folder: Path, manifest: Manifest) -> Identity:
             f"{side}×{side} pixels ({vision.pixels.resize}), {vision.tokens} tokens"
         )
     facts["conversation"] = manifest.conversation
+    facts["trained with"] = f"{lm.max_sequence_length} tokens of prompt and answer at most"
     files = [f"{role} {name}" for role in _ROLES for name in _names(said.get(role))]
     if files:
         facts["made from"] = ", ".join(files)

@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from seechat_lite.cli.hints import quoted
 from seechat_lite.cli.options import (
     UsageError,
     add_answer_options,
@@ -30,16 +32,21 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         help="ask one question, about pictures or without",
     )
     parser.add_argument(
-        "words", nargs="+", metavar="QUESTION", help="the question, after its pictures if any"
+        "images", nargs="*", default=[], metavar="IMAGE", help="a picture's file; - is stdin"
+    )
+    parser.add_argument(
+        "question", metavar="QUESTION", help='in Chinese or English; "" describes the pictures'
     )
     parser.add_argument(
         "--image",
         action="append",
         default=[],
         metavar="FILE",
-        help="a picture, as if it came before the question; - is stdin",
+        help="a picture before those named as IMAGE; may be repeated",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object when the answer is complete"
+    )
     add_answer_options(parser)
     parser.set_defaults(run=lambda args: _ask(args, parser.error))
 
@@ -47,17 +54,22 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
 def _ask(args: argparse.Namespace, usage_error: UsageError) -> int:
     from seechat_lite.conversation import trimmed
 
-    *places, question = args.words
-    with suppress(OSError):  # a question may be too long for a file name
-        if Path(question).is_file():
-            usage_error(f"{question} is a file; the question comes after the pictures")
-    if not trimmed(question) and not (places or args.image):  # a picture alone is described
+    places, question = [*args.image, *args.images], args.question
+    if _is_file(question):
+        asked = [w for w in args.images if not (_is_file(w) or _named_like_a_file(w))]
+        pictures = [quoted(w) for w in (*args.images, question) if w not in asked]
+        words = [*pictures, quoted(asked[0]) if len(asked) == 1 else "QUESTION"]
+        usage_error(
+            f"{question} is a file; the question comes after the pictures: "
+            f"seechat ask {' '.join(words)}"
+        )
+    if not trimmed(question) and not places:  # a picture alone is described
         usage_error("the question is empty")
     # Python turns undecodable bytes into these
     if any("\ud800" <= c <= "\udfff" for c in question):
         usage_error(f"the question has bytes that are no text in {sys.getfilesystemencoding()}")
     options = answer_options(args, usage_error)
-    images = [picture_source(place) for place in (*args.image, *places)]
+    images = [picture_source(place) for place in places]
     with load_model(args, load_options(args, usage_error)) as model:
         chat = model.chat(args.format)
         pieces = chat.stream(question, images or None, generation=options)
@@ -70,6 +82,16 @@ def _ask(args: argparse.Namespace, usage_error: UsageError) -> int:
         if args.stats:
             print_stats(chat.stats)
     return 0
+
+
+def _is_file(word: str) -> bool:
+    with suppress(OSError):  # a question may be too long for a file name
+        return Path(word).is_file()
+    return False
+
+
+def _named_like_a_file(word: str) -> bool:
+    return bool(re.search(r"\.\w{1,5}$", word))
 
 
 def _stats(stats: "Stats | None") -> dict[str, Any]:

@@ -28,7 +28,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "bench",
         parents=[common],
-        usage="%(prog)s [--model DIR | --synthetic chatglm-6b] [options]",
+        usage="%(prog)s [--model PATH | --synthetic chatglm-6b] [options]",
         help="how fast a model is here, and what memory it takes",
     )
     which = parser.add_mutually_exclusive_group()
@@ -39,14 +39,21 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         help="a model of this shape with random weights, written once and kept in the cache folder",
     )
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="int4", help="of --synthetic (%(default)s)"
+        "--precision",
+        choices=PRECISIONS,
+        default="int4",
+        help="weights of --synthetic (%(default)s)",
     )
-    parser.add_argument("--layers", type=int, default=28, metavar="N", help="of --synthetic (28)")
-    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each (3)")
     parser.add_argument(
-        "--turns", type=int, default=0, metavar="N", help="a dialogue of N turns as well (0)"
+        "--layers", type=int, default=28, metavar="N", help="layers of --synthetic (28)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--repeat", type=int, default=3, metavar="N", help="runs of each measurement (3)"
+    )
+    parser.add_argument(
+        "--turns", type=int, default=0, metavar="N", help="measure a dialogue of N turns too (0)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     add_load_options(parser)
     parser.set_defaults(run=lambda args: _bench(args, parser.error))
 

@@ -49,7 +49,11 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         help="talk, with /image and /help",
     )
     parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="begin with a picture"
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="show a picture with the first question; may be repeated",
     )
     add_answer_options(parser)
     parser.set_defaults(run=lambda args: _chat(args, parser.error))

@@ -75,7 +75,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.exit(2)
     args, rest = parser.parse_known_args(argv)
     if rest and args.command == "ask" and not any(r.startswith("-") for r in rest):
-        args.words += rest  # argparse stops taking words at the first option between them
+        # argparse stops taking words at the first option between them
+        *args.images, args.question = *args.images, args.question, *rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
@@ -87,7 +88,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     common.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
     common.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     parser = Parser(
-        prog="seechat", description="Ask about pictures, in Chinese or English · 看图对话"
+        prog="seechat",
+        description="Ask about pictures, in Chinese or English · 看图对话",
+        epilog='Begin with: seechat ask cat.jpg "What is this?"',
     )
     parser.add_argument(
         "-V", "--version", action="version", version=f"seechat-lite {version('seechat-lite')}"

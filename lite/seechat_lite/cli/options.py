@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from seechat_lite.cli.hints import as_usage
 from seechat_lite.cli.terminal import say
+from seechat_lite.conversation import FORMATS
 from seechat_lite.generation import DEFAULTS, HELP, Generation
+from seechat_lite.memory import DEFAULT_CONTEXT, MIN_CONTEXT, parse_size
 from seechat_weights.bundle.precisions import DTYPES, QUANTIZATIONS
 from seechat_weights.errors import SeechatError
 from seechat_weights.plain_text import one_line
@@ -32,17 +34,22 @@ class UsageError(Protocol):
 def add_answer_options(parser: argparse.ArgumentParser) -> None:
     """Add the model's name, the options of answers and those of load()."""
     add_model_option(parser)
-    parser.add_argument("--stats", action="store_true", help="tokens and times, on stderr")
-    add = parser.add_argument_group("answering").add_argument
-    add("--format", metavar="NAME", help="conversation format; default: the bundle's")
+    parser.add_argument(
+        "--stats", action="store_true", help="print on stderr how many tokens and seconds it took"
+    )
+    answering = parser.add_argument_group("answering")
+    add_format_option(answering)
+    add = answering.add_argument
     for name, default in DEFAULTS.items():
         flag, words = f"--{name.replace('_', '-')}", HELP[name]
         if isinstance(default, bool):
             add(flag, action=argparse.BooleanOptionalAction, default=default, help=words)
         elif isinstance(default, tuple):
-            add(flag, action="append", default=[], metavar="TEXT", help=words)
+            more = f"{words}; may be repeated"
+            add(flag, action="append", default=[], metavar="TEXT", help=more)
         else:
-            kind, letter = type(default), name[0].upper()
+            kind = type(default)
+            letter = "N" if kind is int else "X"
             add(flag, type=kind, default=default, metavar=letter, help=f"{words} (%(default)g)")
     add_load_options(parser)
 
@@ -52,18 +59,28 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     loading = parser.add_argument_group("loading")
     add = loading.add_argument
     add_engine_options(loading)
-    add("--threads", type=int, default=0, metavar="N", help="on the CPU; 0: one a core (0)")
+    add("--threads", type=int, default=0, metavar="N", help="of the CPU; 0: one a core (0)")
     add_memory_options(loading)
     add(
         "--max-memory",
         metavar="SIZE",
-        help="refuse to load what may take more, such as 5GB; default: what is free",
+        help="refuse a model that may take more, such as 5GB; default: what is free",
     )
-    add("--vision-device", metavar="DEVICE", help="where pictures are read; default: --device")
-    add = parser.add_argument_group("torch engine").add_argument
-    add("--quantize", choices=QUANTIZATIONS, help="float weights to fewer bits as they are loaded")
     add(
-        "--rounded-rotary", action="store_true", help="positions as the authors' fp16 code has them"
+        "--vision-device",
+        metavar="DEVICE",
+        help="where the vision network runs; default: as --device",
+    )
+    add = parser.add_argument_group("torch engine").add_argument
+    add(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        help="turn float weights into these smaller ones while loading",
+    )
+    add(
+        "--rounded-rotary",
+        action="store_true",
+        help="round the angles of positions as the published fp16 code does",
     )
     add_vision_options(parser.add_argument_group("vision of published weights (torch engine)"))
 
@@ -72,20 +89,47 @@ def add_engine_options(parser: Any) -> None:
     """Add the options that say where and with what a model is executed."""
     add = parser.add_argument
     add(
-        "--engine", default="auto", help="onnx (auto), or torch, which also reads published weights"
+        "--engine",
+        default="auto",
+        metavar="NAME",
+        help="what computes: onnx (the default), or torch, which also reads published weights",
     )
-    add("--device", default="auto", help="cpu, cuda, cuda:1, dml, … or a provider (auto)")
-    add("--dtype", choices=DTYPES, help="to compute with; default: fp16 on a GPU, else fp32")
+    add(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, dml, … or the name of an ONNX Runtime provider (auto)",
+    )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="the numbers to compute with; default: fp16 on a GPU, else fp32",
+    )
 
 
 def add_memory_options(parser: Any) -> None:
     """Add the options that say how much memory a bundle takes."""
     add = parser.add_argument
-    add("--context", type=int, default=2048, metavar="N", help="tokens of prompt and answer (2048)")
+    add(
+        "--context",
+        type=int,
+        default=DEFAULT_CONTEXT,
+        metavar="N",
+        help="most tokens of prompt and answer together (%(default)s)",
+    )
     add(
         "--keep-vision",
         action=argparse.BooleanOptionalAction,
-        help="hold the vision network between pictures; default: if it is small, or on a GPU",
+        help="keep the vision network in memory between pictures; default: if it is small, or on "
+        "a GPU",
+    )
+
+
+def add_format_option(parser: Any) -> None:
+    """Add the option of the conversation format."""
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="how a conversation is written for the model; default: as the model learnt it",
     )
 
 
@@ -94,8 +138,8 @@ def add_model_option(parser: Any) -> None:
     parser.add_argument(
         "--model",
         type=Path,
-        metavar="DIR",
-        help="a bundle or, with --engine torch, published weights; default: built in",
+        metavar="PATH",
+        help="a bundle or, with --engine torch, published weights; default: the built-in model",
     )
 
 
@@ -108,11 +152,11 @@ def add_vision_options(parser: Any) -> None:
         metavar="PATH",
         help="CLIP ViT: an open_clip or Hugging Face folder, or OpenAI's ViT-L-14.pt",
     )
-    add("--projector", type=Path, metavar="FILE", help="linear or MLP projector")
+    add("--projector", type=Path, metavar="FILE", help="the linear or MLP projector for --clip")
     add(
         "--clip-activation",
         choices=("quick_gelu", "gelu"),
-        help="for a --clip file without a configuration beside it",
+        help="for --clip without a configuration beside it",
     )
     add("--eva", type=Path, metavar="FILE", help="SEEChat's vision tower: eva_vit_g.pth")
     add(
@@ -160,7 +204,6 @@ def load_options(args: argparse.Namespace, usage_error: UsageError) -> dict[str,
     """
     from seechat_lite.engines import not_for
     from seechat_lite.engines.base import MAX_THREADS
-    from seechat_lite.memory import parse_size
 
     check_engine(args, usage_error)
     check_context(args, usage_error)
@@ -233,8 +276,6 @@ def check_engine(args: argparse.Namespace, usage_error: UsageError) -> None:
 
 def check_context(args: argparse.Namespace, usage_error: UsageError) -> None:
     """A context too small for a question is wrong usage."""
-    from seechat_lite.memory import MIN_CONTEXT
-
     if args.context < MIN_CONTEXT:
         usage_error(f"--context is {args.context}; expected at least {MIN_CONTEXT}")
 
@@ -245,10 +286,6 @@ def answer_options(args: argparse.Namespace, usage_error: UsageError) -> Generat
     args: the parsed arguments.
     usage_error: called for a value that no model would take.
     """
-    from seechat_lite.conversation import FORMATS
-
-    if args.format not in (None, *FORMATS):
-        usage_error(f"--format is {args.format}; expected one of {', '.join(FORMATS)}")
     try:
         return Generation(**{name: getattr(args, name) for name in DEFAULTS})
     except SeechatError as e:

@@ -19,7 +19,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from seechat_lite.cli.options import add_load_options, add_model_option, load_options
+from seechat_lite.cli.options import (
+    add_format_option,
+    add_load_options,
+    add_model_option,
+    load_options,
+)
 from seechat_lite.generation import DEFAULTS
 from seechat_lite.interrupts import OUTPUT_GONE
 from seechat_lite.json_structure import too_complex
@@ -53,7 +58,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     add_model_option(parser)
     add_load_options(parser)
-    parser.add_argument("--format", metavar="NAME", help="conversation format")
+    add_format_option(parser)
     parser.set_defaults(run=lambda args: _run(args, load_options(args, parser.error)))
 
 

@@ -8,7 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from seechat_lite.cli.options import UsageError, add_load_options, add_model_option, load_options
+from seechat_lite.cli.options import (
+    UsageError,
+    add_format_option,
+    add_load_options,
+    add_model_option,
+    load_options,
+)
 from seechat_weights.errors import SeechatError
 
 KEY_VARIABLE = "SEECHAT_API_KEY"
@@ -27,38 +33,61 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_model_option(parser)
     add_load_options(parser)
-    add("--format", metavar="NAME", help="conversation format; default: the bundle's")
+    add_format_option(parser)
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    add("--port", type=int, default=8080, metavar="N", help="0: any free one (%(default)s)")
+    add(
+        "--port",
+        type=int,
+        default=8080,
+        metavar="N",
+        help="to listen on; 0: a free one (%(default)s)",
+    )
     add(
         "--api-key",
         action="append",
         metavar="KEY",
-        help=f"clients must send it, or one of several; {KEY_VARIABLE} in the environment is seen "
-        "by fewer",
+        help="a key that clients must send; may be repeated. The environment variable "
+        f"{KEY_VARIABLE} does the same, and fewer people can see it",
     )
-    add("--alias", action="append", default=[], metavar="NAME", help="another name of the model")
+    add(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name of the model; may be repeated",
+    )
     add(
         "--host-name",
         action="append",
         default=[],
         metavar="NAME",
-        help="a name by which clients call this server, besides localhost",
+        help="a name by which clients call this server, besides localhost; may be repeated",
     )
     add(
         "--cors-origin",
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="let pages of this origin use the server",
+        help="let web pages of this origin use the server; may be repeated",
     )
     add("--https-images", action="store_true", help="fetch pictures from public https: addresses")
     add("--media-path", type=Path, metavar="DIR", help="read file: pictures below this folder")
     add("--queue", type=int, default=32, metavar="N", help="requests that may wait (%(default)s)")
-    add("--max-body", type=float, default=32, metavar="MB", help="of one request (%(default)s)")
-    add("--image-cache", type=float, default=64, metavar="MB", help="of embeddings (%(default)s)")
-    add("--keep-alive", type=float, metavar="SECONDS", help="unload the model when idle so long")
-    add("--log-json", action="store_true", help="log JSON lines")
+    add("--max-body", type=float, default=32, metavar="MB", help="largest request (%(default)s)")
+    add(
+        "--image-cache",
+        type=float,
+        default=64,
+        metavar="MB",
+        help="memory for the embeddings of pictures that were asked about (%(default)s)",
+    )
+    add(
+        "--keep-alive",
+        type=float,
+        metavar="SECONDS",
+        help="unload the model when nobody asked for so long; default: never",
+    )
+    add("--log-json", action="store_true", help="write the log as JSON lines")
     parser.set_defaults(run=lambda args: _serve(args, parser.error))
 
 
@@ -93,13 +122,10 @@ def _serve(args: argparse.Namespace, usage_error: UsageError) -> int:
         usage_error("the API key: expected printable ASCII characters")
     options = load_options(args, usage_error)
     from seechat_lite.chat import Model
-    from seechat_lite.conversation import FORMATS
     from seechat_lite.engines import engine_class
     from seechat_lite.loading import load
     from seechat_lite.source import open_source
 
-    if args.format not in (None, *FORMATS):
-        usage_error(f"--format is {args.format}; expected one of {', '.join(FORMATS)}")
     try:
         from seechat_lite.server.listen import serve
         from seechat_lite.server.settings import Settings

@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from seechat_lite.chat import Model
 from seechat_lite.conversation import FORMATS
+from seechat_lite.memory import DEFAULT_CONTEXT
 from seechat_lite.server import openapi, page, schemas
 from seechat_lite.server.access import PROGRAM_ORIGINS, Framing, Guard
 from seechat_lite.server.asking import DROPPED, IGNORED, Asking, unknown_model
@@ -39,7 +40,7 @@ def create_app(
     manifest: Manifest,
     *,
     settings: Settings,
-    context: int = 2048,
+    context: int = DEFAULT_CONTEXT,
     format: str | None = None,
     failed: Callable[[Exception], None],
     fetcher: Fetcher | None = None,

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from seechat_lite.chat import Model
 from seechat_lite.interrupts import EXIT_CODE, raise_on_ctrl_c
+from seechat_lite.memory import DEFAULT_CONTEXT
 from seechat_lite.server import logs
 from seechat_lite.server.app import create_app
 from seechat_lite.server.scheduler import Scheduler
@@ -40,7 +41,7 @@ def serve(
     listening: Callable[[str], None],
     host: str = "127.0.0.1",
     port: int = 8080,
-    context: int = 2048,
+    context: int = DEFAULT_CONTEXT,
     format: str | None = None,
     log_json: bool = False,
     verbose: bool = False,
