@@ -144,7 +144,8 @@ def test_questions_and_formats(model: sl.Model) -> None:
 @pytest.mark.parametrize(
     "files",
     [
-        {"clip": "a"}, {"projector": "a"}, {"clip": "a", "projector": "b", "eva": "c"},
+        {"clip": "a", "eva": "b"}, {"projector": "a", "qformer": "b"},
+        {"clip": "a", "projector": "b", "eva": "c"},
         {"image_size": 224}, {"eva": "a", "image_size": 22.4}, {"clip_activation": "relu"},
     ],
 )  # fmt: skip

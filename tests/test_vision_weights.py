@@ -221,7 +221,7 @@ def test_a_bundle_takes_no_other_eyes(vision_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--clip", "x", "--engine", "torch"), "go together"),
+        (("--clip", "x", "--eva", "y", "--engine", "torch"), "expected one"),
         (("--image-size", "84", "--engine", "torch"), "goes with --eva"),
     ],
 )

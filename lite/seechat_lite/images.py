@@ -32,7 +32,7 @@ from seechat_lite.pictures.reduce import (
 )
 from seechat_lite.pictures.reduce import thumbnail as reduced
 from seechat_lite.pictures.written import from_base64, from_data_url, is_data_url, looks_like_base64
-from seechat_weights.config import PixelSpec
+from seechat_weights.config import RESIZES, PixelSpec
 from seechat_weights.errors import BundleError, EngineError, ImageError
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "ImageSource", "load_image", "pixels", "several", "thumbnail"]
@@ -198,10 +198,10 @@ def levels(
 
     Raises the errors of pixels().
     """
-    if spec.resize not in ("squash", "crop", "pad") or spec.interpolation not in FILTERS:
+    if spec.resize not in RESIZES or spec.interpolation not in FILTERS:
         raise BundleError(
-            f"pixels: resize {spec.resize!r} with {spec.interpolation!r}; expected squash, crop or "
-            f"pad with one of {', '.join(FILTERS)}: export the model again"
+            f"pixels: resize {spec.resize!r} with {spec.interpolation!r}; expected one of "
+            f"{', '.join(RESIZES)} with one of {', '.join(FILTERS)}: export the model again"
         )
     if isinstance(image, Image.Image):
         try:

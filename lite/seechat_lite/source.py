@@ -122,7 +122,7 @@ def _published(
     """A model from published weights, with the manifest that its bundle would have."""
     opener = opener or Openings()
     lm = open_lm(path, checkpoint=files.checkpoint, adapter=adapter, prefix=prefix, opener=opener)
-    vision = files.open(path, opener=opener)
+    vision = files.open(path, adapter=adapter, opener=opener)
     if vision and vision.outputs != lm.config.hidden_size:
         raise CheckpointError(
             f"{path}: its embeddings are {lm.config.hidden_size} wide, those of its vision "

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 MAX_LAYERS = 1024  # of any network; the names of more layers would fill the memory
+RESIZES = ("squash", "crop", "crop_floor", "pad", "square")  # see PixelSpec
 
 
 # scales the residual of ChatGLM's layers; the published code computes it with 28 layers, however
@@ -60,7 +61,9 @@ class PixelSpec:
     image_size: pixels a side.
     mean, std: of red, green and blue; a value v in 0..1 becomes (v - mean) / std.
     resize: "squash" ignores the aspect ratio; "crop" resizes the shorter side and cuts the centre;
-        "pad" fits the longer side and fills the rest with `background`.
+        "crop_floor" does so with halves of a pixel rounded down, as transformers does; "pad" fits
+        the longer side and fills the rest with `background`; "square" first makes the picture
+        square with `background`, then resizes that, as LLaVA does.
     interpolation: the name of a filter, such as "bicubic".
     background: red, green and blue, 0..255.
     exact: do what the published code does, with its oddities: EXIF orientation is ignored, alpha is
@@ -91,6 +94,7 @@ class VisionNetwork:
     heads: int
     activation: str = "gelu"  # the exact one; or "quick_gelu"
     layernorm_epsilon: float = 1e-6
+    class_token: bool = False  # whether CLIP's class token is among the embeddings of a picture
     query_width: int = 0  # this and the following fields: the Q-Former's
     query_inner_size: int = 0
     query_layers: int = 0
@@ -112,6 +116,7 @@ class VisionConfig:
     pixels: PixelSpec = PixelSpec()
     precision: str = "fp32"
     network: VisionNetwork | None = None  # None: only the graph describes it
+    marks: tuple[str, str] = ("", "")  # tokens that the LM was trained to see around a picture
 
     @property
     def weights(self) -> str:

@@ -10,7 +10,7 @@ from seechat_weights.errors import CheckpointError
 from seechat_weights.files.checkpoint import TensorInfo
 from seechat_weights.files.reading import first_bytes
 from seechat_weights.model_files import CONFIG, TOKENIZER, find_model, model_place
-from seechat_weights.vision.bridge_names import bridge_prefix
+from seechat_weights.vision.bridge_names import bridge_names
 from seechat_weights.vision.clip_names import CLIP_FORMS, clip_library
 from seechat_weights.vision.network import BRIDGE_TENSORS
 
@@ -213,11 +213,11 @@ def _clip(path: Path, shapes: Shapes, _: object) -> Identity | None:
 
 
 def _projector(path: Path, shapes: Shapes, _: object) -> Identity | None:
-    prefix = bridge_prefix(shapes)
-    names = {k.removeprefix(prefix): k for k in shapes}
-    kind = next((k for k, ours in BRIDGE_TENSORS.items() if names.keys() == ours.keys()), None)
+    known = {kind: bridge_names(tensors, shapes) for kind, tensors in BRIDGE_TENSORS.items()}
+    kind = next((k for k, names in known.items() if set(names.values()) == shapes.keys()), None)
     if kind is None:
         return None
+    names = known[kind]
     first, last = names[min(names, key=_by_layer)], names[max(names, key=_by_layer)]
     facts = {"bridge": f"{kind}, {_size(shapes[first], 1)} to {_size(shapes[last], 0)}"}
     missing = need("a ChatGLM-6B folder", "a CLIP ViT-L/14")

@@ -1,8 +1,8 @@
 """The vision networks in torch, from pixels to embeddings for the LM.
 
-CLIP's vision transformer is that of the transformers library without its last layer: the bridges
-were trained on the input of the last layer (LLaVA's hidden_states[-2]), without the final layer
-norm.
+CLIP's vision transformer is that of the transformers library, up to the layer that the bridge was
+trained on: usually without the last one (LLaVA's hidden_states[-2]), and always without the final
+layer norm.
 """
 
 import torch
@@ -18,7 +18,10 @@ from seechat_weights.vision.weights import VisionWeights
 
 
 class ClipTower(nn.Module):
-    """CLIP ViT: pixels [n, 3, S, S] to patch tokens [n, (S / patch)**2, width], no class token."""
+    """CLIP ViT: pixels [n, 3, S, S] to patch tokens [n, (S / patch)**2, width].
+
+    The class token comes before them only if the network's sizes say so.
+    """
 
     def __init__(self, sizes: VisionNetwork, image_size: int) -> None:
         super().__init__()
@@ -34,9 +37,10 @@ class ClipTower(nn.Module):
         positions = torch.arange((image_size // sizes.patch_size) ** 2 + 1, device="cpu")
         clip.embeddings.register_buffer("position_ids", positions[None], persistent=False)
         self.clip = clip
+        self.first = 0 if sizes.class_token else 1
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.clip(pixel_values=pixel_values).last_hidden_state[:, 1:]
+        return self.clip(pixel_values=pixel_values).last_hidden_state[:, self.first :]
 
 
 class Vision(nn.Module):

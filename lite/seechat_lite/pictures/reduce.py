@@ -178,13 +178,17 @@ class _Large:
         step = max(1, BAND_PIXELS // 16 // self.width)
         narrow = Image.new("RGB", (size[0], self.height))
         for y in range(0, self.height, step):
-            rows = self._rows(y, min(y + step, self.height))
+            rows = self.rows(y, min(y + step, self.height))
             part = (left, 0, right, rows.height)
             narrow.paste(rows.resize((size[0], rows.height), resample, part), (0, y))
         return narrow.resize(size, resample, (0, top, size[0], bottom))
 
-    def _rows(self, top: int, bottom: int) -> Image.Image:
-        """Rows of the upright picture, RGB."""
+    def rows(self, top: int, bottom: int) -> Image.Image:
+        """Some rows of the upright picture, RGB.
+
+        top: the first row.
+        bottom: the row after the last.
+        """
         width, height = self._image.size
         box = {
             3: (0, height - bottom, width, height - top),
@@ -285,8 +289,40 @@ def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
+class _Squared:
+    """A picture in the middle of a square of the background colour, which is never made whole."""
+
+    def __init__(self, image: "Image.Image | _Large", background: tuple[int, int, int]) -> None:
+        self._image = convert(image, "RGB") if isinstance(image, Image.Image) else image
+        self._background = background
+        self.side = max(image.size)
+        self._left = (self.side - image.width) // 2
+        self._top = (self.side - image.height) // 2
+
+    def resize(self, size: int, resample: Image.Resampling) -> Image.Image:
+        """Resize to `size` a side, some rows at a time: the horizontal pass treats each by itself.
+
+        size: pixels a side.
+        resample: the filter.
+        """
+        narrow = Image.new("RGB", (size, self.side), self._background)
+        bottom = self._top + self._image.height
+        step = max(1, BAND_PIXELS // 16 // self.side)
+        for y in range(self._top, bottom, step):
+            end = min(y + step, bottom)
+            band = Image.new("RGB", (self.side, end - y), self._background)
+            band.paste(self._rows(y - self._top, end - self._top), (self._left, 0))
+            narrow.paste(band.resize((size, end - y), resample), (0, y))
+        return narrow.resize((size, size), resample)
+
+    def _rows(self, top: int, bottom: int) -> Image.Image:
+        if isinstance(self._image, _Large):
+            return self._image.rows(top, bottom)
+        return self._image.crop((0, top, self._image.width, bottom))
+
+
 class _Resizing:
-    """The three ways to make a picture square."""
+    """The ways to make a picture square."""
 
     def __init__(self, spec: Spec) -> None:
         self._spec = spec
@@ -295,8 +331,12 @@ class _Resizing:
         spec = self._spec
         if spec.resize == "squash":
             return self._resize(image, (spec.image_size, spec.image_size))
-        if spec.resize == "crop":
+        if spec.resize in ("crop", "crop_floor"):
             return self._crop(image)
+        # a thread of a picture would take hundreds of times its own memory
+        if spec.resize == "square" and spec.image_size * max(image.size) <= MAX_PIXELS:
+            resample = FILTERS[spec.interpolation]
+            return _Squared(image, spec.background).resize(spec.image_size, resample)
         return self._pad(image)
 
     def _resize(
@@ -326,11 +366,15 @@ class _Resizing:
         return image.resize(size, resample, (0, top, size[0], bottom))
 
     def _crop(self, image: "Image.Image | _Large") -> Image.Image:
-        """The shorter side to image_size, then the centre (torchvision's Resize and CenterCrop)."""
+        """The shorter side to image_size, then the centre (torchvision's Resize and CenterCrop).
+
+        transformers rounds the centre down.
+        """
         size, (width, height) = self._spec.image_size, image.size
         short = min(width, height)
         new = (int(size * width / short), int(size * height / short))
-        left, top = (round((side - size) / 2) for side in new)
+        halved = math.floor if self._spec.resize == "crop_floor" else round
+        left, top = (halved((side - size) / 2) for side in new)
         # Resizing only what remains differs by float32 rounding of the box, and keeps
         # a picture of 1 x 5000 pixels from growing to 224 x 1120000 first
         if self._spec.exact and max(new) <= 64 * size:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from seechat_weights.bundle.precisions import BLOCK_SIZES, PRECISIONS, VISION_PRECISIONS
-from seechat_weights.config import MAX_LAYERS, LMConfig, VisionConfig, half_graph
+from seechat_weights.config import MAX_LAYERS, RESIZES, LMConfig, VisionConfig, half_graph
 from seechat_weights.errors import BundleError
 from seechat_weights.files.reading import MAX_JSON, decoded, line
 from seechat_weights.files.untrusted import open_file, read_file
@@ -29,7 +29,6 @@ MANIFEST = "seechat.json"
 FORMAT = "seechat-bundle"
 VERSION = 1
 EMBEDDINGS_DTYPES = {"float16": 2, "float32": 4}  # bytes of a number
-RESIZES = ("squash", "crop", "pad")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 _HASHED_AT_ONCE = 1 << 22  # bytes
 MAX_IMAGE_SIZE = 4096  # pixels; vision towers take a few hundred

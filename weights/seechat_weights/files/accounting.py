@@ -15,11 +15,14 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, tuple[Shape, str]]  # a Checkpoint's `shapes`: name -> (shape, dtype)
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
-# Files of SEEChat and VisualGLM hold LM and vision; the start of a name says which it belongs to.
+# Files of SEEChat, VisualGLM, LLaVA and InstructBLIP hold LM and vision; the start of a name says
+# which it belongs to.
 PARTS = {
     "lm": r"(llama_model|transformer|lm_head|mixins\.(chatglm-\w+|ptuning))\..*",
     "vision": r"(visual_encoder|ln_vision|Qformer|llama_proj|image_encoder|mixins\.eva)\..*"
-    r"|query_tokens",
+    r"|query_tokens"
+    r"|((model\.)?(mm_projector|multi_modal_projector|vision_tower))\..*"
+    r"|(llm_proj|language_projection|vision_model|qformer)\..*",
 }
 
 

@@ -1,5 +1,6 @@
 """Maps published names of bridges between vision tower and language model to ours."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -8,7 +9,12 @@ from seechat_weights.files.accounting import Shape, Shapes, account, check_shape
 from seechat_weights.vision.network import BRIDGE_TENSORS, bridge_parameters
 from seechat_weights.vision.part import TensorMapping
 
-_PREFIXES = ("model.mm_projector.", "mm_projector.", "llama_proj.", "")  # LLaVA, SEEChat
+# LLaVA, a LoRA run of it, its Hugging Face form, SEEChat and MiniGPT-4, InstructBLIP
+_PREFIX = re.compile(
+    r"((base_model\.model\.)?(model\.)?mm_projector|(model\.)?multi_modal_projector"
+    r"|llama_proj|llm_proj|language_projection)\."
+)
+_HUGGING_FACE = (("0.", "linear_1."), ("2.", "linear_2."))  # ours, and LLaVA's names there
 # buffers of frozen networks that a training run of SEEChat leaves beside its projector
 _REASONS = ((r".*\.(position_ids|rotary_emb\.inv_freq)", "a computed buffer"),)
 
@@ -30,8 +36,25 @@ def bridge_prefix(names: Iterable[str]) -> str:
 
     names: all names of the file.
     """
-    names = list(names)
-    return next(p for p in _PREFIXES if any(k.startswith(p) for k in names) or not p)
+    return next((m[0] for name in names if (m := _PREFIX.match(name))), "")
+
+
+def bridge_names(tensors: Iterable[str], names: Iterable[str]) -> dict[str, str]:
+    """Our name of each of a bridge's tensors -> what it would be called among `names`.
+
+    tensors: our names, without a prefix.
+    names: all names of the file.
+    """
+    names = set(names)
+    prefix = bridge_prefix(names)
+    renamed = _HUGGING_FACE if any(k.startswith(prefix + "linear_1.") for k in names) else ()
+    found = {}
+    for ours in tensors:
+        theirs = ours
+        for old, new in renamed:
+            theirs = new + ours.removeprefix(old) if ours.startswith(old) else theirs
+        found[ours] = prefix + theirs
+    return found
 
 
 def map_bridge(shapes: Shapes, *, where: str) -> BridgeNames:
@@ -42,11 +65,9 @@ def map_bridge(shapes: Shapes, *, where: str) -> BridgeNames:
 
     Raises CheckpointError; it names missing, surplus and misshapen tensors.
     """
-    prefix = bridge_prefix(shapes)
+    published = {name: bridge_names(tensors, shapes) for name, tensors in BRIDGE_TENSORS.items()}
     found = [
-        (name, tensors)
-        for name, tensors in BRIDGE_TENSORS.items()
-        if prefix + next(iter(tensors)) in shapes
+        (name, keys) for name, keys in published.items() if next(iter(keys.values())) in shapes
     ]
     if not found:
         raise CheckpointError(
@@ -55,13 +76,13 @@ def map_bridge(shapes: Shapes, *, where: str) -> BridgeNames:
             "bias: name the file that holds it as projector",
             options={"projector": None},
         )
-    name, tensors = found[0]
-    keys = {k: prefix + k for k in tensors}
+    name, keys = found[0]
     ignored = account(shapes, keys.values(), _REASONS, where)
-    first = shapes[keys[next(iter(tensors))]][0]
+    weight = next(iter(keys.values()))
+    first = shapes[weight][0]
     if len(first) != 2 or 0 in first:
         raise CheckpointError(
-            f"{where}: {prefix}{next(iter(tensors))} has shape {list(first)}, expected "
+            f"{where}: {weight} has shape {list(first)}, expected "
             "[outputs, inputs]: name the file that holds a projector as projector",
             options={"projector": None},
         )

@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from seechat_weights.config import PixelSpec
+from seechat_weights.config import RESIZES, PixelSpec
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files.checkpoint import read_json
 from seechat_weights.vision.clip_names import ClipNames
@@ -171,7 +171,7 @@ def _hugging_face_pixels(file: Path, names: ClipNames) -> PixelSpec:
         mean=given.get("image_mean"),
         std=given.get("image_std"),
         interpolation=_RESAMPLE.get(resample, resample),
-        resize="crop" if crops else "squash",
+        resize="crop_floor" if crops else "squash",
         rgb_first=True,
     )
 
@@ -203,7 +203,7 @@ def _pixel_spec(
             f"expected three numbers each and {', '.join(_RESAMPLE.values())}: download the file "
             "again"
         )
-    if resize not in _RESIZE_MODES.values():
+    if resize not in RESIZES:
         raise CheckpointError(
             f"{file}: resize mode {resize!r:.80}; expected {', '.join(_RESIZE_MODES)}: "
             "download the file again"
@@ -227,7 +227,7 @@ def _must_agree(
     """
     found = (width, layers, patch_size, image_size)
     network = names.network
-    expected = (network.width, network.layers + 1, network.patch_size, names.image_size)
+    expected = (network.width, names.layers, network.patch_size, names.image_size)
     for what, a, b in zip(("width", "layers", "patch", "image"), found, expected, strict=True):
         if a not in (None, b, [b, b], (b, b)):
             raise CheckpointError(

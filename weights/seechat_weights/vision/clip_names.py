@@ -27,14 +27,17 @@ class ClipNames:
 
     form: str  # "openai" (their own file), "open_clip" or "huggingface"
     image_size: int
-    network: VisionNetwork  # as it runs, without the last layer; the tensors do not tell its heads
+    layers: int  # as published
+    network: (
+        VisionNetwork  # as it runs, up to the selected layer; the tensors do not tell its heads
+    )
     used: dict[str, TensorMapping]  # our parameter -> where it comes from
     sizes: dict[str, Shape]  # our parameter -> its shape
     ignored: dict[str, str]  # published tensor -> reason
 
 
 _TEXT = "belongs to the text tower"
-_LAST = "the patches are taken before the last layer"
+_LAST = "the patches are taken before this layer"
 # bert.* and text.* are the text towers of Chinese-CLIP and of newer open_clip models
 _OPEN_CLIP_REASONS = (
     (r"visual\.(proj|ln_post\.(weight|bias))", _LAST),
@@ -97,13 +100,16 @@ _OPEN_CLIP_NAMES = {
 }
 
 
-def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
+def map_clip(shapes: Shapes, *, where: str, select_layer: int = -2) -> ClipNames:
     """Find the vision tower in an open_clip or Hugging Face CLIP checkpoint.
 
-    Our parameters have Hugging Face's names without "vision_model.", and end before the last layer.
+    Our parameters have Hugging Face's names without "vision_model.", and end with the layer whose
+    output is selected.
 
     shapes: the file's tensors.
     where: its path, for errors.
+    select_layer: which of the hidden states is taken, as transformers counts them: 0 is the input
+        of the first layer, -1 the output of the last one.
 
     Raises CheckpointError; it names missing, surplus and misshapen tensors.
     """
@@ -121,8 +127,17 @@ def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
             f"{where}: the vision tower has {layers} transformer layers; expected a CLIP ViT with "
             "two or more: other vision towers (ResNet, timm) are not supported"
         )
-    last = re.escape(f"{form.prefix}{form.layers}{layers - 1}.")
-    unknown = VisionNetwork(patch_size=1, width=1, inner_size=1, layers=layers - 1, heads=0)
+    run = select_layer if select_layer >= 0 else layers + 1 + select_layer
+    if not 0 < run <= layers:
+        raise CheckpointError(
+            f"{where}: the vision tower has {layers} layers, and the hidden state {select_layer} "
+            "is to be taken; expected one of a layer's outputs: name the tower that the projector "
+            "was trained with as clip",
+            options={"clip": None},
+        )
+    after = "|".join(map(str, range(run, layers)))
+    last = re.escape(form.prefix + form.layers) + f"({after})\\."
+    unknown = VisionNetwork(patch_size=1, width=1, inner_size=1, layers=run, heads=0)
     used = {k: _clip_part(k, form) for k in clip_parameters(unknown, 1)}
     ignored = account(
         shapes,
@@ -144,7 +159,8 @@ def map_clip(shapes: Shapes, *, where: str) -> ClipNames:
     sizes = clip_parameters(network, side * patch)
     expected = {n: used[k].published_shape(s) for k, s in sizes.items() for n in used[k].names}
     check_shapes(shapes, expected, where)
-    return ClipNames(clip_library(form, shapes), side * patch, network, used, sizes, ignored)
+    library = clip_library(form, shapes)
+    return ClipNames(library, side * patch, layers, network, used, sizes, ignored)
 
 
 def _clip_part(ours: str, form: ClipForm) -> TensorMapping:

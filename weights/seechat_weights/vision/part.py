@@ -1,11 +1,49 @@
-"""Describes where one of our parameters lies in a checkpoint."""
+"""Describes where one of our parameters lies in a checkpoint, and a part of a checkpoint."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from seechat_weights.files.accounting import Shape
+from seechat_weights.files.accounting import Shape, Shapes
+
+
+class Tensors(Protocol):
+    """What a reader of weights needs of a checkpoint, or of several taken for one."""
+
+    @property
+    def shapes(self) -> Shapes: ...
+    def read(self, key: str) -> np.ndarray: ...
+    def source(self, key: str) -> Path: ...
+
+
+class Section:
+    """The tensors of a checkpoint whose names begin with a prefix, without that prefix.
+
+    whole: the checkpoint.
+    prefix: the prefix.
+    """
+
+    def __init__(self, whole: Tensors, prefix: str) -> None:
+        self._whole, self._prefix = whole, prefix
+        found = whole.shapes.items()
+        self.shapes = {k.removeprefix(prefix): v for k, v in found if k.startswith(prefix)}
+
+    def read(self, key: str) -> np.ndarray:
+        """Read one tensor as stored. Raises CheckpointError.
+
+        key: its name without the prefix.
+        """
+        return self._whole.read(self._prefix + key)
+
+    def source(self, key: str) -> Path:
+        """The file that holds a tensor.
+
+        key: its name without the prefix.
+        """
+        return self._whole.source(self._prefix + key)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from seechat_weights.config import PixelSpec, VisionConfig
 from seechat_weights.errors import CheckpointError, OptionError
 from seechat_weights.files.accounting import Shape
 from seechat_weights.files.audit import Place, check_vision
-from seechat_weights.files.checkpoint import Checkpoint, Opener, open_checkpoint, read_json
-from seechat_weights.files.reading import local_path
+from seechat_weights.files.checkpoint import Opener, open_checkpoint, read_json
+from seechat_weights.files.reading import local_path, shown
 from seechat_weights.model_files import find_model
 from seechat_weights.vision.blip_names import (
     BlipNames,
@@ -30,11 +30,22 @@ from seechat_weights.vision.blip_names import (
     seechat_overlay,
     visualglm_overlay,
 )
-from seechat_weights.vision.bridge_names import map_bridge
-from seechat_weights.vision.clip_config import clip_settings
-from seechat_weights.vision.clip_names import map_clip
+from seechat_weights.vision.bridge_names import BridgeNames, map_bridge
+from seechat_weights.vision.clip_config import Settings, clip_settings
+from seechat_weights.vision.clip_names import ClipNames, map_clip
+from seechat_weights.vision.llava import (
+    NON_LORA_FILE,
+    PROJECTOR_FILE,
+    TOWER_PREFIXES,
+    find_projector,
+    find_section,
+    find_tower,
+    is_openai,
+    llava_settings,
+    published_at,
+)
 from seechat_weights.vision.network import ACTIVATIONS, BRIDGE, TOWER
-from seechat_weights.vision.part import TensorMapping
+from seechat_weights.vision.part import TensorMapping, Tensors
 
 PUBLISHED = BlipSettings()
 GRAPH = "vision.onnx"
@@ -50,6 +61,7 @@ class VisionWeights:
     read: returns a parameter by its name, in any float dtype.
     ignored: tensors of a checkpoint that no parameter comes from, each with the reason.
     files: the files that published parameters come from.
+    conversation: the format that its publisher's code speaks; "" if the LM decides.
     """
 
     config: VisionConfig  # with its network
@@ -58,6 +70,7 @@ class VisionWeights:
     read: Callable[[str], np.ndarray]
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
     files: tuple[Path, ...] = ()
+    conversation: str = ""
 
     @property
     def numbers(self) -> int:
@@ -69,7 +82,8 @@ class VisionWeights:
 class VisionFiles:
     """Published files of the vision network for a language model; all None: what the LM brings.
 
-    clip, projector, clip_activation: see load_clip.
+    clip, projector, clip_activation: see load_clip. A LLaVA brings its projector, and needs clip
+        alone; a projector with LLaVA's config.json beside it names its tower there.
     eva, qformer, checkpoint, image_size: see load_seechat; the checkpoint may also hold a part of
         the language model.
 
@@ -85,15 +99,12 @@ class VisionFiles:
     image_size: int | None = None
 
     def __post_init__(self) -> None:
-        if bool(self.clip) != bool(self.projector):
+        if (self.clip or self.projector) and (self.eva or self.qformer):
+            tower = "clip" if self.clip else "projector"
             raise OptionError(
-                "clip and projector go together; expected both: name both, or neither",
-                options={"clip": None, "projector": None},
-            )
-        if self.clip and (self.eva or self.qformer):
-            raise OptionError(
-                "clip is one vision tower and eva another; expected one: leave the other out",
-                options={"clip": None, "eva": None},
+                "clip with its projector is one vision network and eva another; expected one: "
+                "leave the other out",
+                options={tower: None, "eva": None},
             )
         if self.image_size and not (self.eva or self.qformer):
             raise OptionError(
@@ -105,20 +116,44 @@ class VisionFiles:
         if self.clip_activation is not None:
             check_choice("clip_activation", self.clip_activation, ACTIVATIONS)
 
-    def open(self, lm: str | Path, *, opener: Opener = open_checkpoint) -> VisionWeights | None:
+    def open(
+        self,
+        lm: str | Path,
+        *,
+        adapter: str | Path | None = None,
+        opener: Opener = open_checkpoint,
+    ) -> VisionWeights | None:
         """Open the vision network for a published language model; None if there is none.
 
         lm: the language model's path.
+        adapter: the folder of a LoRA; LLaVA's holds a projector.
         opener: opens checkpoints; an Openings, if others read the same files.
 
-        Raises CheckpointError.
+        Raises CheckpointError, OptionError for a tower without a projector or the reverse.
         """
+        if not (self.eva or self.qformer):
+            found = load_llava(
+                lm,
+                clip=self.clip,
+                projector=self.projector,
+                adapter=adapter,
+                activation=self.clip_activation,
+                opener=opener,
+            )
+            if found:
+                return found
         if self.clip and self.projector:
             return load_clip(
                 clip=self.clip,
                 projector=self.projector,
                 activation=self.clip_activation,
                 opener=opener,
+            )
+        if self.clip or self.projector:
+            raise OptionError(
+                "clip and projector go together; expected both, or a LLaVA that brings the other: "
+                "name both, or neither",
+                options={"clip": None, "projector": None},
             )
         if self.eva or self.qformer:
             return load_seechat(
@@ -152,14 +187,110 @@ def load_clip(
     names = map_clip(checkpoint.shapes, where=str(clip))
     settings = clip_settings(clip, names, activation)
     bridge = map_bridge(file.shapes, where=str(projector))
+    parts = [(TOWER, names, checkpoint), (BRIDGE, bridge, file)]
+    config = _clip_config(names, settings, bridge, tower=clip, projector=str(projector))
+    return _published(config, bridge.outputs, parts)
+
+
+def load_llava(
+    lm: str | Path,
+    *,
+    clip: str | Path | None = None,
+    projector: str | Path | None = None,
+    adapter: str | Path | None = None,
+    activation: str | None = None,
+    opener: Opener = open_checkpoint,
+) -> VisionWeights | None:
+    """Open LLaVA's CLIP tower and projector; None if there is no configuration of LLaVA's.
+
+    lm: the language model: LLaVA's folder, or the base of a projector or LoRA.
+    clip: the CLIP tower's folder; None for the one that the configuration names, if it is near.
+    projector: LLaVA's mm_projector.bin, with its config.json beside it, or the folder of both.
+    adapter: the folder of a LoRA run.
+    activation: "quick_gelu" or "gelu", for a CLIP file without configuration.
+    opener: opens checkpoints.
+
+    Raises CheckpointError.
+    """
+    lm = local_path(lm)
+    given = local_path(projector) if projector else None
+    tuned = local_path(adapter) if adapter else None
+    places = [tuned, lm] if given is None else [given if given.is_dir() else given.parent]
+    folders = [p if p.is_dir() else p.parent for p in places if p]
+    settings = next((found for f in folders if (found := llava_settings(f))), None)
+    if settings is None:
+        return None
+    found = find_projector(lm, projector=given, adapter=tuned, opener=opener)
+    if found is None:
+        raise CheckpointError(
+            f"{settings.file}: LLaVA's, and no projector is there; expected mm_projector.*: name "
+            f"the file that holds it ({PROJECTOR_FILE}) as projector",
+            options={"projector": None},
+        )
+    tensors, where = found
+    bridge = map_bridge(tensors.shapes, where=where)
+    # only an original LLaVA names a tower outside; a Hugging Face form holds one in any case
+    own = None
+    if settings.tuned:
+        run = tuned / NON_LORA_FILE if tuned else None
+        sources = [opener(p) for p in (run if run and run.is_file() else None, lm) if p]
+        own = find_section(sources, TOWER_PREFIXES)
+    if own is None and not settings.tower:
+        raise CheckpointError(
+            f"{lm}: holds no vision tower; expected {' or '.join(TOWER_PREFIXES)}: download the "
+            "checkpoint again"
+        )
+    tower = local_path(clip) if clip else lm
+    if settings.tower and not clip:
+        near = find_tower(settings)
+        # OpenAI's towers are described in full by their tensors, and the checkpoint holds those
+        if near is None and not (own and is_openai(settings.tower)):
+            raise CheckpointError(
+                f"{settings.file}: the vision tower is {shown(settings.tower)}, which is not "
+                "beside it; expected its folder: name it as clip (published at "
+                f"{published_at(settings.tower)})",
+                options={"clip": settings.tower},
+            )
+        tower = near or lm
+    source: Tensors = own or opener(tower)
+    names = map_clip(
+        source.shapes, where=str(lm if own else tower), select_layer=settings.select_layer
+    )
+    alone = settings.tower and tower == lm
+    known = dataclasses.replace(names, form="openai") if alone else names
+    described = clip_settings(tower, known, activation)
+    config = _clip_config(names, described, bridge, tower=tower, projector=where)
+    network = config.network
+    assert network
+    mean = config.pixels.mean
+    config = dataclasses.replace(
+        config,
+        tokens=config.tokens + settings.class_token,
+        network=dataclasses.replace(network, class_token=settings.class_token),
+        pixels=dataclasses.replace(
+            config.pixels,
+            resize="square" if settings.pad else "crop_floor",
+            rgb_first=True,
+            background=(int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255)),
+        ),
+        marks=settings.marks,
+    )
+    parts = [(TOWER, names, source), (BRIDGE, bridge, tensors)]
+    opened = _published(config, bridge.outputs, parts)
+    return dataclasses.replace(opened, conversation=settings.conversation)
+
+
+def _clip_config(
+    names: ClipNames, settings: Settings, bridge: BridgeNames, *, tower: Path, projector: str
+) -> VisionConfig:
     if bridge.inputs != names.network.width:
         raise CheckpointError(
             f"{projector}: takes {bridge.inputs} numbers a token; expected "
-            f"{names.network.width}, the width of {clip}: name the tower that the "
+            f"{names.network.width}, the width of {tower}: name the tower that the "
             "projector was trained with as clip",
             options={"clip": None},
         )
-    config = VisionConfig(
+    return VisionConfig(
         graph=GRAPH,
         tokens=(names.image_size // names.network.patch_size) ** 2,
         tower="clip",
@@ -172,7 +303,6 @@ def load_clip(
             layernorm_epsilon=settings.layernorm_epsilon,
         ),
     )
-    return _published(config, bridge.outputs, [(TOWER, names, checkpoint), (BRIDGE, bridge, file)])
 
 
 def load_seechat(
@@ -350,7 +480,7 @@ class _Names(Protocol):
 
 
 def _published(
-    config: VisionConfig, outputs: int, parts: list[tuple[str, _Names, Checkpoint | Overlay]]
+    config: VisionConfig, outputs: int, parts: Sequence[tuple[str, _Names, Tensors]]
 ) -> VisionWeights:
     """Join the parts of a network; `parts` begin with the prefix of each part's names."""
     sources = {at + name: (part, c) for at, n, c in parts for name, part in n.used.items()}

@@ -1,0 +1,129 @@
+"""Golden data of LLaVA, MiniGPT-4 and InstructBLIP, made by running the original code.
+
+It is not part of the repository: it lies in the folder `llama` of the one that SEECHAT_REFERENCE
+names (default: shared/reference beside the checkout), and tests of it are skipped where that is
+absent. Nothing here knows a size: data of other models in the same layout passes as well.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from seechat_lite.images import levels, load_image, pixels
+from seechat_weights.config import PixelSpec
+from seechat_weights.vision.blip_names import BlipSettings
+from seechat_weights.vision.weights import VisionFiles, VisionWeights
+
+_BESIDE = Path(__file__).parents[1].parent / "shared" / "reference"
+ROOT = Path(os.environ.get("SEECHAT_REFERENCE", _BESIDE)) / "llama"
+LLAVA, MINIGPT4, INSTRUCTBLIP = (
+    ROOT / "llava_tiny",
+    ROOT / "minigpt4_tiny",
+    ROOT / "instructblip_tiny",
+)
+LLAMA = ROOT / "llama_tiny"
+needs_llama_reference = pytest.mark.skipif(not ROOT.is_dir(), reason=f"no golden data in {ROOT}")
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published model: what an export is given.
+
+    lm: the language model.
+    vision: files of the vision network beside it.
+    adapter: a LoRA.
+    """
+
+    lm: Path
+    vision: VisionFiles = VisionFiles()
+    adapter: Path | None = None
+
+    def weights(self) -> VisionWeights:
+        """The vision network."""
+        found = self.vision.open(self.lm, adapter=self.adapter)
+        assert found is not None
+        return found
+
+
+LLAVAS = {
+    "llava_v1": Published(LLAVA / "llava_v1"),
+    "llava_v15": Published(LLAVA / "llava_v15"),
+    "llava_projector_only": Published(
+        LLAMA / "vicuna_real_vocab",
+        VisionFiles(projector=LLAVA / "llava_projector_only" / "mm_projector.bin"),
+    ),
+    "llava_lora": Published(LLAMA / "llama2", adapter=LLAVA / "llava_lora"),
+    "hf_old": Published(LLAVA / "hf_old"),
+    "hf_new": Published(LLAVA / "hf_new"),
+}
+# the folder with the recorded pixels of each
+RECORDED_PIXELS = {
+    "llava_v1": "llava_v1", "llava_v15": "llava_v15", "llava_lora": "llava_v15",
+    "hf_old": "llava_v15", "hf_new": "llava_v15",
+}  # fmt: skip
+
+
+@functools.cache
+def cases(path: str) -> Any:
+    """A JSON file of the golden data.
+
+    path: under ROOT.
+    """
+    return json.loads((ROOT / path).read_text("utf-8"))
+
+
+@functools.cache
+def arrays(path: str) -> Mapping[str, np.ndarray]:
+    """The tensors of a file of the golden data; empty if there is no such file.
+
+    path: under ROOT.
+    """
+    file = ROOT / path
+    return load_file(file) if file.is_file() else {}
+
+
+def picture(name: str) -> Path:
+    return ROOT / "pictures" / name
+
+
+def published_levels(name: str, spec: PixelSpec) -> np.ndarray:
+    """A picture's levels as the original code makes them, uint8 [3, S, S]."""
+    return levels(load_image(picture(name)).image, replace(spec, exact=True)).transpose(2, 0, 1)
+
+
+def published_pixels(name: str, spec: PixelSpec) -> np.ndarray:
+    """A picture's pixels as the original code makes them, float32 [1, 3, S, S]."""
+    return pixels(load_image(picture(name)).image, replace(spec, exact=True))[None]
+
+
+def blip_settings(sizes: Mapping[str, int]) -> BlipSettings:
+    """What the tensors of EVA and Q-Former do not tell, from the golden data's own sizes."""
+    return BlipSettings(blocks=sizes["depth"], heads=sizes["heads"], query_heads=sizes["qf_heads"])
+
+
+def largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return float(np.abs(found.astype(np.float64) - expected).max())
+
+
+def module_outputs(weights: VisionWeights, of: Callable[[Any, Any], Any], name: str) -> np.ndarray:
+    """What a part of the torch network makes of a picture, without the batch's axis.
+
+    of: takes the network and the pixels.
+    """
+    import torch
+
+    from seechat_lite.nn.vision import streamed
+
+    network = streamed(weights).loaded()
+    given = torch.from_numpy(published_pixels(name, weights.config.pixels))
+    with torch.inference_mode():
+        return of(network, given)[0].numpy()
