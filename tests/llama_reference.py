@@ -9,7 +9,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Published:
     """
 
     lm: Path
-    vision: VisionFiles = VisionFiles()
+    vision: VisionFiles = field(default_factory=VisionFiles)
     adapter: Path | None = None
 
     def weights(self) -> VisionWeights:
