@@ -185,7 +185,7 @@ class Measuring:
             checkpoint=folder / "checkpoint_100.pth",
             settings=BlipSettings(blocks=3, heads=4, query_heads=4),
         )
-        for name, eyes, file, key in (
+        for name, vision, file, key in (
             ("CLIP, linear", clip, "case", "projected_linear"),
             ("EVA, Q-Former", eva, "seechat_case_q32", "encode_img"),
         ):
@@ -193,7 +193,7 @@ class Measuring:
             image, expected = case.read("image"), case.read(key)
             for kind, dtype, bar in (("fp32", torch.float32, 5e-4), ("fp16", torch.float16, 0.1)):
                 what = f"a picture: {name}, {kind}"
-                sees = TorchVision(eyes, device=self.device, dtype=dtype, keep=True)
+                sees = TorchVision(vision, device=self.device, dtype=dtype, keep=True)
                 with self._part(what):
                     error = float(np.abs(sees.encode(image) - expected).max())
                     yield {"what": what, "error": error, "bar": bar, "ok": error <= bar}

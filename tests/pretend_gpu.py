@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CARD = torch.device("cuda:0")
+PRETENDED = torch.device("cuda:0")
 MEMORY = 24 << 30
 FREE_TO_MIX = ("copy_", "_to_copy", "to", "index", "index_put_", "_index_put_impl_")
 KERNELS = {"_linear", "_block_row", "_block_rows", "_sum_parts", "_dequantize"}
@@ -49,7 +49,7 @@ class OnGPU(torch.Tensor):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return CARD
+        return PRETENDED
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnGPU":
         return OnGPU(self.numbers.clone())
@@ -168,7 +168,7 @@ def dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 class Stream:
-    device = CARD
+    device = PRETENDED
 
     def __init__(self, device: Any = None) -> None: ...
     def wait_stream(self, other: "Stream") -> None: ...

@@ -262,7 +262,7 @@ def test_vision(tmp_path: Path, part: str, change: Any) -> None:
         save_file(state, file)
     else:
         torch.save(state, file)
-    eyes = load_clip(clip=tmp_path / "clip", projector=projector)
-    side = eyes.config.pixels.image_size
+    vision = load_clip(clip=tmp_path / "clip", projector=projector)
+    side = vision.config.pixels.image_size
     with pytest.raises(CheckpointError, match=rf"{file.name}: tensor {key} "):
-        streamed(eyes)(torch.zeros(1, 3, side, side))
+        streamed(vision)(torch.zeros(1, 3, side, side))

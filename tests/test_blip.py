@@ -46,8 +46,8 @@ def load(**files: Any) -> VisionWeights:
     return load_seechat(settings=TINY, **({"eva": EVA, "qformer": QFORMER} | files))
 
 
-def opened(eyes: VisionWeights) -> tuple[Streamed, VisionConfig]:
-    return streamed(eyes), eyes.config
+def opened(vision: VisionWeights) -> tuple[Streamed, VisionConfig]:
+    return streamed(vision), vision.config
 
 
 def state(path: Path) -> dict[str, torch.Tensor]:
@@ -79,8 +79,8 @@ def test_published_embeddings(checkpoint: str, tmp_path: Path) -> None:
 def test_as_many_queries_as_the_file_has(tmp_path: Path) -> None:
     case = tensors("vision/seechat_case_q4.safetensors")
     overrides = load_file(data("vision/seechat_vision_q4_overrides.safetensors"))
-    eyes = load(checkpoint=written(tmp_path / "c.pth", state(PROJECTOR) | overrides))
-    network, config = opened(eyes)
+    vision = load(checkpoint=written(tmp_path / "c.pth", state(PROJECTOR) | overrides))
+    network, config = opened(vision)
     assert config.tokens == 4
     np.testing.assert_allclose(run_torch(network, case["image"]), case["encode_img"], atol=1e-4)
     export_vision(network, config, tmp_path / "vision.onnx", precision="fp16")
@@ -96,18 +96,18 @@ def test_the_checkpoint_counts_most(tmp_path: Path) -> None:
         name: whole[name] + 0.5
         for name in ("visual_encoder.blocks.1.attn.q_bias", "ln_vision.bias", "query_tokens")
     }
-    eyes = load(checkpoint=written(tmp_path / "c.pth", state(PROJECTOR) | changed))
+    vision = load(checkpoint=written(tmp_path / "c.pth", state(PROJECTOR) | changed))
     width = whole["ln_vision.bias"].numel()
-    bias = eyes.read("tower.vit.encoder.layers.1.self_attn.qkv.bias")
+    bias = vision.read("tower.vit.encoder.layers.1.self_attn.qkv.bias")
     np.testing.assert_array_equal(bias[:width], changed["visual_encoder.blocks.1.attn.q_bias"])
     assert not bias[width : 2 * width].any()
     np.testing.assert_array_equal(
-        eyes.read("tower.vit.post_layernorm.bias"), changed["ln_vision.bias"]
+        vision.read("tower.vit.post_layernorm.bias"), changed["ln_vision.bias"]
     )
-    np.testing.assert_array_equal(eyes.read("bridge.query_tokens"), changed["query_tokens"])
+    np.testing.assert_array_equal(vision.read("bridge.query_tokens"), changed["query_tokens"])
     reason = "replaced by the one in c.pth"
-    assert eyes.ignored["blocks.1.attn.q_bias"] == eyes.ignored["query_tokens"] == reason
-    assert {file.name for file in eyes.files} == {EVA.name, QFORMER.name, "c.pth"}
+    assert vision.ignored["blocks.1.attn.q_bias"] == vision.ignored["query_tokens"] == reason
+    assert {file.name for file in vision.files} == {EVA.name, QFORMER.name, "c.pth"}
 
     # a checkpoint that holds everything needs no other file
     unused = ("visual_encoder.blocks.3.", "visual_encoder.norm.", "visual_encoder.head.", "t5_")
@@ -325,7 +325,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.returncode == 2 and "--clip is one vision tower and --eva another" in done.stderr
 
 
-def test_a_checkpoint_without_eyes() -> None:
+def test_a_checkpoint_without_vision() -> None:
     assert load_visualglm(data("chatglm_tiny")) is None
 
 
@@ -426,9 +426,9 @@ def test_published_files_are_accounted_for() -> None:
         "t5_proj.bias",
         "Qformer.bert.embeddings.position_ids",
     }
-    eyes = _blip(published(), names, PUBLISHED, None)
-    assert dataclasses.replace(eyes.config, graph="") == PUBLISHED_VISION["eva"]
-    streamed(eyes)  # the network has these parameters
+    vision = _blip(published(), names, PUBLISHED, None)
+    assert dataclasses.replace(vision.config, graph="") == PUBLISHED_VISION["eva"]
+    streamed(vision)  # the network has these parameters
 
 
 def test_every_name_of_the_published_files_counts() -> None:

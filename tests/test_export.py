@@ -286,7 +286,7 @@ def test_other_options_start_anew(tmp_path: Path) -> None:
 
 
 def test_what_another_run_left_is_not_shipped(tmp_path: Path) -> None:
-    """An interrupted export with eyes, finished without them, is a text-only bundle."""
+    """An interrupted export with vision, finished without it, is a text-only bundle."""
 
     def interrupt(stage: str, done: int, total: int) -> None:
         if stage == "embeddings":

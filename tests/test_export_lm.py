@@ -181,7 +181,7 @@ def test_provenance_names_every_source(tmp_path: Path, base: Path) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_provenance_names_what_eyes_leave_out(tmp_path: Path) -> None:
+def test_provenance_names_what_vision_leaves_out(tmp_path: Path) -> None:
     vision = load_clip(
         clip=data("vision/clip_open_clip"), projector=data("vision/mm_projector_linear.bin")
     )

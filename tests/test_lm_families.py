@@ -134,9 +134,9 @@ def published() -> dict[str, np.ndarray]:
 
 def test_sat_holds_the_same_model(write_sat: Callable[..., Path]) -> None:
     sat = to_sat(published(), heads=4)
-    eyes = {"mixins.eva.model.glm_proj.weight": random_array(64, 32)}
+    vision = {"mixins.eva.model.glm_proj.weight": random_array(64, 32)}
     position = {"transformer.position_embeddings.weight": random_array(256, 64)}
-    folder = write_sat(sat | eyes | position)
+    folder = write_sat(sat | vision | position)
     plain = open_lm(TINY)
     for path in (folder, folder / "1", folder / "1" / SAT_FILE):
         lm = open_lm(path)
@@ -145,7 +145,7 @@ def test_sat_holds_the_same_model(write_sat: Callable[..., Path]) -> None:
         for key in lm.shapes:
             np.testing.assert_array_equal(lm.read(key), plain.read(key))
             np.testing.assert_array_equal(lm.read(key, slice(5, 40)), plain.read(key)[5:40])
-        assert lm.vision_keys == {"lm": list(eyes)}
+        assert lm.vision_keys == {"lm": list(vision)}
         assert set(lm.ignored["lm"]) == {*position, "mixins.chatglm-attn.rotary_emb.inv_freq"}
         assert (lm.conversation, lm.tokenizer) == ("visualglm", folder / "ice_text.model")
 
@@ -223,9 +223,9 @@ def test_refused_sat_folders(write_sat: Callable[..., Path], tmp_path: Path) -> 
 
 
 def test_visualglm_folder(base: Path) -> None:
-    eyes = {"image_encoder.glm_proj.weight": random_array(64, 32)}
-    save_file(load_file(base / "model.safetensors") | eyes, base / "model.safetensors")
+    vision = {"image_encoder.glm_proj.weight": random_array(64, 32)}
+    save_file(load_file(base / "model.safetensors") | vision, base / "model.safetensors")
     lm = open_lm(base)
-    assert lm.vision_keys == {"lm": list(eyes)}
+    assert lm.vision_keys == {"lm": list(vision)}
     assert lm.conversation == "visualglm"
     assert len(lm.shapes) == len(open_lm(TINY).shapes)

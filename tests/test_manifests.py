@@ -26,7 +26,7 @@ from seechat_weights.files.accounting import Shapes, part
 from seechat_weights.lm import checkpoint as lm_module
 from seechat_weights.lm.chatglm import OLD_VOCABULARY
 from seechat_weights.lm.checkpoint import LM, open_lm
-from seechat_weights.vision import weights as eyes_module
+from seechat_weights.vision import weights as vision_weights
 from seechat_weights.vision.blip_names import BlipSettings
 from seechat_weights.vision.weights import VisionWeights, load_clip, load_seechat
 
@@ -84,7 +84,7 @@ def open_full(folder: Path, name: str, shapes: Shapes) -> tuple[Path, dict[str, 
 def unaudited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take zeros for weights: files of holes stand for those of the published sizes."""
     monkeypatch.setattr(lm_module, "is_nothing", lambda array: False)
-    monkeypatch.setattr(eyes_module, "check_vision", lambda array, place: None)
+    monkeypatch.setattr(vision_weights, "check_vision", lambda array, place: None)
 
 
 def few_layers(shapes: Shapes, layers: int) -> Shapes:
@@ -116,9 +116,9 @@ def test_full_size_is_accounted_for(tmp_path: Path, unaudited: None, name: str) 
         assert opened.bits("layers.0.attention.dense.weight") == (4 if "int4" in name else 0)
     elif name in CHECKPOINTS:
         ours = part(shapes, "lm", where="")
-        eyes = part(shapes, "vision", where="")
+        vision = part(shapes, "vision", where="")
         assert accounted(opened, "checkpoint") == set(ours)
-        assert set(ours) | set(eyes) == set(shapes) and not set(ours) & set(eyes)
+        assert set(ours) | set(vision) == set(shapes) and not set(ours) & set(vision)
         assert len(opened.shapes) == 4 + 12 * opened.config.num_layers
     else:
         assert opened.prefix is not None and opened.prefix.shape == (28, 2, 32, 128, 128)
@@ -215,7 +215,7 @@ def test_export(tmp_path: Path, ice: Path, name: str) -> None:
 
 # --- vision: the files of each network, and narrower widths for each
 
-EYES = {
+VISION = {
     "seechat": {
         "eva": ("eva_vit_g", {1408: 32, 4224: 96, 6144: 64}),
         "qformer": ("blip2_pretrained_flant5xxl", {1408: 32, 768: 24, 3072: 48}),
@@ -226,35 +226,35 @@ EYES = {
         "projector": ("llava-1.5_mm_projector", {1024: 64, 4096: 64}),
     },
 }
-EYES["seechat, all of it in the checkpoint"] = EYES["seechat"] | {
+VISION["seechat, all of it in the checkpoint"] = VISION["seechat"] | {
     "checkpoint": (
         "seechat_full_keys",
-        EYES["seechat"]["eva"][1] | {768: 24, 3072: 48} | WIDTHS,
+        VISION["seechat"]["eva"][1] | {768: 24, 3072: 48} | WIDTHS,
     )
 }
 
 
-def open_eyes(files: dict[str, Path], *, blocks: int | None = None) -> VisionWeights:
+def open_vision(files: dict[str, Path], *, blocks: int | None = None) -> VisionWeights:
     if "clip" in files:
         return load_clip(**files, activation="quick_gelu")
     return load_seechat(**files, settings=BlipSettings(blocks=blocks))
 
 
-@pytest.mark.parametrize("name", EYES)
-def test_full_size_eyes_are_accounted_for(tmp_path: Path, unaudited: None, name: str) -> None:
+@pytest.mark.parametrize("name", VISION)
+def test_full_size_vision_is_accounted_for(tmp_path: Path, unaudited: None, name: str) -> None:
     """At the published sizes: all tensors are known and readable, and none is to spare."""
-    shapes = {role: manifest(file) for role, (file, _) in EYES[name].items()}
+    shapes = {role: manifest(file) for role, (file, _) in VISION[name].items()}
     files = {r: write_holes(tmp_path / f"{r}.safetensors", s) for r, s in shapes.items()}
-    eyes = open_eyes(files)
-    assert set(eyes.files) == set(files.values())
-    for parameter in list(eyes.sizes)[::97]:
-        value = eyes.read(parameter)
-        assert value.shape == eyes.sizes[parameter] and not value.any()
+    vision = open_vision(files)
+    assert set(vision.files) == set(files.values())
+    for parameter in list(vision.sizes)[::97]:
+        value = vision.read(parameter)
+        assert value.shape == vision.sizes[parameter] and not value.any()
 
     def error(role: str, changed: Shapes) -> str:
         file = write_holes(tmp_path / "changed.safetensors", changed)
         with pytest.raises(CheckpointError) as e:
-            open_eyes(files | {role: file})
+            open_vision(files | {role: file})
         return str(e.value)
 
     for role, keys in shapes.items():
@@ -262,13 +262,13 @@ def test_full_size_eyes_are_accounted_for(tmp_path: Path, unaudited: None, name:
         assert "1 not known (visual_encoder.x)" in message
         # of a checkpoint of SEEChat any part may be there
         for key in list(keys)[1::37] if role != "checkpoint" else ():
-            if key not in eyes.ignored:
+            if key not in vision.ignored:
                 message = error(role, {k: v for k, v in keys.items() if k != key})
                 assert "1 missing" in message and f"{key})" in message
 
 
-@pytest.mark.parametrize(("name", "tokens"), [*zip(EYES, (32, 256, 4), strict=True)])
-def test_export_of_eyes(tmp_path: Path, ice: Path, name: str, tokens: int) -> None:
+@pytest.mark.parametrize(("name", "tokens"), [*zip(VISION, (32, 256, 4), strict=True)])
+def test_export_of_vision(tmp_path: Path, ice: Path, name: str, tokens: int) -> None:
     small = {"num_layers": LAYERS, "hidden_size": 64, "num_attention_heads": 4}
     lm = write_config(tmp_path / "lm", "chatglm-6b", **small, inner_hidden_size=256)
     write_small(lm / "model.safetensors", manifest("chatglm-6b"), seed=1)
@@ -276,14 +276,14 @@ def test_export_of_eyes(tmp_path: Path, ice: Path, name: str, tokens: int) -> No
         role: write_random(
             tmp_path / f"{role}.safetensors", few_layers(manifest(file), LAYERS), widths, seed=2
         )
-        for role, (file, widths) in EYES[name].items()
+        for role, (file, widths) in VISION[name].items()
     }
     written = export_bundle(
         lm=lm,
         checkpoint=files.get("checkpoint"),
         tokenizer=ice,
         out=tmp_path / "bundle",  # checked against the torch networks before it is written
-        vision=open_eyes(files, blocks=LAYERS),
+        vision=open_vision(files, blocks=LAYERS),
     )
     assert written.vision and written.vision.tokens == tokens
     # of two layers the last file holds all
@@ -294,15 +294,15 @@ def test_export_of_eyes(tmp_path: Path, ice: Path, name: str, tokens: int) -> No
 @pytest.mark.skipif("SEECHAT_FULL_SIZE" not in os.environ, reason="minutes, 7 GB of disk")
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["seechat", "clip"])
-def test_eyes_of_published_sizes(tmp_path: Path, name: str) -> None:
+def test_vision_of_published_sizes(tmp_path: Path, name: str) -> None:
     files = {
         role: write_random(tmp_path / f"{role}.safetensors", manifest(file), {}, seed=3)
-        for role, (file, _) in EYES[name].items()
+        for role, (file, _) in VISION[name].items()
     }
-    eyes, pixels = open_eyes(files), random_array(1, 3, 224, 224)
-    network = streamed(eyes)
-    export_vision(network, eyes.config, tmp_path / eyes.config.graph, precision="fp16")
+    vision, pixels = open_vision(files), random_array(1, 3, 224, 224)
+    network = streamed(vision)
+    export_vision(network, vision.config, tmp_path / vision.config.graph, precision="fp16")
     expected = run_torch(network, pixels)
     assert expected.shape == (1, 32 if name == "seechat" else 256, 4096)
-    error = np.abs(run_onnx(tmp_path / eyes.config.graph, pixels) - expected)
+    error = np.abs(run_onnx(tmp_path / vision.config.graph, pixels) - expected)
     assert error.max() < 0.02 * expected.std()

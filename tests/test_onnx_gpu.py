@@ -28,7 +28,7 @@ from seechat_weights.errors import EngineError, MemoryPlanError, OptionError
 from seechat_weights.vision.blip_names import BlipSettings
 from seechat_weights.vision.weights import load_clip, load_seechat
 
-EYES = {
+VISION = {
     "clip": lambda: load_clip(
         clip=data("vision/clip_open_clip"), projector=data("vision/mm_projector_linear.bin")
     ),
@@ -46,14 +46,14 @@ CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny ChatGLM at a precision, or at fp16 with a P-tuning prefix or eyes, exported once."""
+    """The tiny ChatGLM at a precision, or at fp16 with a prefix or vision, exported once."""
     folder, source = tmp_path_factory.mktemp("bundles"), data("chatglm_tiny")
 
     for form in (*PRECISIONS, "prefix", "seeing"):
         export_bundle(
             lm=source,
             prefix=source / "ptuning_proj_pytorch_model.bin" if form == "prefix" else None,
-            vision=EYES["clip"]() if form == "seeing" else None,
+            vision=VISION["clip"]() if form == "seeing" else None,
             out=folder / form,
             precision=form if form in PRECISIONS else "fp16",
             block_size=32,
@@ -147,11 +147,11 @@ def test_a_precision_that_a_bundle_has_no_graph_for_is_refused(
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-@pytest.mark.parametrize("eyes", ["clip", "seechat"])
-def test_vision_in_float16(tmp_path: Path, eyes: str, precision: str) -> None:
+@pytest.mark.parametrize("tower", ["clip", "seechat"])
+def test_vision_in_float16(tmp_path: Path, tower: str, precision: str) -> None:
     """As torch has it in float32, but for the rounding of weights and sums."""
-    network = streamed(EYES[eyes]())
-    config = replace(EYES[eyes]().config, precision=precision)
+    network = streamed(VISION[tower]())
+    config = replace(VISION[tower]().config, precision=precision)
     export_vision(network, config, tmp_path / config.graph, precision=precision)
     assert {f.name for f in tmp_path.iterdir()} == {config.graph, config.half, config.weights}
     size = config.pixels.image_size

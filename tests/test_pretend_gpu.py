@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretend_gpu import CARD, pretend_gpu
+from pretend_gpu import PRETENDED, pretend_gpu
 from reference import data
 from seechat_export.export import export_bundle
 from seechat_lite.engines import EngineOptions
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     with pretend_gpu(monkeypatch, triton=False):
-        yield CARD
+        yield PRETENDED
 
 
 def test_the_gpu_refuses_what_a_real_one_refuses(gpu: torch.device) -> None:
@@ -73,28 +73,28 @@ def answers(engine: TorchEngine, *, picture: bool) -> list[np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("form", ["fp32", "fp16", "int8", "int4", "published", "prefix", "eyes"])
+@pytest.mark.parametrize("form", ["fp32", "fp16", "int8", "int4", "published", "prefix", "vision"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_answers_are_those_of_the_cpu(
     form: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    eyes = None
+    vision = None
     tiny = data("chatglm_tiny")
     folder = data("quantized/int4") if form == "published" else tiny
-    if form == "eyes":
-        eyes = VisionFiles(
+    if form == "vision":
+        vision = VisionFiles(
             clip=VISION / "clip_open_clip", projector=VISION / "mm_projector_linear.bin"
         )
-    if form not in ("published", "eyes"):
+    if form not in ("published", "vision"):
         prefix = tiny / "ptuning_embed_pytorch_model.bin" if form == "prefix" else None
         folder, precision = tmp_path / "b", "fp32" if form == "prefix" else form
         export_bundle(lm=tiny, prefix=prefix, out=folder, precision=precision, block_size=32)
-    source = open_source(folder, vision=eyes)
+    source = open_source(folder, vision=vision)
 
     def run(device: str, dtype: str) -> list[np.ndarray]:
         options = EngineOptions(device=device, dtype=dtype)
         engine = TorchEngine(source, context=60, options=options)
-        return answers(engine, picture=eyes is not None)
+        return answers(engine, picture=vision is not None)
 
     expected = run("cpu", "fp32")
     with pretend_gpu(monkeypatch, triton=False):

@@ -72,6 +72,6 @@ def test_vision_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(PUBLISHED_VISION, "clip", small)
     synthetic._write_vision(tmp_path, 32, torch.Generator().manual_seed(3))
     tower, projector = tmp_path / "clip-vit-large-patch14", tmp_path / "mm_projector.bin"
-    eyes = load_clip(clip=tower, projector=projector)
-    assert eyes.config.pixels.image_size == 56 and eyes.outputs == 32
-    assert replace(eyes.config, graph="", pixels=small.pixels) == small
+    vision = load_clip(clip=tower, projector=projector)
+    assert vision.config.pixels.image_size == 56 and vision.outputs == 32
+    assert replace(vision.config, graph="", pixels=small.pixels) == small

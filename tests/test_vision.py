@@ -37,8 +37,8 @@ def projector(bridge: str) -> Path:
 
 
 def opened(**files: Any) -> tuple[Streamed, VisionConfig]:
-    eyes = load_clip(**files)
-    return streamed(eyes), eyes.config
+    vision = load_clip(**files)
+    return streamed(vision), vision.config
 
 
 def load(clip: Path, bridge: str = "linear", **settings: Any) -> tuple[Streamed, VisionConfig]:

@@ -1,4 +1,4 @@
-"""Eyes that are no graph: the torch engine's pictures, from bundles and from published files."""
+"""Vision that is no graph: the torch engine's pictures, from bundles and from published files."""
 
 import dataclasses
 import json
@@ -54,13 +54,13 @@ def seechat() -> VisionWeights:
 
 
 def vision(
-    eyes: VisionWeights, *, keep: bool | None = True, dtype: torch.dtype = torch.float32
+    weights: VisionWeights, *, keep: bool | None = True, dtype: torch.dtype = torch.float32
 ) -> TorchVision:
-    return TorchVision(eyes, device=CPU, dtype=dtype, keep=keep)
+    return TorchVision(weights, device=CPU, dtype=dtype, keep=keep)
 
 
 def recorded(form: str) -> tuple[VisionWeights, np.ndarray, np.ndarray]:
-    """Eyes, pixels, and what the published code makes of them."""
+    """Weights, pixels, and what the published code makes of them."""
     if form == "seechat":
         case = tensors("vision/seechat_case_q32.safetensors")
         return seechat(), case["image"], case["encode_img"]
@@ -72,12 +72,12 @@ def recorded(form: str) -> tuple[VisionWeights, np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("form", ["linear", "mlp2x_gelu", "seechat"])
 def test_published_embeddings(form: str, keep: bool) -> None:
     """Also layer by layer, with nothing held between pictures; and rounded as on a GPU."""
-    eyes, image, expected = recorded(form)
+    weights, image, expected = recorded(form)
     for dtype, atol in ((torch.float32, 5e-4), (torch.float16, 0.1)):
-        sees = vision(eyes, keep=keep, dtype=dtype)
+        sees = vision(weights, keep=keep, dtype=dtype)
         for _ in range(2):
             np.testing.assert_allclose(sees.encode(image), expected, rtol=0, atol=atol)
-        assert sees.held == (eyes.numbers * dtype.itemsize if keep else 0)
+        assert sees.held == (weights.numbers * dtype.itemsize if keep else 0)
         assert isinstance(sees._network, nn.Module)
         assert {p.device.type for p in sees._network.parameters()} == {"cpu" if keep else "meta"}
 
@@ -85,17 +85,17 @@ def test_published_embeddings(form: str, keep: bool) -> None:
 @pytest.mark.parametrize("form", ["clip", "seechat"])
 def test_nothing_is_left_on_another_device(form: str) -> None:
     """Told by a device that computes nothing."""
-    eyes, there = seechat() if form == "seechat" else clip(), torch.device("meta")
-    network = streamed(eyes, there, torch.float16)
+    weights, there = seechat() if form == "seechat" else clip(), torch.device("meta")
+    network = streamed(weights, there, torch.float16)
     for sees in (network, network.loaded()):
         seen = sees(torch.zeros(1, 3, 56, 56, dtype=torch.float16, device=there))
         assert (seen.device, seen.dtype) == (there, torch.float16)
         assert {t.device for t in (*sees.parameters(), *sees.buffers())} == {there}
 
 
-def test_large_eyes_are_not_held_on_a_cpu() -> None:
-    eyes = dataclasses.replace(clip(), sizes={"x": (70_000_000,)})
-    assert vision(eyes, keep=None).held == 0 and vision(clip(), keep=None).held > 0
+def test_large_vision_is_not_held_on_a_cpu() -> None:
+    weights = dataclasses.replace(clip(), sizes={"x": (70_000_000,)})
+    assert vision(weights, keep=None).held == 0 and vision(clip(), keep=None).held > 0
 
 
 @pytest.mark.parametrize(
@@ -105,21 +105,21 @@ def test_large_eyes_are_not_held_on_a_cpu() -> None:
 def test_a_bundle_keeps_its_weights_under_their_names(
     form: str, precision: str, tmp_path: Path, vision_bundle: Path
 ) -> None:
-    eyes = seechat() if form == "seechat" else clip("mlp2x_gelu")
+    weights = seechat() if form == "seechat" else clip("mlp2x_gelu")
     path = tmp_path / "vision.onnx"
-    export_vision(streamed(eyes), eyes.config, path, precision=precision)
-    manifest = dataclasses.replace(read_manifest(vision_bundle), vision=eyes.config)
+    export_vision(streamed(weights), weights.config, path, precision=precision)
+    manifest = dataclasses.replace(read_manifest(vision_bundle), vision=weights.config)
     found = bundled_vision(tmp_path, manifest)
-    assert found and found.sizes == eyes.sizes
-    for name, shape in eyes.sizes.items():
-        written, published = (np.asarray(e.read(name), np.float32) for e in (found, eyes))
+    assert found and found.sizes == weights.sizes
+    for name, shape in weights.sizes.items():
+        written, published = (np.asarray(e.read(name), np.float32) for e in (found, weights))
         assert written.shape == shape
         if precision == "fp16" and published.ndim > 1:
             published = published.astype(np.float16).astype(np.float32)
         # no more than a step between two codes
         atol = np.abs(published).max() / 127 if precision == "int8" else 0
         np.testing.assert_allclose(written, published, rtol=0, atol=atol)
-    size = eyes.config.pixels.image_size
+    size = weights.config.pixels.image_size
     pixels = np.random.default_rng(0).standard_normal((2, 3, size, size), np.float32)
     seen, expected = vision(found).encode(pixels), run_onnx(path, pixels)
     if precision == "int8":  # ONNX Runtime also rounds what the weights are multiplied by
@@ -203,7 +203,7 @@ def test_seechat_as_released(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(seen, case["encode_img"], rtol=0, atol=5e-4)
 
 
-def test_eyes_of_another_language_model(tmp_path: Path) -> None:
+def test_vision_of_another_language_model(tmp_path: Path) -> None:
     weights = {"weight": np.zeros((24, 48), np.float32), "bias": np.zeros(24, np.float32)}
     save_file(weights, tmp_path / "p.safetensors")
     files = VisionFiles(clip=CLIP["clip"], projector=tmp_path / "p.safetensors")
@@ -211,7 +211,7 @@ def test_eyes_of_another_language_model(tmp_path: Path) -> None:
         sl.load(LM, engine="torch", vision=files)
 
 
-def test_a_bundle_takes_no_other_eyes(vision_bundle: Path) -> None:
+def test_a_bundle_takes_no_other_vision(vision_bundle: Path) -> None:
     with pytest.raises(sl.OptionError, match="vision: not for the engine 'auto'"):
         sl.load(vision_bundle, vision=VisionFiles(**CLIP))
     with pytest.raises(EngineError, match="a bundle, which has its own vision"):

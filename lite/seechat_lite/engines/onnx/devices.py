@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seechat_lite.engines.onnx.memory import CARDS
+from seechat_lite.engines.onnx.memory import GPUS
 from seechat_lite.onnx_runtime import ort
 from seechat_weights.arguments import refuse
 from seechat_weights.errors import BundleError, EngineError
@@ -40,11 +40,11 @@ class Device:
     @property
     def kind(self) -> str:
         """The memory that its tensors lie in, under OrtValue's name."""
-        return next((name for name in CARDS if DEVICES[name] == self.provider), "cpu")
+        return next((name for name in GPUS if DEVICES[name] == self.provider), "cpu")
 
     @property
     def on_gpu(self) -> bool:
-        return self.kind in CARDS
+        return self.kind in GPUS
 
     def tensor(self, array: np.ndarray) -> ort.OrtValue:
         """An array on the device: a copy on a GPU, else the array itself.

@@ -32,7 +32,7 @@ from seechat_weights.bundle.precisions import (
 )
 from seechat_weights.config import LMConfig
 
-CARDS = ("cuda", "dml")  # how the names of devices with their own memory begin
+GPUS = ("cuda", "dml")  # how the names of devices with their own memory begin
 RUNTIME = 130 << 20  # Python, numpy, Pillow and ONNX Runtime themselves
 VISION_WORKSPACE = 300 << 20  # what a picture's activations and one layer's weights take
 
@@ -124,7 +124,7 @@ def float_bytes_on_gpu(manifest: Manifest, device: str, dtype: str | None) -> in
     device: its name.
     dtype: "fp32" if float16 is not wanted.
     """
-    if not device.lower().startswith(CARDS):
+    if not device.lower().startswith(GPUS):
         return 0
     return 2 if dtype != "fp32" and manifest.decoder.half in manifest.files else 4
 
