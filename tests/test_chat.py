@@ -324,6 +324,59 @@ def test_stop_between_pictures(model: sl.Model, monkeypatch: pytest.MonkeyPatch)
     assert chat.ask("五", png(42), max_new_tokens=2) and len(chat.turns) == 3
 
 
+@pytest.mark.parametrize("reads", ["append", "prompt"])
+def test_stop_ends_what_reads_pictures(
+    model: sl.Model, monkeypatch: pytest.MonkeyPatch, reads: str
+) -> None:
+    chat, encode = model.chat(), model.engine.encode_image
+    chat.append("一", "二", png(45))
+    before, seen = list(chat.turns), []
+    read = {
+        "append": lambda: chat.append("三", "四", [png(seed) for seed in (46, 47, 48)]),
+        "prompt": lambda: chat.prompt("三", [png(seed) for seed in (49, 50, 51)]),
+    }[reads]
+
+    def stopped_meanwhile(pixels: np.ndarray) -> np.ndarray:
+        seen.append(pixels)
+        chat.stop()
+        return encode(pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.engine, "encode_image", stopped_meanwhile)
+        with pytest.raises(sl.EngineError, match="stopped"):
+            read()
+    assert len(seen) == 1 and chat.turns == before
+    assert read() or len(chat.turns) == 2  # a stop concerns what ran, nothing after it
+
+
+def test_stop_concerns_every_stream_that_was_begun(text_model: sl.Model) -> None:
+    chat = text_model.chat()
+    first = chat.stream("你好", max_new_tokens=400)
+    next(first)
+    chat.stop()
+    second = chat.stream("继续", max_new_tokens=2)
+    assert len(list(first)) <= 1
+    assert list(second) and chat.stats is not None and chat.stats.finish_reason == "length"
+
+
+def test_clear_amid_an_answer(model: sl.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer goes on with what was said before, and nothing counts as forgotten for room."""
+    chat, encode = model.chat(), model.engine.encode_image
+    chat.append("一", "二", png(52))
+    expected = len(chat.prompt("三", png(53)).ids)
+    model._images.clear()
+
+    def cleared_meanwhile(pixels: np.ndarray) -> np.ndarray:
+        chat.clear()
+        return encode(pixels)
+
+    monkeypatch.setattr(model.engine, "encode_image", cleared_meanwhile)
+    assert chat.ask("三", png(53), max_new_tokens=2)
+    assert chat.stats is not None
+    assert (chat.stats.prompt_tokens, chat.stats.dropped_turns) == (expected, 0)
+    assert chat.turns == []
+
+
 @pytest.mark.parametrize("format", ["seechat", "chatglm"])
 def test_a_stream_closed_early(text_model: sl.Model, format: str) -> None:
     chat = text_model.chat(format)

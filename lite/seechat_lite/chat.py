@@ -288,6 +288,15 @@ class AnswerStream(Iterator[str]):
             self.stats = self.stats or self._chat.stats
 
 
+@dataclass(frozen=True)
+class _Past:
+    """A conversation's history at one moment; another thread may clear() it at any time."""
+
+    turns: list[Turn]
+    embeds: dict[str, np.ndarray]  # pictures of the turns, by key
+    cleared: int  # how many times it had been cleared
+
+
 class Chat:
     """One conversation, made by Model.chat.
 
@@ -303,11 +312,11 @@ class Chat:
         self._embeds: dict[str, np.ndarray] = {}  # pictures of the turns, by key
         # a question from messages, not yet answered
         self._asked: tuple[str, list[ImageSource]] | None = None
-        self._stop = threading.Event()
         self._answering = False  # whether the engine works for this chat
-        # keeps the engine from beginning another chat's work meanwhile
-        self._cancelling = threading.RLock()
-        self._cleared = 0  # how many times
+        # held while the history changes, and by stop(), which keeps the engine from beginning
+        # another chat's work meanwhile
+        self._lock = threading.RLock()
+        self._stopped = self._cleared = 0  # how many times
 
     def stream(
         self,
@@ -343,8 +352,8 @@ class Chat:
             image = list(several(image))
             if not image:
                 raise ContextError("the question is empty; expected some text: type a question")
-        self._stop.clear()  # here, not in the generator: a stop() before the first piece must count
-        return AnswerStream(self, self._stream(question, image, chosen))
+        stopped = self._stopped_from_now()  # a stop() before the first piece must count
+        return AnswerStream(self, self._stream(question, image, chosen, stopped))
 
     def ask(
         self,
@@ -390,11 +399,13 @@ class Chat:
         answer: what was answered.
         image: one picture or several, shown with the question.
 
-        Raises ImageError, EngineError for a picture and a text-only bundle.
+        Raises ImageError, EngineError for a picture and a text-only bundle, or if stop() was called
+        meanwhile. The history is then as it was.
         """
-        turn, embeds = self._turn(question, image, answer=answer)
-        self._embeds |= embeds
-        self.turns.append(replace(turn, answer=answer))
+        turn, embeds = self._turn(question, image, answer=answer, stopped=self._stopped_from_now())
+        with self._lock:
+            self._embeds |= embeds
+            self.turns.append(replace(turn, answer=answer))
 
     def prompt(
         self,
@@ -409,19 +420,22 @@ class Chat:
         image: as for stream().
         max_new_tokens: as for stream(); room for the answer may cost the prompt its oldest turns.
 
-        Raises the errors of stream().
+        Raises the errors of stream(), EngineError if stop() was called meanwhile.
         """
         check_integer("max_new_tokens", max_new_tokens, least=1, expected="at least 1")
-        turn, embeds = self._turn(question, image)
-        return self._fit(turn, embeds, reserve=max_new_tokens)[0]
+        stopped = self._stopped_from_now()
+        turn, embeds = self._turn(question, image, stopped=stopped)
+        past = self._past()
+        return self._fit(past, turn, embeds, reserve=max_new_tokens, stopped=stopped)[0]
 
     def stop(self) -> None:
         """End the running answer within one token, or together with the picture that is being read.
 
-        May be called from any thread.
+        append() and prompt() end in the same way, with an EngineError. May be called from any
+        thread.
         """
-        self._stop.set()
-        with self._cancelling:
+        with self._lock:
+            self._stopped += 1
             if self._answering:
                 self.model.engine.cancel()
         self.model.wake()
@@ -431,19 +445,31 @@ class Chat:
 
         May be called from any thread.
         """
-        self._cleared += 1
-        self.turns, self._embeds, self._asked = [], {}, None
+        with self._lock:
+            self._cleared += 1
+            self.turns, self._embeds, self._asked = [], {}, None
+
+    def _stopped_from_now(self) -> Callable[[], bool]:
+        """Return what says whether stop() was called after this."""
+        before = self._stopped
+        return lambda: self._stopped != before
+
+    def _past(self) -> "_Past":
+        """The history as it is now."""
+        with self._lock:
+            return _Past([*self.turns], self._embeds, self._cleared)
 
     def _stream(
         self,
         question: str,
         image: ImageSource | Iterable[ImageSource] | None,
         generation: Generation,
+        stopped: Callable[[], bool],
     ) -> Generator[str, None, None]:
         start = time.perf_counter()
         try:
-            with self.model.answering(self._stop.is_set):
-                yield from self._answer(question, image, generation, start=start)
+            with self.model.answering(stopped):
+                yield from self._answer(question, image, generation, stopped, start=start)
         except Cancelled:  # before the engine began
             seconds = time.perf_counter() - start
             self.stats = Stats(
@@ -460,6 +486,7 @@ class Chat:
         question: str,
         image: ImageSource | Iterable[ImageSource] | None,
         generation: Generation,
+        stopped: Callable[[], bool],
         *,
         start: float,
     ) -> Iterator[str]:
@@ -467,12 +494,12 @@ class Chat:
 
         Raises Cancelled if the chat is stopped before the engine works.
         """
-        model, cleared, before = self.model, self._cleared, self.turns
-        turn, embeds = self._turn(question, image, stopped=self._stop.is_set)
+        model, past = self.model, self._past()
+        turn, embeds = self._turn(question, image, stopped=stopped)
         prompt, turns = self._fit(
-            turn, embeds, reserve=generation.max_new_tokens, stopped=self._stop.is_set
+            past, turn, embeds, reserve=generation.max_new_tokens, stopped=stopped
         )
-        dropped = self.dropped_turns = len(before) + 1 - len(turns)
+        dropped = self.dropped_turns = len(past.turns) + 1 - len(turns)
         if dropped:
             log.warning("the context is full: the oldest %d turn(s) are forgotten", dropped)
             if self.format.demo and model.engine.context < DEMO_CONTEXT:
@@ -491,7 +518,7 @@ class Chat:
             generation,
             max_new_tokens=limit,
             eos_id=model.tokenizer.eos_id,
-            stopped=self._stop.is_set,
+            stopped=stopped,
             lookup=lookup,
         )
         text = TextStream(model.tokenizer, stop=(*self.format.stop, *generation.stop))
@@ -506,7 +533,7 @@ class Chat:
                     yield piece
                 if text.stopped:
                     break
-            if not self._stop.is_set():
+            if not stopped():
                 finish = "length" if count >= limit and not text.stopped else "stop"
             if piece := answer.push(text.finish()) + answer.finish():
                 yield piece
@@ -514,7 +541,7 @@ class Chat:
             failed = True
             raise
         finally:
-            with self._cancelling:
+            with self._lock:
                 self._answering = False
             model.engine.reset()  # a later turn is read again; its memory is free until then
             # closed early, interrupted or stopped: what was said so far stays said
@@ -530,11 +557,12 @@ class Chat:
                 right_guesses=lookup.right if lookup else 0,
             )
             said = answer.shown or finish != "cancelled"
-            if said and not failed and cleared == self._cleared:
-                self.turns = [*turns[:-1], replace(turns[-1], answer=answer.shown)]
-                shown = {key for t in self.turns for key in t.images}
-                self._embeds = {k: e for k, e in (self._embeds | embeds).items() if k in shown}
-                self._asked = None
+            with self._lock:
+                if said and not failed and past.cleared == self._cleared:
+                    self.turns = [*turns[:-1], replace(turns[-1], answer=answer.shown)]
+                    shown = {key for t in self.turns for key in t.images}
+                    self._embeds = {k: e for k, e in (self._embeds | embeds).items() if k in shown}
+                    self._asked = None
 
     def _turn(
         self,
@@ -542,7 +570,7 @@ class Chat:
         image: ImageSource | Iterable[ImageSource] | None,
         *,
         answer: str = "",
-        stopped: Callable[[], bool] = lambda: False,
+        stopped: Callable[[], bool],
     ) -> tuple[Turn, dict[str, np.ndarray]]:
         """The turn to ask and the embeddings of its pictures.
 
@@ -571,16 +599,17 @@ class Chat:
 
     def _fit(
         self,
+        past: "_Past",
         turn: Turn,
         embeds: dict[str, np.ndarray],
         *,
         reserve: int,
-        stopped: Callable[[], bool] = lambda: False,
+        stopped: Callable[[], bool],
     ) -> tuple[Prompt, list[Turn]]:
         """The prompt for `turn`, and the turns in it: see history.fit."""
         return history.fit(
-            [*self.turns, turn],
-            self._embeds | embeds,
+            [*past.turns, turn],
+            past.embeds | embeds,
             format=self.format,
             tokenizer=self.model.tokenizer,
             context=self.model.engine.context,
