@@ -3,6 +3,7 @@
 import base64
 import http.client
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -493,6 +495,18 @@ def test_a_model_that_does_not_come_back_is_a_503() -> None:
         wait_until(lambda: server.scheduler.status == "unloaded")
         done = server.post(asking("你好"))
         assert (done["status"], done["error"]["code"]) == (503, "out_of_memory")
+        assert server.post(asking("你好"))["choices"]
+
+
+def test_a_model_whose_files_were_changed_is_loaded_again(tmp_path: Path) -> None:
+    """A client learns nothing of the server's paths."""
+    folder = shutil.copytree(BUILTIN, tmp_path / "bundle")
+    with running(load=lambda: sl.load(folder)) as server:
+        assert server.post(asking("你好"))["choices"]
+        os.utime(folder / "decoder.onnx.data", (1, 1))
+        done = server.post(asking("你好"))
+        assert (done["status"], done["error"]["code"]) == (500, "model_files")
+        assert str(tmp_path) not in json.dumps(done)
         assert server.post(asking("你好"))["choices"]
 
 

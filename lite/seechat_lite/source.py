@@ -13,6 +13,7 @@ from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle.manifest import Decoder, Manifest, TokenizerConfig, read_manifest
 from seechat_weights.errors import BundleError, CheckpointError, EngineError
 from seechat_weights.files.checkpoint import Opener
+from seechat_weights.files.in_use import FilesInUse
 from seechat_weights.files.reading import local_path
 from seechat_weights.identify import identify
 from seechat_weights.lm.chatglm import OLD_IMAGE_TOKENS, OLD_VOCABULARY
@@ -48,6 +49,18 @@ class Source:
         if self.published_vision or self.lm:
             return self.published_vision
         return bundled_vision(self.path, self.manifest)
+
+    def opened_files(self) -> FilesInUse:
+        """The files that an engine reads while it answers; whoever opens them closes them.
+
+        Raises BundleError, or CheckpointError for published weights.
+        """
+        if self.lm is None:
+            return FilesInUse((self.path / name for name in self.manifest.files), BundleError)
+        found = {file for files in self.lm.sources.values() for file in files}
+        if self.published_vision:
+            found.update(self.published_vision.files)
+        return FilesInUse(sorted(found), CheckpointError)
 
 
 def open_source(

@@ -11,6 +11,8 @@ from starlette.responses import JSONResponse, Response
 from seechat_lite.messages import MessagesError
 from seechat_lite.server.logs import note_error
 from seechat_weights.errors import (
+    BundleError,
+    CheckpointError,
     ContextError,
     EngineError,
     ImageError,
@@ -96,6 +98,10 @@ def as_api_error(error: Exception) -> ApiError:
         case EngineError():
             log.error("%s", error)
             return ApiError(500, "the engine failed; the server's log says why", code="engine")
+        case BundleError() | CheckpointError():
+            log.error("%s", error)
+            text = "the model's files cannot be used; the server's log says why"
+            return ApiError(500, text, code="model_files")
         case SeechatError():
             return ApiError(400, str(error), code="invalid_value")
         case ValidationError():

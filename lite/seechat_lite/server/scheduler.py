@@ -24,6 +24,7 @@ from seechat_lite.generation import Generation
 from seechat_lite.images import PreparedImage
 from seechat_lite.server.errors import ApiError
 from seechat_lite.server.fair_queue import FairQueue
+from seechat_weights.errors import BundleError, CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -292,6 +293,7 @@ class Scheduler:
     def _unload(self) -> None:
         self._unloading = None
         self._busy = True
+        log.info("unloading the model: nobody has asked for %g s", self._keep_alive)
         done = asyncio.get_running_loop().run_in_executor(self._thread, self._forget)
         done.add_done_callback(lambda _: self._leave())
 
@@ -303,7 +305,6 @@ class Scheduler:
 
     def _forget(self) -> None:
         if self._model:
-            log.info("unloading the model: nobody has asked for %g s", self._keep_alive)
             self._model.close()
             self._model = None
 
@@ -312,6 +313,7 @@ class Scheduler:
     ) -> Stats:
         try:
             chat = self._loaded().chat(self._format)
+            running.follow(chat)
             for turn in ask.past:
                 chat.append(turn.question, turn.answer, running.wanted(turn.images))
             question, images = ask.turn.question, ask.turn.images
@@ -320,7 +322,7 @@ class Scheduler:
                 new = ask.max_length - len(chat.prompt(question, running.wanted(images)).ids)
                 generation = replace(generation, max_new_tokens=max(new, 1))
             stream = chat.stream(question, images, generation=generation)
-            running.follow(chat)
+            running.follow(chat)  # again: a stop() before stream() does not concern its answer
             begun = False
             for piece in stream:
                 if not begun:
@@ -332,6 +334,9 @@ class Scheduler:
             if chat.stats is None:
                 raise AssertionError("a finished stream has its Stats")
             return chat.stats
+        except (BundleError, CheckpointError):  # somebody changed its files
+            self._forget()  # so the next request loads what is there now
+            raise
         finally:
             put("")
 

@@ -74,7 +74,8 @@ class OnnxEngine(Native):
         assert isinstance(plan, OnnxPlan)
         self._plan = plan
         options = replace(options, keep_vision=plan.keep_vision)
-        self._vision = OnnxVision(source, options)
+        self._files = source.opened_files()
+        self._vision = OnnxVision(source, options, self._files)
         half = plan.gpu == 2 or options.dtype == "fp16"
         self._dtype = np.dtype("f2" if half else "f4")  # of the decoder's inputs
         self._records = half and self._device.kind == "cuda"
@@ -246,6 +247,7 @@ class OnnxEngine(Native):
         # a binding holds its session, embeddings hold their file
         self._recorded = self._binding = self._decoder = self._arrays = None
         self._vision.close()
+        self._files.close()
 
     def _opened(self) -> ort.InferenceSession:
         self.check_open()
@@ -300,6 +302,7 @@ class OnnxEngine(Native):
         """
         if self._cancelled:
             raise Cancelled
+        self._files.check()
         total = self._length + len(embeds)
         cos, sin = rotary_rows(self._rotary, positions, self._head // 2)
         feeds = {

@@ -10,6 +10,7 @@ from seechat_lite.source import Source
 from seechat_weights.bundle.onnx_graph import check_vision
 from seechat_weights.bundle.precisions import VISION_PRECISIONS
 from seechat_weights.errors import EngineError
+from seechat_weights.files.in_use import FilesInUse
 
 
 class OnnxVision(Native):
@@ -17,12 +18,16 @@ class OnnxVision(Native):
 
     source: the bundle.
     options: where and how to run.
+    files: the bundle's files.
     """
 
-    def __init__(self, source: Source, options: EngineOptions) -> None:
+    def __init__(
+        self, source: Source, options: EngineOptions, files: FilesInUse | None = None
+    ) -> None:
         self._folder = source.path
         self._manifest = source.manifest
         self._options = options
+        self._files = files
         self.device = find_device(options.vision_device or options.device)
         self._session: ort.InferenceSession | None = None
         self._checked = False  # whether the graph was checked to be one that an export writes
@@ -48,6 +53,8 @@ class OnnxVision(Native):
             and self.device.provider == "CPUExecutionProvider"
         )
         graph = vision.half if half else vision.graph
+        if self._files:
+            self._files.check() if self._session else self._files.check_places()
         if not self._checked:
             check_vision(self._folder, self._manifest, graph)
         self._checked = True

@@ -47,6 +47,7 @@ from seechat_lite.native import Native, guarded
 from seechat_lite.prompt import Prompt
 from seechat_lite.source import Source
 from seechat_weights.errors import EngineError, MemoryPlanError
+from seechat_weights.files.in_use import FilesInUse
 
 if TYPE_CHECKING:
     from seechat_lite.engines.onnx.vision import OnnxVision
@@ -95,13 +96,17 @@ class TorchEngine(Native):
         self._options = options
         self._device = _device(options.device)
         self._dtype = _dtype(options.dtype, self._device)
-        self._weights = weights or _weights(source, options, self._dtype)
+        # held for the rows of embeddings
+        self._weights: Weights | None = weights or _weights(source, options, self._dtype)
+        self._head = self._weights.head
         prefix = self._weights.prefix
         self._prefix = None if prefix is None else torch.from_numpy(prefix)
         self._before = _prefix_tokens(self._weights)
         # held while a picture is encoded, and while a step is recorded
         self._device_lock = threading.Lock()
-        self._vision = _sight(source, options, self._device, self._dtype)
+        # a benchmark's weights are in no files
+        self._files = None if weights else source.opened_files()
+        self._vision = _sight(source, options, self._device, self._dtype, self._files)
         self._cache: Cache | None = None
         self._recorder: Recorder | None = None
         self._length = 0  # tokens in the cache, those of a prefix included; 0 before a prompt
@@ -186,7 +191,7 @@ class TorchEngine(Native):
     @torch.inference_mode()
     def prefill(self, prompt: Prompt) -> np.ndarray:
         embeds, positions, split = embedded(
-            prompt, self._manifest.lm, context=self.context, rows=self._weights.rows
+            prompt, self._manifest.lm, context=self.context, rows=self._rows
         )
         with self._memory_planned():
             self._begin()
@@ -218,8 +223,8 @@ class TorchEngine(Native):
         rows = len(token_ids)
         positions = self._next.repeat(rows, axis=1)
         positions[1] += np.arange(rows)
-        embeds = torch.from_numpy(self._weights.rows(token_ids))
         self._raise_if_cancelled()
+        embeds = torch.from_numpy(self._rows(token_ids))
         with self._memory_planned():
             if self._records and rows <= KERNEL_ROWS:
                 if self._recorder is None:
@@ -252,11 +257,13 @@ class TorchEngine(Native):
     def _release(self) -> None:
         self._recorder = None
         self.reset()
-        self._decoder = None
+        self._decoder = self._weights = None
         if self._device.type == "cuda" and self._options.max_memory is not None:
             torch.cuda.set_per_process_memory_fraction(1.0, self._device)
         if self._vision is not None:
             self._vision.close()
+        if self._files:
+            self._files.close()
         self._return_memory()
 
     def _opened(self) -> Decoder:
@@ -268,6 +275,13 @@ class TorchEngine(Native):
         if self._cancelled:
             raise Cancelled
 
+    def _rows(self, ids: Sequence[int]) -> np.ndarray:
+        """Word embeddings as they are stored, [tokens, hidden]; the first thing of every call."""
+        if self._files:
+            self._files.check()
+        assert self._weights
+        return self._weights.rows(ids)
+
     def _length_there(self) -> Tensor:
         return torch.tensor([self._length], dtype=torch.int32, device=self._device)
 
@@ -276,7 +290,7 @@ class TorchEngine(Native):
         if self._cache is None:
             self._cache = Cache.empty(
                 self._manifest.lm,
-                self._weights.head,
+                self._head,
                 self._before + self.context,
                 dtype=self._dtype,
                 device=self._device,
@@ -360,7 +374,11 @@ def _prefix_tokens(weights: Weights) -> int:
 
 
 def _sight(
-    source: Source, options: EngineOptions, device: torch.device, dtype: torch.dtype
+    source: Source,
+    options: EngineOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    files: FilesInUse | None = None,
 ) -> "TorchVision | OnnxVision | None":
     """Return what encodes pictures, not yet loaded, or None if the model is text-only.
 
@@ -373,13 +391,14 @@ def _sight(
         from seechat_lite.engines.onnx.vision import OnnxVision
 
         keep, place = options.keep_vision is not False, options.vision_device or "cpu"
-        return OnnxVision(source, replace(options, keep_vision=keep, vision_device=place))
+        return OnnxVision(source, replace(options, keep_vision=keep, vision_device=place), files)
     if options.vision_device:
         device = _device(options.vision_device)
     # as published and trained, however few bits the language model has
     half = device.type == "cuda" and dtype != torch.float32
     wanted = torch.float16 if half else torch.float32
-    return TorchVision(source.vision, device=device, dtype=wanted, keep=options.keep_vision)
+    keep = options.keep_vision
+    return TorchVision(source.vision, device=device, dtype=wanted, keep=keep, files=files)
 
 
 def _device(name: str) -> torch.device:

@@ -10,6 +10,7 @@ from seechat_lite.engines.torch.settings import torch_settings
 from seechat_lite.memory import KEPT_VISION
 from seechat_lite.native import Native, guarded
 from seechat_weights.errors import EngineError
+from seechat_weights.files.in_use import FilesInUse
 from seechat_weights.vision.weights import VisionWeights
 
 
@@ -17,7 +18,13 @@ class TorchVision(Native):
     """Runs a vision network. The first picture builds it: text alone needs none of it."""
 
     def __init__(
-        self, weights: VisionWeights, *, device: torch.device, dtype: torch.dtype, keep: bool | None
+        self,
+        weights: VisionWeights,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        keep: bool | None,
+        files: FilesInUse | None = None,
     ) -> None:
         """Prepare; nothing is loaded yet.
 
@@ -26,9 +33,11 @@ class TorchVision(Native):
         dtype: what it computes in.
         keep: hold the weights on the device, or bring them there layer by layer for every picture.
             None brings a large network's weights each time on the CPU.
+        files: the files that the weights are in.
         """
         self.device = device
         self._weights = weights
+        self._files = files
         self._dtype = dtype
         size = weights.numbers * dtype.itemsize
         self._keep = keep if keep is not None else device.type != "cpu" or size <= KEPT_VISION
@@ -42,6 +51,9 @@ class TorchVision(Native):
 
         pixels: float32 [n, 3, S, S].
         """
+        if self._files:
+            held = self._network is not None and self._keep
+            self._files.check() if held else self._files.check_places()
         if self._network is None:
             self._network = self._built()
         given = torch.from_numpy(np.ascontiguousarray(pixels, np.float32))
