@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import psutil
@@ -143,7 +143,7 @@ class Report:
     refused: int = 0
     failures: list[tuple[str, bytes]] = field(default_factory=list)  # why, and the file
     slowest: float = 0.0  # seconds
-    peak: int = 0  # resident bytes of this process and its workers
+    peak: int = 0  # bytes of this process and its workers
     reasons: Counter[str] = field(default_factory=Counter)
 
 
@@ -151,7 +151,7 @@ def fuzz(count: int, seed: int) -> Report:
     """Read `count` mutated pictures."""
     draw, files, report = random.Random(seed), list(seeds().items()), Report()
     held = psutil.Process().memory_info().rss  # of a long test run more than of this program
-    with _memory(report):
+    with Peak() as peak:
         for i in range(count):
             name, sound = files[i % len(files)]
             data = mutated(sound, draw.choice(files)[1], draw)
@@ -170,21 +170,23 @@ def fuzz(count: int, seed: int) -> Report:
             report.slowest = max(report.slowest, took)
             if took > SECONDS:
                 report.failures.append((f"{name}: {took:.1f} s", data))
+    report.peak = peak.bytes
     if report.peak - max(0, held - PROGRAM) > MEMORY:
         report.failures.append((f"{report.peak / 1e6:.0f} MB", b""))
     return report
 
 
-class _memory:  # noqa: N801 (used as a with statement)
-    """Looks at the memory of this process and its workers, a hundred times a second."""
+class Peak:
+    """The most resident bytes of this process and its workers, looked at 200 times a second."""
 
-    def __init__(self, report: Report) -> None:
-        self._report = report
+    def __init__(self) -> None:
+        self.bytes = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         self._thread.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
@@ -192,8 +194,8 @@ class _memory:  # noqa: N801 (used as a with statement)
 
     def _look(self) -> None:
         me = psutil.Process()
-        while not self._done.wait(0.01):
-            self._report.peak = max(self._report.peak, sum(_resident(me)))
+        while not self._done.wait(0.005):
+            self.bytes = max(self.bytes, sum(_resident(me)))
 
 
 def _resident(me: psutil.Process) -> Iterator[int]:

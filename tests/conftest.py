@@ -1,8 +1,9 @@
 """Settings, markers and fixtures shared by all tests; importing it needs no torch."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -49,6 +50,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(name)
         if lacking := lanes.lacks(needs):
             item.add_marker(pytest.mark.skip(reason=f"needs what is not installed: {lacking}"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium; see browsing.py."""
+    from browsing import chromium
+
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def open_tab(browser: Any) -> Iterator[Any]:
+    """Opens watched tabs: open_tab(server)."""
+    from browsing import tabs
+
+    with tabs(browser) as open_:
+        yield open_
 
 
 @pytest.fixture(scope="session")

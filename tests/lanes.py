@@ -136,8 +136,9 @@ def _whole(needs: set[str]) -> frozenset[str]:
 
 
 def _ours(name: str) -> Path | None:
-    """The file of a module of ours or of a helper of the tests."""
+    """The file of a module of ours, of a helper of the tests or of a benchmark."""
     top = name.partition(".")[0]
-    base = (ROOT / ROOMS[top] if top in ROOMS else TESTS) / name.replace(".", "/")
-    files = (base.with_name(base.name + ".py"), base / "__init__.py")
+    folders = [ROOT / ROOMS[top]] if top in ROOMS else [TESTS, ROOT / "bench"]
+    bases = [folder / name.replace(".", "/") for folder in folders]
+    files = (file for base in bases for file in (base.with_suffix(".py"), base / "__init__.py"))
     return next((file for file in files if file.is_file()), None)

@@ -1,26 +1,14 @@
 """bench/faithfulness.py: what it measures, on the tiny reference model."""
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    path = Path(__file__).parents[1] / "bench/faithfulness.py"
-    spec = importlib.util.spec_from_file_location("faithfulness", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["faithfulness"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+import faithfulness as bench
 
 
-def test_absmax_by_hand(bench: ModuleType) -> None:
+def test_absmax_by_hand() -> None:
     weight = torch.tensor([[-7.0, 3.4, 0.6, 8.0]])
     assert bench.absmax(weight, 4, 32)[0].tolist() == pytest.approx(
         [-6 * 8 / 7, 3 * 8 / 7, 1 * 8 / 7, 8.0]
@@ -29,7 +17,7 @@ def test_absmax_by_hand(bench: ModuleType) -> None:
     assert one_more[0].tolist() == [-7.0, 3.0, 1.0, 8.0]
 
 
-def test_our_scales_lose_less_than_absmax(bench: ModuleType, tmp_path: Path) -> None:
+def test_our_scales_lose_less_than_absmax(tmp_path: Path) -> None:
     """In torch and as ONNX Runtime computes it: int4, whose differences are far beyond noise."""
     bench.BLOCK_SIZES, bench.ANSWER = (bench.MEASURED_BLOCK,), 4
     subject = bench.reference("chatglm_tiny", tmp_path)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import seechat_lite as sl
-from browsing import DESKTOP, MARKS, PHONE, chromium, refuse, say, tabs
+from browsing import DESKTOP, MARKS, PHONE, refuse, say
 from seechat_lite.server import page
 from seechat_lite.server.settings import Settings
 from serving import IMAGES, PATIENCE, Running, running, slow_load, wait_until
@@ -47,12 +47,6 @@ PASTE = (
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     with running() as server:
         yield server
@@ -62,12 +56,6 @@ def server() -> Iterator[Running]:
 def slow() -> Iterator[Running]:
     with running(load=slow_load(0.01)) as server:
         yield server
-
-
-@pytest.fixture
-def open_tab(browser: Any) -> Iterator[Any]:
-    with tabs(browser) as open_:
-        yield open_
 
 
 def test_choose_ask_and_go_on(server: Running, open_tab: Any) -> None:

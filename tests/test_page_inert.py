@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from browsing import MARKS, Tab, chromium, refuse, say, tabs
+from browsing import MARKS, Tab, refuse, say
 from seechat_lite.server import page
 from serving import Running, running, wait_until
 
@@ -50,21 +50,9 @@ ACTIVE = """[...document.querySelectorAll(
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     with running() as server:
         yield server
-
-
-@pytest.fixture
-def open_tab(browser: Any) -> Iterator[Any]:
-    with tabs(browser) as open_:
-        yield open_
 
 
 def fill_store(tab: Tab, strings: list[str]) -> None:

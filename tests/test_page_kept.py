@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from browsing import MARKS, PHONE, Tab, chromium, say, tabs
+from browsing import MARKS, PHONE, Tab, say
 from serving import IMAGES, Running, running, slow_load, wait_until
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -17,21 +17,9 @@ pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def slow() -> Iterator[Running]:
     with running(load=slow_load(0.01)) as server:
         yield server
-
-
-@pytest.fixture
-def open_tab(browser: Any) -> Iterator[Any]:
-    with tabs(browser) as open_:
-        yield open_
 
 
 def talk(tab: Tab, *questions: str, answer: str = "好") -> None:

@@ -1,7 +1,6 @@
 """Pictures from strangers: named, bounded in memory and time, given up when nobody waits."""
 
 import base64
-import importlib.util
 import io
 import mmap
 import os
@@ -22,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 import seechat_lite as sl
+from fuzz_pictures import Peak, fuzz
 from reference import data
 from seechat_lite.cli.options import picture_source
 from seechat_lite.engines.base import Cancelled
@@ -206,40 +206,16 @@ def test_what_would_take_too_much_is_said_before_it_is_taken(content: bytes) -> 
     assert peak.bytes - before < 150_000_000
 
 
-class Peak:
-    """The most that this process and its workers hold."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        me = psutil.Process()
-        while not self._done.wait(0.005):
-            total = 0
-            for process in (me, *me.children()):
-                try:
-                    total += process.memory_info().rss
-                except psutil.Error:
-                    continue
-            self.bytes = max(self.bytes, total)
-
-
 @pytest.mark.parametrize(
     ("format", "size"), [("WEBP", (4600, 4500)), ("AVIF", (4400, 4400)), ("JPEG", (9400, 9500))]
 )
 def test_the_largest_pictures_of_a_format_are_read(format: str, size: tuple[int, int]) -> None:
     """Near the bound, in a worker that was first held to less."""
     fast: dict[str, Any] = {"WEBP": {"method": 0}, "AVIF": {"speed": 10}}.get(format, {})
-    content, peak = saved(Image.new("RGB", size, (9, 200, 30)), format, **fast), Peak()
+    content, peak = (
+        saved(Image.new("RGB", size, (9, 200, 30)), format, **fast),
+        Peak(),
+    )
     before = psutil.Process().memory_info().rss
     with peak:
         assert np.abs(read(content, PLAIN)[:, 4, 4] - (9, 200, 30)).max() < 3
@@ -661,12 +637,6 @@ def test_a_thumbnail_is_upright_and_small() -> None:
 
 def test_mutated_pictures_are_read_or_refused() -> None:
     """A sample of what bench/fuzz_pictures.py does."""
-    path = Path(__file__).parent.parent / "bench/fuzz_pictures.py"
-    spec = importlib.util.spec_from_file_location("fuzz_pictures", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fuzz_pictures"] = module
-    spec.loader.exec_module(module)
-    report = module.fuzz(600, seed=1)
+    report = fuzz(600, seed=1)
     assert not [why for why, _ in report.failures]
     assert report.read > 100 and report.refused > 100
