@@ -1,5 +1,6 @@
 """Settings, markers and fixtures shared by all tests; importing it needs no torch."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,16 @@ def open_tab(browser: Any) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer(data("chatglm_tiny/ice_text.model"))
+
+
+@pytest.fixture(scope="session")
+def llama_reference() -> Path:
+    """Golden data of LLaMA, LLaVA and others, made by running the original code."""
+    beside = Path(__file__).parents[1].parent / "shared" / "reference"
+    folder = Path(os.environ.get("SEECHAT_REFERENCE", beside)) / "llama"
+    if not folder.is_dir():
+        pytest.skip(f"no golden data in {folder}")
+    return folder
 
 
 @pytest.fixture(scope="session")

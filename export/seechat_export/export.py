@@ -32,15 +32,15 @@ from seechat_lite.memory import human
 from seechat_lite.nn.block_quantization import FRACTIONS
 from seechat_lite.source import Source as ModelSource
 from seechat_lite.source import spoken_format
-from seechat_lite.tokenizer import Tokenizer
+from seechat_lite.tokenizers import open_tokenizer
 from seechat_weights.arguments import check_choice, refuse
 from seechat_weights.bundle.layout import TensorLayout, decoder_layout, reordered_prefix
 from seechat_weights.bundle.manifest import (
     MANIFEST,
+    TOKENIZER_KINDS,
     Decoder,
     FileHash,
     Manifest,
-    TokenizerConfig,
     sha256,
 )
 from seechat_weights.bundle.onnx_graph import check_graphs
@@ -50,10 +50,10 @@ from seechat_weights.errors import BundleError, CheckpointError, SeechatError
 from seechat_weights.files.audit import check_half
 from seechat_weights.files.reading import local_path
 from seechat_weights.files.untrusted import read_file
-from seechat_weights.lm.chatglm import OLD_IMAGE_TOKENS, OLD_VOCABULARY
 from seechat_weights.lm.checkpoint import ALL, LM, Rows, open_lm
 from seechat_weights.lm.quantized import Quantized
 from seechat_weights.lm.tokenizer_file import MAX_BYTES, completed, is_first_form
+from seechat_weights.lm.tokenizers import describe_tokenizer
 from seechat_weights.vision.weights import GRAPH as VISION_GRAPH
 from seechat_weights.vision.weights import VisionWeights
 
@@ -61,8 +61,11 @@ log = logging.getLogger(__name__)
 
 GRAPH, WEIGHTS, EMBEDDINGS = "decoder.onnx", "decoder.onnx.data", "embeddings.bin"
 PREFIX = "prefix.bin"
-TOKENIZER, PARITY = "ice_text.model", "parity.json"
-FILES = (GRAPH, half_graph(GRAPH), WEIGHTS, EMBEDDINGS, PREFIX, TOKENIZER, PARITY, MANIFEST, PROBE)
+PARITY = "parity.json"
+FILES = (
+    *(GRAPH, half_graph(GRAPH), WEIGHTS, EMBEDDINGS, PREFIX, *TOKENIZER_KINDS.values()),
+    *(PARITY, MANIFEST, PROBE),
+)
 VISION_FILES = (VISION_GRAPH, f"{VISION_GRAPH}.data", half_graph(VISION_GRAPH))
 ROWS = 4096  # rows of the embedding table written at a time
 VISION_WORK = 450_000_000  # bytes; EVA ViT-g at fp16 was measured to take 400 MB
@@ -93,7 +96,7 @@ def export_bundle(
     lm: as lm.checkpoint.open_lm takes it, or what open_source returned.
     out: the folder to write; it must not exist.
     checkpoint, adapter, prefix: as lm.checkpoint.open_lm takes them.
-    tokenizer: the ice_text.model, if it is not beside the weights.
+    tokenizer: the tokenizer's file, if it is not beside the weights.
     vision: weights; or a module in eval mode, from float32 pixels [n, 3, S, S] to embeddings [n,
         tokens, hidden], and its description.
     precision: a name of precisions.PRECISIONS.
@@ -158,7 +161,7 @@ def export_bundle(
         writer.embeddings()
         if model.prefix is not None:
             writer.prefix(model.prefix)
-        source.write_tokenizer(writer.folder / TOKENIZER)
+        source.write_tokenizer(writer.folder / source.tokenizer_config.file)
         if network and described:
             from seechat_export.vision_graph import export_vision  # slow to import, too
 
@@ -179,7 +182,7 @@ def export_bundle(
                 prefix=PREFIX if model.prefix is not None else None,
                 prefix_tokens=writer.prefix_tokens,
             ),
-            tokenizer=TokenizerConfig(TOKENIZER, source.num_image_tokens),
+            tokenizer=source.tokenizer_config,
             conversation=conversation,
             vision=described,
             provenance={
@@ -203,7 +206,7 @@ class Source:
     """The LM to export and its tokenizer, as the writer and the check need them.
 
     lm: the published weights.
-    tokenizer: the ice_text.model, if it is not beside them.
+    tokenizer: the tokenizer's file, if it is not beside them.
 
     Raises CheckpointError or BundleError (tokenizer) if something does not fit.
     """
@@ -212,9 +215,8 @@ class Source:
         self.lm = lm
         self.config: LMConfig = lm.config
         self.tokenizer = local_path(tokenizer) if tokenizer else lm.tokenizer
-        old = self.config.vocab_size == OLD_VOCABULARY
-        self.num_image_tokens = OLD_IMAGE_TOKENS if old else 0
-        Tokenizer(self.tokenizer, num_image_tokens=self.num_image_tokens).check(self.config)
+        self.tokenizer_config = describe_tokenizer(self.tokenizer, self.config)
+        open_tokenizer(self.tokenizer, self.tokenizer_config).check(self.config)
 
     def write_tokenizer(self, path: Path) -> None:
         """Write the tokenizer's file; an early form becomes the form that is published now.

@@ -22,7 +22,6 @@ from seechat_export.export import (
     EMBEDDINGS,
     FILES,
     GRAPH,
-    TOKENIZER,
     WEIGHTS,
     Progress,
     save_graphs,
@@ -275,13 +274,14 @@ def write_synthetic_bundle(
         with (partial / EMBEDDINGS).open("wb") as f:
             for start in range(0, config.vocab_size, len(rows)):
                 f.write(rows[: config.vocab_size - start].data)
-        write_tokenizer(partial / TOKENIZER)
+        tokenizer = TokenizerConfig()
+        write_tokenizer(partial / tokenizer.file)
         files = sorted(partial.iterdir())
         manifest = Manifest(
             name=f"synthetic chatglm-6b, {layers} layers",
             lm=config,
             decoder=Decoder(GRAPH, EMBEDDINGS, "float16", precision, block_size),
-            tokenizer=TokenizerConfig(TOKENIZER),
+            tokenizer=tokenizer,
             conversation="chatglm",
             files={f.name: FileHash(f.stat().st_size, sha256(f)) for f in files},
             provenance={"note": "random weights: measures speed and memory, says nothing"},

@@ -45,7 +45,7 @@ from seechat_lite.one_at_a_time import OneAtATime
 from seechat_lite.prompt import Prompt
 from seechat_lite.prompt_lookup import PromptLookup
 from seechat_lite.text_stream import TextStream
-from seechat_lite.tokenizer import Tokenizer
+from seechat_lite.tokenizers import TextTokenizer
 from seechat_weights.arguments import check_choice, check_integer, check_type
 from seechat_weights.bundle.manifest import Manifest
 from seechat_weights.config import PixelSpec
@@ -71,7 +71,7 @@ class Model:
     def __init__(
         self,
         manifest: Manifest,
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         engine: Engine,
         *,
         image_cache: int = IMAGE_CACHE,

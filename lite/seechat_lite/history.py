@@ -17,7 +17,7 @@ from seechat_lite import prompt as prompts
 from seechat_lite.conversation import Format, Turn, render
 from seechat_lite.engines.base import Cancelled
 from seechat_lite.prompt import Prompt
-from seechat_lite.tokenizer import Tokenizer
+from seechat_lite.tokenizers import TextTokenizer
 from seechat_weights.errors import ContextError
 
 # A token stands for at most so many characters: a run of 80 spaces is one token. The exception is
@@ -30,7 +30,7 @@ def fit(
     embeds: Mapping[str, np.ndarray],
     *,
     format: Format,
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     context: int,
     reserve: int,
     stopped: Callable[[], bool] = lambda: False,
@@ -112,7 +112,7 @@ def _estimate(
     kept: Callable[[int], list[Turn]],
     limit: int,
     format: Format,
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     check: Callable[[], None],
 ) -> int:
     """About how many turns must be left out; tokens merge a little where turns meet."""

@@ -15,7 +15,7 @@ from seechat_lite.conversation import FORMATS
 from seechat_lite.engines import EngineOptions, engine_class, not_for
 from seechat_lite.memory import DEFAULT_CONTEXT, MIN_CONTEXT, MemoryPlan
 from seechat_lite.source import Source, open_source
-from seechat_lite.tokenizer import Tokenizer
+from seechat_lite.tokenizers import open_tokenizer
 from seechat_weights.arguments import MAX_INTEGER, check_integer, check_type
 from seechat_weights.bundle.manifest import Manifest
 from seechat_weights.errors import BundleError, ContextError, OptionError
@@ -129,7 +129,7 @@ def load(
     announce(plan)
     if manifest.files:  # a bundle's
         verify_once(source.path, manifest, partial(progress, "checking") if progress else None)
-    tokenizer = Tokenizer(source.tokenizer, num_image_tokens=manifest.tokenizer.num_image_tokens)
+    tokenizer = open_tokenizer(source.tokenizer, manifest.tokenizer)
     tokenizer.check(manifest.lm)
     if progress:
         progress("loading", 0, 1)

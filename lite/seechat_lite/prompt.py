@@ -10,14 +10,14 @@ from seechat_lite.conversation import ImageSlot
 from seechat_weights.errors import ContextError
 
 if TYPE_CHECKING:  # engines take prompts but need no tokenizer
-    from seechat_lite.tokenizer import Tokenizer
+    from seechat_lite.tokenizers import TextTokenizer
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """What an engine is asked to prefill.
 
-    ids: token ids; a prompt for an answer ends with [gMASK] <sop>.
+    ids: token ids; ChatGLM's prompts for an answer end with [gMASK] <sop>.
     images: for every picture the index in `ids` where it begins, and its embeddings, float32
         [tokens, hidden]; they replace the word embeddings there.
 
@@ -30,9 +30,7 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if not self.ids:
-            raise ContextError(
-                "prompt: no ids; expected at least [gMASK] <sop>: build it from a turn"
-            )
+            raise ContextError("prompt: no ids; expected at least one: build it from a turn")
         end = 0
         for start, embeds in sorted(self.images, key=lambda image: image[0]):
             if not isinstance(embeds, np.ndarray) or embeds.dtype != np.float32 or embeds.ndim != 2:
@@ -54,13 +52,15 @@ class Prompt:
 
 
 def build(
-    tokenizer: "Tokenizer",
+    tokenizer: "TextTokenizer",
     segments: Sequence[str | ImageSlot],
     image_embeds: Mapping[str, np.ndarray],
     *,
     specials: bool = False,
 ) -> Prompt:
-    """Tokenize each text segment alone, put pictures into their slots, and end with [gMASK] <sop>.
+    """Tokenize each text segment alone, put pictures into their slots, and frame all of it.
+
+    The frame is the model's: ChatGLM's prompts end with [gMASK] <sop>, LLaMA's begin with <s>.
 
     tokenizer: the model's tokenizer.
     segments: from conversation.render.
@@ -72,7 +72,7 @@ def build(
 
     Raises ContextError if a picture has no embeddings.
     """
-    ids: list[int] = []
+    ids: list[int] = [*tokenizer.prompt_begin]
     images: list[tuple[int, np.ndarray]] = []
     for segment in segments:
         if isinstance(segment, str):
@@ -86,7 +86,7 @@ def build(
             )
         images.append((len(ids), embeds))
         ids += [segment.token_id] * len(embeds)
-    return Prompt([*ids, tokenizer.gmask_id, tokenizer.bos_id], images)
+    return Prompt([*ids, *tokenizer.prompt_end], images)
 
 
 def context_length(ids: Sequence[int], *, bos_id: int) -> int:

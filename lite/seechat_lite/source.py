@@ -10,14 +10,14 @@ from pathlib import Path
 
 from seechat_lite.download import fetch, is_hub_id
 from seechat_weights.builtin import BUILTIN
-from seechat_weights.bundle.manifest import Decoder, Manifest, TokenizerConfig, read_manifest
+from seechat_weights.bundle.manifest import Decoder, Manifest, read_manifest
 from seechat_weights.errors import BundleError, CheckpointError, EngineError
 from seechat_weights.files.checkpoint import Opener
 from seechat_weights.files.in_use import FilesInUse
 from seechat_weights.files.reading import local_path
 from seechat_weights.identify import identify
-from seechat_weights.lm.chatglm import OLD_IMAGE_TOKENS, OLD_VOCABULARY
 from seechat_weights.lm.checkpoint import LM, open_lm
+from seechat_weights.lm.tokenizers import describe_tokenizer
 from seechat_weights.model_files import Openings, is_bundle
 from seechat_weights.vision.bundled import bundled_vision
 from seechat_weights.vision.weights import VisionFiles, VisionWeights
@@ -80,7 +80,7 @@ def open_source(
     vision: files of the vision network for published weights, if not those they bring.
     adapter: as lm.checkpoint.open_lm takes it.
     prefix: as lm.checkpoint.open_lm takes it.
-    tokenizer: the ice_text.model, if it is not beside the weights.
+    tokenizer: the tokenizer's file, if it is not beside the weights.
     only_bundles: refuse published weights; the error says how they can be used.
     opener: opens checkpoints; an Openings, if others have read the same files.
 
@@ -141,18 +141,17 @@ def _published(
             f"{path}: its embeddings are {lm.config.hidden_size} wide, those of its vision "
             f"{vision.outputs}; expected the same: give the projector that was trained with it"
         )
-    ice = local_path(tokenizer) if tokenizer else lm.tokenizer
-    tokens = OLD_IMAGE_TOKENS if lm.config.vocab_size == OLD_VOCABULARY else 0
+    pieces = local_path(tokenizer) if tokenizer else lm.tokenizer
     manifest = Manifest(
         name=path.stem if path.is_file() else path.resolve().name,
         lm=lm.config,
         decoder=Decoder(graph="", embeddings="", precision="fp16"),
-        tokenizer=TokenizerConfig(ice.name, tokens),
+        tokenizer=describe_tokenizer(pieces, lm.config),
         conversation=spoken_format(lm, seeing=vision is not None),
         vision=vision.config if vision else None,
         provenance={"sources": [str(f) for sources in lm.sources.values() for f in sources]},
     )
-    return Source(path, manifest, ice, lm, vision)
+    return Source(path, manifest, pieces, lm, vision)
 
 
 def _check_exported(path: Path) -> None:

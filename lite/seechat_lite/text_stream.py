@@ -15,6 +15,13 @@ class Detokenizer(Protocol):
         """
         ...
 
+    def opening(self, surface: str) -> str | None:
+        """The text of the first piece of an answer, if it is not its surface less spaces.
+
+        surface: the piece's.
+        """
+        ...
+
     def restore(self, text: str) -> str:
         """Replace the tokenizer's own names of white space in decoded text.
 
@@ -66,7 +73,11 @@ class TextStream:
         text = self._characters(final=True)
         if text:
             self._leading = 0
-        if surface.startswith("\u2581") and self._leading:
+        first = self._leading == self._tokenizer.leading_spaces_dropped
+        if first and (opening := self._tokenizer.opening(surface)) is not None:
+            self._leading = 0
+            return self._release(text + opening)
+        while surface.startswith("\u2581") and self._leading:
             surface = surface[1:]
             self._leading -= 1
         if surface:

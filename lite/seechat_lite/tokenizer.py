@@ -10,12 +10,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from seechat_lite.pieces import Pieces
+from seechat_lite.pieces import Pieces, open_pieces
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import BundleError
-from seechat_weights.files.reading import LFS_POINTER
-from seechat_weights.files.untrusted import read_file
-from seechat_weights.lm.tokenizer_file import MAX_BYTES, completed
 
 _BLANKS = {f"<|blank_{k}|>": " " * k for k in range(2, 81)}
 _WHITESPACE = {"<n>": "\n", "<|tab|>": "\t", **_BLANKS}
@@ -47,7 +44,7 @@ class Tokenizer:
 
     def __init__(self, path: Path, *, num_image_tokens: int = 0) -> None:
         self._path = path = Path(path)
-        self._sp = _load(path)
+        self._sp = open_pieces(path, "ChatGLM-6B's ice_text.model")
         self._shift = num_image_tokens
         self.vocab_size = len(self._sp) + num_image_tokens
         self.pad_id = self._special_id("<pad>", path)
@@ -55,6 +52,8 @@ class Tokenizer:
         self.gmask_id = self._special_id("[gMASK]", path)
         self.bos_id = self._special_id("<sop>", path)
         self.eos_id = self._special_id("<eop>", path)
+        self.prompt_begin: tuple[int, ...] = ()
+        self.prompt_end: tuple[int, ...] = (self.gmask_id, self.bos_id)
         # In models that declare their specials user-defined, plain text can produce these pieces.
         self._structural = {self.pad_id, self.mask_id, self.gmask_id, self.bos_id, self.eos_id}
         self.leading_spaces_dropped = _leading_spaces_dropped(self._sp)
@@ -145,6 +144,13 @@ class Tokenizer:
             return ""
         return self._sp.decode([i]) if self._sp.is_unknown(i) else piece
 
+    def opening(self, surface: str) -> str | None:
+        """None: the first piece of a text is its surface less leading spaces.
+
+        surface: the piece's.
+        """
+        return None
+
     def restore(self, text: str) -> str:
         """Replace the names of newlines, tabs and blanks in decoded text by what they mean.
 
@@ -191,29 +197,6 @@ class Tokenizer:
                 "ChatGLM-6B's ice_text.model: use the tokenizer that belongs to the model"
             )
         return i + self._shift
-
-
-def _load(path: Path) -> Pieces:
-    expected = "expected a sentencepiece model such as ChatGLM-6B's ice_text.model"
-    try:
-        data = completed(read_file(path, limit=MAX_BYTES))
-    except OSError as e:
-        raise BundleError(
-            f"{path}: cannot be read ({e.strerror or e}); {expected}: put the model's tokenizer "
-            "there"
-        ) from None
-    if data.startswith(LFS_POINTER):
-        raise BundleError(
-            f"{path}: a Git LFS pointer, not the file itself; {expected}: "
-            "fetch it with `git lfs pull` or download it again"
-        )
-    try:
-        return Pieces(data)
-    except (RuntimeError, OSError, ValueError):  # ValueError: its own message is not UTF-8
-        raise BundleError(
-            f"{path}: {len(data)} bytes that are no sentencepiece model; {expected}: "
-            "the file is damaged or something else, download it again"
-        ) from None
 
 
 def _leading_spaces_dropped(sp: Pieces) -> int:

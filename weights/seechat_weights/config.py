@@ -18,7 +18,7 @@ class LMConfig:
 
     family: a name of lm.families.LM_FAMILIES; it says how the decoder computes.
     pad_id, mask_id, gmask_id: used by ChatGLM only.
-    num_kv_heads, rope_theta, rope_factor: used by LLaMA only.
+    num_kv_heads, rope_theta and the other rope_ fields, other_eos: used by LLaMA only.
     """
 
     vocab_size: int = 130528
@@ -37,6 +37,12 @@ class LMConfig:
     num_kv_heads: int = 0  # heads of keys and values; 0: as many as of queries
     rope_theta: float = 10000.0
     rope_factor: float = 1.0  # positions are divided by it
+    # LLaMA-3.1's scaling: a wave of less than rope_original / rope_high positions stays as it is,
+    # one of more than rope_original / rope_low is stretched by rope_factor. 0: all are stretched
+    rope_original: int = 0
+    rope_low: float = 0.0
+    rope_high: float = 0.0
+    other_eos: tuple[int, ...] = ()  # further ids that end an answer
 
     @property
     def kv_heads(self) -> int:

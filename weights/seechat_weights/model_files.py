@@ -32,10 +32,12 @@ class ModelFiles:
     config: Path | None
     folders: tuple[Path, ...]
 
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer's file; if it is missing, the path where it should be."""
-        places = [folder / TOKENIZER for folder in self.folders]
+    def tokenizer(self, *names: str) -> Path:
+        """The tokenizer's file; if it is missing, the path where it should be.
+
+        names: how it may be called, the first choice first.
+        """
+        places = [folder / name for name in names or (TOKENIZER,) for folder in self.folders]
         return next((place for place in places if place.exists()), places[0])
 
 

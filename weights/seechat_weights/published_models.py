@@ -99,7 +99,7 @@ def _lm(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Identity | Non
     hub = VISUALGLM_HUB if seeing else CHATGLM_HUB + form
     if not sat and not (files and files.config):
         missing[CONFIG] = hub
-    if not (files and whole(files.tokenizer)):
+    if not (files and whole(files.tokenizer(TOKENIZER))):
         missing[TOKENIZER] = hub
     title = f"{family}, SwissArmyTransformer's file" if sat else family
     kind = "visualglm" if seeing else "chatglm"

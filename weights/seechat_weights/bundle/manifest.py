@@ -28,6 +28,8 @@ from seechat_weights.vision.network import ACTIVATIONS, NETWORKS, QFORMER
 MANIFEST = "seechat.json"
 FORMAT = "seechat-bundle"
 VERSION = 1
+# kinds of tokenizers, and the name of the file that each has in a bundle
+TOKENIZER_KINDS = {"ice": "ice_text.model", "llama": "tokenizer.model", "json": "tokenizer.json"}
 EMBEDDINGS_DTYPES = {"float16": 2, "float32": 4}  # bytes of a number
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 _HASHED_AT_ONCE = 1 << 22  # bytes
@@ -60,10 +62,18 @@ class Decoder:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The tokenizer's file and its vocabulary."""
+    """The tokenizer's file, its vocabulary, and how text becomes its pieces.
+
+    kind: "ice" (ChatGLM-6B), "llama" (sentencepiece) or "json" (a tokenizer.json).
+    legacy: of "llama": see seechat_lite.llama_tokenizer.
+    added: tokens behind those of the file: text -> id.
+    """
 
     file: str = "ice_text.model"
     num_image_tokens: int = 0  # 20000 in the old vocabulary of 150528 ids
+    kind: str = "ice"
+    legacy: bool = True
+    added: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,10 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
     for name in ("rope_theta", "rope_factor"):
         value = getattr(lm, name)
         yield f"lm.{name}", value, 0 < value < 1e12, "a positive number"
+    sound = lm.rope_original == 0 or (lm.rope_original > 0 and 0 < lm.rope_low < lm.rope_high < 1e6)
+    yield "lm.rope_original", lm.rope_original, sound, "0, or with 0 < rope_low < rope_high"
+    for i in lm.other_eos:
+        yield "lm.other_eos", i, 0 <= i < lm.vocab_size, f"0 to {lm.vocab_size - 1}"
     epsilon = lm.layernorm_epsilon
     yield "lm.layernorm_epsilon", epsilon, 0 < epsilon < 1, "between 0 and 1"
     dtype, known = decoder.embeddings_dtype, ", ".join(EMBEDDINGS_DTYPES)
@@ -189,6 +203,10 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
     yield "decoder.block_size", decoder.block_size, decoder.block_size in sizes, known
     shift = tokenizer.num_image_tokens
     yield "tokenizer.num_image_tokens", shift, 0 <= shift < lm.vocab_size, "less than the ids"
+    kind, known = tokenizer.kind, ", ".join(TOKENIZER_KINDS)
+    yield "tokenizer.kind", kind, kind in TOKENIZER_KINDS, f"one of {known}"
+    for text, i in tokenizer.added.items():
+        yield "tokenizer.added", {text: i}, bool(text) and 0 <= i < lm.vocab_size, "texts and ids"
     for name, entry in manifest.files.items():
         yield "a file name", name, _inside(name), "a plain name within the bundle folder"
         yield f"files.{name}.bytes", entry.bytes, entry.bytes >= 0, "0 or more"
@@ -399,7 +417,11 @@ def _build(kind: Any, value: Any, where: str, path: str) -> Any:
     if origin is types.UnionType:  # only X | None is used
         return None if value is None else _build(args[0], value, where, path)
     if origin is tuple:
-        if not isinstance(value, list) or len(value) != len(args):
+        if not isinstance(value, list):
+            raise fail("a list")
+        if args[-1] is ...:
+            args = args[:1] * len(value)
+        if len(value) != len(args):
             raise fail(f"a list of {len(args)}")
         return tuple(
             _build(a, v, where, f"{path}[{i}]")

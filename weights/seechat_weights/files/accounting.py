@@ -16,13 +16,13 @@ Shapes = Mapping[str, tuple[Shape, str]]  # a Checkpoint's `shapes`: name -> (sh
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 # Files of SEEChat, VisualGLM, LLaVA and InstructBLIP hold LM and vision; the start of a name says
-# which it belongs to.
+# which it belongs to: the first of these that fits.
 PARTS = {
-    "lm": r"(llama_model|transformer|lm_head|mixins\.(chatglm-\w+|ptuning))\..*",
     "vision": r"(visual_encoder|ln_vision|Qformer|llama_proj|image_encoder|mixins\.eva)\..*"
-    r"|query_tokens"
-    r"|((model\.)?(mm_projector|multi_modal_projector|vision_tower))\..*"
-    r"|(llm_proj|language_projection|vision_model|qformer)\..*",
+    r"|(model\.)?(mm_projector|multi_modal_projector|vision_tower|vision_model|qformer"
+    r"|language_projection|llm_proj)\..*|(model\.)?(query_tokens|image_newline)",
+    "lm": r"(llama_model|transformer|lm_head|mixins\.(chatglm-\w+|ptuning)|model|language_model)"
+    r"\..*",
 }
 
 
@@ -37,13 +37,14 @@ def part(shapes: Shapes, name: str, *, where: str) -> dict[str, tuple[Shape, str
 
     Raises CheckpointError; it names tensors that belong to neither part.
     """
-    unknown = [k for k in shapes if not any(re.fullmatch(p, k) for p in PARTS.values())]
+    parts = {k: next((n for n, p in PARTS.items() if re.fullmatch(p, k)), "") for k in shapes}
+    unknown = [k for k, found in parts.items() if not found]
     if unknown:
         raise CheckpointError(
             f"{where}: tensors are {len(unknown)} not known ({few(unknown)}); expected those of "
-            "ChatGLM-6B, SEEChat or VisualGLM-6B: name the right checkpoint"
+            "ChatGLM-6B, a LLaMA, SEEChat or VisualGLM-6B: name the right checkpoint"
         )
-    return {k: v for k, v in shapes.items() if re.fullmatch(PARTS[name], k)}
+    return {k: v for k, v in shapes.items() if parts[k] == name}
 
 
 def account(

@@ -8,6 +8,7 @@ from typing import Any
 from seechat_weights.config import MAX_LAYERS, LMConfig
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files.accounting import Shape, Shapes, account, check_shapes
+from seechat_weights.lm.names import LMNames, Part, Published
 
 OLD_VOCABULARY = 150528  # releases before April 2023: image tokens come before the text's
 OLD_IMAGE_TOKENS = 20000
@@ -142,23 +143,16 @@ _REASONS = (
 _SAT_LORA = re.compile(r"transformer\.(layers\..*)\.matrix_([AB])\.(\d+)")
 
 
-@dataclass(frozen=True)
-class Published:
-    """The published tensor that one of our parameters comes from."""
+def chatglm_parts(config: LMConfig) -> dict[str, tuple[Part, ...]]:
+    """Our parameters of the decoder, each with the one tensor of Hugging Face's that it is.
 
-    key: str
-    scale: str = ""  # name of the tensor with the scales of its rows, if it is quantized
-    bits: int = 0  # of a quantized weight: 8 or 4
-
-
-@dataclass(frozen=True)
-class LMNames:
-    """The tensors of the LM found in a checkpoint."""
-
-    used: dict[str, Published]  # our parameter -> where it comes from
-    prefix: dict[str, str]  # a P-tuning prefix: name within its encoder -> published tensor
-    loras: dict[str, list[tuple[str, str]]]  # our linear -> its pairs A [r, in], B [out / n, r]
-    ignored: dict[str, str]  # published tensor -> reason
+    config: the decoder's shape.
+    """
+    row = FORMS["huggingface"]
+    return {
+        ours: (Part(row.head if ours == "lm_head.weight" else row.body + ours, shape),)
+        for ours, shape in lm_shapes(config).items()
+    }
 
 
 def map_lm(shapes: Shapes, config: LMConfig, *, where: str, form: str = "huggingface") -> LMNames:
@@ -186,7 +180,7 @@ def map_lm(shapes: Shapes, config: LMConfig, *, where: str, form: str = "hugging
         keys = {ours: key for ours, key in keys.items() if key in shapes}
     elif keys["lm_head.weight"] not in shapes:
         keys["lm_head.weight"] = keys["word_embeddings.weight"]
-    used = {}
+    used: dict[str, Published] = {}
     floats: dict[str, Shape] = {}
     integers: dict[str, Shape] = {}
     for ours, key in keys.items():
@@ -212,7 +206,7 @@ def map_lm(shapes: Shapes, config: LMConfig, *, where: str, form: str = "hugging
     frequencies = {k: (config.head_size // 4,) for k in ignored if k.endswith("inv_freq")}
     check_shapes(shapes, floats | frequencies, where)
     check_shapes(shapes, integers, where, dtypes=("int8",))
-    return LMNames(used, prefix, loras, ignored)
+    return LMNames({ours: (found,) for ours, found in used.items()}, prefix, loras, ignored)
 
 
 def _sat_loras(

@@ -1,6 +1,7 @@
 """Reads the language model of a checkpoint in any form: our tensors, one at a time.
 
-    base        Hugging Face folder (ChatGLM-6B in fp16, int8, int4, int4-qe; VisualGLM-6B) or SAT
+    base        Hugging Face folder (ChatGLM-6B in fp16, int8, int4, int4-qe; VisualGLM-6B; a LLaMA,
+                alone or inside a LLaVA or an InstructBLIP) or SAT
     checkpoint  SEEChat's checkpoint_N.pth, laid over the base: any subset of the LM's tensors
     adapter     PEFT's LoRA, merged into the linears it belongs to
     prefix      a P-tuning prefix; one may also be in the base or in the checkpoint
@@ -35,17 +36,10 @@ from seechat_weights.files.checkpoint import (
     read_json,
 )
 from seechat_weights.files.reading import local_path
-from seechat_weights.lm.chatglm import (
-    FORMS,
-    OLD_IMAGE_TOKENS,
-    OLD_VOCABULARY,
-    LMNames,
-    Published,
-    lm_config,
-    lm_shapes,
-    map_lm,
-)
+from seechat_weights.lm.chatglm import FORMS, OLD_IMAGE_TOKENS, OLD_VOCABULARY, map_lm
+from seechat_weights.lm.families import LM_FAMILIES, family_of
 from seechat_weights.lm.lora import LoRA, check_adapter, check_pairs, open_adapter
+from seechat_weights.lm.names import LMNames, Published
 from seechat_weights.lm.prefix import read_prefix
 from seechat_weights.lm.quantized import Quantized
 from seechat_weights.model_files import SAT_CONFIG, SAT_FILE, find_model
@@ -63,15 +57,16 @@ class _Tensor:
 
     role: str
     checkpoint: Checkpoint
-    published: Published
+    parts: tuple[Published, ...]  # their rows follow each other
     order: np.ndarray | None = None  # the published row of each of our rows, if they differ
     loras: tuple[LoRA, ...] = ()
 
 
 class LM:
-    """ChatGLM-6B from one or several checkpoints. Made by `open_lm`.
+    """A language model from one or several checkpoints. Made by `open_lm`.
 
     config: its shape.
+    settings: its config.json.
     prefix: float32 [layers, 2 (key, value), heads, tokens, head_size], heads as published, or None.
     conversation: the format that its family speaks.
     tokenizer: the file it should have.
@@ -80,15 +75,23 @@ class LM:
     vision_keys: role -> tensors that belong to a vision tower.
     """
 
-    def __init__(self, config: LMConfig, *, tokenizer: Path, conversation: str) -> None:
+    def __init__(
+        self,
+        config: LMConfig,
+        *,
+        tokenizer: Path,
+        conversation: str,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.config = config
+        self.settings = settings or {}
         self.tokenizer = tokenizer
         self.conversation = conversation
         self.prefix: np.ndarray | None = None
         self.sources: dict[str, list[Path]] = {}
         self.ignored: dict[str, dict[str, str]] = {}
         self.vision_keys: dict[str, list[str]] = {}
-        self._expected = lm_shapes(config)
+        self._expected = LM_FAMILIES[config.family].shapes(config)
         self._tensors: dict[str, _Tensor] = {}
         self._audited: set[Published] = set()
 
@@ -115,7 +118,7 @@ class LM:
             return found
         merged = found.astype(np.float32)
         for lora in tensor.loras:
-            merged += lora.delta(order, outputs)
+            lora.add(merged, order)
         return merged
 
     def audit(self, key: str) -> None:
@@ -127,19 +130,22 @@ class LM:
         seechat_weights.files.audit.
         """
         tensor = self._tensors[key]
-        if tensor.published in self._audited:
-            return
-        for name in _keys(tensor.published):
-            place, array = Place(tensor.checkpoint.source(name), name), tensor.checkpoint.read(name)
+        for published in tensor.parts:
+            if published not in self._audited:
+                self._audit(key, tensor.checkpoint, published)
+                self._audited.add(published)
+
+    def _audit(self, key: str, checkpoint: Checkpoint, published: Published) -> None:
+        for name in _keys(published):
+            place, array = Place(checkpoint.source(name), name), checkpoint.read(name)
             check_numbers(array, place)
-            if name == tensor.published.scale or key.endswith("layernorm.weight"):
+            if name == published.scale or key.endswith("layernorm.weight"):
                 check_gains(array, place)
             elif key in ("word_embeddings.weight", "lm_head.weight"):
                 old = self.config.vocab_size == OLD_VOCABULARY
                 check_table(array, place, unused=OLD_IMAGE_TOKENS if old else 0)
             elif array.ndim > 1:
                 check_matrix(array, place)
-        self._audited.add(tensor.published)
 
     def place(self, key: str) -> Place:
         """Where one of our tensors comes from, for errors.
@@ -147,7 +153,8 @@ class LM:
         key: our name of the tensor.
         """
         tensor = self._tensors[key]
-        return Place(tensor.checkpoint.source(tensor.published.key), tensor.published.key)
+        first = tensor.parts[0].key
+        return Place(tensor.checkpoint.source(first), first)
 
     def bits(self, key: str) -> int:
         """Bits to which the authors quantized a tensor; 0 if they did not, or something is merged.
@@ -155,7 +162,8 @@ class LM:
         key: our name of the tensor.
         """
         tensor = self._tensors[key]
-        return 0 if tensor.order is not None or tensor.loras else tensor.published.bits
+        changed = tensor.order is not None or tensor.loras or len(tensor.parts) > 1
+        return 0 if changed else tensor.parts[0].bits
 
     def quantized(self, key: str, rows: Rows = ALL) -> Quantized:
         """A tensor as its authors quantized it, or some of its rows.
@@ -165,26 +173,28 @@ class LM:
         """
         return _quantized(self._tensors[key], rows)
 
-    def _lay(self, role: str, checkpoint: Checkpoint, used: Mapping[str, Published]) -> None:
+    def _lay(
+        self, role: str, checkpoint: Checkpoint, used: Mapping[str, tuple[Published, ...]]
+    ) -> None:
         """Take these parameters from `checkpoint`, whichever file they came from before."""
         replaced: list[tuple[str, str, str]] = []
-        for key, published in used.items():
+        for key, parts in used.items():
             if old := self._tensors.get(key):
-                file = checkpoint.source(published.key).name
-                replaced += [(old.role, k, file) for k in _keys(old.published)]
-            self._tensors[key] = _Tensor(role, checkpoint, published)
+                file = checkpoint.source(parts[0].key).name
+                replaced += [(old.role, k, file) for k in _keys(*old.parts)]
+            self._tensors[key] = _Tensor(role, checkpoint, parts)
         # word embeddings may still serve as the head if a checkpoint has none
-        still = {(t.role, k) for t in self._tensors.values() for k in _keys(t.published)}
+        still = {(t.role, k) for t in self._tensors.values() for k in _keys(*t.parts)}
         for old_role, key, file in replaced:
             if (old_role, key) not in still:
                 self.ignored.setdefault(old_role, {})[key] = f"replaced by the one in {file}"
-        keys = [k for published in used.values() for k in _keys(published)]
+        keys = [k for parts in used.values() for k in _keys(*parts)]
         self._note(role, {checkpoint.source(key) for key in keys})
 
-    def _merge(self, loras: Mapping[str, LoRA]) -> None:
-        for key, lora in loras.items():
+    def _merge(self, loras: Mapping[str, list[LoRA]]) -> None:
+        for key, found in loras.items():
             tensor = self._tensors[key]
-            self._tensors[key] = replace(tensor, loras=(*tensor.loras, lora))
+            self._tensors[key] = replace(tensor, loras=(*tensor.loras, *found))
 
     def _note(self, role: str, files: set[Path]) -> None:
         self.sources[role] = sorted({*self.sources.get(role, []), *files})
@@ -198,7 +208,7 @@ def open_lm(
     prefix: str | Path | None = None,
     opener: Opener = open_checkpoint,
 ) -> LM:
-    """Open ChatGLM-6B and account for every tensor; this reads only headers and a prefix.
+    """Open a language model and account for every tensor; this reads only headers and a prefix.
 
     path: a Hugging Face folder, or SAT's mp_rank_00_model_states.pt or its folder.
     checkpoint: a checkpoint_N.pth of SEEChat.
@@ -215,14 +225,16 @@ def open_lm(
     if checkpoint is not None:
         laid = opener(local_path(checkpoint))
         ours = part(laid.shapes, "lm", where=str(checkpoint))
-        names = map_lm(ours, lm.config, where=str(checkpoint), form="seechat")
+        family = LM_FAMILIES[lm.config.family]
+        names = family.laid(ours, lm.config, where=str(checkpoint), settings=lm.settings)
         lm.vision_keys["checkpoint"] = [key for key in laid.shapes if key not in ours]
         lm.ignored["checkpoint"] = names.ignored
         lm._lay("checkpoint", laid, names.used)
         prefixes.append(("checkpoint", laid, names.prefix, str(checkpoint)))
     if adapter is not None:
         tuned = open_adapter(local_path(adapter), lm.config, opener=opener)
-        lm._lay("adapter", tuned.checkpoint, {k: Published(v) for k, v in tuned.replaced.items()})
+        own = {ours: tuple(map(Published, keys)) for ours, keys in tuned.replaced.items()}
+        lm._lay("adapter", tuned.checkpoint, own)
         check_adapter(tuned, str(adapter))
         lm._merge(tuned.loras)
         lm._note("adapter", set(tuned.files))
@@ -256,7 +268,9 @@ def _open_base(path: Path, opener: Opener) -> tuple[LM, Checkpoint, LMNames, dic
     settings: dict[str, Any] = {"model_type": "chatglm"}
     if files.config:
         settings = read_json(files.config) if form == "huggingface" else _sat_settings(files.config)
-    config = lm_config(settings, where=str(files.config or file.parent / SAT_CONFIG))
+    where = str(files.config or file.parent / SAT_CONFIG)
+    family = family_of(settings, where=where)
+    config = family.config(settings, where=where)
     checkpoint = opener(file)
     if form == "sat" and FORMS["sat"].head not in checkpoint.shapes:
         raise CheckpointError(
@@ -264,10 +278,17 @@ def _open_base(path: Path, opener: Opener) -> tuple[LM, Checkpoint, LMNames, dic
             f"VisualGLM-6B's {SAT_FILE}: name the folder it is of"
         )
     ours = part(checkpoint.shapes, "lm", where=str(file))
-    names = map_lm(ours, config, where=str(file), form=form)
+    if form == "sat":
+        names = map_lm(ours, config, where=str(file), form="sat")
+    else:
+        names = family.names(ours, config, where=str(file), settings=settings)
     vision = [key for key in checkpoint.shapes if key not in ours]
-    conversation = "visualglm" if vision else "chatglm"
-    lm = LM(config, tokenizer=files.tokenizer, conversation=conversation)
+    lm = LM(
+        config,
+        tokenizer=files.tokenizer(*family.tokenizers),
+        conversation=family.conversation(seeing=bool(vision)),
+        settings=settings,
+    )
     lm.vision_keys["lm"] = vision
     lm.ignored["lm"] = names.ignored
     lm._lay("lm", checkpoint, names.used)
@@ -278,8 +299,11 @@ def _open_base(path: Path, opener: Opener) -> tuple[LM, Checkpoint, LMNames, dic
                 lm._tensors[key] = replace(tensor, order=order)
         loras = {}
         for key, pairs in names.loras.items():
-            rank = check_pairs(checkpoint, pairs, lm.shapes[key].shape, str(file))
-            loras[key] = LoRA(checkpoint, tuple(pairs), 1 / rank)  # SAT's alpha is 1
+            shape = lm.shapes[key].shape
+            rank, rows = check_pairs(checkpoint, pairs, shape, str(file)), shape[0] // len(pairs)
+            loras[key] = [  # SAT's alpha is 1
+                LoRA(checkpoint, a, b, 1 / rank, start=i * rows) for i, (a, b) in enumerate(pairs)
+            ]
         lm._merge(loras)
     return lm, checkpoint, names, settings if form == "huggingface" else {}
 
@@ -339,24 +363,38 @@ def _check_prefix(prefix: np.ndarray, place: Place) -> None:
         )
 
 
-def _keys(published: Published) -> list[str]:
-    return [published.key, published.scale] if published.scale else [published.key]
+def _keys(*parts: Published) -> list[str]:
+    return [key for part in parts for key in (part.key, part.scale) if key]
 
 
 def _dtype(tensor: _Tensor) -> str:
-    if tensor.published.bits or tensor.loras:
+    if tensor.loras or any(part.bits for part in tensor.parts):
         return "float32"
-    return tensor.checkpoint.shapes[tensor.published.key].dtype
+    dtypes = {tensor.checkpoint.shapes[part.key].dtype for part in tensor.parts}
+    return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
 def _published(tensor: _Tensor, rows: Rows) -> np.ndarray:
     """Rows of a tensor in the published order, dequantized."""
-    if tensor.published.bits:
+    if tensor.parts[0].bits:
         return _quantized(tensor, rows).dequantized()
-    return tensor.checkpoint.read(tensor.published.key)[rows]
+    read, names = tensor.checkpoint.read, [part.key for part in tensor.parts]
+    if len(names) == 1:
+        return read(names[0])[rows]
+    heights = [tensor.checkpoint.shapes[name].shape[0] for name in names]
+    order = np.arange(sum(heights))[rows]
+    width = tensor.checkpoint.shapes[names[0]].shape[1:]
+    found = np.empty((len(order), *width), np.float16 if _dtype(tensor) == "float16" else "f4")
+    start = 0
+    for name, height in zip(names, heights, strict=True):
+        inside = (order >= start) & (order < start + height)
+        if inside.any():
+            found[inside] = read(name)[order[inside] - start]
+        start += height
+    return found
 
 
 def _quantized(tensor: _Tensor, rows: Rows) -> Quantized:
-    read, published = tensor.checkpoint.read, tensor.published
+    read, (published, *_) = tensor.checkpoint.read, tensor.parts
     scales = read(published.scale)[rows].astype(np.float32)
     return Quantized(read(published.key)[rows], scales, published.bits)

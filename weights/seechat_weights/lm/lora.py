@@ -15,7 +15,7 @@ import numpy as np
 
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import CheckpointError
-from seechat_weights.files.accounting import Shape, account, check_shapes
+from seechat_weights.files.accounting import Shape, account, check_shapes, few
 from seechat_weights.files.audit import Place, check_numbers, is_nothing
 from seechat_weights.files.checkpoint import (
     Checkpoint,
@@ -25,7 +25,7 @@ from seechat_weights.files.checkpoint import (
     read_json,
 )
 from seechat_weights.files.reading import shown
-from seechat_weights.lm.chatglm import FORMS, lm_shapes
+from seechat_weights.lm.families import LM_FAMILIES
 
 log = logging.getLogger(__name__)
 
@@ -53,27 +53,31 @@ _MERGE = (
 
 @dataclass(frozen=True)
 class LoRA:
-    """What is added to one linear [outputs, inputs]."""
+    """What is added to some rows of one linear [outputs, inputs].
+
+    checkpoint: holds the matrices.
+    a, b: the names of A [r, inputs] and B [rows, r].
+    scaling: the factor of their product.
+    start: the first of the rows.
+    """
 
     checkpoint: Checkpoint
-    # A [r, inputs] and B [outputs / n, r]; n pairs share the rows equally
-    pairs: tuple[tuple[str, str], ...]
+    a: str
+    b: str
     scaling: float
+    start: int = 0
 
-    def delta(self, rows: np.ndarray, outputs: int) -> np.ndarray:
-        """What to add to some rows of the published weight, float32 [rows, inputs].
+    def add(self, weight: np.ndarray, rows: np.ndarray) -> None:
+        """Add the product to some rows of the published weight.
 
-        rows: the numbers of the rows.
-        outputs: how many rows the weight has.
+        weight: float32 [rows, inputs]; changed in place.
+        rows: the numbers of its rows.
         """
-        read, size = self.checkpoint.read, outputs // len(self.pairs)
-        inputs = self.checkpoint.shapes[self.pairs[0][0]][0][1]
-        delta = np.empty((len(rows), inputs), np.float32)
-        for i, (a, b) in enumerate(self.pairs):
-            mine = rows // size == i
-            part = read(b)[rows[mine] - i * size].astype(np.float32)
-            delta[mine] = part @ read(a).astype(np.float32)
-        return delta * np.float32(self.scaling)
+        mine = rows - self.start
+        inside = (mine >= 0) & (mine < self.checkpoint.shapes[self.b].shape[0])
+        part = self.checkpoint.read(self.b)[mine[inside]].astype(np.float32)
+        delta = part @ self.checkpoint.read(self.a).astype(np.float32)
+        weight[inside] += delta * np.float32(self.scaling)
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,9 @@ class Adapter:
 
     checkpoint: Checkpoint
     files: tuple[Path, ...]
-    loras: dict[str, LoRA]  # our linear -> what is added
-    replaced: dict[str, str]  # our parameter -> the adapter's own (biases, modules_to_save)
+    loras: dict[str, list[LoRA]]  # our linear -> what is added
+    # our parameter -> the adapter's own (biases, modules_to_save), in the order of its rows
+    replaced: dict[str, tuple[str, ...]]
 
 
 def check_pairs(
@@ -114,7 +119,7 @@ def check_pairs(
 
 
 def open_adapter(folder: Path, config: LMConfig, *, opener: Opener = open_checkpoint) -> Adapter:
-    """Open a PEFT LoRA adapter for ChatGLM-6B.
+    """Open a PEFT LoRA adapter for a language model.
 
     folder: the adapter's folder, or its file of weights with the settings beside it.
     config: the LM's shape.
@@ -138,36 +143,68 @@ def open_adapter(folder: Path, config: LMConfig, *, opener: Opener = open_checkp
     settings = read_json(folder / ADAPTER_CONFIG)
     _refuse_other_methods(settings, str(folder / ADAPTER_CONFIG))
     checkpoint, where = opener(source), str(source)
-    expected, form = lm_shapes(config), FORMS["huggingface"]
-    published = {form.head if k == "lm_head.weight" else form.body + k: k for k in expected}
+    published = _places(config)
     matrices: dict[str, dict[str, str]] = {}
-    replaced: dict[str, str] = {}
+    replaced: dict[str, dict[int, str]] = {}
     for key in checkpoint.shapes:
         name = _WRAPPING.sub("", key.removeprefix(_PEFT))
         matrix = _MATRIX.fullmatch(name)
-        ours = published.get(f"{matrix[1]}.weight" if matrix else name)
-        if ours is None or not key.startswith(_PEFT):
+        module = f"{matrix[1]}.weight" if matrix else name
+        if module not in published or not key.startswith(_PEFT):
             continue  # named by account() below
         if matrix:
-            matrices.setdefault(ours, {})[matrix[2]] = key
+            matrices.setdefault(module, {})[matrix[2]] = key
         else:
-            replaced[ours] = key
+            replaced.setdefault(published[module].ours, {})[published[module].number] = key
     needed = [
         pair.get(part, f"{next(iter(pair.values()))} (its lora_{part})")
         for pair in matrices.values()
         for part in "AB"
     ]
+    own = [key for keys in replaced.values() for key in keys.values()]
     advice = f"download it again, or {_MERGE}"
-    account(checkpoint.shapes, [*needed, *replaced.values()], (), where, advice=advice)
-    check_shapes(checkpoint.shapes, {key: expected[k] for k, key in replaced.items()}, where)
-    loras = {}
-    for ours, pair in matrices.items():
-        pairs = [(pair["A"], pair["B"])]
-        rank = check_pairs(checkpoint, pairs, expected[ours], where)
-        module = next(k for k, v in published.items() if v == ours).removesuffix(".weight")
-        loras[ours] = LoRA(checkpoint, tuple(pairs), _scaling(settings, module, rank, where))
+    account(checkpoint.shapes, [*needed, *own], (), where, advice=advice)
+    for ours, keys in replaced.items():
+        parts = [place for place in published.values() if place.ours == ours]
+        shapes = {place.number: place.shape for place in parts}
+        check_shapes(checkpoint.shapes, {key: shapes[i] for i, key in keys.items()}, where)
+        if keys.keys() != shapes.keys():
+            raise CheckpointError(
+                f"{where}: replaces a part of {ours} ({few(list(keys.values()))}); expected all "
+                f"of it: {_MERGE}"
+            )
+    loras: dict[str, list[LoRA]] = {}
+    for module, pair in matrices.items():
+        place = published[module]
+        rank = check_pairs(checkpoint, [(pair["A"], pair["B"])], place.shape, where)
+        scaling = _scaling(settings, module.removesuffix(".weight"), rank, where)
+        found = LoRA(checkpoint, pair["A"], pair["B"], scaling, place.start)
+        loras.setdefault(place.ours, []).append(found)
     files = sorted({checkpoint.source(key) for key in checkpoint.shapes})
-    return Adapter(checkpoint, (folder / ADAPTER_CONFIG, *files), loras, replaced)
+    whole = {ours: tuple(keys[i] for i in sorted(keys)) for ours, keys in replaced.items()}
+    return Adapter(checkpoint, (folder / ADAPTER_CONFIG, *files), loras, whole)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The rows of one of our parameters that a published tensor is."""
+
+    ours: str
+    number: int  # of the part
+    start: int
+    shape: Shape
+
+
+def _places(config: LMConfig) -> dict[str, _Place]:
+    """Published names of the LM's tensors, in each form that its family has."""
+    found = {}
+    for form in LM_FAMILIES[config.family].parts(config):
+        for ours, parts in form.items():
+            start = 0
+            for number, part in enumerate(parts):
+                found.setdefault(part.key, _Place(ours, number, start, part.shape))
+                start += part.shape[0]
+    return found
 
 
 def config_like(shapes: Mapping[str, TensorInfo]) -> LMConfig:
@@ -200,15 +237,16 @@ def check_adapter(adapter: Adapter, where: str) -> None:
     Raises CheckpointError for NaN, or if it would change nothing.
     """
     checkpoint, nothing = adapter.checkpoint, []
-    for lora in adapter.loras.values():
-        for pair in lora.pairs:
-            matrices = {key: checkpoint.read(key) for key in pair}
-            for key, matrix in matrices.items():
-                check_numbers(matrix, Place(checkpoint.source(key), key))
-            nothing += [key for key, matrix in matrices.items() if is_nothing(matrix)][-1:]
-    for key in adapter.replaced.values():
-        check_numbers(checkpoint.read(key), Place(checkpoint.source(key), key))
-    if nothing and len(nothing) == len(adapter.loras) and not adapter.replaced:
+    products = [lora for loras in adapter.loras.values() for lora in loras]
+    for lora in products:
+        matrices = {key: checkpoint.read(key) for key in (lora.a, lora.b)}
+        for key, matrix in matrices.items():
+            check_numbers(matrix, Place(checkpoint.source(key), key))
+        nothing += [key for key, matrix in matrices.items() if is_nothing(matrix)][-1:]
+    for keys in adapter.replaced.values():
+        for key in keys:
+            check_numbers(checkpoint.read(key), Place(checkpoint.source(key), key))
+    if nothing and len(nothing) == len(products) and not adapter.replaced:
         raise CheckpointError(
             f"{where}: changes nothing: of all its {len(nothing)} products one matrix is zeros, "
             f"such as {nothing[0]}; expected a trained adapter: take the one of a later step, or "
@@ -217,7 +255,7 @@ def check_adapter(adapter: Adapter, where: str) -> None:
     if nothing:
         log.warning(
             "%s: %d of its %d products change nothing, such as %s",
-            where, len(nothing), len(adapter.loras), nothing[0],
+            where, len(nothing), len(products), nothing[0],
         )  # fmt: skip
 
 

@@ -1,0 +1,76 @@
+"""Chooses a tokenizer by the kind that a manifest names; each is one class.
+
+A new one needs a class with the methods of TextTokenizer, a row in _KINDS and golden cases.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from seechat_lite.llama_tokenizer import LlamaTokenizer
+from seechat_lite.text_stream import Detokenizer
+from seechat_lite.tokenizer import Tokenizer
+from seechat_weights.bundle.manifest import TokenizerConfig
+from seechat_weights.config import LMConfig
+
+
+class TextTokenizer(Detokenizer, Protocol):
+    """What every tokenizer does.
+
+    eos_id: the token that ends an answer.
+    vocab_size: ids from here on are padding rows of the model's vocabulary.
+    prompt_begin, prompt_end: the ids before and behind the text of a prompt.
+    """
+
+    eos_id: int
+    vocab_size: int
+    prompt_begin: tuple[int, ...]
+    prompt_end: tuple[int, ...]
+
+    def encode(self, text: str, *, specials: bool = True) -> list[int]:
+        """The token ids of a text; none are added.
+
+        text: the text.
+        specials: whether names of special tokens in the text become those tokens, as published.
+        """
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens.
+
+        ids: token ids.
+
+        Raises IndexError for ids beyond the tokenizer's vocabulary.
+        """
+        ...
+
+    def check(self, lm: LMConfig) -> None:
+        """Check that this tokenizer belongs to a model of this shape.
+
+        lm: the model's shape.
+
+        Raises BundleError if it does not.
+        """
+        ...
+
+
+def _ice(path: Path, config: TokenizerConfig) -> TextTokenizer:
+    return Tokenizer(path, num_image_tokens=config.num_image_tokens)
+
+
+def _llama(path: Path, config: TokenizerConfig) -> TextTokenizer:
+    return LlamaTokenizer(path, legacy=config.legacy, added=config.added)
+
+
+_KINDS = {"ice": _ice, "llama": _llama}
+
+
+def open_tokenizer(path: Path, config: TokenizerConfig) -> TextTokenizer:
+    """Load a tokenizer.
+
+    path: its file.
+    config: says what kind it is.
+
+    Raises BundleError if the file is missing, damaged or of another kind.
+    """
+    return _KINDS[config.kind](path, config)
