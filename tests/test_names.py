@@ -71,7 +71,7 @@ def test_refused_configuration(change: dict[str, Any], message: str) -> None:
 def test_published_checkpoint_is_accounted_for() -> None:
     shapes = manifest("chatglm-6b")
     names = map_lm(shapes, LMConfig(), where="chatglm-6b")
-    used, ignored = {ours: published.key for ours, published in names.used.items()}, names.ignored
+    used, ignored = {ours: p.key for ours, (p,) in names.used.items()}, names.ignored
     assert (
         used["layers.27.mlp.dense_4h_to_h.bias"] == "transformer.layers.27.mlp.dense_4h_to_h.bias"
     )
@@ -91,7 +91,7 @@ def test_names_and_shapes_are_the_networks() -> None:
 def test_absent_head_is_tied(tiny: dict[str, Any]) -> None:
     del tiny["lm_head.weight"]
     used = map_lm(tiny, lm_config(TINY), where="tied").used
-    assert used["lm_head.weight"].key == "transformer.word_embeddings.weight"
+    assert used["lm_head.weight"][0].key == "transformer.word_embeddings.weight"
 
 
 def lm_error(shapes: Shapes, config: LMConfig | None = None) -> str:

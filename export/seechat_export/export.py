@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from seechat_export import parity
 from seechat_export.chatglm_graph import ChatGLMGraph
+from seechat_export.llama_graph import LlamaGraph
 from seechat_export.plan import PROBE, ExportPlan, Parts, check_room, make_plan
 from seechat_export.quantize import stored_arrays
 from seechat_export.workplace import Workplace
@@ -70,6 +71,7 @@ VISION_FILES = (VISION_GRAPH, f"{VISION_GRAPH}.data", half_graph(VISION_GRAPH))
 ROWS = 4096  # rows of the embedding table written at a time
 VISION_WORK = 450_000_000  # bytes; EVA ViT-g at fp16 was measured to take 400 MB
 
+GRAPHS = {"chatglm": ChatGLMGraph, "llama": LlamaGraph}
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
 
@@ -102,8 +104,8 @@ def export_bundle(
     precision: a name of precisions.PRECISIONS.
     block_size: inputs that share a scale.
     vision_precision: "fp32", "fp16" or "int8"; None for fp32 in an fp32 bundle, else fp16.
-    conversation: the default format; None for "visualglm" with VisualGLM-6B, else "seechat" with
-        vision and "chatglm" without.
+    conversation: the default format; None for the one that the LM speaks, or for ChatGLM-6B with a
+        vision tower of its own "seechat".
     name: the bundle's name.
     provenance: facts to add to the manifest's provenance.
     announce: called with the plan once all sources are checked, before the work begins.
@@ -474,7 +476,7 @@ def save_graphs(
     prefix_tokens: length of a P-tuning prefix.
     """
     for half in (False,) if precision.exact else (False, True):
-        graph = ChatGLMGraph(
+        graph = GRAPHS[config.family](
             config, precision, block_size, WEIGHTS, prefix_tokens=prefix_tokens, half=half
         )
         ir.save(graph.build(), folder / (half_graph(GRAPH) if half else GRAPH))

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from seechat_export import reference_chatglm, reference_llama
 from seechat_export.decoder_graph import hidden_name
 from seechat_export.quantize import restored_tensor
-from seechat_export.reference_chatglm import Block, prefix_mask
+from seechat_export.reference_chatglm import prefix_mask
+from seechat_lite.lm_families import PLACING, framed, ordinary_ids
 from seechat_lite.onnx_runtime import ort
-from seechat_lite.prompt import position_ids
-from seechat_lite.rotary import rotary_rows, rotary_tables
+from seechat_lite.rotary import rotary_rows
 from seechat_weights.bundle.arrays import BundleArrays
 from seechat_weights.bundle.layout import reordered_prefix
 from seechat_weights.bundle.manifest import Manifest
@@ -29,8 +30,10 @@ from seechat_weights.bundle.precisions import PRECISIONS, VISION_PRECISIONS
 from seechat_weights.config import LMConfig, VisionConfig
 from seechat_weights.errors import BundleError, CheckpointError
 from seechat_weights.lm.checkpoint import ALL, LM, Rows
+from seechat_weights.lm.families import LM_FAMILIES
 
-CONTEXT, ANSWER = 22, 5  # tokens of the check's prompt before [gMASK], and after <sop>
+CONTEXT, ANSWER = 22, 5  # words of the check's prompt, and of what follows it
+REFERENCES = {"chatglm": reference_chatglm, "llama": reference_llama}
 HEAD_ROWS = 8192  # rows of lm_head multiplied at a time
 
 
@@ -112,12 +115,14 @@ def check(
         path = folder / manifest.vision.graph
         report["vision"] = vision.report(path, manifest.vision.precision)
     generator = np.random.default_rng(0)
-    words = generator.integers(5, min(lm.gmask_id, lm.mask_id), CONTEXT + ANSWER).tolist()
-    ids = [*words[:CONTEXT], lm.gmask_id, lm.bos_id, *words[CONTEXT:]]
+    known = ordinary_ids(lm)
+    words = generator.integers(known.start, known.stop, CONTEXT + ANSWER).tolist()
+    prompt = framed(words[:CONTEXT], lm)
     prefix = None if source.lm.prefix is None else torch.from_numpy(source.lm.prefix).float()
     precision = PRECISIONS[decoder.precision]
     cache = np.dtype(precision.cache_dtype)
-    stages = _Stages(folder / decoder.graph, lm, ids, prefix, cache)
+    ids = [*prompt, *words[CONTEXT:]]
+    stages = _Stages(folder / decoder.graph, lm, ids, len(prompt) - 1, prefix, cache)
     arrays = BundleArrays(folder, manifest)
     by_key = {item.key: item for item in arrays.items}
 
@@ -170,44 +175,47 @@ class _Stages:
         graph: Path,
         lm: LMConfig,
         ids: Sequence[int],
+        split: int,
         prefix: Tensor | None,
         cache: np.dtype[Any],
     ) -> None:
         """Prepare.
 
+        split: how many of the ids run in a call of their own, before the rest.
         prefix: as published, [layers, 2, heads, tokens, head_size].
         cache: the type of the cache.
         """
         self.folder = graph.parent
         self.graph = ir.load(graph).graph
         self.lm = lm
-        self.context = ids.index(lm.bos_id)
-        positions = position_ids(ids, gmask_id=lm.gmask_id, mask_id=lm.mask_id, bos_id=lm.bos_id)
-        tables = rotary_tables(lm.head_size, len(ids))
+        self.split = split
+        self.network, placing = REFERENCES[lm.family], PLACING[lm.family]
+        positions, tables = placing.positions(ids, lm), placing.tables(lm, len(ids))
         self.rows = rotary_rows(tables, positions, lm.padded_head_size // 2)
-        angles = torch.from_numpy(tables)[:, torch.from_numpy(positions)]
-        # each [1, tokens, 2, head_size / 4], as Block takes them
-        self.cos, self.sin = angles.transpose(1, 2)[:, None]
+        tables, positions = torch.from_numpy(tables), torch.from_numpy(positions)
+        self.cos, self.sin = self.network.angles(tables, positions)
         self.prefix, self.cache = prefix, cache
         self.before = 0 if prefix is None else prefix.shape[3]  # all tokens see the prefix
-        mask = prefix_mask(torch.tensor([self.context]), len(ids))
+        mask = prefix_mask(torch.tensor([placing.context(ids, lm)]), len(ids))
         self.mask = F.pad(mask, (self.before, 0), value=True)
 
     def layer(self, i: int, x: Tensor) -> Tensor:
-        """Run one layer of the graph: the context in one call, the rest in another."""
+        """Run one layer of the graph in two calls, of the ids before the split and of the rest."""
         past = [f"past_{part}_{i}" for part in ("key", "value")]
         present = [f"present_{part}_{i}" for part in ("key", "value")]
-        shared = ("rotary_cos", "rotary_sin", "last_index", "total_length", "bidirectional")
+        shared = ["rotary_cos", "rotary_sin", "last_index", "total_length"]
+        if not LM_FAMILIES[self.lm.family].causal:
+            shared.append("bidirectional")
         session = self._cut([hidden_name(i), *shared, *past], [hidden_name(i + 1), *present])
         tokens, before = x.shape[1], self.before
         buffers = np.zeros(
-            (2, 1, self.lm.num_heads, before + tokens, self.lm.padded_head_size), self.cache
+            (2, 1, self.lm.kv_heads, before + tokens, self.lm.padded_head_size), self.cache
         )
         if self.prefix is not None:
             buffers[:, 0, :, :before] = reordered_prefix(self.prefix[i : i + 1].numpy(), self.lm)[0]
         cache = [ort.OrtValue.ortvalue_from_numpy(buffer) for buffer in buffers]
         parts = []
-        for start, end in ((0, self.context), (self.context, tokens)):
+        for start, end in ((0, self.split), (self.split, tokens)):
             binding = session.io_binding()
             for name, value in zip(past, cache, strict=True):
                 binding.bind_ortvalue_input(name, value)
@@ -220,7 +228,7 @@ class _Stages:
                 np.array(before + end, np.int32),
                 np.array(start == 0),
             )
-            for name, value in zip((hidden_name(i), *shared), feeds, strict=True):
+            for name, value in zip((hidden_name(i), *shared), feeds, strict=False):
                 binding.bind_cpu_input(name, np.ascontiguousarray(value).reshape(value.shape))
             binding.bind_output(hidden_name(i + 1))
             session.run_with_iobinding(binding)
@@ -228,10 +236,10 @@ class _Stages:
         return torch.cat(parts, 1)
 
     def head(self, x: Tensor) -> Tensor:
-        """The graph's logits from <sop> on, [1 + ANSWER, vocab]."""
+        """The graph's logits from the prompt's last id on, [1 + ANSWER, vocab]."""
         name = hidden_name(self.lm.num_layers)
         session = self._cut([name, "logit_rows"], ["logits"])
-        rows = np.arange(self.context, x.shape[1])
+        rows = np.arange(self.split, x.shape[1])
         (logits,) = session.run(["logits"], {name: x.numpy(), "logit_rows": rows})
         return torch.from_numpy(np.asarray(logits))
 
@@ -239,7 +247,7 @@ class _Stages:
     def torch_layer(self, i: int, x: Tensor, read: Callable[[str], Tensor]) -> Tensor:
         """Run one layer of the torch network over the weights that `read` returns."""
         with torch.device("meta"):
-            block = Block(self.lm)
+            block = self.network.Block(self.lm)
         weights = {key: read(f"layers.{i}.{key}") for key in block.state_dict()}
         block.load_state_dict(weights, assign=True)
         cache = None
@@ -251,9 +259,11 @@ class _Stages:
     @torch.inference_mode()
     def torch_head(self, x: Tensor, read: Callable[..., Tensor]) -> Tensor:
         """The torch network's logits [1 + ANSWER, vocab], some rows of lm_head at a time."""
-        weight, bias = (read(f"final_layernorm.{part}") for part in ("weight", "bias"))
-        width, epsilon = (self.lm.hidden_size,), self.lm.layernorm_epsilon
-        last = F.layer_norm(x[0, self.context :], width, weight, bias, epsilon)
+        with torch.device("meta"):
+            norm = self.network.final_norm(self.lm)
+        weights = {key: read(f"final_layernorm.{key}") for key in norm.state_dict()}
+        norm.load_state_dict(weights, assign=True)
+        last = norm(x[0, self.split :])
         starts = range(0, self.lm.vocab_size, HEAD_ROWS)
         head = "lm_head.weight"
         return torch.cat([last @ read(head, slice(i, i + HEAD_ROWS)).t() for i in starts], -1)

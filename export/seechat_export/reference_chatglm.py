@@ -36,6 +36,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-2).flatten(-3)
 
 
+def angles(tables: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of one sequence as Block takes them, each [1, length, 2, head_size / 4].
+
+    tables: float32 [2, length, head_size / 4].
+    positions: int64 [2, tokens].
+    """
+    cos, sin = tables[:, positions].transpose(1, 2)[:, None]
+    return cos, sin
+
+
+def final_norm(config: LMConfig) -> nn.Module:
+    """The norm before the head, without its weights.
+
+    config: the decoder's shape.
+    """
+    return nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
+
+
 @dataclass
 class KVCache:
     """Keys and values of each layer, [batch, heads, capacity, head_size]; `length` are filled."""

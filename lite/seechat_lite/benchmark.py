@@ -25,6 +25,7 @@ import psutil
 from PIL import Image
 
 from seechat_lite.chat import Model
+from seechat_lite.lm_families import framed, ordinary_ids
 from seechat_lite.loading import load
 from seechat_lite.memory import MemoryPlan, human
 from seechat_lite.prompt import Prompt
@@ -273,9 +274,9 @@ def _times(calls: Iterable[Callable[[], object]]) -> list[float]:
 def _prompt(manifest: Manifest, length: int) -> Prompt:
     """A prompt of `length` ordinary tokens in all."""
     lm = manifest.lm
-    last = min(lm.mask_id, lm.gmask_id)
-    words = np.random.default_rng(length).integers(5, last, length - 2).tolist()
-    return Prompt([*words, lm.gmask_id, lm.bos_id])
+    words, around = ordinary_ids(lm), len(framed([], lm))
+    drawn = np.random.default_rng(length).integers(words.start, words.stop, length - around)
+    return Prompt(framed(drawn.tolist(), lm))
 
 
 def _decode(model: Model, length: int, repeat: int, bandwidth: Bandwidth | None) -> float:

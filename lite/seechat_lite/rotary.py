@@ -1,10 +1,12 @@
-"""Computes ChatGLM-6B's rotary tables in numpy, for every engine and for the torch network."""
+"""Computes rotary tables in numpy, for every engine and for the torch networks."""
 
 import numpy as np
 
+from seechat_weights.config import LMConfig
+
 
 def rotary_tables(head_size: int, length: int, *, rounded: bool = False) -> np.ndarray:
-    """Cosines and sines of the rotary angles, float32 [2, length, head_size / 4].
+    """Cosines and sines of ChatGLM-6B's rotary angles, float32 [2, length, head_size / 4].
 
     Each half of a head (head_size / 2 numbers) is rotated in pairs (i, i + head_size / 4) by
     position * 10000**(-4i / head_size). The inverse frequencies are rounded to half precision, as
@@ -26,19 +28,44 @@ def rotary_tables(head_size: int, length: int, *, rounded: bool = False) -> np.n
     return np.stack([np.cos(angle), np.sin(angle)]).astype(np.float16).astype(np.float32)
 
 
+def llama_tables(lm: LMConfig, length: int) -> np.ndarray:
+    """Cosines and sines of LLaMA's rotary angles, float32 [2, length, head_size / 2].
+
+    The numbers i and i + head_size / 2 of a head are rotated by position / theta**(2i / head_size).
+    Linear scaling divides the positions. LLaMA-3.1's divides the frequencies, but only the low
+    ones, with a smooth passage between (transformers' modeling_rope_utils).
+
+    lm: the decoder's shape.
+    length: number of positions.
+    """
+    exponent = np.arange(0, lm.head_size, 2, dtype=np.float32) / np.float32(lm.head_size)
+    frequency = 1 / np.float32(lm.rope_theta) ** exponent
+    positions = np.arange(length, dtype=np.float32)
+    if lm.rope_original:
+        waves = lm.rope_original * frequency / (2 * np.pi)  # in the original context
+        kept = np.clip((waves - lm.rope_low) / (lm.rope_high - lm.rope_low), 0, 1)
+        frequency = frequency * (kept + (1 - kept) / lm.rope_factor)
+    else:
+        positions /= np.float32(lm.rope_factor)
+    angle = positions[:, None] * frequency.astype(np.float32)
+    return np.stack([np.cos(angle), np.sin(angle)])
+
+
 def rotary_rows(
     tables: np.ndarray, positions: np.ndarray, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of tokens, each float32 [tokens, width].
 
-    The first half of a row belongs to the position in the context, the second half to the position
-    in the answer. This is the order of heads in a bundle (see seechat_weights.bundle.layout).
+    Each row of positions belongs to an equal share of the width. Of ChatGLM the first half belongs
+    to the position in the context, the second half to the position in the answer. This is the order
+    of heads in a bundle (see seechat_weights.bundle.layout).
 
-    tables: from rotary_tables.
-    positions: int64 [2, tokens].
-    width: half the graph's head size; if it pads the quarters of a head, the rows are padded too.
+    tables: a family's.
+    positions: int64 [rows, tokens].
+    width: half the graph's head size; if it pads the pieces of a head, the shares are padded too.
     """
-    padding = width // 2 - tables.shape[-1]
+    padding = width // len(positions) - tables.shape[-1]
     rows = np.pad(tables[:, positions], ((0, 0), (0, 0), (0, 0), (0, padding)))
-    cos, sin = rows.transpose(0, 2, 1, 3).reshape(2, -1, width)  # from [2, 2, tokens, width / 2]
+    # from [2, rows, tokens, share]
+    cos, sin = rows.transpose(0, 2, 1, 3).reshape(2, -1, width)
     return cos, sin

@@ -7,8 +7,9 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from seechat_lite.lm_families import PLACING
 from seechat_lite.memory import MemoryPlan
-from seechat_lite.prompt import Prompt, context_length, position_ids
+from seechat_lite.prompt import Prompt
 from seechat_lite.source import Source
 from seechat_weights.arguments import check_choice, check_integer, check_type
 from seechat_weights.bundle.precisions import DTYPES, QUANTIZATIONS
@@ -186,7 +187,7 @@ def embedded(
     rows: returns the word embeddings of ids, [tokens, hidden].
 
     Returns the embeddings [tokens, hidden], float32 if there are pictures among them; the
-    positions, int64 [2, tokens]; and the number of tokens before <sop>.
+    positions, int64 [rows, tokens]; and the number of first tokens that see each other both ways.
 
     Raises ContextError if the prompt is malformed or longer than the context.
     """
@@ -201,7 +202,8 @@ def embedded(
             f"the prompt's ids reach from {min(ids)} to {max(ids)}; expected 0 to "
             f"{lm.vocab_size - 1}: make it with this model's tokenizer"
         )
-    positions = position_ids(ids, gmask_id=lm.gmask_id, mask_id=lm.mask_id, bos_id=lm.bos_id)
+    placing = PLACING[lm.family]
+    positions = placing.positions(ids, lm)
     embeds = rows(ids)
     if prompt.images:
         embeds = embeds.astype(np.float32)
@@ -212,7 +214,7 @@ def embedded(
                 "use those that this model made"
             )
         embeds[start : start + len(image)] = image
-    return embeds, positions, context_length(ids, bos_id=lm.bos_id)
+    return embeds, positions, placing.context(ids, lm)
 
 
 def check_room(tokens: int, free: int, context: int) -> None:

@@ -32,9 +32,10 @@ IR_VERSIONS = range(8, 14)
 DECODER_OPERATORS = frozenset(
     (domain, name)
     for domain, names in (
-        ("", "Add Cast Concat Constant Gather Gelu If LayerNormalization MatMul Mul Reshape Slice "
-             "Split Squeeze TensorScatter Transpose Where"),
-        (MICROSOFT, "GroupQueryAttention MatMulNBits MultiHeadAttention RotaryEmbedding"),
+        ("", "Add Cast Concat Constant Gather Gelu If LayerNormalization MatMul Mul Reshape "
+             "SimplifiedLayerNormalization Slice Split Squeeze TensorScatter Transpose Where"),
+        (MICROSOFT, "GroupQueryAttention MatMulNBits MultiHeadAttention QuickGelu "
+                    "RotaryEmbedding"),
     )
     for name in names.split()
 )  # fmt: skip

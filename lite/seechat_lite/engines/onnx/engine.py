@@ -2,9 +2,10 @@
 
 The key/value cache is one buffer per layer and part, as long as the context. The decoder's past and
 present are both bound to it, so that no step copies it. It lives as long as one answer. On a GPU it
-stays there between the steps and lives as long as the engine. The context of a prompt is one
-bidirectional call; everything from <sop> on is causal (see seechat_export.chatglm_graph). The
-embedding table is never loaded: the few rows that a prompt needs are read from its file.
+stays there between the steps and lives as long as the engine. The context of a ChatGLM prompt is
+one bidirectional call; everything from <sop> on is causal (see seechat_export.chatglm_graph). All
+of a LLaMA prompt is causal. The embedding table is never loaded: the few rows that a prompt needs
+are read from its file.
 
 On a GPU the bundle's second graph runs, in float16, if the bundle has one. With CUDA a step of one
 token is recorded.
@@ -41,17 +42,19 @@ from seechat_lite.engines.onnx.memory import (
     float_bytes_on_gpu,
 )
 from seechat_lite.engines.onnx.vision import OnnxVision
+from seechat_lite.lm_families import PLACING
 from seechat_lite.memory import MemoryPlan
 from seechat_lite.native import Native, guarded
 from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import Prompt
-from seechat_lite.rotary import rotary_rows, rotary_tables
+from seechat_lite.rotary import rotary_rows
 from seechat_lite.source import Source
 from seechat_weights.bundle.arrays import BundleArrays
 from seechat_weights.bundle.onnx_graph import check_decoder
 from seechat_weights.bundle.precisions import PRECISIONS, stored_precision
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import EngineError, MemoryPlanError
+from seechat_weights.lm.families import LM_FAMILIES
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +144,7 @@ class OnnxEngine(Native):
             self._device,
             {
                 "inputs_embeds": (None, None, lm.hidden_size),
-                **dict.fromkeys(_cache_names(lm), (None, lm.num_heads, None, None)),
+                **dict.fromkeys(_cache_names(lm), (None, lm.kv_heads, None, None)),
                 "logits": (None, lm.vocab_size),
             },
             threads=options.threads,
@@ -154,7 +157,8 @@ class OnnxEngine(Native):
         """Read what the graph does not hold: embeddings, angles and a prefix."""
         arrays = BundleArrays(self._folder, self._manifest)
         self._arrays: BundleArrays | None = arrays
-        self._rotary = rotary_tables(self._manifest.lm.head_size, self.context + 1)
+        lm = self._manifest.lm
+        self._rotary = PLACING[lm.family].tables(lm, self.context + 1)
         prefix = arrays.prefix  # from here on [tokens, layers, key and value, heads, head]
         self._prefix = np.empty((0,)) if prefix is None else np.moveaxis(prefix, 3, 0)
 
@@ -170,7 +174,8 @@ class OnnxEngine(Native):
         self._recorded: Recorded | None = None
         self._binding: ort.IOBinding | None = self._opened().io_binding()
         self._length = 0  # tokens in the cache, those of a prefix included
-        self._next_position = np.zeros((2, 1), np.int64)  # of the token that the next step appends
+        # of the token that the next step appends
+        self._next_position = np.zeros((PLACING[self._manifest.lm.family].rows, 1), np.int64)
         # with more, the GPU would make floats of all 8-bit weights: 1.1 GB for the head
         self._at_once = 4 if self._device.on_gpu and precision.in_bytes else self.context
 
@@ -191,7 +196,7 @@ class OnnxEngine(Native):
                 self._run(embeds[:split], positions[:, :split], bidirectional=True)
             logits = self._run(embeds[split:], positions[:, split:])[0]
         self._next_position = positions[:, -1:].copy()
-        self._next_position[1] += 1
+        self._next_position[-1] += 1
         self._options = run_options()  # steps are short: they keep their memory for the next one
         return logits
 
@@ -211,15 +216,15 @@ class OnnxEngine(Native):
             for i in range(0, len(token_ids), self._at_once):
                 part = token_ids[i : i + self._at_once]
                 positions = self._next_position.repeat(len(part), axis=1)
-                positions[1] += np.arange(len(part))
+                positions[-1] += np.arange(len(part))
                 logits.append(self._run(self._rows(part), positions, rows=len(part)))
-                self._next_position[1] += len(part)
+                self._next_position[-1] += len(part)
         return np.concatenate(logits)
 
     @guarded
     def rewind(self, tokens: int) -> None:
         self._length -= tokens  # nothing behind the length is ever read, only overwritten
-        self._next_position[1] -= tokens
+        self._next_position[-1] -= tokens
 
     def cancel(self) -> None:
         self._cancelled = True  # first, because a prompt may be changing the options now
@@ -268,7 +273,7 @@ class OnnxEngine(Native):
     def _new_cache(self) -> dict[str, ort.OrtValue]:
         """Buffers [1, heads, context, head] by the past inputs' names; they hold the prefix."""
         lm, cache = self._manifest.lm, {}
-        shape = (1, lm.num_heads, len(self._prefix) + self.context, self._head)
+        shape = (1, lm.kv_heads, len(self._prefix) + self.context, self._head)
         buffers = untouched((2 * lm.num_layers, *shape), self._cache_dtype)
         for i, name in enumerate(_cache_names(lm)):
             if len(self._prefix):  # [tokens, layers, key and value, heads, head]
@@ -296,7 +301,7 @@ class OnnxEngine(Native):
         bidirectional: bool = False,
         rows: int = 1,
     ) -> np.ndarray:
-        """Append tokens (embeddings [s, hidden], positions [2, s]).
+        """Append tokens (embeddings [s, hidden], positions [rows, s]).
 
         Returns the logits of the last `rows` tokens, [rows, vocab]. Raises Cancelled.
         """
@@ -311,9 +316,10 @@ class OnnxEngine(Native):
             "rotary_sin": sin.astype(self._dtype, copy=False),
             "last_index": np.array([total - 1], np.int32),
             "total_length": np.array(total, np.int32),
-            "bidirectional": np.array(bidirectional),
             "logit_rows": np.arange(len(embeds) - rows, len(embeds)),
         }
+        if not LM_FAMILIES[self._manifest.lm.family].causal:
+            feeds["bidirectional"] = np.array(bidirectional)
         feeds = {name: np.asarray(array, order="C") for name, array in feeds.items()}
         try:
             logits = self._call(feeds, rows)

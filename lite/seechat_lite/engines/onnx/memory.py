@@ -137,7 +137,7 @@ def cache_bytes(lm: LMConfig, precision: Precision, tokens: int) -> int:
     tokens: how many are cached.
     """
     number = np.dtype(precision.cache_dtype).itemsize
-    return 2 * lm.num_layers * lm.hidden_size * tokens * number
+    return 2 * lm.num_layers * lm.kv_heads * lm.padded_head_size * tokens * number
 
 
 def check_memory(needed: OnnxPlan, manifest: Manifest, *, budget: int | None = None) -> None:
