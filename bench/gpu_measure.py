@@ -137,7 +137,7 @@ class Measuring:
             self.skipped["vision"] = "transformers is not installed"
             return None
         config = next(iter(self.shape.vision.values()))
-        return random_vision(config, self.shape.config.hidden_size)
+        return random_vision(config, self.shape.config.hidden_size, self.device)
 
     def installed(self, form: str) -> bool:
         if form.startswith("bitsandbytes") and not find_spec("bitsandbytes"):
@@ -314,7 +314,7 @@ class Measuring:
             return
         found = self.found["vision"] = {}
         for name, config in self.shape.vision.items():
-            weights = random_vision(config, self.shape.config.hidden_size)
+            weights = random_vision(config, self.shape.config.hidden_size, self.device)
             sees = TorchVision(weights, device=self.device, dtype=self.dtype, keep=True)
             pixels = picture(config)
             start = time.perf_counter()

@@ -1,9 +1,10 @@
 """What bench/gpu.py measures: its stages, shapes and precisions, and random weights for them.
 
-Weights are made on the GPU as they are asked for, and keep the scale of what they take, so that
+Weights are made on the GPU when they are asked for, and keep the scale of what they take, so that
 activations stay near unit scale. Nothing of them is written to a disk.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -109,7 +110,17 @@ SHAPES = {
                 "eva",
                 "qformer",
                 PixelSpec(image_size=56),
-                network=VisionNetwork(14, 64, 128, 2, 2, "gelu", 1e-6, 32, 64, 2, 2),
+                network=VisionNetwork(
+                    14,
+                    64,
+                    128,
+                    2,
+                    2,
+                    query_width=32,
+                    query_inner_size=64,
+                    query_layers=2,
+                    query_heads=2,
+                ),
             ),
         },
     ),
@@ -158,18 +169,20 @@ class RandomWeights:
                 yield LoadedTensor(item.key, [weight.mul_(item.shape[1] ** -0.5)])
 
 
-def random_vision(config: VisionConfig, outputs: int) -> VisionWeights:
-    """Unit layer norms, no biases, matrices that keep the scale of what they take."""
+def random_vision(config: VisionConfig, outputs: int, device: torch.device) -> VisionWeights:
+    """Unit layer norms, no biases, matrices that keep the scale of what they take.
+
+    They are made on the device, and lie in the machine's memory as a published file's pages do.
+    """
     sizes = parameters(config, outputs)
-    pool = np.random.default_rng(0).standard_normal(1 << 20).astype(np.float32)
 
     def read(name: str) -> np.ndarray:
         shape = sizes[name]
         if len(shape) == 1 and not name.endswith("embedding"):
             return np.full(shape, float("norm" in name.lower() and name.endswith("weight")))
-        return (np.resize(pool, shape) * np.prod(shape[1:]) ** -0.5).astype(np.float16)
+        made = torch.randn(shape, device=device).mul_(math.prod(shape[1:]) ** -0.5)
+        return made.half().cpu().numpy()
 
-    # kept in memory, as the system keeps a file's pages
     return VisionWeights(config, outputs, sizes, cache(read))
 
 
