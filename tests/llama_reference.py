@@ -8,7 +8,7 @@ absent. Nothing here knows a size: data of other models in the same layout passe
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from seechat_lite.conversation import Turn
 from seechat_lite.images import levels, load_image, pixels
 from seechat_weights.config import PixelSpec
 from seechat_weights.vision.blip_names import BlipSettings
@@ -127,3 +128,33 @@ def module_outputs(weights: VisionWeights, of: Callable[[Any, Any], Any], name: 
     given = torch.from_numpy(published_pixels(name, weights.config.pixels))
     with torch.inference_mode():
         return of(network, given)[0].numpy()
+
+
+def llava_conversation(
+    conversation: Mapping[str, Any],
+) -> Iterator[tuple[list[Turn], dict[str, Any]]]:
+    """The turns of a recorded conversation up to each question, and what was recorded of it.
+
+    Pictures' keys are their files' names. The recorded questions hold "<image>" for each picture.
+    """
+    turns: list[Turn] = []
+    shown = 0
+    for turn in conversation["turns"]:
+        question = turn["question"].replace("<im_start>", "").replace("<im_end>", "")
+        count = question.count("<image>")
+        images = tuple(turn["images"][shown : shown + count])
+        shown += count
+        question = question.replace("<image>\n", "").replace("<image>", "")
+        yield [*turns, Turn(question, None, images)], turn
+        turns.append(Turn(question, turn["answer_in_history"], images))
+
+
+def minigpt4_cases() -> Iterator[tuple[str, dict[str, Any]]]:
+    """MiniGPT-4's recorded conversations, each with the name of its format."""
+    recorded = cases("minigpt4_tiny/cases.json")
+    for case in (
+        *recorded["vicuna"],
+        *recorded["vicuna_real_vocab"]["cases"],
+        *recorded["llama2"]["cases"],
+    ):
+        yield "minigpt4_llama2" if "[INST]" in case["roles"][0] else "minigpt4", case

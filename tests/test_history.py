@@ -82,6 +82,7 @@ def fit_all(
     format: str,
     tokenizer: Tokenizer,
     reserve: int,
+    context: int = CONTEXT,
     **options: Any,
 ) -> tuple[Prompt, list[Turn]]:
     return fit(
@@ -89,7 +90,7 @@ def fit_all(
         embeds,
         format=FORMATS[format],
         tokenizer=tokenizer,
-        context=CONTEXT,
+        context=context,
         reserve=reserve,
         **options,
     )
@@ -130,14 +131,16 @@ def test_what_cannot_fit_is_not_tokenized(
     """Whatever the history, no more is read than a few contexts hold at most."""
     read: list[int] = []
     encode = tokenizer.encode
+    context = CONTEXT + len(encode(FORMATS[format].first or ""))
     monkeypatch.setattr(
         tokenizer, "encode", lambda text, **o: read.append(len(text)) or encode(text, **o)
     )
     embeds = {"picture": picture(1)}
     first = replace(past[0], images=("picture",)) if format == "seechat-compat" else past[0]
-    prompt, kept = fit_all([first, *past[1:], Turn("最后?")], embeds, format, tokenizer, 10)
-    assert kept[-1].question == "最后?" and len(prompt.ids) <= 150
-    assert sum(read) < 4 * CONTEXT * MAX_CHARACTERS_PER_TOKEN
+    turns = [first, *past[1:], Turn("最后?")]
+    prompt, kept = fit_all(turns, embeds, format, tokenizer, 10, context)
+    assert kept[-1].question == "最后?" and len(prompt.ids) <= context - 10
+    assert sum(read) < 4 * context * MAX_CHARACTERS_PER_TOKEN
 
 
 def test_a_question_that_cannot_fit_is_not_tokenized(

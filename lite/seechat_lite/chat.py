@@ -25,6 +25,7 @@ from seechat_lite.conversation import (
     Turn,
     description_question,
     trimmed,
+    with_marks,
 )
 from seechat_lite.engines import Engine
 from seechat_lite.engines.base import Cancelled
@@ -98,7 +99,8 @@ class Model:
         """
         name = format or self.manifest.conversation
         check_choice("format", name, FORMATS)
-        chat = Chat(self, FORMATS[name])
+        vision = self.manifest.vision
+        chat = Chat(self, with_marks(FORMATS[name], vision.marks if vision else ("", "")))
         if messages:
             chat.take(messages)
         return chat
@@ -590,7 +592,7 @@ class Chat:
                     f"context holds {context}, answer included: show fewer"
                 )
             # answers are compared with the published demo's, so its pixels are used
-            embeds.append(self.model.encode_image(source, exact=self.format.demo, stopped=stopped))
+            embeds.append(self.model.encode_image(source, exact=self.format.exact, stopped=stopped))
             tokens += len(embeds[-1][1])
         if embeds and not trimmed(question):
             said = [text for turn in self.turns for text in (turn.question, turn.answer or "")]

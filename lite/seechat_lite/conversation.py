@@ -6,8 +6,10 @@ the embeddings of pictures. A new format needs a row in FORMATS and a golden tes
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from seechat_lite.vicuna_example import VICUNA_EXAMPLE
 from seechat_weights.errors import ContextError
 
 
@@ -34,8 +36,11 @@ class Format:
 
     turn: a turn's text around {images}, {question} and {answer}; {round} counts turns from 0. A
         format without {images} takes no pictures.
+    first: the text of the first turn, if it differs: with what the model is told of itself.
+    answered: the text before an answer; a turn that waits for its answer is without it.
     image: the text around each picture.
-    after_images: the text after a turn's pictures.
+    after_images: the text between a turn's pictures and its question.
+    marks: whether a model's own tokens around pictures are written, see with_marks().
     image_token_id: the id under a picture's embeddings (the repetition penalty sees it).
     single: the text of a conversation of one turn, if it differs.
     stop: text that ends an answer, besides the end-of-answer token.
@@ -46,6 +51,13 @@ class Format:
     clean: cleans an answer before it is shown or enters the history.
     holdback: how many characters at the end of a cleaned text the following text may still change,
         so that an answer can be shown as it grows; None if any of it may change until the end.
+    drops_empty: whether an empty answer is left out with all text around it, as in the published
+        code of some models.
+    remembers: whether earlier turns are written. If not, only their pictures are.
+    begins: whether the ids with which the model's prompts begin stand before all text.
+    penalizes_prompt: whether the repetition penalty counts the prompt as said. The published code
+        of models whose prompts are embeddings counts only the answer, after the first token.
+    exact: whether pictures become pixels as in the published code, see PixelSpec.exact.
     demo: write the history as SEEChat's published demo does, see _render_demo.
     instructions: whether a system's texts are written, before the question that follows. A model
         that was not trained with them answers something else.
@@ -58,11 +70,19 @@ class Format:
     after_images: str = ""
     image_token_id: int = 0
     single: str | None = None
+    first: str | None = None
+    answered: str = ""
+    marks: bool = False
     stop: tuple[str, ...] = ()
     specials: bool = False
     trim: bool = False
     clean: Callable[[str], str] = str.strip
     holdback: int | None = 0
+    drops_empty: bool = False
+    remembers: bool = True
+    begins: bool = True
+    penalizes_prompt: bool = True
+    exact: bool = False
     demo: bool = False
     instructions: bool = True
     describe: tuple[str, str] = ("描述这张图片。", "Describe this picture.")
@@ -86,6 +106,18 @@ def trimmed(text: str) -> str:
     text: the text.
     """
     return text.strip(_BLANKS)
+
+
+def with_marks(format: Format, marks: tuple[str, str]) -> Format:
+    """The format for a model that was trained to see tokens of its own around pictures.
+
+    format: the format.
+    marks: the tokens, such as "<im_start>" and "<im_end>"; empty texts for none.
+    """
+    if not format.marks:
+        return format
+    (before, after), (begin, end) = format.image, marks
+    return replace(format, image=(before + begin, end + after))
 
 
 def description_question(format: Format, said: Iterable[str] = ()) -> str:
@@ -120,20 +152,24 @@ def render(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]:
             f"conversation format {format.name!r} has no place for pictures; a turn has one: "
             f"ask without a picture or use a format that takes them ({takers})"
         )
-    template = format.single if format.single and len(turns) == 1 else format.turn
+    usual = format.single if format.single and len(turns) == 1 else format.turn
     segments = _Segments()
     written = trimmed if format.trim else str
+    if not format.remembers:
+        shown = tuple(dict.fromkeys(key for turn in turns for key in turn.images))
+        turns = [replace(turns[-1], images=shown)]
     for i, turn in enumerate(turns):
+        template = format.first if format.first and not i else usual
         before_answer, after_answer = template.replace("{round}", str(i)).split("{answer}")
         before_images, images, before_answer = before_answer.rpartition("{images}")
         segments.text(before_images)
         if images and turn.images:
             for key in turn.images:
                 segments.image(format, key)
-            segments.text(format.after_images)
+            segments.text(format.after_images if turn.question else "")
         segments.text(before_answer.replace("{question}", written(turn.question)))
-        if turn.answer is not None:
-            segments.text(written(turn.answer) + after_answer)
+        if turn.answer or (turn.answer is not None and not format.drops_empty):
+            segments.text(format.answered + written(turn.answer) + after_answer)
     return segments.items
 
 
@@ -263,6 +299,52 @@ def _clean_demo(text: str) -> str:
     return answer or text.replace("###", "").replace("Assistant:", "").strip()
 
 
+def _clean_minigpt4(text: str) -> str:
+    """Clean as MiniGPT-4's demo does: what comes before "Assistant:" is thrown away."""
+    return text.split("Assistant:")[-1].strip()
+
+
+_DESCRIBE = "Describe the image in detail."
+_CHAT_OF_USER, _CHAT_OF_HUMAN = (
+    f"A chat between a curious {who} and an artificial intelligence assistant. The assistant "
+    f"gives helpful, detailed, and polite answers to the {who}'s questions."
+    for who in ("user", "human")
+)
+_HELPFUL = (
+    "You are a helpful language and vision assistant. You are able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural "
+    "language."
+)
+_LLAVA: dict[str, Any] = {
+    "answered": " ",
+    "image": ("", "\n"),
+    "marks": True,
+    "specials": True,
+    "drops_empty": True,
+    "penalizes_prompt": False,
+    "describe": ("描述这张图片。", "Describe the image in detail."),
+}
+_IMAGE_COMES = (
+    "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I "
+    "provide it to you. Please answer my questions."
+)
+_MINIGPT4: dict[str, Any] = {
+    "first": _IMAGE_COMES + "###Human: {images}{question}###Assistant: {answer}###",
+    "turn": "Human: {images}{question}###Assistant: {answer}###",
+    "image": ("<Img>", "</Img>"),
+    "after_images": " ",
+    "specials": True,
+    "drops_empty": True,
+    "penalizes_prompt": False,
+    "stop": ("###",),
+    "describe": (_DESCRIBE, _DESCRIBE),
+}
+_MINIGPT4_LLAMA2 = _MINIGPT4 | {
+    "first": _IMAGE_COMES + "<s>[INST] {images}{question} [/INST] {answer}",
+    "turn": "<s>[INST] {images}{question} [/INST] {answer}",
+}
+_MINIGPT4_DEMO = {"clean": _clean_minigpt4, "holdback": None, "exact": True}
+
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
@@ -293,6 +375,7 @@ FORMATS: dict[str, Format] = {
             specials=True,
             clean=_clean_demo,
             holdback=None,
+            exact=True,
             demo=True,
             describe=(
                 "详细描述这张图片",
@@ -315,6 +398,71 @@ FORMATS: dict[str, Format] = {
             specials=True,
             clean=_clean_chatglm,
             holdback=_CHATGLM_HOLDBACK,
+        ),
+        # LLaVA's, as its published code names them
+        Format(
+            name="vicuna_v1",
+            first=_CHAT_OF_USER + " USER: {images}{question} ASSISTANT:{answer}</s>",
+            turn="USER: {images}{question} ASSISTANT:{answer}</s>",
+            **_LLAVA,
+        ),
+        Format(
+            name="llava_v1",
+            first=_CHAT_OF_HUMAN + " USER: {images}{question} ASSISTANT:{answer}</s>",
+            turn="USER: {images}{question} ASSISTANT:{answer}</s>",
+            **_LLAVA,
+        ),
+        Format(
+            name="llava_v0",
+            first=_CHAT_OF_HUMAN + "###Human: {images}{question}###Assistant:{answer}###",
+            turn="Human: {images}{question}###Assistant:{answer}###",
+            stop=("###",),
+            **_LLAVA,
+        ),
+        Format(  # the same after a long example of a conversation
+            name="v0",
+            first=_CHAT_OF_HUMAN
+            + VICUNA_EXAMPLE
+            + "###Human: {images}{question}###Assistant:{answer}###",
+            turn="Human: {images}{question}###Assistant:{answer}###",
+            stop=("###",),
+            **_LLAVA,
+        ),
+        Format(
+            name="llava_llama_2",
+            first=f"[INST] <<SYS>>\n{_HELPFUL}\n<</SYS>>\n\n{{images}}{{question}} [/INST]"
+            "{answer} </s>",
+            turn="<s>[INST] {images}{question} [/INST]{answer} </s>",
+            **_LLAVA,
+        ),
+        Format(  # what LLaVA's projectors are first trained with: captions, without questions
+            name="plain",
+            turn="{images}{question}\n{answer}\n",
+            after_images="\n",
+            marks=True,
+            specials=True,
+            stop=("\n",),
+            drops_empty=True,
+            instructions=False,
+            penalizes_prompt=False,
+            describe=("", ""),
+        ),
+        # MiniGPT-4's two, with sensible pixels and answers that are shown as they grow
+        Format(name="minigpt4", **_MINIGPT4),
+        Format(name="minigpt4_llama2", **_MINIGPT4_LLAMA2),
+        # and as its demo does it: only the text behind the last "Assistant:" is the answer
+        Format(name="minigpt4-compat", **_MINIGPT4 | _MINIGPT4_DEMO),
+        Format(name="minigpt4_llama2-compat", **_MINIGPT4_LLAMA2 | _MINIGPT4_DEMO),
+        # the picture's embeddings depend on the question, so no earlier turn is written
+        Format(
+            name="instructblip",
+            turn="{images}</s>{question}{answer}",
+            specials=True,
+            instructions=False,
+            remembers=False,
+            begins=False,
+            penalizes_prompt=False,
+            describe=(_DESCRIBE, _DESCRIBE),
         ),
     )
 }

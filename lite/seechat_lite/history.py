@@ -116,10 +116,9 @@ def _estimate(
     check: Callable[[], None],
 ) -> int:
     """About how many turns must be left out; tokens merge a little where turns meet."""
-    template = format.turn
-    for place in ("{round}", "{images}", "{question}", "{answer}"):
-        template = template.replace(place, "")
-    around = len(tokenizer.encode(template))
+    around = len(tokenizer.encode(_frame(format.turn)))
+    if format.first:
+        limit -= max(0, len(tokenizer.encode(_frame(format.first))) - around)
     tokens: list[int] = []  # tokens of each turn, from the newest to the oldest that may fit
     total = 0
     for turn in reversed(turns):
@@ -139,6 +138,13 @@ def _estimate(
 
     first, last = max(0, len(turns) - len(tokens)), len(turns) - 1
     return first + bisect_left(range(first, last), True, key=fits) if first < last else last
+
+
+def _frame(template: str) -> str:
+    """The text around a turn's own words and pictures."""
+    for place in ("{round}", "{images}", "{question}", "{answer}"):
+        template = template.replace(place, "")
+    return template
 
 
 def _characters(turns: Sequence[Turn]) -> int:

@@ -184,7 +184,7 @@ class Scheduler:
         model = self._model
         if model is None or model.manifest.vision is None:
             return list(images)
-        exact = FORMATS[self._format or model.manifest.conversation].demo
+        exact = FORMATS[self._format or model.manifest.conversation].exact
         loop, gone, ready = asyncio.get_running_loop(), threading.Event(), []
         try:
             for image in images:
