@@ -34,10 +34,10 @@ from seechat_lite.generation import Generation, GenerationOptions
 from seechat_lite.images import (
     ImageSource,
     PreparedImage,
+    levels,
     load_image,
     message_picture,
     pixels,
-    prepared,
     prepared_pixels,
     several,
 )
@@ -157,8 +157,8 @@ class Model:
         spec = self._pixel_spec(exact)
         picture = load_image(source)
         if self._remembered(picture.key + ("-exact" if exact else "")) is not None:
-            return PreparedImage(picture.key, spec, None, picture.image)
-        return prepared(picture, spec, stopped=stopped)
+            return PreparedImage(picture.key, spec, picture.image)
+        return PreparedImage(picture.key, spec, levels(picture.image, spec, stopped=stopped))
 
     def _pixel_spec(self, exact: bool) -> PixelSpec:
         """How pictures become pixels. Raises EngineError for a text-only bundle."""

@@ -84,8 +84,8 @@ class PreparedImage:
 
     key: str
     spec: PixelSpec
-    levels: np.ndarray | None  # uint8 [image_size, image_size, 3]; None if the model knows it
-    image: Image.Image | EncodedImage | None  # None if there are levels
+    # its levels, uint8 [image_size, image_size, 3]; or itself, if the model remembers it
+    content: np.ndarray | Image.Image | EncodedImage
 
 
 # One picture: the path of a file or the text of a data: URL; the bytes of a file; an open binary
@@ -517,24 +517,12 @@ def _to_uint8(array: np.ndarray, said: str) -> np.ndarray:
     return (array.astype(np.float32) * np.float32(255 / white)).round().astype(np.uint8)
 
 
-def prepared(picture: Picture, spec: PixelSpec, *, stopped: Stopped = _never) -> PreparedImage:
-    """Make a picture's levels ahead.
-
-    picture: the picture.
-    spec: how pictures become pixels.
-    stopped: as for pixels().
-
-    Raises the errors of pixels().
-    """
-    return PreparedImage(picture.key, spec, levels(picture.image, spec, stopped=stopped), None)
-
-
 def prepared_pixels(
     image: PreparedImage, spec: PixelSpec, *, stopped: Stopped = _never
 ) -> np.ndarray:
     """The pixels of a prepared picture, as pixels() makes them.
 
-    image: what prepared() returned.
+    image: the picture.
     spec: how pictures become pixels.
     stopped: as for pixels().
 
@@ -543,7 +531,6 @@ def prepared_pixels(
     """
     if image.spec != spec:
         raise EngineError("a picture prepared for another model; expected its own: prepare anew")
-    if image.levels is not None:
-        return normalized(image.levels, spec)
-    assert image.image is not None
-    return pixels(image.image, spec, stopped=stopped)
+    if isinstance(image.content, np.ndarray):
+        return normalized(image.content, spec)
+    return pixels(image.content, spec, stopped=stopped)

@@ -27,11 +27,8 @@ _CLIENT = "seechat_client"  # the key under which a request's scope keeps its cl
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s\x00-\x20\[\]@/\\?#:]+)(?::[0-9]{1,5})?", re.IGNORECASE)
 
 
-class Framing:
-    """ASGI middleware that closes connections on which the end of a request is uncertain.
-
-    A proxy before this server may have taken the other one of two lengths, and the rest of a body
-    for somebody else's request. h11 itself refuses requests that are merely malformed.
+class _Gate:
+    """ASGI middleware that answers requests with the error that _refusal() has for them.
 
     app: the application behind it.
     """
@@ -46,6 +43,17 @@ class Framing:
         await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
+        raise NotImplementedError
+
+
+class Framing(_Gate):
+    """Closes connections on which the end of a request is uncertain.
+
+    A proxy before this server may have taken the other one of two lengths, and the rest of a body
+    for somebody else's request. h11 itself refuses requests that are merely malformed.
+    """
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
         close = {"Connection": "close"}
         if scope["http_version"] not in ("1.0", "1.1"):
             return ApiError(505, "expected version 1.1 of HTTP", code="http_version", headers=close)
@@ -57,8 +65,8 @@ class Framing:
         return None
 
 
-class Guard:
-    """ASGI middleware that lets in those whom Settings allow.
+class Guard(_Gate):
+    """Lets in those whom Settings allow.
 
     Host: somebody may point the name of a web page at this machine. The page must not reach the
     server through its visitor's browser (DNS rebinding), so names must be known; addresses are
@@ -73,19 +81,13 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, *, settings: Settings, public: frozenset[str]) -> None:
-        self._app = app
+        super().__init__(app)
         self._hosts = {"localhost", *CONTAINER_HOSTS, *(h.lower() for h in settings.hosts)}
         self._origins = frozenset(settings.cors_origins)
         self._told: set[str] = set()  # of whom the log has told
         self._allow_host, self._allow_origin = settings.allow_host, settings.allow_origin
         self._keys = [_digest(key.encode()) for key in settings.api_keys]
         self._public = public.union(OPEN)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (error := self._refusal(scope)):
-            await error.response()(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -68,8 +69,8 @@ class Images:
             return await loop.run_in_executor(self._thread, _decoded, url, limit)
         if scheme == "https" and self._settings.https_images:
             return await self._fetcher.fetch(url, limit=limit, hold=held.add)
-        if scheme == "file" and self._settings.media_path:
-            data = await asyncio.to_thread(self._from_file, url, limit)
+        if scheme == "file" and (folder := self._settings.media_path):
+            data = await asyncio.to_thread(_from_file, url, folder, limit)
             held.add(len(data))
             return data
         allowed = ["data:"]
@@ -80,34 +81,34 @@ class Images:
             "itself as data:image/png;base64,…"
         )
 
-    def _from_file(self, url: str, limit: int) -> bytes:
-        """A file below the allowed folder, wherever links and dots in its path lead.
 
-        A file elsewhere is refused in the same words, whether it exists or not.
-        """
-        assert self._settings.media_path
-        root = self._settings.media_path.resolve()
-        elsewhere = _refused("the file is not in the folder that this server reads pictures from")
-        try:
-            parts = urlsplit(url)
-            if parts.netloc not in ("", "localhost") or not parts.path:
-                raise elsewhere
-            path = (root / url2pathname(parts.path)).resolve()
-            if not path.is_relative_to(root):
-                raise elsewhere
-            if not path.is_file():  # reading a pipe would never end
-                raise _refused("there is no such file")
-            # resolved just now: a link made since then is not followed
-            file = os.open(
-                path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-            )
-            with os.fdopen(file, "rb") as f:
-                data = f.read(limit + 1)
-        except (OSError, ValueError):
-            raise _refused("the file cannot be read") from None
-        if len(data) > limit:
-            raise _too_large(limit)
-        return data
+def _from_file(url: str, folder: Path, limit: int) -> bytes:
+    """A file below a folder, wherever links and dots in its path lead.
+
+    A file elsewhere is refused in the same words, whether it exists or not.
+    """
+    root = folder.resolve()
+    elsewhere = _refused("the file is not in the folder that this server reads pictures from")
+    try:
+        parts = urlsplit(url)
+        if parts.netloc not in ("", "localhost") or not parts.path:
+            raise elsewhere
+        path = (root / url2pathname(parts.path)).resolve()
+        if not path.is_relative_to(root):
+            raise elsewhere
+        if not path.is_file():  # reading a pipe would never end
+            raise _refused("there is no such file")
+        # resolved just now: a link made since then is not followed
+        file = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        )
+        with os.fdopen(file, "rb") as f:
+            data = f.read(limit + 1)
+    except (OSError, ValueError):
+        raise _refused("the file cannot be read") from None
+    if len(data) > limit:
+        raise _too_large(limit)
+    return data
 
 
 def _decoded(text: str, limit: int) -> bytes:
