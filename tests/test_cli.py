@@ -510,6 +510,45 @@ def test_ctrl_c_leaves_ask_at_once(text_bundle: Path, stage: str, wait: str) -> 
         assert process.stderr.read() == "\n"
 
 
+LONG_RUNNING = {
+    "ask": ["ask", "你好", "--model", "BUNDLE"],
+    "chat": ["chat", "--model", "BUNDLE"],
+    "pipe": ["pipe", "--model", "BUNDLE"],
+    "bench": ["bench", "--model", "BUNDLE"],
+    "export": ["export", "--lm", "LM", "--out", "OUT"],
+}
+FIRST_PROCESS = "import os; os.getpid = lambda: 1\n"  # as in a container
+
+
+@posix
+@pytest.mark.parametrize("command", LONG_RUNNING)
+def test_sigterm_ends_every_command(text_bundle: Path, tmp_path: Path, command: str) -> None:
+    """At once, amid native code and without a word; a server's own ends are tested elsewhere."""
+    script = SLOWED.format(stage="load", wait=NATIVE)
+    if command == "export":
+        writer = '__import__("seechat_export.export").export._Writer.__init__'
+        script = script.replace("onnx.OnnxEngine.__init__", writer)
+    places = {"BUNDLE": str(text_bundle), "LM": data("chatglm_tiny"), "OUT": str(tmp_path / "out")}
+    words = [places.get(word, word) for word in LONG_RUNNING[command]]
+    for before, code in (("", -signal.SIGTERM), (FIRST_PROCESS, 143)):
+        with subprocess.Popen(
+            [sys.executable, "-c", before + script, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stderr is not None
+            try:
+                while process.stderr.readline() not in ("reached\n", ""):
+                    pass
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(PATIENCE) == code
+            finally:
+                process.kill()
+            assert process.stderr.read() == ""
+
+
 @posix
 def test_ctrl_c_while_starting(text_bundle: Path) -> None:
     for delay in (0, 0.05, 0.1, 0.15):  # wherever that is

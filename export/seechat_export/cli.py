@@ -14,6 +14,7 @@ from seechat_weights.errors import SeechatError
 from seechat_weights.files.checkpoint import Opener
 from seechat_weights.files.reading import local_path
 from seechat_weights.identify import check_given
+from seechat_weights.libraries import import_error
 from seechat_weights.model_files import Openings
 from seechat_weights.plain_text import one_line
 
@@ -122,10 +123,9 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         from seechat_export.export import export_bundle
         from seechat_export.progress import Bars
         from seechat_lite.source import open_source
-    except ImportError as e:
-        raise SeechatError(
-            f'{e.name} is not installed; export needs it: run pip install "seechat-lite[export]"'
-        ) from None
+    except (ImportError, OSError) as e:
+        needed, install = "export needs it", '"seechat-lite[export]"'
+        raise import_error(SeechatError, e, needed=needed, install=install) from None
     source = open_source(
         args.lm,
         vision=vision_files(args, parser.error),

@@ -15,6 +15,7 @@ from seechat_weights.errors import BundleError, CheckpointError, SeechatError
 from seechat_weights.files.checkpoint import STEMS
 from seechat_weights.files.reading import MAX_JSON, decoded, line
 from seechat_weights.files.untrusted import read_file
+from seechat_weights.libraries import import_error
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 _HUB_ID = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9_.-]+))?(?:/(.+))?")
@@ -43,11 +44,10 @@ def fetch(
     try:
         import huggingface_hub as hub
         from huggingface_hub import constants, errors
-    except ImportError:
-        raise SeechatError(
-            f"{given}: no such path, so a Hub id; huggingface_hub is not installed: "
-            'run pip install "seechat-lite[download]", or download it yourself and name the folder'
-        ) from None
+    except (ImportError, OSError) as e:
+        needed = f"expected it for {given}, which is no path and so a Hub id"
+        install = '"seechat-lite[download]", or download it yourself and name the folder'
+        raise import_error(SeechatError, e, needed=needed, install=install) from None
     offline = offline or constants.HF_HUB_OFFLINE
     ask: dict[str, Any] = {"repo_id": repo, "revision": revision}
     try:

@@ -1,9 +1,14 @@
-"""Defines what Ctrl-C does to the command line. The library itself does not use this."""
+"""Defines what Ctrl-C does to the command line. The library itself does not use this.
+
+SIGTERM ends a process by itself, whatever it is doing. The exceptions are a server, which ends its
+answers first (server/listen.py), and a container's first process, which Linux spares.
+"""
 
 import os
 import signal
 
 EXIT_CODE = 130
+TERMINATED = 143  # a shell's exit code for programs that SIGTERM ended
 # a shell's exit code for programs that wrote to a pipe that nobody reads (SIGPIPE)
 OUTPUT_GONE = 141
 
@@ -20,11 +25,13 @@ def leave_on_ctrl_c() -> None:
         signal.signal(signal.SIGINT, lambda *_: _leave())
         return
     signal.signal(signal.SIGINT, lambda *_: None)
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda *_: None)
     import threading  # after the line above, so that Ctrl-C already works
 
     heard, told = os.pipe()
     os.set_blocking(told, False)
-    threading.Thread(target=lambda: os.read(heard, 1) and _leave(), daemon=True).start()
+    threading.Thread(target=lambda: _leave(os.read(heard, 1)[0]), daemon=True).start()
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
 
 
@@ -32,8 +39,12 @@ def raise_on_ctrl_c() -> None:
     """Let Ctrl-C raise KeyboardInterrupt again, as for every Python program."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda *_: _leave(signal.SIGTERM))
 
 
-def _leave() -> None:
+def _leave(number: int = signal.SIGINT) -> None:
+    if number == signal.SIGTERM:
+        os._exit(TERMINATED)
     os.write(2, b"\n")  # after the terminal's ^C
     os._exit(EXIT_CODE)

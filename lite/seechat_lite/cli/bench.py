@@ -18,6 +18,7 @@ from seechat_lite.cli.options import (
 from seechat_lite.cli.terminal import print_json, print_table, say
 from seechat_weights.bundle.precisions import PRECISIONS
 from seechat_weights.errors import SeechatError
+from seechat_weights.libraries import import_error
 from seechat_weights.plain_text import one_line
 
 LAYOUT = 2  # number of the bundles' layout; synthetic bundles are kept under it
@@ -83,11 +84,9 @@ def _synthetic(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
     entry = next(iter(entry_points(group="seechat.synthetic", name=args.synthetic)))
     try:
         write = entry.load()
-    except ImportError as e:
-        raise SeechatError(
-            f"{e.name} is not installed; --synthetic needs it: run pip install "
-            '"seechat-lite[export]"'
-        ) from None
+    except (ImportError, OSError) as e:
+        needed, install = "--synthetic needs it", '"seechat-lite[export]"'
+        raise import_error(SeechatError, e, needed=needed, install=install) from None
     print(one_line(f"writing random weights to {folder}"), file=sys.stderr)
     write(
         folder,

@@ -16,6 +16,7 @@ from seechat_lite.cli.options import (
     load_options,
 )
 from seechat_weights.errors import SeechatError
+from seechat_weights.libraries import import_error
 
 KEY_VARIABLE = "SEECHAT_API_KEY"
 
@@ -129,11 +130,9 @@ def _serve(args: argparse.Namespace, usage_error: UsageError) -> int:
     try:
         from seechat_lite.server.listen import serve
         from seechat_lite.server.settings import Settings
-    except ImportError as e:
-        raise SeechatError(
-            f"{e.name} is not installed; the server needs it: run pip install "
-            '"seechat-lite[server]"'
-        ) from None
+    except (ImportError, OSError) as e:
+        needed, install = "the server needs it", '"seechat-lite[server]"'
+        raise import_error(SeechatError, e, needed=needed, install=install) from None
     settings = Settings(
         max_body=int(args.max_body * 1e6),
         max_bodies=int(args.max_body * 8e6),

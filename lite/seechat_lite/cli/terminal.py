@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from seechat_lite.cli.hints import told
 from seechat_weights.errors import SeechatError
+from seechat_weights.libraries import import_error
 from seechat_weights.plain_text import many_lines, one_line, safe_json, spoken
 
 if TYPE_CHECKING:
@@ -151,6 +152,9 @@ def complain(error: Exception, known: Container[str] = ()) -> None:
         message = told(error, known)
     elif isinstance(error, MemoryError):
         message = "out of memory: close other programs, or choose a smaller --context or picture"
+    elif isinstance(error, ImportError):
+        needed = "expected it for every command"
+        message = str(import_error(SeechatError, error, needed=needed, install="seechat-lite"))
     elif isinstance(error, OSError):
         where = "output" if error.filename is None else error.filename
         message = f"{where}: {error.strerror or error}"

@@ -11,6 +11,7 @@ from seechat_lite.engines.base import Engine, EngineOptions
 from seechat_lite.source import Source
 from seechat_weights.arguments import check_choice
 from seechat_weights.errors import EngineError
+from seechat_weights.libraries import import_error
 
 ENGINES = {
     "onnx": ("seechat_lite.engines.onnx.engine", "OnnxEngine"),
@@ -31,11 +32,10 @@ def engine_class(name: str) -> type[Engine]:
     module, cls = ENGINES[name]
     try:
         return getattr(import_module(module), cls)
-    except ImportError as e:
-        raise EngineError(
-            f"{e.name} is not installed; expected it for the engine {name!r}: run "
-            f'pip install "seechat-lite[{name}]"'
-        ) from None
+    except (ImportError, OSError) as e:
+        needed = f"expected it for the engine {name!r}"
+        install = "seechat-lite" if name == DEFAULT else f'"seechat-lite[{name}]"'
+        raise import_error(EngineError, e, needed=needed, install=install) from None
 
 
 def not_for(name: str, given: Iterable[str]) -> list[str]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from seechat_lite.engines.torch import kernels
 from seechat_lite.nn.block_quantization import dequantize_blocks
 from seechat_weights.errors import EngineError
+from seechat_weights.libraries import import_error
 
 CHUNK = 1 << 26  # weights that exist as floats at the same time when many rows are multiplied
 
@@ -115,10 +116,9 @@ def bitsandbytes_linear(kind: str, dtype: torch.dtype) -> Callable[[Tensor], nn.
     try:
         # its types do not describe its modules' arguments
         bnb: Any = import_module("bitsandbytes").nn
-    except ImportError as e:
-        raise EngineError(
-            f"{e.name} is not installed; quantize={kind!r} needs it: run pip install bitsandbytes"
-        ) from None
+    except (ImportError, OSError) as e:
+        needed = f"quantize={kind!r} needs it"
+        raise import_error(EngineError, e, needed=needed, install="bitsandbytes") from None
 
     def make(weight: Tensor) -> nn.Module:
         (outputs, inputs), device = weight.shape, weight.device

@@ -11,6 +11,7 @@ from seechat_lite.memory import KEPT_VISION
 from seechat_lite.native import Native, guarded
 from seechat_weights.errors import EngineError
 from seechat_weights.files.in_use import FilesInUse
+from seechat_weights.libraries import import_error
 from seechat_weights.vision.weights import VisionWeights
 
 
@@ -74,10 +75,8 @@ class TorchVision(Native):
 
             network = streamed(self._weights, self.device, self._dtype)
         except ImportError as e:
-            raise EngineError(
-                f"{e.name} is not installed; pictures need it with the engine 'torch': run "
-                'pip install "seechat-lite[torch]"'
-            ) from None
+            needed, install = "pictures need it with the engine 'torch'", '"seechat-lite[torch]"'
+            raise import_error(EngineError, e, needed=needed, install=install) from None
         network = network.loaded() if self._keep else network
         here = weakref.ref(self)  # the hooks must not keep this object alive
 
