@@ -27,7 +27,7 @@ from seechat_lite.source import open_source
 from seechat_weights.bundle import precisions
 from seechat_weights.bundle.manifest import Decoder, Manifest, TokenizerConfig
 from seechat_weights.config import LMConfig
-from seechat_weights.errors import EngineError, MemoryPlanError, OptionError
+from seechat_weights.errors import CheckpointError, EngineError, MemoryPlanError, OptionError
 
 TINY = data("chatglm_tiny")
 TOLERANCE = 5e-4
@@ -185,6 +185,39 @@ def test_a_prefix(published: bool, tmp_path: Path, base: Path) -> None:
         logits = engine.prefill(Prompt(case["input_ids"][0].tolist()))
         np.testing.assert_allclose(logits, case["logits_last"][0], rtol=0, atol=TOLERANCE)
         assert greedy(engine, case["input_ids"][0].tolist(), len(recorded)) == recorded
+
+
+@pytest.mark.parametrize(
+    ("key", "bundle"),
+    [
+        ("transformer.layers.1.mlp.dense_h_to_4h.weight", False),
+        ("transformer.layers.0.input_layernorm.weight", False),
+        ("lm_head.weight", False),
+        ("transformer.prefix_encoder.embedding.weight", False),
+        ("transformer.layers.1.mlp.dense_h_to_4h.weight", True),
+    ],
+)
+def test_numbers_that_float16_cannot_hold(
+    key: str, bundle: bool, tmp_path: Path, base: Path
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    prefix = torch.load(TINY / "ptuning_embed_pytorch_model.bin", weights_only=True)
+    weights = load_file(base / "model.safetensors")
+    weights |= {
+        f"transformer.{k.removeprefix('transformer.')}": v.numpy() for k, v in prefix.items()
+    }
+    weights[key] = weights[key].copy()
+    weights[key].flat[0] = 70_000
+    save_file(weights, base / "model.safetensors")
+    folder, name = base, key
+    if bundle:
+        export_bundle(lm=base, out=tmp_path / "b", precision="fp32")
+        folder, name = tmp_path / "b", key.removeprefix("transformer.")
+    with pytest.raises(CheckpointError, match=f"{folder}.*{name} holds numbers beyond 65504"):
+        direct(folder, dtype="fp16")
+    direct(folder, dtype="fp32").close()
+    direct(folder, dtype="bf16").close()
 
 
 @needs_bitsandbytes

@@ -69,6 +69,19 @@ def recorded(form: str) -> tuple[VisionWeights, np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("keep", [True, False])
+def test_numbers_that_float16_cannot_hold(keep: bool) -> None:
+    weights, image, _ = recorded("linear")
+    large = next(name for name in weights.sizes if name.endswith("norm1.weight"))
+
+    def read(name: str) -> np.ndarray:
+        return np.full(weights.sizes[name], 70_000, "f4") if name == large else weights.read(name)
+
+    sees = vision(dataclasses.replace(weights, read=read), keep=keep, dtype=torch.float16)
+    with pytest.raises(CheckpointError, match=rf"clip.*{large} has numbers beyond 65504"):
+        sees.encode(image)
+
+
+@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("form", ["linear", "mlp2x_gelu", "seechat"])
 def test_published_embeddings(form: str, keep: bool) -> None:
     """Also layer by layer, with nothing held between pictures; and rounded as on a GPU."""

@@ -412,7 +412,10 @@ class _Writer:
 
     def prefix(self, prefix: np.ndarray) -> None:
         """Write a P-tuning prefix [layers, 2, heads, tokens, head_size] as the cache holds it."""
-        stored = reordered_prefix(prefix, self.source.config).astype(self.embeddings_dtype)
+        with np.errstate(over="ignore"):
+            stored = reordered_prefix(prefix, self.source.config).astype(self.embeddings_dtype)
+        if stored.dtype == np.float16 and self.source.lm.prefix_place:
+            check_half(stored, self.source.lm.prefix_place)
         (self.folder / PREFIX).write_bytes(stored.tobytes())
 
     def finish(self, manifest: Manifest) -> Manifest:

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from seechat_weights.errors import CheckpointError
+
 Read = Callable[[str], np.ndarray]  # a parameter's name -> its value, in any float dtype
 
 
@@ -21,6 +23,7 @@ class Streamed(nn.Module):
     read: returns a parameter by its name.
     device: where the network runs; None for the CPU.
     dtype: what it computes in.
+    where: the files of the parameters, for errors.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class Streamed(nn.Module):
         *,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        where: str = "the network",
     ) -> None:
         """Prepare `network` to be run or traced; no weights are read."""
         super().__init__()
@@ -38,6 +42,7 @@ class Streamed(nn.Module):
         self.read = read
         self.device = device or torch.device("cpu")
         self.dtype = dtype
+        self.where = where
         for module in network.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
@@ -68,12 +73,21 @@ class Streamed(nn.Module):
         """Read a parameter onto the device.
 
         name: the parameter's name in the whole network.
+
+        Raises CheckpointError for numbers that are too large for float16.
         """
         value = self.read(name)
         # writeable arrays are private views of a mapped file; moved to the device as stored,
         # converted and reordered only there
         tensor = torch.from_numpy(value if value.flags.writeable else value.copy())
         tensor = tensor.to(self.device).to(self.dtype).contiguous()
+        half = self.dtype == torch.float16 and value.dtype != np.float16
+        if half and not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{self.where}: {name} has numbers beyond 65504, the end of float16; expected "
+                "smaller ones: compute in float32",
+                options={"dtype": "fp32"},
+            )
         return nn.Parameter(tensor, requires_grad=False)
 
 

@@ -94,4 +94,5 @@ def streamed(
             f"the vision network has other parameters than expected ({sorted(differing)[:4]}): "
             "install a transformers version that seechat-lite was tested with"
         )
-    return Streamed(network, weights.read, device=device, dtype=dtype)
+    where = ", ".join(map(str, weights.files)) or "vision"
+    return Streamed(network, weights.read, device=device, dtype=dtype, where=where)

@@ -68,6 +68,7 @@ class LM:
     config: its shape.
     settings: its config.json.
     prefix: float32 [layers, 2 (key, value), heads, tokens, head_size], heads as published, or None.
+    prefix_place: where the prefix comes from, for errors.
     conversation: the format that its family speaks.
     tokenizer: the file it should have.
     sources: role ("lm", "checkpoint", "adapter", "prefix") -> files read.
@@ -88,6 +89,7 @@ class LM:
         self.tokenizer = tokenizer
         self.conversation = conversation
         self.prefix: np.ndarray | None = None
+        self.prefix_place: Place | None = None
         self.sources: dict[str, list[Path]] = {}
         self.ignored: dict[str, dict[str, str]] = {}
         self.vision_keys: dict[str, list[str]] = {}
@@ -248,7 +250,8 @@ def open_lm(
         role, found, keys, where = prefixes[-1]
         lm.prefix = read_prefix(found, keys, lm.config, where=where)
         first = next(iter(keys.values()))
-        _check_prefix(lm.prefix, Place(found.source(first), first))
+        lm.prefix_place = Place(found.source(first), first)
+        _check_prefix(lm.prefix, lm.prefix_place)
         lm._note(role, {found.source(key) for key in keys.values()})
     elif settings.get("pre_seq_len"):
         raise CheckpointError(

@@ -47,6 +47,7 @@ from seechat_lite.native import Native, guarded
 from seechat_lite.prompt import Prompt
 from seechat_lite.source import Source
 from seechat_weights.errors import EngineError, MemoryPlanError
+from seechat_weights.files.audit import Place, check_half
 from seechat_weights.files.in_use import FilesInUse
 
 if TYPE_CHECKING:
@@ -100,7 +101,10 @@ class TorchEngine(Native):
         self._weights: Weights | None = weights or _weights(source, options, self._dtype)
         self._head = self._weights.head
         prefix = self._weights.prefix
-        self._prefix = None if prefix is None else torch.from_numpy(prefix)
+        self._prefix = None if prefix is None else torch.from_numpy(prefix).to(self._dtype)
+        if self._prefix is not None and self._dtype == torch.float16:
+            made_of = source.lm and source.lm.prefix_place
+            check_half(self._prefix.numpy(), made_of or Place(source.path, "prefix"))
         self._before = _prefix_tokens(self._weights)
         # held while a picture is encoded, and while a step is recorded
         self._device_lock = threading.Lock()

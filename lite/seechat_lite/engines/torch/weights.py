@@ -27,6 +27,7 @@ from seechat_weights.bundle.layout import HEAD, head_order, reordered_prefix
 from seechat_weights.bundle.manifest import Manifest
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import EngineError
+from seechat_weights.files.audit import Place, check_half
 from seechat_weights.lm.checkpoint import ALL, LM
 
 
@@ -35,11 +36,13 @@ class LoadedTensor:
     """One tensor of ours: an array [outputs, inputs] or [size], or codes and scales.
 
     bits: of the blocks that a weight is in; for one array, of the blocks that it is to be put into.
+    place: where it comes from, for errors.
     """
 
     key: str
     arrays: Sequence[np.ndarray | Tensor]
     bits: int = 0
+    place: Place | None = None
 
 
 class Weights(Protocol):
@@ -90,11 +93,12 @@ class BundleWeights:
         return self._arrays.rows(ids)
 
     def tensors(self) -> Iterator[LoadedTensor]:
+        file = self.folder / f"{self.manifest.decoder.graph}.data"
         for item in self._arrays.items:
             arrays = self._arrays.stored(item)
             if item.kind == "linear" and not item.bits:  # stored transposed
                 arrays = [arrays[0].T]
-            yield LoadedTensor(item.key, arrays, item.bits)
+            yield LoadedTensor(item.key, arrays, item.bits, Place(file, item.key))
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ class CheckpointWeights:
                 published = self.lm.quantized(key, rows)
                 yield LoadedTensor(key, [published.blocks(BLOCK), published.scales[:, None]], bits)
             elif key != "word_embeddings.weight":
-                yield LoadedTensor(key, [self.lm.read(key, rows)], bits)
+                yield LoadedTensor(key, [self.lm.read(key, rows)], bits, self.lm.place(key))
 
 
 def weights_of(source: Source, *, quantize: str | None, exact: bool) -> Weights:
@@ -186,7 +190,7 @@ def build(
     quantize: how to quantize float weights: a name of engines.torch.linears.QUANTIZATIONS.
     rounded_rotary: see rotary.rotary_tables.
 
-    Raises EngineError.
+    Raises EngineError, CheckpointError for numbers that are too large for `dtype`.
     """
     tables = torch.from_numpy(rotary_tables(config.head_size, positions, rounded=rounded_rotary))
     padding = weights.head // 4 - tables.shape[-1]  # rotates zeros
@@ -200,7 +204,7 @@ def build(
             return array
         return torch.from_numpy(array if array.flags.writeable else array.copy())
 
-    def place(array: np.ndarray | Tensor, to: torch.dtype = dtype) -> Tensor:
+    def placed(array: np.ndarray | Tensor, to: torch.dtype = dtype) -> Tensor:
         # moved to the device as it is stored; converted and reordered only there
         stored = tensor(array)
         if stored.is_contiguous():
@@ -209,6 +213,12 @@ def build(
         columns = max(1, CHUNK // len(stored))  # columns of a transposed matrix lie side by side
         for i in range(0, stored.shape[1], columns):
             made[:, i : i + columns] = stored[:, i : i + columns].to(device)
+        return made
+
+    def numbers(given: LoadedTensor) -> Tensor:
+        made = placed(given.arrays[0])
+        if dtype == torch.float16 and given.place and not made.isfinite().all():
+            check_half(made.cpu().numpy(), given.place)
         return made
 
     for given in weights.tensors():
@@ -223,12 +233,12 @@ def build(
                 stored = quantize_blocks(tensor(weight), bits=bits, block_size=BLOCK, device=device)
             else:
                 codes, scales = given.arrays
-                stored = place(codes, torch.uint8), place(scales, torch.float32)
+                stored = placed(codes, torch.uint8), placed(scales, torch.float32)
             inputs = cast(nn.Linear, module).in_features
             decoder.set_submodule(name, BlockLinear(*stored, inputs=inputs, bits=bits))
         elif few_bits and linear:
-            decoder.set_submodule(name, few_bits(place(given.arrays[0])))
+            decoder.set_submodule(name, few_bits(numbers(given)))
         else:
-            parameter = nn.Parameter(place(given.arrays[0]), requires_grad=False)
+            parameter = nn.Parameter(numbers(given), requires_grad=False)
             setattr(module, kind, parameter)
     return decoder.eval().requires_grad_(False)
