@@ -4,6 +4,7 @@ import base64
 import io
 import pickle
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import seechat_lite as sl
+from seechat_lite import messages
 from seechat_lite.cli.main import main
-from seechat_lite.conversation import FORMATS
+from seechat_lite.conversation import FORMATS, Format, description_question, letters
 from seechat_lite.messages import ROLES, MessagesError, read_messages
 
 PANDA = Path(__file__).parent.parent / "docs/images/panda.png"
@@ -32,6 +34,30 @@ def said(*messages: tuple[str, Any], format: str = "seechat") -> list[tuple[str,
 
 GREETING = [("assistant", "Hi, I am Ada."), ("user", "a")]
 S, U, A, T = "system", "user", "assistant", "tool"
+
+
+@given(st.lists(st.text("a é中1", max_size=5), max_size=5), st.text("a中 ", max_size=3))
+def test_letters_stand_for_what_was_said(texts: list[str], more: str) -> None:
+    expected = description_question(FORMAT, [*texts, more])
+    assert description_question(FORMAT, [*letters(texts), more]) == expected
+
+
+def test_many_pictures_without_words_are_described_in_little_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each looks at its own message, not again at all that came before."""
+    looked: list[int] = []
+
+    def describe(format: Format, said: Iterable[str]) -> str:
+        texts = list(said)
+        looked.append(sum(map(len, texts)))
+        return description_question(format, texts)
+
+    monkeypatch.setattr(messages, "description_question", describe)
+    shown = [{"role": U, "content": [{"image": "x"}]}, {"role": A, "content": "a" * 1000}] * 300
+    found = read_messages([*shown, {"role": U, "content": "b"}], format=FORMAT)
+    assert {e.question() for e in found.past[1:]} == {FORMAT.describe[1]}
+    assert len(looked) == 300 and max(looked) < 1100
 
 
 @pytest.mark.parametrize(

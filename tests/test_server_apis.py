@@ -38,6 +38,23 @@ def show(url: str = "", text: str = "这是什么？") -> list[Any]:
 # --- responses
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("text", {"format": "json"}),
+        ("text", {"format": ["json"]}),
+        ("text", "json"),
+        ("text", {"format": {"type": 1}}),
+        ("input", [{"role": "user", "content": "x"}] * 2049),
+        ("input", []),
+    ],
+)
+def test_responses_refuses_what_it_cannot_read(server: Running, field: str, value: Any) -> None:
+    body = json.dumps({"input": "x"} | {field: value}).encode()
+    status, _, content = server.request("POST", "/v1/responses", body)
+    assert status in (400, 422) and json.loads(content)["error"]["message"]
+
+
 def test_responses(client: openai.OpenAI) -> None:
     done = client.responses.create(model=MODEL, input=show())
     assert (done.output_text, done.status) == ("这是熊猫。", "completed")

@@ -126,9 +126,28 @@ def description_question(format: Format, said: Iterable[str] = ()) -> str:
     format: the conversation format.
     said: texts that were said before.
     """
-    text = "".join(said)
+    letter, han = letters(said)
     chinese, english = format.describe
-    return english if re.search("[A-Za-z]", text) and not re.search(_HAN, text) else chinese
+    return english if letter and not han else chinese
+
+
+def letters(texts: Iterable[str]) -> tuple[str, str]:
+    """A Latin letter and a Chinese character of some texts, each "" if there is none.
+
+    They tell as much of the language that is spoken as the texts themselves.
+
+    texts: the texts.
+    """
+    letter = han = ""
+    for text in texts:
+        letter = letter or _first(_LATIN, text)
+        han = han or _first(_HAN, text)
+    return letter, han
+
+
+def _first(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    return found[0] if found else ""
 
 
 def render(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]:
@@ -277,7 +296,7 @@ class CleanStream:
 
 _TRAINING_TIME = "[[训练时间]]"
 _CHATGLM_HOLDBACK = len(_TRAINING_TIME) - 1  # all of it but the last character may be there already
-_HAN = "[\u4e00-\u9fff]"
+_HAN, _LATIN = "[\u4e00-\u9fff]", "[A-Za-z]"
 _FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from seechat_lite.conversation import Format, description_question, trimmed
+from seechat_lite.conversation import Format, description_question, letters, trimmed
 from seechat_weights.errors import OptionError
 
 INSTRUCTING = ("system", "developer")
@@ -188,13 +188,13 @@ def joined(texts: Sequence[str], most: int | None = None) -> str:
 
 def _describe(exchanges: Sequence[Exchange], format: Format) -> None:
     """Give a question to pictures that came without the user's words."""
-    said: list[str] = []
+    said: tuple[str, ...] = ()  # letters stand for what was said: there may be many exchanges
     for exchange in exchanges:
         own = [text[:1000] for text in (*exchange.texts, *(exchange.answers or ()))]
         if exchange.images and not exchange.asked:
-            exchange.texts.append(description_question(format, said + own))
+            exchange.texts.append(description_question(format, (*said, *own)))
             exchange.asked = True
-        said += own
+        said = letters((*said, *own))
 
 
 def _says_nothing(exchange: Exchange) -> bool:
@@ -273,9 +273,14 @@ def _picture(part: Mapping[str, Any], where: str) -> Any:
     for name in ("image_url", "image", "url", "path", "base64", "source", "data"):
         found = part.get(name)
         if isinstance(found, Mapping):
-            found = next((v for k in ("url", "data", "path") if (v := found.get(k))), None)
+            inner = (found.get(field) for field in ("url", "data", "path"))
+            found = next((v for v in inner if v is not None and not _is_empty_text(v)), None)
         if found is not None:
             return found
     raise MessagesError(
         where, 'a picture without its content; expected {"image_url": {"url": "data:image/png;…"}}'
     )
+
+
+def _is_empty_text(value: Any) -> bool:
+    return isinstance(value, str | bytes) and not value  # an array's truth is an error

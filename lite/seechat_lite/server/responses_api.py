@@ -67,8 +67,8 @@ class Responses:
             if getattr(body, name):
                 advice = "nothing is stored here: send the conversation as input"
                 raise unsupported(name, advice, param=name)
-        kind = ((body.text or {}).get("format") or {}).get("type", "text")
-        if kind != "text":
+        form = body.text and body.text.format
+        if form and form.type not in (None, "text"):
             raise unsupported("text.format", "answers are text", param="text")
         chosen = generation(
             limit=body.max_output_tokens,

@@ -153,11 +153,19 @@ class ResponsesItem(_Request):
     output: str | FastList[Part] | None = None
 
 
+class TextForm(_Request):
+    type: str | None = None
+
+
+class TextSettings(_Request):
+    format: TextForm | None = None
+
+
 class ResponsesRequest(_Request):
     """POST /v1/responses, OpenAI's newer API; nothing is stored."""
 
     model: str | None = None
-    input: str | FastList[ResponsesItem]
+    input: str | Annotated[list[ResponsesItem], Field(fail_fast=True, max_length=2048)]
     instructions: str | None = None
     stream: bool | None = None
     max_output_tokens: Limit | None = None
@@ -165,7 +173,7 @@ class ResponsesRequest(_Request):
     top_p: Annotated[float | None, Number] = Field(None, ge=0, le=1)
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    text: dict[str, Any] | None = None
+    text: TextSettings | None = None
     previous_response_id: str | None = None
     conversation: str | dict[str, Any] | None = None
 
