@@ -265,6 +265,43 @@ def test_it_says_why_there_is_no_command(
     assert reason in str(e.value)
 
 
+# what docs/checkpoints.md calls each form
+ROWS = {
+    "deepspeed": "`checkpoint-N` with `global_stepN/mp_rank_00_model_states.pt`",
+    "deepspeed_step": "also that folder or file itself",
+    "deepspeed_file": "also that folder or file itself",
+    "two_steps": "the step that `latest` names",
+    "step_of_a_base": "whose `config.json` or `ice_text.model` lies in the folder above",
+    "tokenizer_above": "whose `config.json` or `ice_text.model` lies in the folder above",
+    "lightning": "Lightning: a `.ckpt`",
+    "wrapped": "`model_state_dict`",
+    "compiled": "`_orig_mod.`",
+    "one_file": "`--lm DIR` or the file",
+    "adapter_model.safetensors": "`adapter_model.*`",
+    "pytorch_model.bin": "A PEFT LoRA saved as `adapter_model.*`, `pytorch_model.bin`",
+    "chatglm-lora.pt": "a single file of any name, beside `adapter_config.json`",
+    "chatglm-lora.pt itself": "`--lm BASE --adapter PATH`",
+    "model.safetensors": "`model.safetensors` or a single file",
+    "lora_with_a_module": "`modules_to_save`",
+    "ptuning": "P-tuning's `prefix_encoder` in `pytorch_model.bin`",
+    "zero3": "`zero_pp_rank_*`",
+    "fsdp": "`*.distcp`",
+    "parallel": "several `mp_rank_*` files",
+    "missing_layers": "layers that are missing",
+    "another_shape": "tensors of another shape",
+    "one_more": "without a place",
+    "several": "several files of weights in one folder",
+    "nothing_learned": "an adapter or prefix of zeros",
+    "dora": "DoRA",
+}
+
+
+def test_the_documentation_has_every_form() -> None:
+    assert set(ROWS) == {form.__name__ for form in (*WORK, *REFUSED)}
+    text = (Path(__file__).parent.parent / "docs/checkpoints.md").read_text("utf-8")
+    assert not [form for form, words in ROWS.items() if words not in text]
+
+
 def test_names_of_other_families_stay(tmp_path: Path) -> None:
     """A model that all names begin with is not this family's wrapping."""
     names = {"model.layers.0.x": torch.ones(2), "model.norm.weight": torch.ones(2)}
