@@ -32,7 +32,7 @@ from seechat_lite.conversation import FORMATS
 from seechat_lite.memory import human
 from seechat_lite.nn.block_quantization import FRACTIONS
 from seechat_lite.source import Source as ModelSource
-from seechat_lite.source import spoken_format
+from seechat_lite.source import described_tokenizer, spoken_format
 from seechat_lite.tokenizers import open_tokenizer
 from seechat_weights.arguments import check_choice, refuse
 from seechat_weights.bundle.layout import TensorLayout, decoder_layout, reordered_prefix
@@ -54,7 +54,6 @@ from seechat_weights.files.untrusted import read_file
 from seechat_weights.lm.checkpoint import ALL, LM, Rows, open_lm
 from seechat_weights.lm.quantized import Quantized
 from seechat_weights.lm.tokenizer_file import MAX_BYTES, completed, is_first_form
-from seechat_weights.lm.tokenizers import describe_tokenizer
 from seechat_weights.vision.weights import GRAPH as VISION_GRAPH
 from seechat_weights.vision.weights import VisionWeights
 
@@ -138,9 +137,9 @@ def export_bundle(
             f"{lm.path}: a bundle, which is exported already; expected published weights: name "
             "those that it was made from"
         )
-    source = Source(model, tokenizer)
+    source = Source(model, tokenizer, vision=vision)
     if conversation is None:
-        conversation = spoken_format(model, seeing=vision is not None)
+        conversation = spoken_format(model, vision)
     described, network, ignored = None, None, {}
     if isinstance(vision, VisionWeights):
         # this needs transformers, which takes seconds to import
@@ -209,15 +208,18 @@ class Source:
 
     lm: the published weights.
     tokenizer: the tokenizer's file, if it is not beside them.
+    vision: the vision network, if there is one.
 
     Raises CheckpointError or BundleError (tokenizer) if something does not fit.
     """
 
-    def __init__(self, lm: LM, tokenizer: str | Path | None = None) -> None:
+    def __init__(
+        self, lm: LM, tokenizer: str | Path | None = None, *, vision: object = None
+    ) -> None:
         self.lm = lm
         self.config: LMConfig = lm.config
         self.tokenizer = local_path(tokenizer) if tokenizer else lm.tokenizer
-        self.tokenizer_config = describe_tokenizer(self.tokenizer, self.config)
+        self.tokenizer_config = described_tokenizer(self.tokenizer, lm, vision)
         open_tokenizer(self.tokenizer, self.tokenizer_config).check(self.config)
 
     def write_tokenizer(self, path: Path) -> None:

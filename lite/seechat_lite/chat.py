@@ -522,6 +522,7 @@ class Chat:
             eos_id=model.tokenizer.eos_id,
             stopped=stopped,
             lookup=lookup,
+            said=None if self.format.penalizes_prompt else model.tokenizer.prompt_begin,
         )
         text = TextStream(model.tokenizer, stop=(*self.format.stop, *generation.stop))
         answer = CleanStream(self.format)

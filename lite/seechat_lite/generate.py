@@ -1,6 +1,6 @@
 """The one decode loop: prefill, then choose a token and step, until something ends the answer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from seechat_lite.engines.base import Cancelled, Engine
 from seechat_lite.prompt import Prompt
@@ -18,6 +18,7 @@ def generate(
     eos_id: int,
     stopped: Callable[[], bool],
     lookup: PromptLookup | None = None,
+    said: Sequence[int] | None = None,
 ) -> Iterator[int]:
     """Yield the answer's token ids, never the eos.
 
@@ -32,6 +33,7 @@ def generate(
     stopped: asked before and after every call of the engine, so the answer ends within one token
         after it turns true.
     lookup: guesses tokens that are then run together; the answer stays the same.
+    said: ids that the repetition penalty counts as said before the answer; None for the prompt's.
 
     Raises OptionError if max_new_tokens is less than 1, EngineError if the logits are not finite
     numbers.
@@ -39,7 +41,7 @@ def generate(
     check_integer("max_new_tokens", max_new_tokens, least=1, expected="at least 1")
     if stopped():
         return
-    sampler = Sampler(sampling, prompt.ids, eos_id=eos_id)
+    sampler = Sampler(sampling, prompt.ids if said is None else said, eos_id=eos_id)
     remaining = max_new_tokens
     try:
         rows = engine.prefill(prompt)[None]  # [1 + guessed, vocab]

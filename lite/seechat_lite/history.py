@@ -66,7 +66,13 @@ def fit(
 
     def build(turns: Sequence[Turn]) -> Prompt:
         check()
-        return prompts.build(tokenizer, render(format, turns), embeds, specials=format.specials)
+        return prompts.build(
+            tokenizer,
+            render(format, turns),
+            embeds,
+            specials=format.specials,
+            begins=format.begins,
+        )
 
     def fits(dropped: int) -> bool:
         if dropped not in built:

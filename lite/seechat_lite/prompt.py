@@ -57,6 +57,7 @@ def build(
     image_embeds: Mapping[str, np.ndarray],
     *,
     specials: bool = False,
+    begins: bool = True,
 ) -> Prompt:
     """Tokenize each text segment alone, put pictures into their slots, and frame all of it.
 
@@ -70,9 +71,11 @@ def build(
         position_ids() and context_length() still take the final [gMASK] <sop> for the real ones, so
         the dialogue stays sound.
 
+    begins: the format's; whether the ids stand first with which the model's prompts begin.
+
     Raises ContextError if a picture has no embeddings.
     """
-    ids: list[int] = [*tokenizer.prompt_begin]
+    ids: list[int] = [*tokenizer.prompt_begin] if begins else []
     images: list[tuple[int, np.ndarray]] = []
     for segment in segments:
         if isinstance(segment, str):

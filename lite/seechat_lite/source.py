@@ -4,13 +4,13 @@ A path is interpreted here, once. The result is handed on to an engine, to an ex
 `seechat info`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from seechat_lite.download import fetch, is_hub_id
 from seechat_weights.builtin import BUILTIN
-from seechat_weights.bundle.manifest import Decoder, Manifest, read_manifest
+from seechat_weights.bundle.manifest import Decoder, Manifest, TokenizerConfig, read_manifest
 from seechat_weights.errors import BundleError, CheckpointError, EngineError
 from seechat_weights.files.checkpoint import Opener
 from seechat_weights.files.in_use import FilesInUse
@@ -105,13 +105,29 @@ def open_source(
         ) from None
 
 
-def spoken_format(lm: LM, *, seeing: bool) -> str:
+def spoken_format(lm: LM, vision: object) -> str:
     """The conversation format of a language model.
 
     lm: the language model.
-    seeing: whether it has a vision network.
+    vision: its vision network, or None.
     """
-    return "seechat" if seeing and lm.conversation == "chatglm" else lm.conversation
+    if lm.config.family == "llama" and isinstance(vision, VisionWeights) and vision.conversation:
+        return vision.conversation
+    return "seechat" if vision and lm.conversation == "chatglm" else lm.conversation
+
+
+def described_tokenizer(file: Path, lm: LM, vision: object) -> TokenizerConfig:
+    """The tokenizer of a language model, as the code of its vision network uses it.
+
+    file: its file.
+    lm: the language model.
+    vision: its vision network, or None.
+
+    Raises CheckpointError.
+    """
+    found = describe_tokenizer(file, lm.config)
+    legacy = isinstance(vision, VisionWeights) and vision.legacy_text
+    return replace(found, legacy=True) if legacy else found
 
 
 def _bundle(path: Path, vision: VisionFiles | None) -> Source:
@@ -146,8 +162,8 @@ def _published(
         name=path.stem if path.is_file() else path.resolve().name,
         lm=lm.config,
         decoder=Decoder(graph="", embeddings="", precision="fp16"),
-        tokenizer=describe_tokenizer(pieces, lm.config),
-        conversation=spoken_format(lm, seeing=vision is not None),
+        tokenizer=described_tokenizer(pieces, lm, vision),
+        conversation=spoken_format(lm, vision),
         vision=vision.config if vision else None,
         provenance={"sources": [str(f) for sources in lm.sources.values() for f in sources]},
     )

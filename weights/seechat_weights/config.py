@@ -105,6 +105,33 @@ class VisionNetwork:
     query_inner_size: int = 0
     query_layers: int = 0
     query_heads: int = 0
+    query_words: int = 0  # rows of its word embeddings, if it reads the question too
+    query_positions: int = 0  # tokens of the longest question that it reads
+
+
+@dataclass(frozen=True)
+class QuestionConfig:
+    """How a bridge reads the question beside the picture, as InstructBLIP's does.
+
+    graph: ONNX file: seen f32 [n, positions, width] and question_ids i64 [n, pieces] ->
+        image_embeds f32 [n, tokens, hidden]; `seen` is what the vision graph then gives.
+    vocabulary: the file of its WordPiece vocabulary, a piece a line.
+    pieces: the most that are read of a question, [CLS] and [SEP] included; the last ones count.
+    """
+
+    graph: str = "vision_question.onnx"
+    vocabulary: str = "question_vocab.txt"
+    pieces: int = 128
+
+    @property
+    def weights(self) -> str:
+        """The file of the graph's weights."""
+        return f"{self.graph}.data"
+
+    @property
+    def half(self) -> str:
+        """The file of the same graph in float16, as Decoder.half."""
+        return half_graph(self.graph)
 
 
 @dataclass(frozen=True)
@@ -115,7 +142,8 @@ class VisionConfig:
     names of the network's parameters (see vision.network).
     """
 
-    graph: str  # ONNX file: pixel_values f32 [n, 3, S, S] -> image_embeds f32 [n, tokens, hidden]
+    graph: str  # ONNX file: pixel_values f32 [n, 3, S, S] -> image_embeds f32 [n, tokens, hidden],
+    # or, with a `question`, what its graph takes as `seen`
     tokens: int  # embeddings of one picture
     tower: str  # "clip", ...: what was exported, for people
     bridge: str  # "linear", "mlp2x_gelu", ...
@@ -123,6 +151,7 @@ class VisionConfig:
     precision: str = "fp32"
     network: VisionNetwork | None = None  # None: only the graph describes it
     marks: tuple[str, str] = ("", "")  # tokens that the LM was trained to see around a picture
+    question: QuestionConfig | None = None  # if the embeddings depend on the question
 
     @property
     def weights(self) -> str:
@@ -133,6 +162,13 @@ class VisionConfig:
     def half(self) -> str:
         """The file of the same graph in float16, as Decoder.half."""
         return half_graph(self.graph)
+
+    @property
+    def output(self) -> tuple[int, int] | None:
+        """Tokens and width of what the vision graph gives; None for those of the embeddings."""
+        if self.question is None or self.network is None:
+            return None
+        return 1 + (self.pixels.image_size // self.network.patch_size) ** 2, self.network.width
 
 
 def half_graph(graph: str) -> str:

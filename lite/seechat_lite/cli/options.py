@@ -172,6 +172,12 @@ def add_vision_options(parser: Any) -> None:
         help="SEEChat's checkpoint_N.pth, whose tensors take the place of the others'",
     )
     add(
+        "--wordpiece",
+        type=Path,
+        metavar="FILE",
+        help="bert-base-uncased's vocab.txt, for InstructBLIP; default: beside its checkpoint",
+    )
+    add(
         "--image-size",
         type=int,
         metavar="N",

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from seechat_lite.nn.attention import register_attention, vit_settings
-from seechat_lite.nn.blip import EvaTower, QFormerBridge
+from seechat_lite.nn.blip import EvaTower, JoinedBridge, QFormerBridge, QuestionBridge
 from seechat_lite.nn.bridges import BRIDGES
 from seechat_lite.nn.layer_streaming import Streamed
 from seechat_weights.config import VisionConfig, VisionNetwork
 from seechat_weights.errors import CheckpointError, EngineError
+from seechat_weights.vision.network import JOINED, NETWORKS, QUESTION_QFORMER
 from seechat_weights.vision.weights import VisionWeights
 
 
@@ -44,15 +45,18 @@ class ClipTower(nn.Module):
 
 
 class Vision(nn.Module):
-    """Tower and bridge: pixels float32 [n, 3, S, S] to embeddings [n, tokens, hidden]."""
+    """Tower and bridge: pixels float32 [n, 3, S, S] to embeddings [n, tokens, hidden].
+
+    A bridge that reads the question takes its pieces as well, int64 [n, pieces].
+    """
 
     def __init__(self, tower: nn.Module, bridge: nn.Module) -> None:
         super().__init__()
         self.tower = tower
         self.bridge = bridge
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.bridge(self.tower(pixel_values))
+    def forward(self, pixel_values: Tensor, *question: Tensor) -> Tensor:
+        return self.bridge(self.tower(pixel_values), *question)
 
 
 def vision_network(config: VisionConfig, outputs: int) -> Vision:
@@ -65,13 +69,20 @@ def vision_network(config: VisionConfig, outputs: int) -> Vision:
     """
     sizes, side = config.network, config.pixels.image_size
     with torch.device("meta"):
-        if sizes and (config.tower, config.bridge) == ("eva", "qformer"):
-            return Vision(EvaTower(sizes, side), QFormerBridge(sizes, config.tokens, outputs))
+        if sizes and config.tower == "eva" and config.bridge in NETWORKS["eva"]:
+            bridge: nn.Module
+            if config.bridge == JOINED:
+                bridge = JoinedBridge(sizes, outputs)
+            elif config.bridge == QUESTION_QFORMER:
+                bridge = QuestionBridge(sizes, config.tokens, outputs)
+            else:
+                bridge = QFormerBridge(sizes, config.tokens, outputs)
+            return Vision(EvaTower(sizes, side), bridge)
         if sizes and config.tower == "clip" and config.bridge in BRIDGES:
             return Vision(ClipTower(sizes, side), BRIDGES[config.bridge](sizes.width, outputs))
     raise EngineError(
         f"vision of {config.tower} and {config.bridge}; expected clip with "
-        f"{' or '.join(BRIDGES)}, or eva with qformer: upgrade seechat-lite"
+        f"{' or '.join(BRIDGES)}, or eva with {' or '.join(NETWORKS['eva'])}: upgrade seechat-lite"
     )
 
 

@@ -23,7 +23,14 @@ from seechat_weights.errors import BundleError
 from seechat_weights.files.reading import MAX_JSON, decoded, line
 from seechat_weights.files.untrusted import open_file, read_file
 from seechat_weights.lm.families import LM_FAMILIES
-from seechat_weights.vision.network import ACTIVATIONS, NETWORKS, QFORMER
+from seechat_weights.vision.network import (
+    ACTIVATIONS,
+    JOINED,
+    JOINED_PATCHES,
+    NETWORKS,
+    QFORMERS,
+    QUESTION_QFORMER,
+)
 
 MANIFEST = "seechat.json"
 FORMAT = "seechat-bundle"
@@ -253,8 +260,16 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
             yield "vision.network.layernorm_epsilon", found, 0 < found < 1, "between 0 and 1"
             for name in ("query_width", "query_inner_size", "query_layers", "query_heads"):
                 value = getattr(network, name)
-                fits, what = (value > 0, "positive") if bridge == QFORMER else (value == 0, "0")
+                fits, what = (value > 0, "positive") if bridge in QFORMERS else (value == 0, "0")
                 yield f"vision.network.{name}", value, fits, f"{what} with the bridge {bridge}"
+            for name in ("query_words", "query_positions"):
+                value, reads = getattr(network, name), bridge == QUESTION_QFORMER
+                fits, what = (value > 0, "positive") if reads else (value == 0, "0")
+                yield f"vision.network.{name}", value, fits, f"{what} with the bridge {bridge}"
+            if bridge == JOINED:
+                patches = (side // max(network.patch_size, 1)) ** 2
+                fits, what = patches % JOINED_PATCHES == 0, f"{JOINED_PATCHES} patches to a token"
+                yield "vision.tokens", vision.tokens, fits, what
             for name in ("patch_size", "width", "inner_size", "layers", "heads"):
                 value = getattr(network, name)
                 yield f"vision.network.{name}", value, value > 0, "a positive number"

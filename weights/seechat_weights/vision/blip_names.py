@@ -28,11 +28,18 @@ from seechat_weights.files.accounting import (
     sizes_of,
 )
 from seechat_weights.files.checkpoint import Checkpoint
-from seechat_weights.vision.network import blip_parameters
-from seechat_weights.vision.part import TensorMapping
+from seechat_weights.vision.network import (
+    JOINED,
+    JOINED_PATCHES,
+    QFORMER,
+    QUESTION_QFORMER,
+    blip_parameters,
+)
+from seechat_weights.vision.part import Constant, TensorMapping
 
 # VisualGLM-6B's vision half in its Hugging Face folder and in its SAT file
 SAT_PREFIXES = ("image_encoder.", "mixins.eva.model.")
+INSTRUCTBLIP_PREFIX = "language_projection."  # its Hugging Face form has this, and more
 # SEEChat, like LAVIS, builds its ViT with 39 blocks; eva_vit_g.pth may hold more
 BLOCKS = 39
 
@@ -51,7 +58,8 @@ class BlipNames:
     """EVA ViT, Q-Former and projector found in a checkpoint; the sizes come from the tensors."""
 
     image_size: int
-    queries: int
+    bridge: str  # one of network.NETWORKS["eva"]
+    queries: int  # embeddings of a picture
     outputs: int  # the LM's hidden size
     network: VisionNetwork  # the tensors do not tell its heads
     used: dict[str, TensorMapping]  # our parameter -> where it comes from
@@ -108,7 +116,7 @@ class Overlay:
             argument, do = _remedy(missing[0])
             raise CheckpointError(
                 f"{self.where}: tensors are {len(missing)} missing ({few(missing)}); expected all "
-                f"of EVA ViT, Q-Former and projector: {do}",
+                f"of EVA ViT and its bridge: {do}",
                 options={argument: None} if argument else {},
             )
         ignored = {}
@@ -143,8 +151,9 @@ def _remedy(missing: str) -> tuple[str | None, str]:
     """The argument that names the file with a missing tensor, if any, and what to do."""
     if missing.startswith("visual_encoder."):
         return "eva", "name eva_vit_g.pth as eva"
-    if missing.startswith("llama_proj."):
-        return "checkpoint", "name SEEChat's checkpoint (checkpoint_100.pth) as checkpoint"
+    if missing.startswith(("llama_proj.", "llm_proj.")):
+        what = "SEEChat's (checkpoint_100.pth), MiniGPT-4's or InstructBLIP's"
+        return "checkpoint", f"name the checkpoint that was trained, {what}, as checkpoint"
     if missing.startswith(("Qformer.", "query_tokens", "ln_vision.")):
         return "qformer", "name blip2_pretrained_flant5xxl.pth as qformer"
     return None, "download the checkpoint again"
@@ -157,7 +166,7 @@ def seechat_overlay(
 
     eva: eva_vit_g.pth.
     qformer: BLIP-2's Q-Former file.
-    checkpoint: SEEChat's checkpoint_N.pth.
+    checkpoint: SEEChat's checkpoint_N.pth, or MiniGPT-4's or InstructBLIP's.
 
     Raises CheckpointError for a checkpoint that holds neither SEEChat's LM nor its vision.
     """
@@ -173,41 +182,81 @@ def seechat_overlay(
 
 
 def visualglm_overlay(checkpoint: Checkpoint) -> Overlay | None:
-    """The vision half of a VisualGLM-6B checkpoint, or None if it has none."""
-    if not any(k.startswith(SAT_PREFIXES) for k in checkpoint.shapes):
+    """The vision half of a VisualGLM-6B or InstructBLIP checkpoint, or None if it has none."""
+    prefixes = (*SAT_PREFIXES, INSTRUCTBLIP_PREFIX)
+    if not any(k.startswith(prefixes) for k in checkpoint.shapes):
         return None
     own = part(checkpoint.shapes, "vision", where=str(checkpoint.path))
     return Overlay([_Layer(checkpoint, "", own)])
 
 
 _TEXT = "belongs to the Q-Former's text branch"
+_OTHER_LM = "leads to another language model"
 _SEECHAT_REASONS = (
     (r"visual_encoder\.(norm|fc_norm|head)\..*", "the patches are taken before the final norm"),
     (r"Qformer\.bert\.embeddings\.position_ids", "counts from 0"),
     (r"Qformer\.bert\.embeddings\.(word|position)_embeddings\.weight", _TEXT),
     (r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..*", _TEXT),
     (r"Qformer\.cls\..*", _TEXT),
-    (r"(t5|opt)_proj\..*", "leads to another language model"),
+    (r"(t5|opt)_proj\..*", _OTHER_LM),
     (r"(vision|text)_proj\..*|itm_head\..*|temp", "compares pictures with texts"),
 )
 
 
 def map_seechat(source: Overlay, *, blocks: int | None = None) -> BlipNames:
-    """Find SEEChat's vision half.
+    """Find SEEChat's vision half, or MiniGPT-4's or InstructBLIP's, which have the same names.
 
     source: its files.
-    blocks: of the ViT; None for the 39 that SEEChat builds.
+    blocks: of the ViT; None for the 39 that all of them build.
 
     Raises CheckpointError; it names missing, surplus and misshapen tensors and their file.
     """
     blocks = BLOCKS if blocks is None else blocks
     layers = source.count(r"Qformer\.bert\.encoder\.layer\.(\d+)\.")
     found = source.count(r"visual_encoder\.blocks\.(\d+)\.")
-    unused = [
-        (rf"visual_encoder\.blocks\.{i}\..*", f"SEEChat's ViT has {blocks} blocks")
+    reasons = [
+        (rf"visual_encoder\.blocks\.{i}\..*", f"the ViT has {blocks} blocks")
         for i in range(blocks, found)
     ]
-    return _map(source, _seechat_part, (*unused, *_SEECHAT_REASONS), blocks, layers)
+    bridge = _bridge(source)
+    if bridge == QUESTION_QFORMER:
+        find = _instructblip_part
+        reasons += [row for row in _SEECHAT_REASONS if row[1] != _TEXT]
+        reasons += [(r"Qformer\.cls\..*", _TEXT), (r"llama_proj\..*", _OTHER_LM)]
+    else:
+        find = _seechat_part
+        reasons += _SEECHAT_REASONS
+    if bridge == JOINED:
+        plain = not any(k.startswith("ln_vision.") for k in source.shapes)
+        find = _joined_part if plain else find
+        reasons.append((r"Qformer\..*|query_tokens", "this bridge has no Q-Former"))
+    return _map(source, find, reasons, blocks, layers, bridge)
+
+
+def map_instructblip(source: Overlay) -> BlipNames:
+    """Find the vision half of an InstructBLIP in its Hugging Face form.
+
+    source: its files.
+
+    Raises CheckpointError as map_seechat.
+    """
+    blocks = source.count(r"vision_model\.encoder\.layers\.(\d+)\.")
+    layers = source.count(r"qformer\.encoder\.layer\.(\d+)\.")
+    reasons = [(r"(qformer|vision_model)\.embeddings\.position_ids", "counts from 0")]
+    return _map(source, _hugging_face_part, reasons, blocks, layers, QUESTION_QFORMER)
+
+
+def _bridge(source: Overlay) -> str:
+    """The bridge of SEEChat, MiniGPT-4 or InstructBLIP, by the projector and what it takes."""
+    if "llm_proj.weight" in source.shapes:
+        return QUESTION_QFORMER
+    projector, patches, queries = (
+        source.shapes.get(name, ((), ""))[0]
+        for name in ("llama_proj.weight", "visual_encoder.patch_embed.proj.weight", "query_tokens")
+    )
+    inputs, width = projector[-1:], patches[:1]
+    joined = width and inputs == (JOINED_PATCHES * width[0],) and inputs != queries[-1:]
+    return JOINED if joined else QFORMER
 
 
 def map_visualglm(source: Overlay) -> BlipNames:
@@ -219,7 +268,7 @@ def map_visualglm(source: Overlay) -> BlipNames:
     at = re.escape(prefix)
     blocks = source.count(at + r"vit\.transformer\.layers\.(\d+)\.")
     layers = source.count(at + r"qformer\.transformer\.layers\.(\d+)\.")
-    return _map(source, lambda ours: _sat_part(ours, prefix, layers), (), blocks, layers)
+    return _map(source, lambda ours: _sat_part(ours, prefix, layers), (), blocks, layers, QFORMER)
 
 
 def _map(
@@ -228,14 +277,15 @@ def _map(
     reasons: Iterable[tuple[str, str]],
     blocks: int,
     layers: int,
+    bridge: str,
 ) -> BlipNames:
     unknown = VisionNetwork(
         patch_size=1, width=1, inner_size=1, layers=blocks, heads=0, query_layers=layers
     )
-    used = {ours: find(ours) for ours in blip_parameters(unknown, 1, 1, 1)}
+    used = {ours: find(ours) for ours in blip_parameters(unknown, 1, bridge, 1, 1)}
     ignored = source.account([name for p in used.values() for name in p.names], reasons)
 
-    advice = "give the files of BLIP-2, SEEChat or VisualGLM-6B"
+    advice = "give the files of BLIP-2, SEEChat, MiniGPT-4, InstructBLIP or VisualGLM-6B"
 
     def size(ours: str, rank: int) -> Shape:
         key = used[ours].names[0]
@@ -245,25 +295,35 @@ def _map(
     inner, _ = size("tower.vit.encoder.layers.0.mlp.fc1.weight", 2)
     positions = "tower.vit.embeddings.position_embedding"
     count = size(positions, used[positions].rank or 3)[-2]
-    queries = size("bridge.query_tokens", used["bridge.query_tokens"].rank or 3)[-2]
-    query_inner, query_width = size(
-        "bridge.qformer.encoder.layer.0.intermediate_query.dense.weight", 2
-    )
     outputs, _ = size("bridge.projection.weight", 2)
     side = patches_a_side(count, where=source.where, advice=advice)
-    network = dataclasses.replace(
-        unknown,
-        patch_size=patch,
-        width=width,
-        inner_size=inner,
-        query_width=query_width,
-        query_inner_size=query_inner,
-    )
-    sizes = blip_parameters(network, side * patch, queries, outputs)
+    network = dataclasses.replace(unknown, patch_size=patch, width=width, inner_size=inner)
+    if bridge == JOINED:
+        network = dataclasses.replace(network, query_layers=0)
+        queries = side * side // JOINED_PATCHES
+        if side * side % JOINED_PATCHES:
+            raise CheckpointError(
+                f"{source.where}: {side * side} patches a picture, of which {JOINED_PATCHES} are "
+                f"joined to one; expected a multiple: {advice}"
+            )
+    else:
+        queries = size("bridge.query_tokens", used["bridge.query_tokens"].rank or 3)[-2]
+        query_inner, query_width = size(
+            "bridge.qformer.encoder.layer.0.intermediate_query.dense.weight", 2
+        )
+        network = dataclasses.replace(
+            network, query_width=query_width, query_inner_size=query_inner
+        )
+    if bridge == QUESTION_QFORMER:
+        at = "bridge.qformer.embeddings"
+        words, _ = size(f"{at}.word_embeddings.weight", 2)
+        longest, _ = size(f"{at}.position_embeddings.weight", 2)
+        network = dataclasses.replace(network, query_words=words, query_positions=longest)
+    sizes = blip_parameters(network, side * patch, bridge, queries, outputs)
     source.check_shapes(
         {n: used[k].published_shape(s) for k, s in sizes.items() for n in used[k].names}
     )
-    return BlipNames(side * patch, queries, outputs, network, used, sizes, ignored)
+    return BlipNames(side * patch, bridge, queries, outputs, network, used, sizes, ignored)
 
 
 _SEECHAT_NAMES = {
@@ -291,6 +351,32 @@ def _seechat_part(ours: str) -> TensorMapping:
         at = name.removesuffix("qkv.bias")
         return TensorMapping((f"{at}q_bias", None, f"{at}v_bias"))
     return TensorMapping((name,))
+
+
+def _joined_part(ours: str) -> TensorMapping:
+    """MiniGPT-4 for Llama 2 never trains or loads ln_vision, so it keeps what it begins with."""
+    if ours.startswith("tower.vit.post_layernorm."):
+        return Constant(value=1.0 if ours.endswith("weight") else 0.0)
+    return _seechat_part(ours)
+
+
+def _instructblip_part(ours: str) -> TensorMapping:
+    part = _seechat_part(ours.replace("qformer.embeddings.layernorm", "qformer.layernorm"))
+    keys = tuple(k and k.replace("llama_proj", "llm_proj") for k in part.keys)
+    return dataclasses.replace(part, keys=keys)
+
+
+_HUGGING_FACE_NAMES = {
+    "tower.vit.": "vision_model.",
+    "bridge.query_tokens": "query_tokens",
+    "bridge.qformer.": "qformer.",
+    "bridge.projection.": "language_projection.",
+}
+
+
+def _hugging_face_part(ours: str) -> TensorMapping:
+    old = next(old for old in _HUGGING_FACE_NAMES if ours.startswith(old))
+    return TensorMapping((_HUGGING_FACE_NAMES[old] + ours.removeprefix(old),))
 
 
 _SAT_VIT = {

@@ -16,9 +16,13 @@ BRIDGE_TENSORS = {
     "mlp2x_gelu": {"0.weight": "oi", "0.bias": "o", "2.weight": "oo", "2.bias": "o"},
 }
 QFORMER = "qformer"
+QUESTION_QFORMER = "qformer_question"  # InstructBLIP's, which reads the question too
+JOINED = "joined4"  # MiniGPT-4's for Llama 2: a linear of four neighbouring patches
+JOINED_PATCHES = 4
+QFORMERS = (QFORMER, QUESTION_QFORMER)
 NETWORKS = {
     "clip": tuple(BRIDGE_TENSORS),
-    "eva": (QFORMER,),
+    "eva": (*QFORMERS, JOINED),
 }  # each tower with the bridges that fit it
 
 
@@ -30,8 +34,8 @@ def parameters(config: VisionConfig, outputs: int) -> dict[str, Shape]:
     """
     network, image_size = config.network, config.pixels.image_size
     assert network
-    if config.bridge == QFORMER:
-        return blip_parameters(network, image_size, config.tokens, outputs)
+    if config.bridge in NETWORKS["eva"]:
+        return blip_parameters(network, image_size, config.bridge, config.tokens, outputs)
     tower = clip_parameters(network, image_size)
     bridge = bridge_parameters(config.bridge, network.width, outputs)
     return {TOWER + k: s for k, s in tower.items()} | {BRIDGE + k: s for k, s in bridge.items()}
@@ -80,13 +84,14 @@ def clip_parameters(network: VisionNetwork, image_size: int) -> dict[str, Shape]
 
 
 def blip_parameters(
-    network: VisionNetwork, image_size: int, queries: int, outputs: int
+    network: VisionNetwork, image_size: int, bridge: str, queries: int, outputs: int
 ) -> dict[str, Shape]:
-    """The parameters of EVA ViT, Q-Former and projector, and their shapes.
+    """The parameters of EVA ViT and its bridge, and their shapes.
 
     network: their sizes.
     image_size: pixels a side.
-    queries: how many the Q-Former has.
+    bridge: one of NETWORKS["eva"].
+    queries: how many a Q-Former has.
     outputs: the language model's hidden size.
     """
     width, inner, patch = network.width, network.inner_size, network.patch_size
@@ -113,8 +118,18 @@ def blip_parameters(
         linear(f"{at}.mlp.fc1", inner, width)
         linear(f"{at}.mlp.fc2", width, inner)
     norm("tower.vit.post_layernorm", width)
+    if bridge == JOINED:
+        linear("bridge.projection", outputs, JOINED_PATCHES * width)
+        return sizes
     sizes["bridge.query_tokens"] = (1, queries, query_width)
-    norm("bridge.qformer.layernorm", query_width)
+    reads = bridge == QUESTION_QFORMER
+    if reads:
+        at = "bridge.qformer.embeddings"
+        sizes[f"{at}.word_embeddings.weight"] = (network.query_words, query_width)
+        sizes[f"{at}.position_embeddings.weight"] = (network.query_positions, query_width)
+        norm(f"{at}.layernorm", query_width)
+    else:
+        norm("bridge.qformer.layernorm", query_width)
     for i in range(network.query_layers):
         at = f"bridge.qformer.encoder.layer.{i}"
         for name in ("attention", "crossattention") if i % 2 == 0 else ("attention",):
@@ -124,9 +139,10 @@ def blip_parameters(
             linear(f"{at}.{name}.attention.value", query_width, source)
             linear(f"{at}.{name}.output.dense", query_width, query_width)
             norm(f"{at}.{name}.output.LayerNorm", query_width)
-        linear(f"{at}.intermediate_query.dense", query_inner, query_width)
-        linear(f"{at}.output_query.dense", query_width, query_inner)
-        norm(f"{at}.output_query.LayerNorm", query_width)
+        for kind in ("_query", "") if reads else ("_query",):  # of queries, and of the question
+            linear(f"{at}.intermediate{kind}.dense", query_inner, query_width)
+            linear(f"{at}.output{kind}.dense", query_width, query_inner)
+            norm(f"{at}.output{kind}.LayerNorm", query_width)
     linear("bridge.projection", outputs, query_width)
     return sizes
 

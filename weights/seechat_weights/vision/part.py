@@ -86,3 +86,14 @@ class TensorMapping:
         if len(arrays) > 1:
             like = np.concatenate([np.zeros_like(like) if a is None else a for a in arrays])
         return np.split(like, self.shares)[self.share].reshape(shape)
+
+
+@dataclass(frozen=True)
+class Constant(TensorMapping):
+    """A parameter that is published nowhere: all of its numbers are `value`."""
+
+    keys: tuple[str | None, ...] = ()
+    value: float = 0.0
+
+    def read(self, shape: Shape, read: Callable[[str], np.ndarray]) -> np.ndarray:
+        return np.full(shape, self.value, np.float32)

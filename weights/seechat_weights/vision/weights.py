@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from seechat_weights.arguments import check_choice, check_integer
-from seechat_weights.config import PixelSpec, VisionConfig
+from seechat_weights.config import PixelSpec, QuestionConfig, VisionConfig
 from seechat_weights.errors import CheckpointError, OptionError
 from seechat_weights.files.accounting import Shape
 from seechat_weights.files.audit import Place, check_vision
@@ -22,9 +22,11 @@ from seechat_weights.files.checkpoint import Opener, open_checkpoint, read_json
 from seechat_weights.files.reading import local_path, shown
 from seechat_weights.model_files import find_model
 from seechat_weights.vision.blip_names import (
+    INSTRUCTBLIP_PREFIX,
     BlipNames,
     BlipSettings,
     Overlay,
+    map_instructblip,
     map_seechat,
     map_visualglm,
     seechat_overlay,
@@ -44,11 +46,27 @@ from seechat_weights.vision.llava import (
     llava_settings,
     published_at,
 )
-from seechat_weights.vision.network import ACTIVATIONS, BRIDGE, TOWER
+from seechat_weights.vision.network import (
+    ACTIVATIONS,
+    BRIDGE,
+    JOINED,
+    QFORMER,
+    QUESTION_QFORMER,
+    TOWER,
+)
 from seechat_weights.vision.part import TensorMapping, Tensors
 
 PUBLISHED = BlipSettings()
 GRAPH = "vision.onnx"
+WORDPIECE, VOCABULARY = "bert-base-uncased", "vocab.txt"
+WORDPIECE_HUB = f"https://huggingface.co/google-bert/{WORDPIECE}"
+MOST_PIECES = 128  # that LAVIS lets the Q-Former read of a question
+# the conversation format of a LLaMA behind each bridge
+_BLIP_FORMATS = {
+    QFORMER: "minigpt4",
+    JOINED: "minigpt4_llama2",
+    QUESTION_QFORMER: "instructblip",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +79,10 @@ class VisionWeights:
     read: returns a parameter by its name, in any float dtype.
     ignored: tensors of a checkpoint that no parameter comes from, each with the reason.
     files: the files that published parameters come from.
-    conversation: the format that its publisher's code speaks; "" if the LM decides.
+    conversation: the format that a LLaMA was trained to speak with it; "" if the LM decides.
+    legacy_text: whether its code splits text as transformers did before 4.34, whatever the files of
+        the LM's tokenizer say.
+    vocabulary: the file of a vocabulary with which the bridge reads the question.
     """
 
     config: VisionConfig  # with its network
@@ -71,6 +92,8 @@ class VisionWeights:
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
     files: tuple[Path, ...] = ()
     conversation: str = ""
+    legacy_text: bool = False
+    vocabulary: Path | None = None
 
     @property
     def numbers(self) -> int:
@@ -86,6 +109,8 @@ class VisionFiles:
         alone; a projector with LLaVA's config.json beside it names its tower there.
     eva, qformer, checkpoint, image_size: see load_seechat; the checkpoint may also hold a part of
         the language model.
+    wordpiece: the vocabulary with which InstructBLIP's Q-Former reads questions (vocab.txt of
+        bert-base-uncased), if it is not beside the checkpoint.
 
     Raises OptionError for files that do not go together.
     """
@@ -97,6 +122,7 @@ class VisionFiles:
     qformer: str | Path | None = None
     checkpoint: str | Path | None = None
     image_size: int | None = None
+    wordpiece: str | Path | None = None
 
     def __post_init__(self) -> None:
         if (self.clip or self.projector) and (self.eva or self.qformer):
@@ -155,15 +181,23 @@ class VisionFiles:
                 "name both, or neither",
                 options={"clip": None, "projector": None},
             )
-        if self.eva or self.qformer:
+        if self.eva or self.qformer or self._whole(opener):
             return load_seechat(
                 eva=self.eva,
                 qformer=self.qformer,
                 checkpoint=self.checkpoint,
                 image_size=self.image_size,
+                wordpiece=self.wordpiece,
                 opener=opener,
             )
-        return load_visualglm(lm, opener=opener)
+        return load_visualglm(lm, wordpiece=self.wordpiece, opener=opener)
+
+    def _whole(self, opener: Opener) -> bool:
+        """Whether the checkpoint holds a whole vision network, as InstructBLIP's does."""
+        if not self.checkpoint:
+            return False
+        shapes = opener(local_path(self.checkpoint)).shapes
+        return all(any(k.startswith(p) for k in shapes) for p in ("visual_encoder.", "Qformer."))
 
 
 def load_clip(
@@ -312,18 +346,23 @@ def load_seechat(
     checkpoint: str | Path | None = None,
     settings: BlipSettings = PUBLISHED,
     image_size: int | None = None,
+    wordpiece: str | Path | None = None,
     opener: Opener = open_checkpoint,
 ) -> VisionWeights:
-    """Open SEEChat's vision network: EVA ViT-g, ln_vision, Q-Former and projector.
+    """Open SEEChat's vision network, MiniGPT-4's or InstructBLIP's: EVA ViT-g and its bridge.
+
+    The bridge is ln_vision, Q-Former and projector. MiniGPT-4 for Llama 2 has no Q-Former.
 
     If several files hold a tensor, the file that is loaded last counts. A file may be left out if
     the others hold all of it.
 
     eva: eva_vit_g.pth.
     qformer: blip2_pretrained_flant5xxl.pth.
-    checkpoint: checkpoint_N.pth; its tensors of the language model are left to seechat_weights.lm.
+    checkpoint: checkpoint_N.pth, MiniGPT-4's or InstructBLIP's; its tensors of the language model
+        are left to seechat_weights.lm.
     settings: what the tensors do not tell.
     image_size: pixels a side, if not that of the weights; position embeddings are resized for it.
+    wordpiece: see VisionFiles.
     opener: opens checkpoints.
 
     Raises CheckpointError.
@@ -332,19 +371,28 @@ def load_seechat(
     opened = {role: opener(local_path(p)) if p else None for role, p in given.items()}
     source = seechat_overlay(**opened)
     names = map_seechat(source, blocks=settings.blocks)
-    return _blip(source, names, settings, image_size)
+    if names.bridge == JOINED and qformer:
+        raise CheckpointError(
+            f"{checkpoint}: joins the ViT's patches, as MiniGPT-4 for Llama 2, and has no "
+            "Q-Former; expected the ViT and this checkpoint alone: leave qformer out",
+            options={"qformer": None},
+        )
+    places = [local_path(p) for p in (checkpoint, qformer) if p]
+    return _blip(source, names, settings, image_size, wordpiece, places)
 
 
 def load_visualglm(
     path: str | Path,
     *,
     settings: BlipSettings | None = None,
+    wordpiece: str | Path | None = None,
     opener: Opener = open_checkpoint,
 ) -> VisionWeights | None:
-    """Open VisualGLM-6B's vision network; None if `path` has none.
+    """Open the vision network of VisualGLM-6B or InstructBLIP; None if `path` has none.
 
-    path: its Hugging Face folder or SAT file.
+    path: VisualGLM-6B's Hugging Face folder or SAT file; InstructBLIP's Hugging Face folder.
     settings: None for what the configuration beside the weights says.
+    wordpiece: see VisionFiles.
     opener: opens checkpoints.
 
     Raises CheckpointError.
@@ -356,10 +404,13 @@ def load_visualglm(
     config = read_json(files.config) if files.config else {}
     if settings is None:
         settings = BlipSettings(
-            heads=_heads(config, "eva", PUBLISHED.heads),
+            heads=_heads(config, "vision" if "vision_config" in config else "eva", PUBLISHED.heads),
             query_heads=_heads(config, "qformer", PUBLISHED.query_heads),
         )
-    return _blip(source, map_visualglm(source), settings, None)
+    if any(k.startswith(INSTRUCTBLIP_PREFIX) for k in source.shapes):
+        places = [files.weights / "qformer_tokenizer", files.weights]
+        return _blip(source, map_instructblip(source), settings, None, wordpiece, places)
+    return _blip(source, map_visualglm(source), settings, None, None, [])
 
 
 def _heads(config: Mapping[str, Any], part: str, published: int) -> int:
@@ -371,11 +422,18 @@ def _heads(config: Mapping[str, Any], part: str, published: int) -> int:
 
 
 def _blip(
-    source: Overlay, names: BlipNames, settings: BlipSettings, image_size: int | None
+    source: Overlay,
+    names: BlipNames,
+    settings: BlipSettings,
+    image_size: int | None,
+    wordpiece: str | Path | None,
+    places: Sequence[Path],
 ) -> VisionWeights:
+    """Describe the network. A vocabulary is looked for in `places`, unless it is given."""
+    query_heads = 0 if names.bridge == JOINED else settings.query_heads
     for what, width, heads in (
         ("the ViT", names.network.width, settings.heads),
-        ("the Q-Former", names.network.query_width, settings.query_heads),
+        ("the Q-Former", names.network.query_width, query_heads or 1),
     ):
         if heads < 1 or width % heads:
             raise CheckpointError(
@@ -388,13 +446,47 @@ def _blip(
         graph=GRAPH,
         tokens=names.queries,
         tower="eva",
-        bridge="qformer",
+        bridge=names.bridge,
         pixels=PixelSpec(image_size=names.image_size),
-        network=dataclasses.replace(
-            names.network, heads=settings.heads, query_heads=settings.query_heads
-        ),
+        network=dataclasses.replace(names.network, heads=settings.heads, query_heads=query_heads),
     )
-    return _published(config, names.outputs, [("", names, source)])
+    vocabulary = None
+    if names.bridge == QUESTION_QFORMER:
+        longest = min(MOST_PIECES, names.network.query_positions)
+        config = dataclasses.replace(config, question=QuestionConfig(pieces=longest))
+        vocabulary = find_vocabulary(wordpiece, places)
+    return dataclasses.replace(
+        _published(config, names.outputs, [("", names, source)]),
+        conversation=_BLIP_FORMATS[names.bridge],
+        legacy_text=True,
+        vocabulary=vocabulary,
+    )
+
+
+def find_vocabulary(given: str | Path | None, places: Sequence[Path]) -> Path:
+    """The vocabulary with which InstructBLIP's Q-Former reads questions.
+
+    given: its file or folder, if the user named one.
+    places: folders where it may be, and files beside which it may be.
+
+    Raises CheckpointError if there is none.
+    """
+    folders = [place if place.is_dir() else place.parent for place in places]
+    found = [
+        folder / name for folder in folders for name in (VOCABULARY, f"{WORDPIECE}/{VOCABULARY}")
+    ]
+    if given:
+        path = local_path(given)
+        found = [path / VOCABULARY if path.is_dir() else path]
+    for file in found:
+        if file.is_file():
+            return file
+    raise CheckpointError(
+        f"{found[0] if found else VOCABULARY}: no such file; expected the WordPiece vocabulary "
+        f"with which the Q-Former reads questions: name {WORDPIECE}'s {VOCABULARY} as wordpiece "
+        f"(published at {WORDPIECE_HUB})",
+        options={"wordpiece": None},
+    )
 
 
 def _resized(names: BlipNames, image_size: int) -> BlipNames:
