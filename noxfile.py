@@ -26,7 +26,8 @@ def types(session: nox.Session) -> None:
     """Types of weights, lite and export (pyright)."""
     # it would ask the registry for a newer version of itself at every run
     env = {"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
-    session.run(sys.executable, "-m", "pyright", "--pythonpath", sys.executable, env=env)
+    command = ("pyright", "--threads", "--pythonpath", sys.executable)
+    session.run(sys.executable, "-m", *command, env=env)
 
 
 @nox.session

@@ -1,9 +1,10 @@
 """Which tests need torch or the export package, told from imports, so that nobody must mark them.
 
 A test needs what its file imports at the top, what it imports itself, and what the functions and
-fixtures of its file and of conftest.py import that it names; imports of our own modules are
-followed. What only a subprocess imports cannot be seen: such tests are marked by hand. A file that
-needs what is not installed, or of which the markers asked for want nothing, is not even imported.
+fixtures of its file, of conftest.py and of the tests' own modules import that it names; imports of
+our own modules are followed. What only a subprocess imports cannot be seen: such tests are marked
+by hand. A file that needs what is not installed, or of which the markers asked for want nothing, is
+not even imported.
 """
 
 import ast
@@ -36,7 +37,9 @@ def needs_of_item(item: pytest.Item) -> frozenset[str]:
     """The markers among REQUIRES that a collected test gets."""
     needs = set(needs_of_file(item.path))
     needs |= {name for name in REQUIRES if item.get_closest_marker(name)}
-    functions = _functions(TESTS / "conftest.py") | _functions(item.path)
+    functions = _functions(TESTS / "conftest.py")
+    for file in (*_helpers(item.path), item.path):
+        functions = functions | _functions(file)
     names = [getattr(item, "originalname", item.name), *getattr(item, "fixturenames", ())]
     seen: set[str] = set()
     while names:
@@ -89,13 +92,29 @@ def _parsed(path: Path) -> ast.Module:
 
 
 @cache
+def _helpers(path: Path) -> tuple[Path, ...]:
+    """The modules of the tests that a file imports anywhere."""
+    files = map(_ours, _imported(ast.walk(_parsed(path))))
+    return tuple(dict.fromkeys(f for f in files if f and f.parent == TESTS))
+
+
+@cache
 def _functions(path: Path) -> dict[str, tuple[list[str], frozenset[str]]]:
     """Of each function of a file, methods included: the names it uses, the needs it imports."""
     found = {}
-    for node in ast.walk(_parsed(path)):
+    tree = _parsed(path)
+    aliases = (a for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names)
+    modules = {a.asname or a.name for a in aliases if _ours(a.name)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             inner = list(ast.walk(node))
             names = [n.id for n in inner if isinstance(n, ast.Name)]
+            names += [  # of a module: helper.function
+                n.attr
+                for n in inner
+                if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+                if n.value.id in modules
+            ]
             found[node.name] = names, _needs(_imported(inner))
     return found
 

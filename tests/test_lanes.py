@@ -4,6 +4,8 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -47,6 +49,16 @@ def test_what_a_file_needs(tmp_path: Path, line: str, expected: set[str]) -> Non
 
 
 @pytest.mark.parametrize(
+    ("line", "expected"), [("golden.module_outputs()", {"torch"}), ("golden.LLAVA", set())]
+)
+def test_what_a_helper_of_the_tests_imports(tmp_path: Path, line: str, expected: set[str]) -> None:
+    file = tmp_path / "test_it.py"
+    file.write_text(f"import llama_reference as golden\n\ndef test_it():\n    {line}\n", "utf-8")
+    item = SimpleNamespace(path=file, name="test_it", get_closest_marker=lambda name: None)
+    assert lanes.needs_of_item(cast(pytest.Item, item)) == expected
+
+
+@pytest.mark.parametrize(
     ("having", "expression", "expected"),
     [
         ({"torch"}, "", True),
@@ -72,6 +84,7 @@ def test_the_markers_are_registered() -> None:
     assert registered == set(lanes.MARKERS) and lanes.REQUIRES.keys() < registered
 
 
+@pytest.mark.slow
 def test_fast_tests_are_collected_without_torch() -> None:
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, "--collect-only", "-qq", "-m", FAST],

@@ -162,7 +162,11 @@ def test_a_tower_or_a_projector_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize(
-    "size", [(1, 1), (1, 4000), (4000, 1), (3, 70_000), (90_000, 2), (301, 200)]
+    "size",
+    [
+        *((1, 1), (1, 4000), (4000, 1), (301, 200)),
+        *(pytest.param(size, marks=pytest.mark.slow) for size in ((3, 70_000), (90_000, 2))),
+    ],
 )
 def test_a_square_is_never_made_whole(size: tuple[int, int], exact: bool) -> None:
     """A thread of a picture would need its length squared."""
