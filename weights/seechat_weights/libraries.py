@@ -28,11 +28,11 @@ def import_error(kind: type[Error], error: Exception, *, needed: str, install: s
     if _NO_MEMORY.search(f"{error} {error.__cause__!r}"):
         return kind(
             f"{name} cannot be loaded for lack of memory ({_reason(error)}); {needed}: close other "
-            "programs, or allow this process more (ulimit -v, a container's limit)"
+            "programs, or allow this process more (a limit of the shell's or the container's)"
         )
     return kind(
-        f"{name} is installed and cannot be loaded ({_reason(error)}); {needed}: install it again "
-        f"with pip install --force-reinstall {install}"
+        f"{name} is installed and cannot be loaded ({_reason(error)}); {needed}: remove it with "
+        f"pip uninstall, then run pip install {install}"
     )
 
 
