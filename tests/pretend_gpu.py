@@ -19,7 +19,7 @@ PRETENDED = torch.device("cuda:0")
 MEMORY = 24 << 30
 FREE_TO_MIX = ("copy_", "_to_copy", "to", "index", "index_put_", "_index_put_impl_")
 KERNELS = {"_linear", "_block_row", "_block_rows", "_sum_parts", "_dequantize"}
-KERNELS |= {"_add_norm", "_append", "_attend", "_weigh"}
+KERNELS |= {"_add_norm", "_add_rms_norm", "_append", "_attend", "_weigh"}
 WAITS = ("_local_scalar_dense", "nonzero", "item", "equal", "is_nonzero")
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]

@@ -121,8 +121,13 @@ def run_at_full_size() -> None:
     attention.add_norm(x, x, norm, alpha=7.5)
     keys, length = empty(32, 2048, 128), empty(1, dtype=torch.int32)
     rotary, at = empty(2, 2049, 32, dtype=torch.float32), empty(2, 1, dtype=torch.int64)
-    queries = attention.append(empty(1, 3, 32, 128), rotary, at, length, keys, keys)
+    queries = attention.append(empty(1, 96, 128), rotary, at, length, keys, keys)
     attention.attend(queries, keys, keys, length, scale=0.1)
+    # a LLaMA's, whose heads of keys serve four of queries each
+    attention.add_rms_norm(x, x, torch.nn.RMSNorm(4096, device="meta", dtype=torch.float16))
+    rotary, at = empty(2, 2049, 64, dtype=torch.float32), empty(1, 1, dtype=torch.int64)
+    queries = attention.append(empty(1, 48, 128), rotary, at, length, keys[:8], keys[:8])
+    attention.attend(queries, keys[:8], keys[:8], length, scale=0.1)
 
 
 needs_interpreter = pytest.mark.skipif(
@@ -184,7 +189,7 @@ def test_one_row_of_floats(inputs: int, outputs: int) -> None:
 @needs_interpreter
 @pytest.mark.parametrize(("rows", "hidden"), [(1, 64), (3, 100)])
 def test_a_sum_and_its_norm(rows: int, hidden: int) -> None:
-    from seechat_lite.engines.torch import decoder
+    from seechat_lite.engines.torch import ops
     from seechat_lite.engines.torch.kernels import attention
 
     torch.manual_seed(hidden)
@@ -192,25 +197,47 @@ def test_a_sum_and_its_norm(rows: int, hidden: int) -> None:
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     norm, branch, x = norm.requires_grad_(False), *torch.randn(2, rows, hidden)
-    expected = decoder.add_norm(branch, x, norm, alpha=7.5)
+    expected = ops.add_norm(branch, x, norm, alpha=7.5)
     found = attention.add_norm(branch.to(DEVICE), x.to(DEVICE), norm.to(DEVICE), alpha=7.5)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("rows", "heads", "head", "length"), [(1, 3, 16, 0), (3, 2, 24, 45)])
-def test_a_step_of_attention(rows: int, heads: int, head: int, length: int) -> None:
-    from seechat_lite.engines.torch import decoder
+@pytest.mark.parametrize(("rows", "hidden"), [(1, 64), (3, 100)])
+def test_a_sum_and_its_rms_norm(rows: int, hidden: int) -> None:
+    from seechat_lite.engines.torch import ops
+    from seechat_lite.engines.torch.kernels import attention
+
+    torch.manual_seed(hidden)
+    norm = torch.nn.RMSNorm(hidden, 1e-3)
+    torch.nn.init.normal_(norm.weight)
+    norm, branch, x = norm.requires_grad_(False), *torch.randn(2, rows, hidden)
+    expected = ops.add_rms_norm(branch, x, norm)
+    found = attention.add_rms_norm(branch.to(DEVICE), x.to(DEVICE), norm.to(DEVICE))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-5)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("shares", [1, 2])  # positions of a head: LLaMA's, ChatGLM's
+@pytest.mark.parametrize(
+    ("rows", "heads", "kv_heads", "head", "length"),
+    [(1, 3, 3, 16, 0), (3, 2, 2, 24, 45), (2, 6, 2, 16, 9)],
+)
+def test_a_step_of_attention(
+    rows: int, heads: int, kv_heads: int, head: int, length: int, shares: int
+) -> None:
+    from seechat_lite.engines.torch import ops
     from seechat_lite.engines.torch.kernels import attention as kernels
 
     torch.manual_seed(length)
     capacity, scale = 60, head**-0.5
-    qkv = torch.randn(rows, 3, heads, head)
-    rotary = torch.randn(2, 80, head // 4)
-    positions = torch.tensor([[5] * rows, list(range(7, 7 + rows))])
-    keys, values = torch.randn(2, heads, capacity, head)
+    qkv = torch.randn(rows, heads + 2 * kv_heads, head)
+    rotary = torch.randn(2, 80, head // 2 // shares)
+    positions = torch.tensor([[5] * rows, list(range(7, 7 + rows))])[-shares:]
+    keys, values = torch.randn(2, kv_heads, capacity, head)
     expected_keys, expected_values = keys.clone(), values.clone()
-    expected = decoder.append(qkv, rotary, positions, length, expected_keys, expected_values)
+    expected = ops.append(qkv, rotary, positions, length, expected_keys, expected_values)
     tensors = (t.to(DEVICE) for t in (qkv, rotary, positions))
     at = torch.tensor([length], dtype=torch.int32, device=DEVICE)
     keys, values = keys.to(DEVICE), values.to(DEVICE)
@@ -219,7 +246,7 @@ def test_a_step_of_attention(rows: int, heads: int, head: int, length: int) -> N
     torch.testing.assert_close(keys.cpu(), expected_keys)
     torch.testing.assert_close(values.cpu(), expected_values)
     found = kernels.attend(queries, keys, values, at, scale=scale)
-    expected = decoder.attend(expected, expected_keys, expected_values, length, scale=scale)
+    expected = ops.attend(expected, expected_keys, expected_values, length, scale=scale)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -142,7 +142,7 @@ def test_steps_are_recorded_with_plain_operations_as_well(gpu: torch.device) -> 
         def forward(self, x: torch.Tensor, *unused: object, logit_rows: int) -> torch.Tensor:
             return (x * 2)[-logit_rows:].float()
 
-    from seechat_lite.engines.torch.decoder import Cache
+    from seechat_lite.engines.torch.ops import Cache
 
     keys = torch.zeros(1, 8, 4, device=gpu)
     recorder = Recorder(Doubles(), Cache([keys], [keys]), vocab_size=4)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from seechat_export import reference_chatglm, reference_llama
 from seechat_export.decoder_graph import hidden_name
 from seechat_export.quantize import restored_tensor
 from seechat_export.reference_chatglm import prefix_mask
-from seechat_lite.lm_families import PLACING, framed, ordinary_ids
+from seechat_lite.lm_families import TRAITS, framed, ordinary_ids
 from seechat_lite.onnx_runtime import ort
 from seechat_lite.rotary import rotary_rows
 from seechat_weights.bundle.arrays import BundleArrays
@@ -189,14 +189,14 @@ class _Stages:
         self.graph = ir.load(graph).graph
         self.lm = lm
         self.split = split
-        self.network, placing = REFERENCES[lm.family], PLACING[lm.family]
-        positions, tables = placing.positions(ids, lm), placing.tables(lm, len(ids))
+        self.network, traits = REFERENCES[lm.family], TRAITS[lm.family]
+        positions, tables = traits.positions(ids, lm), traits.tables(lm, len(ids))
         self.rows = rotary_rows(tables, positions, lm.padded_head_size // 2)
         tables, positions = torch.from_numpy(tables), torch.from_numpy(positions)
         self.cos, self.sin = self.network.angles(tables, positions)
         self.prefix, self.cache = prefix, cache
         self.before = 0 if prefix is None else prefix.shape[3]  # all tokens see the prefix
-        mask = prefix_mask(torch.tensor([placing.context(ids, lm)]), len(ids))
+        mask = prefix_mask(torch.tensor([traits.context(ids, lm)]), len(ids))
         self.mask = F.pad(mask, (self.before, 0), value=True)
 
     def layer(self, i: int, x: Tensor) -> Tensor:

@@ -21,20 +21,22 @@ class Tables(Protocol):
 
 
 @dataclass(frozen=True)
-class Placing:
-    """Where a family's tokens stand.
+class Traits:
+    """Where a family's tokens stand, and how much a layer holds.
 
     tables: the rotary tables, float32 [2 (cos, sin), length, head_size / 2 / rows]; `rounded` as
         in rotary.rotary_tables.
     positions: those of a prompt's tokens.
     context: how many of a prompt's first tokens see each other both ways; the rest is causal.
     rows: how many rows positions have.
+    inner: how many times the inner size a layer's MLP holds for each token.
     """
 
     tables: Tables
     positions: Callable[[Sequence[int], LMConfig], np.ndarray]
     context: Callable[[Sequence[int], LMConfig], int]
     rows: int
+    inner: int
 
 
 def _chatglm_tables(lm: LMConfig, length: int, *, rounded: bool = False) -> np.ndarray:
@@ -42,7 +44,7 @@ def _chatglm_tables(lm: LMConfig, length: int, *, rounded: bool = False) -> np.n
 
 
 def _llama_tables(lm: LMConfig, length: int, *, rounded: bool = False) -> np.ndarray:
-    return llama_tables(lm, length)
+    return llama_tables(lm, length, rounded=rounded)
 
 
 def _chatglm_positions(ids: Sequence[int], lm: LMConfig) -> np.ndarray:
@@ -61,9 +63,9 @@ def _llama_context(ids: Sequence[int], lm: LMConfig) -> int:
     return 0
 
 
-PLACING = {
-    "chatglm": Placing(_chatglm_tables, _chatglm_positions, _chatglm_context, rows=2),
-    "llama": Placing(_llama_tables, _llama_positions, _llama_context, rows=1),
+TRAITS = {
+    "chatglm": Traits(_chatglm_tables, _chatglm_positions, _chatglm_context, rows=2, inner=2),
+    "llama": Traits(_llama_tables, _llama_positions, _llama_context, rows=1, inner=4),
 }
 
 

@@ -28,7 +28,7 @@ def rotary_tables(head_size: int, length: int, *, rounded: bool = False) -> np.n
     return np.stack([np.cos(angle), np.sin(angle)]).astype(np.float16).astype(np.float32)
 
 
-def llama_tables(lm: LMConfig, length: int) -> np.ndarray:
+def llama_tables(lm: LMConfig, length: int, *, rounded: bool = False) -> np.ndarray:
     """Cosines and sines of LLaMA's rotary angles, float32 [2, length, head_size / 2].
 
     The numbers i and i + head_size / 2 of a head are rotated by position / theta**(2i / head_size).
@@ -37,6 +37,8 @@ def llama_tables(lm: LMConfig, length: int) -> np.ndarray:
 
     lm: the decoder's shape.
     length: number of positions.
+    rounded: round cosines and sines to half precision, as transformers 4.33 to 4.37 do for a model
+        in half precision.
     """
     exponent = np.arange(0, lm.head_size, 2, dtype=np.float32) / np.float32(lm.head_size)
     frequency = 1 / np.float32(lm.rope_theta) ** exponent
@@ -48,7 +50,8 @@ def llama_tables(lm: LMConfig, length: int) -> np.ndarray:
     else:
         positions /= np.float32(lm.rope_factor)
     angle = positions[:, None] * frequency.astype(np.float32)
-    return np.stack([np.cos(angle), np.sin(angle)])
+    tables = np.stack([np.cos(angle), np.sin(angle)])
+    return tables.astype(np.float16).astype(np.float32) if rounded else tables
 
 
 def rotary_rows(

@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from seechat_lite.lm_families import PLACING
+from seechat_lite.lm_families import TRAITS
 from seechat_lite.memory import MemoryPlan
 from seechat_lite.prompt import Prompt
 from seechat_lite.source import Source
@@ -202,8 +202,8 @@ def embedded(
             f"the prompt's ids reach from {min(ids)} to {max(ids)}; expected 0 to "
             f"{lm.vocab_size - 1}: make it with this model's tokenizer"
         )
-    placing = PLACING[lm.family]
-    positions = placing.positions(ids, lm)
+    traits = TRAITS[lm.family]
+    positions = traits.positions(ids, lm)
     embeds = rows(ids)
     if prompt.images:
         embeds = embeds.astype(np.float32)
@@ -214,7 +214,7 @@ def embedded(
                 "use those that this model made"
             )
         embeds[start : start + len(image)] = image
-    return embeds, positions, placing.context(ids, lm)
+    return embeds, positions, traits.context(ids, lm)
 
 
 def check_room(tokens: int, free: int, context: int) -> None:

@@ -384,6 +384,8 @@ def _published(tensor: _Tensor, rows: Rows) -> np.ndarray:
     read, names = tensor.checkpoint.read, [part.key for part in tensor.parts]
     if len(names) == 1:
         return read(names[0])[rows]
+    if isinstance(rows, slice) and rows == ALL:
+        return np.concatenate([read(name) for name in names])
     heights = [tensor.checkpoint.shapes[name].shape[0] for name in names]
     order = np.arange(sum(heights))[rows]
     width = tensor.checkpoint.shapes[names[0]].shape[1:]

@@ -42,7 +42,7 @@ from seechat_lite.engines.onnx.memory import (
     float_bytes_on_gpu,
 )
 from seechat_lite.engines.onnx.vision import OnnxVision
-from seechat_lite.lm_families import PLACING
+from seechat_lite.lm_families import TRAITS
 from seechat_lite.memory import MemoryPlan
 from seechat_lite.native import Native, guarded
 from seechat_lite.onnx_runtime import ort
@@ -158,7 +158,7 @@ class OnnxEngine(Native):
         arrays = BundleArrays(self._folder, self._manifest)
         self._arrays: BundleArrays | None = arrays
         lm = self._manifest.lm
-        self._rotary = PLACING[lm.family].tables(lm, self.context + 1)
+        self._rotary = TRAITS[lm.family].tables(lm, self.context + 1)
         prefix = arrays.prefix  # from here on [tokens, layers, key and value, heads, head]
         self._prefix = np.empty((0,)) if prefix is None else np.moveaxis(prefix, 3, 0)
 
@@ -175,7 +175,7 @@ class OnnxEngine(Native):
         self._binding: ort.IOBinding | None = self._opened().io_binding()
         self._length = 0  # tokens in the cache, those of a prefix included
         # of the token that the next step appends
-        self._next_position = np.zeros((PLACING[self._manifest.lm.family].rows, 1), np.int64)
+        self._next_position = np.zeros((TRAITS[self._manifest.lm.family].rows, 1), np.int64)
         # with more, the GPU would make floats of all 8-bit weights: 1.1 GB for the head
         self._at_once = 4 if self._device.on_gpu and precision.in_bytes else self.context
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from seechat_lite import memory
+from seechat_lite.lm_families import TRAITS
 from seechat_lite.memory import (
     KEPT_VISION,
     Advice,
@@ -101,7 +102,8 @@ def bundle_plan(
             vision = VISION_WORKSPACE
     # what a layer of the longest prompt holds at once, as measured: that of MLP and attention,
     # and what an arena leaves between them
-    activations = context * (2 * lm.inner_size + 18 * lm.hidden_size) * (gpu or 4)
+    inner = TRAITS[lm.family].inner * lm.inner_size
+    activations = context * (inner + 18 * lm.hidden_size) * (gpu or 4)
     weights = stored(manifest.decoder.graph) * (1 if gpu == 2 else precision.widening)
     if precision.block and not gpu:  # the kernels keep the sum of every block beside its scale
         weights += weights * 4 // (manifest.decoder.block_size * precision.bits // 8 + 4)

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seechat_lite.engines.torch.decoder import Cache, Decoder, KernelOps
+from seechat_lite.engines.torch.decoder import Decoder
 from seechat_lite.engines.torch.kernels import KERNEL_ROWS
+from seechat_lite.engines.torch.ops import Cache, KernelOps
 
 RECORDING = threading.Lock()  # CUDA records one graph at a time in a process
 
@@ -46,11 +47,13 @@ class Recorder:
         """Append tokens; returns their logits, float32 [rows, vocab].
 
         embeds: [rows, hidden], at most KERNEL_ROWS rows.
-        positions: int64 [2, rows].
+        positions: int64 [1 or 2, rows].
         length: tokens in the cache before.
         """
         rows = len(embeds)
-        step = self._steps.get(rows) or _Step(self._decoder, self._cache, self._logits[:rows])
+        step = self._steps.get(rows) or _Step(
+            self._decoder, self._cache, self._logits[:rows], positions
+        )
         step.take(embeds, positions, length)
         if rows not in self._steps:
             with RECORDING:
@@ -64,13 +67,19 @@ class Recorder:
 class _Step:
     """A step of some tokens, with the memory that it reads and writes."""
 
-    def __init__(self, decoder: Decoder, cache: Cache, logits: Tensor) -> None:
-        """logits: float32 [rows, vocab], where the step leaves them."""
+    def __init__(
+        self, decoder: Decoder, cache: Cache, logits: Tensor, positions: np.ndarray
+    ) -> None:
+        """Prepare.
+
+        logits: float32 [rows, vocab], where the step leaves them.
+        positions: as those of every step.
+        """
         like, rows = cache.keys[0], len(logits)
         self._decoder, self._cache, self._logits = decoder, cache, logits
         hidden = decoder.final_layernorm.normalized_shape[0]
         self._embeds = like.new_zeros((rows, hidden))
-        self._positions = torch.zeros((2, rows), dtype=torch.int64, device=like.device)
+        self._positions = torch.zeros(positions.shape, dtype=torch.int64, device=like.device)
         self._length = torch.zeros(1, dtype=torch.int32, device=like.device)
         self._graph = torch.cuda.CUDAGraph()
 

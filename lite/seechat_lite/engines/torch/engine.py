@@ -1,7 +1,7 @@
 """The engine for GPUs: torch executes a bundle of any precision, or published weights as they are.
 
 The key/value cache is one buffer per layer and part, as long as the context. A prompt is one
-forward of known size: its context sees itself both ways without a mask, and the rest is causal. A
+forward of known size: ChatGLM's context sees itself both ways, and the rest is causal. A
 step on a GPU is a recorded CUDA graph of Triton kernels (engines.torch.kernels); it reads the
 number of tokens on the device. Elsewhere a step is plain torch. The embedding table is never
 loaded: the few rows that a prompt needs are read from its file.
@@ -30,18 +30,14 @@ from seechat_lite.engines.base import (
     embedded,
 )
 from seechat_lite.engines.torch.cuda_graphs import Recorder
-from seechat_lite.engines.torch.decoder import (
-    Cache,
-    Decoder,
-    KernelOps,
-    PromptKernelOps,
-    TorchOps,
-)
+from seechat_lite.engines.torch.decoder import Decoder
 from seechat_lite.engines.torch.kernels import KERNEL_ROWS, fused
 from seechat_lite.engines.torch.memory import TorchPlan, advice, device_plan
+from seechat_lite.engines.torch.ops import Cache, KernelOps, PromptKernelOps, TorchOps
 from seechat_lite.engines.torch.settings import torch_settings
 from seechat_lite.engines.torch.vision import TorchVision
 from seechat_lite.engines.torch.weights import CheckpointWeights, Weights, build, weights_of
+from seechat_lite.lm_families import TRAITS
 from seechat_lite.memory import MemoryPlan
 from seechat_lite.native import Native, guarded
 from seechat_lite.prompt import Prompt
@@ -114,7 +110,8 @@ class TorchEngine(Native):
         self._cache: Cache | None = None
         self._recorder: Recorder | None = None
         self._length = 0  # tokens in the cache, those of a prefix included; 0 before a prompt
-        self._next = np.zeros((2, 1), np.int64)  # positions of the token that comes next
+        # positions of the token that comes next
+        self._next = np.zeros((TRAITS[manifest.lm.family].rows, 1), np.int64)
         self._lend_memory()
         with self._memory_planned():
             self._decoder: Decoder | None = build(
@@ -141,7 +138,7 @@ class TorchEngine(Native):
     ) -> TorchPlan:
         device = _device(options.device)
         dtype = _dtype(options.dtype, device)
-        if dtype == torch.bfloat16:
+        if dtype == torch.bfloat16 and source.manifest.lm.family == "chatglm":
             log.warning(
                 "bf16: ChatGLM-6B was trained in fp16, whose numbers are eight times finer; expect "
                 "other answers than its authors'"
@@ -210,7 +207,8 @@ class TorchEngine(Native):
                 between_layers=self._raise_if_cancelled,
             )
             self._length += len(embeds)
-            self._next = positions[:, -1:] + [[0], [1]]
+            self._next = positions[:, -1:].copy()
+            self._next[-1] += 1
             return logits[0].cpu().numpy()
 
     def step(self, token_id: int) -> np.ndarray:
@@ -226,7 +224,7 @@ class TorchEngine(Native):
         check_room(len(token_ids), self.context + self._before - self._length, self.context)
         rows = len(token_ids)
         positions = self._next.repeat(rows, axis=1)
-        positions[1] += np.arange(rows)
+        positions[-1] += np.arange(rows)
         self._raise_if_cancelled()
         embeds = torch.from_numpy(self._rows(token_ids))
         with self._memory_planned():
@@ -240,13 +238,13 @@ class TorchEngine(Native):
             else:
                 logits = self._run(embeds, positions).cpu().numpy()
         self._length += rows
-        self._next[1] += rows
+        self._next[-1] += rows
         return logits
 
     @guarded
     def rewind(self, tokens: int) -> None:
         self._length -= tokens  # nothing behind the length is ever read, only overwritten
-        self._next[1] -= tokens
+        self._next[-1] -= tokens
 
     def cancel(self) -> None:
         self._cancelled = True

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from seechat_lite.engines.torch.linears import BLOCK, CHUNK, QUANTIZATIONS
+from seechat_lite.lm_families import TRAITS
 from seechat_lite.memory import Advice, MemoryPlan, smaller_context
 from seechat_weights.bundle.layout import HEAD, decoder_layout
 from seechat_weights.bundle.manifest import Manifest
@@ -66,14 +67,15 @@ def device_plan(
             weights += math.prod(item.shape) * QUANTIZATIONS[quantize] / 8
         else:
             weights += math.prod(item.shape) * dtype_bytes
-    width = lm.num_heads * lm.padded_head_size
+    width, kv_width = (n * lm.padded_head_size for n in (lm.num_heads, lm.kv_heads))
     # what a layer of the longest prompt holds at once: that of the MLP, or of the attention
-    rows = context * (4 * lm.hidden_size + max(2 * lm.inner_size, 8 * width))
+    mlp = TRAITS[lm.family].inner * lm.inner_size
+    rows = context * (4 * lm.hidden_size + max(mlp, 8 * width))
     in_blocks = decoder.block_size or quantize or blocks
     made = CHUNK if in_blocks else 0  # a weight that is made from blocks
     return TorchPlan(
         weights=round(weights),
-        cache=2 * lm.num_layers * width * context * dtype_bytes,
+        cache=2 * lm.num_layers * kv_width * context * dtype_bytes,
         vision=vision,
         workspace=RUNTIME + (rows + made) * dtype_bytes,
         context=context,

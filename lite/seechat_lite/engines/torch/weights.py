@@ -19,8 +19,8 @@ from seechat_lite.engines.torch.linears import (
     BlockLinear,
     bitsandbytes_linear,
 )
+from seechat_lite.lm_families import TRAITS
 from seechat_lite.nn.block_quantization import quantize_blocks
-from seechat_lite.rotary import rotary_tables
 from seechat_lite.source import Source
 from seechat_weights.bundle.arrays import BundleArrays
 from seechat_weights.bundle.layout import HEAD, head_order, reordered_prefix
@@ -192,8 +192,9 @@ def build(
 
     Raises EngineError, CheckpointError for numbers that are too large for `dtype`.
     """
-    tables = torch.from_numpy(rotary_tables(config.head_size, positions, rounded=rounded_rotary))
-    padding = weights.head // 4 - tables.shape[-1]  # rotates zeros
+    traits = TRAITS[config.family]
+    tables = torch.from_numpy(traits.tables(config, positions, rounded=rounded_rotary))
+    padding = weights.head // 2 // traits.rows - tables.shape[-1]  # rotates zeros
     with torch.device("meta"):
         decoder = Decoder(config, weights.head, torch.empty(0))
     decoder.rotary = F.pad(tables, (0, padding)).to(device)

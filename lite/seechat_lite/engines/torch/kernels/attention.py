@@ -53,22 +53,62 @@ def _add_norm(branch, x, weight, bias, result, hidden, alpha, eps, SIZE: tl.cons
     tl.store(result + at, y.to(result.dtype.element_ty), mask=inside)
 
 
+def add_rms_norm(branch: Tensor, x: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+    """branch + x, and its RMS norm.
+
+    branch: [rows, hidden].
+    x: [rows, hidden].
+    norm: the norm's parameters.
+    """
+    rows, hidden = x.shape
+    total, result = torch.empty_like(x), torch.empty_like(x)
+    _add_rms_norm[(rows,)](
+        branch,
+        x,
+        norm.weight,
+        total,
+        result,
+        hidden,
+        norm.eps,
+        SIZE=triton.next_power_of_2(hidden),
+        num_warps=8,
+    )
+    return total, result
+
+
+@triton.jit
+def _add_rms_norm(branch, x, weight, total, result, hidden, eps, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    inside = i < hidden
+    at = tl.program_id(0) * hidden + i
+    wide = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+    wide += tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    added = wide.to(total.dtype.element_ty)
+    tl.store(total + at, added, mask=inside)
+    wide = added.to(tl.float32)
+    spread = tl.rsqrt(tl.sum(wide * wide, axis=0) / hidden + eps)
+    scale = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(result + at, (wide * spread * scale).to(result.dtype.element_ty), mask=inside)
+
+
 def append(
     qkv: Tensor, rotary: Tensor, positions: Tensor, length: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
     """Rotate queries and keys, and put keys and values into the cache; returns the rotated queries.
 
-    qkv: [rows, 3, heads, head].
-    rotary: float32 [2 (cos, sin), positions, head / 4].
-    positions: int64 [2, rows].
+    qkv: [rows, heads + 2 kv_heads, head].
+    rotary: float32 [2 (cos, sin), positions, head / 2 / n].
+    positions: int64 [n, rows]; each of n equal shares of a half rotates by its own position.
     length: int32 [1], tokens in the cache before.
-    keys, values: [heads, capacity, head]; changed in place.
+    keys, values: [kv_heads, capacity, head]; changed in place.
 
     Returns [rows, heads, head].
     """
-    rows, _, heads, head = qkv.shape
+    rows, slots, head = qkv.shape
+    kv_heads = len(keys)
+    heads = slots - 2 * kv_heads
     queries = torch.empty((rows, heads, head), dtype=qkv.dtype, device=qkv.device)
-    _append[(rows, heads)](
+    _append[(rows, slots)](
         qkv,
         rotary,
         positions,
@@ -77,9 +117,11 @@ def append(
         values,
         queries,
         heads,
+        kv_heads,
         keys.shape[1],
         rotary.shape[1],
-        QUARTER=head // 4,
+        SHARE=rotary.shape[2],
+        HEAD=head,
         HALF=triton.next_power_of_2(head // 2),
         num_warps=1,
     )
@@ -96,38 +138,44 @@ def _append(
     values,
     queries,
     heads,
+    kv_heads,
     capacity,
     table,
-    QUARTER: tl.constexpr,
+    SHARE: tl.constexpr,
+    HEAD: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    row, head = tl.program_id(0), tl.program_id(1)
-    size: tl.constexpr = 4 * QUARTER
+    row, slot = tl.program_id(0), tl.program_id(1)
+    half: tl.constexpr = HEAD // 2
     i = tl.arange(0, HALF)
-    inside = i < 2 * QUARTER
-    # these rotate by the position in the context, the rest by that in the answer
-    first = i < QUARTER
-    at = tl.load(positions + tl.where(first, 0, tl.num_programs(0)) + row, mask=inside, other=0)
-    angle = at * QUARTER + tl.where(first, i, i - QUARTER)
-    cos = tl.load(rotary + angle, mask=inside, other=0.0)
-    sin = tl.load(rotary + table * QUARTER + angle, mask=inside, other=0.0)
-    source = qkv + (row * 3 * heads + head) * size + i
-    place = (head * capacity + tl.load(length) + row).to(tl.int64) * size + i
-    for part in tl.static_range(3):
-        a = tl.load(source + part * heads * size, mask=inside, other=0.0)
-        b = tl.load(source + part * heads * size + 2 * QUARTER, mask=inside, other=0.0)
-        if part < 2:
-            wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
-            a = (wide_a * cos - wide_b * sin).to(a.dtype)
-            b = (wide_b * cos + wide_a * sin).to(b.dtype)
-        if part == 0:
-            target = queries + (row * heads + head) * size + i
-        elif part == 1:
-            target = keys + place
-        else:
-            target = values + place
+    inside = i < half
+    source = qkv + (row * tl.num_programs(1) + slot) * HEAD + i
+    a = tl.load(source, mask=inside, other=0.0)
+    b = tl.load(source + half, mask=inside, other=0.0)
+    if slot < heads + kv_heads:
+        at = tl.load(positions + i // SHARE * tl.num_programs(0) + row, mask=inside, other=0)
+        angle = at * SHARE + i % SHARE
+        cos = tl.load(rotary + angle, mask=inside, other=0.0)
+        sin = tl.load(rotary + table * SHARE + angle, mask=inside, other=0.0)
+        wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
+        a = (wide_a * cos - wide_b * sin).to(a.dtype)
+        b = (wide_b * cos + wide_a * sin).to(b.dtype)
+    if slot < heads:
+        target = queries + (row * heads + slot) * HEAD + i
         tl.store(target, a, mask=inside)
-        tl.store(target + 2 * QUARTER, b, mask=inside)
+        tl.store(target + half, b, mask=inside)
+    else:
+        number = slot - heads
+        token = tl.load(length) + row
+        if number < kv_heads:
+            target = keys + (number * capacity + token).to(tl.int64) * HEAD + i
+            tl.store(target, a, mask=inside)
+            tl.store(target + half, b, mask=inside)
+        else:
+            number -= kv_heads
+            target = values + (number * capacity + token).to(tl.int64) * HEAD + i
+            tl.store(target, a, mask=inside)
+            tl.store(target + half, b, mask=inside)
 
 
 def attend(
@@ -138,7 +186,8 @@ def attend(
     The cache is read in SPLITS parts at the same time; their results are then weighted and summed.
 
     queries: [rows, heads, head].
-    keys, values: [heads, capacity, head]; the new tokens are already there, after `length` others.
+    keys, values: [kv_heads, capacity, head]; the new tokens are already there, after `length`
+        others.
     length: int32 [1], tokens in the cache before.
     scale: factor of the scores.
     """
@@ -155,6 +204,7 @@ def attend(
         sums,
         keys.shape[1],
         scale,
+        SHARED=heads // len(keys),
         HEAD=head,
         SIZE=size,
         TOKENS=32,
@@ -175,6 +225,7 @@ def _attend(
     sums,
     capacity,
     scale,
+    SHARED: tl.constexpr,
     HEAD: tl.constexpr,
     SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -195,7 +246,7 @@ def _attend(
     total = tl.zeros((SIZE,), tl.float32)
     for first in range(start, stop, TOKENS):
         t = first + tl.arange(0, TOKENS)
-        place = (head * capacity + t).to(tl.int64)[:, None] * HEAD + i[None, :]
+        place = (head // SHARED * capacity + t).to(tl.int64)[:, None] * HEAD + i[None, :]
         seen = (t < stop)[:, None] & inside[None, :]
         key = tl.load(keys + place, mask=seen, other=0.0).to(tl.float32)
         score = tl.where(t < stop, tl.sum(key * query[None, :], axis=1), -1e30)

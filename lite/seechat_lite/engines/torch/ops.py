@@ -1,0 +1,193 @@
+"""How new tokens go through a layer between its linears: norms, rotation, cache and attention.
+
+No size changes from step to step. On a GPU, steps run the kernels of engines.torch.kernels;
+`add_norm`, `add_rms_norm`, `append` and `attend` do the same in plain torch.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seechat_lite.engines.torch import kernels
+from seechat_weights.config import ALPHA, LMConfig
+
+
+@dataclass
+class Cache:
+    """Keys and values of each layer, [kv_heads, capacity, head]."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @classmethod
+    def empty(
+        cls, config: LMConfig, head: int, capacity: int, *, dtype: torch.dtype, device: torch.device
+    ) -> "Cache":
+        """A cache of zeros.
+
+        config: the decoder's shape.
+        head: size of a head of the weights.
+        capacity: tokens that it has room for.
+        dtype, device: of the buffers.
+        """
+        shape = (config.kv_heads, capacity, head)
+        layers = range(config.num_layers)
+        keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        return cls(keys, [torch.zeros_like(k) for k in keys])
+
+
+class StepOps(Protocol):
+    """How new tokens go through a layer, between its linears."""
+
+    def add_norm(self, branch: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor: ...
+    def add_rms_norm(
+        self, branch: Tensor, x: Tensor, norm: nn.RMSNorm
+    ) -> tuple[Tensor, Tensor]: ...
+    def append(self, qkv: Tensor, rotary: Tensor, keys: Tensor, values: Tensor) -> Tensor: ...
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class TorchOps:
+    """Plain torch behind `length` tokens; the first `context` new ones see each other both ways."""
+
+    positions: Tensor  # int64 [1 or 2, rows]
+    length: int
+    context: int = 0
+
+    def add_norm(self, branch: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return add_norm(branch, x, norm, alpha=ALPHA)
+
+    def add_rms_norm(self, branch: Tensor, x: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(branch, x, norm)
+
+    def append(self, qkv: Tensor, rotary: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return append(qkv, rotary, self.positions, self.length, keys, values)
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        split = self.context
+        before = self.length + split
+        parts = []
+        if split:
+            seen = queries[:split], keys[:, :before], values[:, :before]
+            parts.append(_attention(*seen, None, scale))
+        if split < len(queries):
+            parts.append(attend(queries[split:], keys, values, before, scale=scale))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+@dataclass(frozen=True)
+class KernelOps:
+    """Kernels of a step: causal, behind `length` tokens; `length` is int32 [1] on the device."""
+
+    positions: Tensor  # int64 [1 or 2, rows]
+    length: Tensor
+
+    def add_norm(self, branch: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return kernels.attention.add_norm(branch, x, norm, alpha=ALPHA)
+
+    def add_rms_norm(self, branch: Tensor, x: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+        return kernels.attention.add_rms_norm(branch, x, norm)
+
+    def append(self, qkv: Tensor, rotary: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return kernels.attention.append(qkv, rotary, self.positions, self.length, keys, values)
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        return kernels.attention.attend(queries, keys, values, self.length, scale=scale)
+
+
+@dataclass(frozen=True)
+class PromptKernelOps(KernelOps):
+    """Kernels of a prompt; attention runs in torch, which is made for many rows."""
+
+    prompt: TorchOps
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        return self.prompt.attend(queries, keys, values, scale)
+
+
+def add_norm(branch: Tensor, x: Tensor, norm: nn.LayerNorm, *, alpha: float) -> Tensor:
+    """The layer norm of branch + alpha * x.
+
+    branch: [rows, hidden].
+    x: [rows, hidden].
+    norm: the norm's parameters.
+    alpha: scale of x.
+    """
+    return norm(torch.add(branch, x, alpha=alpha))
+
+
+def add_rms_norm(branch: Tensor, x: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+    """branch + x, and its RMS norm.
+
+    branch: [rows, hidden].
+    x: [rows, hidden].
+    norm: the norm's parameters.
+    """
+    total = branch + x
+    return total, norm(total)
+
+
+def append(
+    qkv: Tensor, rotary: Tensor, positions: Tensor, length: int, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Rotate queries and keys, and put keys and values into the cache; returns the rotated queries.
+
+    qkv: [rows, heads + 2 kv_heads, head].
+    rotary: float32 [2 (cos, sin), positions, head / 2 / n].
+    positions: int64 [n, rows]; each of n equal shares of a half rotates by its own position.
+    length: tokens in the cache before.
+    keys, values: [kv_heads, capacity, head]; changed in place.
+
+    Returns [rows, heads, head].
+    """
+    # [2, n, rows, head / 2 / n] to two of [rows, 1, head / 2]
+    cos, sin = rotary[:, positions].transpose(1, 2).flatten(2)[:, :, None]
+
+    def rotated(x: Tensor) -> Tensor:
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+    kv_heads = len(keys)
+    sizes = [qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads]
+    queries, new_keys, new_values = qkv.split(sizes, dim=1)
+    new = slice(length, length + len(qkv))
+    keys[:, new], values[:, new] = rotated(new_keys).transpose(0, 1), new_values.transpose(0, 1)
+    return rotated(queries)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, length: int, *, scale: float) -> Tensor:
+    """Causal attention of new tokens over the cache; returns [rows, heads, head].
+
+    queries: [rows, heads, head].
+    keys, values: [kv_heads, capacity, head]; the new tokens are already there, after `length`
+        others.
+    length: tokens in the cache before.
+    scale: factor of the scores.
+    """
+    rows = len(queries)
+    end, mask = length + rows, None
+    if rows > 1 and length:
+        mask = torch.ones((rows, end), dtype=torch.bool, device=queries.device).tril(length)
+    causal = rows > 1 and not length
+    return _attention(queries, keys[:, :end], values[:, :end], mask, scale, causal=causal)
+
+
+def _attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    *,
+    causal: bool = False,
+) -> Tensor:
+    q, k, v = queries.transpose(0, 1)[None], keys[None], values[None]
+    shared = q.shape[1] != k.shape[1]  # heads of keys and values serve several of queries
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=shared
+    )
+    return out[0].transpose(0, 1)
