@@ -31,6 +31,9 @@ class EngineOptions:
     keep_vision: bool | None = True
     dtype: str | None = None  # "fp16", "fp32" or torch's "bf16"; None for what suits the device
     max_memory: int | None = None  # bytes that the model may take; on a GPU, of the GPU's memory
+    # bytes of keys and values kept between answers, if every token of the model is causal; 0 for
+    # none, None for those of one full context
+    kept_cache: int | None = None
     # for engines that have them in their `own_options`
     quantize: str | None = None  # a name of engines.torch.linears.QUANTIZATIONS
     rounded_rotary: bool = False  # angles as the published code rounds them in half precision
@@ -46,6 +49,8 @@ class EngineOptions:
             check_choice("dtype", self.dtype, DTYPES)
         if self.max_memory is not None:
             check_integer("max_memory", self.max_memory, expected="a whole number of bytes")
+        if self.kept_cache is not None:
+            check_integer("kept_cache", self.kept_cache, expected="a whole number of bytes")
         if self.quantize is not None:
             check_choice("quantize", self.quantize, QUANTIZATIONS)
 
@@ -63,6 +68,7 @@ class Engine(Protocol):
     reads_checkpoints: ClassVar[bool]  # published weights too, or only bundles
     own_options: ClassVar[frozenset[str]]  # the names of OPTIONAL that it takes
     context: int  # tokens the cache has room for, prompt and answer together
+    held_tokens: int  # of the last prompt that were there already, and were not read
 
     def __init__(
         self, source: Source, *, context: int, options: EngineOptions, plan: MemoryPlan
@@ -122,7 +128,10 @@ class Engine(Protocol):
         ...
 
     def prefill(self, prompt: Prompt) -> np.ndarray:
-        """Empty the cache, read a prompt and return the next token's logits, float32 [vocab].
+        """Read a prompt and return the next token's logits, float32 [vocab].
+
+        What was in the cache is gone. An engine that keeps keys and values reads only what they do
+        not begin with.
 
         prompt: the prompt.
 
@@ -165,7 +174,10 @@ class Engine(Protocol):
         ...
 
     def reset(self) -> None:
-        """Finish an answer: free the cache (a GPU keeps its own) and forget a cancel()."""
+        """Finish an answer: free the cache, unless it is kept, and forget a cancel().
+
+        A GPU keeps its own in any case.
+        """
         ...
 
     def close(self) -> None:

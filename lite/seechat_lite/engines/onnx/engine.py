@@ -1,11 +1,13 @@
 """The default engine: ONNX Runtime executes the vision graph and the decoder graph of a bundle.
 
 The key/value cache is one buffer per layer and part, as long as the context. The decoder's past and
-present are both bound to it, so that no step copies it. It lives as long as one answer. On a GPU it
-stays there between the steps and lives as long as the engine. The context of a ChatGLM prompt is
-one bidirectional call; everything from <sop> on is causal (see seechat_export.chatglm_graph). All
-of a LLaMA prompt is causal. The embedding table is never loaded: the few rows that a prompt needs
-are read from its file.
+present are both bound to it, so that no step copies it. It lives as long as one answer. If the
+model is causal, it may be kept, and so may those of other conversations (see engines.kept). On a
+GPU it stays there between the steps and lives as long as the engine.
+
+The context of a ChatGLM prompt is one bidirectional call; everything from <sop> on is causal (see
+seechat_export.chatglm_graph). All of a LLaMA prompt is causal. The embedding table is never loaded:
+the few rows that a prompt needs are read from its file.
 
 On a GPU the bundle's second graph runs, in float16, if the bundle has one. With CUDA a step of one
 token is recorded.
@@ -14,7 +16,7 @@ token is recorded.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +28,7 @@ from seechat_lite.engines.base import (
     check_room,
     embedded,
 )
+from seechat_lite.engines.kept import KeptCaches
 from seechat_lite.engines.onnx.devices import (
     Recorded,
     find_device,
@@ -86,6 +89,15 @@ class OnnxEngine(Native):
             self._decoder: ort.InferenceSession | None = self._open_decoder(options, half=half)
         self._read_arrays()
         self._begin_empty()
+        if plan.kept:
+            lm, precision = self._manifest.lm, PRECISIONS[self._manifest.decoder.precision]
+            self._kept = KeptCaches(
+                self._new_cache,
+                _copy_cache,
+                token_bytes=cache_bytes(lm, precision, 1),
+                budget=plan.kept,
+                single=self._device.on_gpu,
+            )
         self._fork = "never" if self._device.on_gpu else "idle"
 
     @classmethod
@@ -107,6 +119,7 @@ class OnnxEngine(Native):
             manifest,
             context=context,
             keep_vision=options.keep_vision,
+            kept_cache=options.kept_cache,
             gpu=float_bytes_on_gpu(manifest, device.kind, options.dtype),
             vision_gpu=float_bytes_on_gpu(manifest, seeing.kind, options.dtype),
         )
@@ -170,6 +183,8 @@ class OnnxEngine(Native):
         self._head = cache.shape[3]
         self._cache_dtype = np.dtype({"tensor(float)": "f4", "tensor(float16)": "f2"}[cache.type])
         self._cache: dict[str, ort.OrtValue] = {}  # by the names of the graph's past inputs
+        self._kept: KeptCaches[_Buffers] | None = None  # None: nothing is kept between answers
+        self.held_tokens = 0
         self._on_gpu: dict[str, ort.OrtValue] = {}  # the same on a GPU, where it outlives an answer
         self._recorded: Recorded | None = None
         self._binding: ort.IOBinding | None = self._opened().io_binding()
@@ -191,10 +206,13 @@ class OnnxEngine(Native):
             prompt, self._manifest.lm, context=self.context, rows=self._rows
         )
         with self._memory_planned():
-            self._begin()
+            self.held_tokens = start = self._begin(prompt)
             if split:
                 self._run(embeds[:split], positions[:, :split], bidirectional=True)
-            logits = self._run(embeds[split:], positions[:, split:])[0]
+                start = split
+            logits = self._run(embeds[start:], positions[:, start:])[0]
+        if self._kept:
+            self._kept.read()
         self._next_position = positions[:, -1:].copy()
         self._next_position[-1] += 1
         self._options = run_options()  # steps are short: they keep their memory for the next one
@@ -219,11 +237,15 @@ class OnnxEngine(Native):
                 positions[-1] += np.arange(len(part))
                 logits.append(self._run(self._rows(part), positions, rows=len(part)))
                 self._next_position[-1] += len(part)
+                if self._kept:
+                    self._kept.append(part)
         return np.concatenate(logits)
 
     @guarded
     def rewind(self, tokens: int) -> None:
         self._length -= tokens  # nothing behind the length is ever read, only overwritten
+        if self._kept:
+            self._kept.rewind(tokens)
         self._next_position[-1] -= tokens
 
     def cancel(self) -> None:
@@ -238,17 +260,18 @@ class OnnxEngine(Native):
             self._cancelled = False
 
     def _empty(self) -> None:
-        """Free the cache; a GPU keeps its own."""
+        """Free the cache, unless it is kept; a GPU keeps its own in any case."""
         if self._binding:
             self._binding.clear_binding_inputs()  # the cache goes with its bindings
             self._binding.clear_binding_outputs()
-        self._cache.clear()
+        self._cache = {}
         self._length = 0
         trim_heap()
 
     def _release(self) -> None:
         self._empty()
         self._on_gpu.clear()
+        self._kept = None
         # a binding holds its session, embeddings hold their file
         self._recorded = self._binding = self._decoder = self._arrays = None
         self._vision.close()
@@ -259,20 +282,29 @@ class OnnxEngine(Native):
         assert self._decoder
         return self._decoder
 
-    def _begin(self) -> None:
-        """Begin with an empty cache that holds only the prefix."""
-        self._empty()
-        self._cache = dict(self._on_gpu) or self._new_cache()
-        if self._device.on_gpu:
-            self._on_gpu = dict(self._cache)
-        assert self._binding
-        self._bind_cache(self._binding)
-        self._length = len(self._prefix)
-        self._options = run_options(return_memory=True)
+    def _begin(self, prompt: Prompt) -> int:
+        """Begin with a cache that holds only the prefix, or of the prompt what is kept of it.
 
-    def _new_cache(self) -> dict[str, ort.OrtValue]:
-        """Buffers [1, heads, context, head] by the past inputs' names; they hold the prefix."""
-        lm, cache = self._manifest.lm, {}
+        Returns how many of the prompt's tokens that is.
+        """
+        assert self._binding
+        self._empty()
+        held = 0
+        if self._kept:
+            buffers, held = self._kept.begin(prompt)
+            self._cache = buffers.values
+        else:
+            self._cache = dict(self._on_gpu) or self._new_cache().values
+            if self._device.on_gpu:
+                self._on_gpu = dict(self._cache)
+        self._bind_cache(self._binding)
+        self._length = len(self._prefix) + held
+        self._options = run_options(return_memory=True)
+        return held
+
+    def _new_cache(self) -> "_Buffers":
+        """Buffers that hold the prefix."""
+        lm, values = self._manifest.lm, {}
         shape = (1, lm.kv_heads, len(self._prefix) + self.context, self._head)
         buffers = untouched((2 * lm.num_layers, *shape), self._cache_dtype)
         for i, name in enumerate(_cache_names(lm)):
@@ -280,8 +312,8 @@ class OnnxEngine(Native):
                 layer, part = divmod(i, 2)
                 prefix = self._prefix[:, layer, part].swapaxes(0, 1)
                 buffers[i][0, :, : len(self._prefix)] = prefix
-            cache[name] = self._device.tensor(buffers[i])
-        return cache
+            values[name] = self._device.tensor(buffers[i])
+        return _Buffers(values, buffers)
 
     def _bind_cache(self, binding: ort.IOBinding) -> None:
         for name, value in self._cache.items():
@@ -387,6 +419,22 @@ class OnnxEngine(Native):
                 options=how.options,
                 calls=how.calls,
             ) from e
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """Keys and values of one cache.
+
+    values: [1, heads, context, head] each, by the names of the graph's past inputs.
+    array: on the CPU, what they lie in, [layers * 2, 1, heads, context, head].
+    """
+
+    values: dict[str, ort.OrtValue]
+    array: np.ndarray
+
+
+def _copy_cache(source: _Buffers, target: _Buffers, tokens: int) -> None:
+    target.array[..., :tokens, :] = source.array[..., :tokens, :]
 
 
 def _cache_names(lm: LMConfig) -> list[str]:

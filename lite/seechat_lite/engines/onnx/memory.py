@@ -3,7 +3,7 @@
 The sums are the most that is held. The weights, as the kernels keep them, are always held. Beside
 them there is either the key/value cache of a full context with a workspace for the longest prompt,
 or the vision network, if that is released after every picture; else all of these. On a GPU the
-cache stays.
+cache stays, and so does one that is kept between answers.
 
 The plan counts memory that the system cannot take back. Pages of mapped files (weights that were
 copied for the kernels, a vision network that runs as written) are resident in addition, as long as
@@ -32,6 +32,7 @@ from seechat_weights.bundle.precisions import (
     smaller_precisions,
 )
 from seechat_weights.config import LMConfig
+from seechat_weights.lm.families import LM_FAMILIES
 
 GPUS = ("cuda", "dml")  # how the names of devices with their own memory begin
 RUNTIME = 130 << 20  # Python, numpy, Pillow and ONNX Runtime themselves
@@ -45,6 +46,7 @@ class OnnxPlan(MemoryPlan):
     keep_vision: bool = True  # False: it is released after every picture
     gpu: int = 0  # see float_bytes_on_gpu
     vision_gpu: int = 0  # the same for vision; if it runs elsewhere, its bytes are not counted
+    kept: int = 0  # bytes of keys and values that may stay between answers
 
     @property
     def on_host(self) -> bool:
@@ -54,7 +56,7 @@ class OnnxPlan(MemoryPlan):
     def total(self) -> int:
         if self.keep_vision:
             return super().total
-        cache, stays = (0, self.cache) if self.gpu else (self.cache, 0)
+        cache, stays = (0, self.cache) if self.gpu or self.kept else (self.cache, 0)
         return self.weights + stays + max(self.vision + RUNTIME, cache + self.workspace)
 
     @property
@@ -62,7 +64,7 @@ class OnnxPlan(MemoryPlan):
         if self.keep_vision or not self.vision:
             return super().parts
         sizes = [f"{n} {human(getattr(self, n))}" for n in ("weights", "cache", "workspace")]
-        stay = 2 if self.gpu else 1
+        stay = 2 if self.gpu or self.kept else 1
         rest = f"({' + '.join(sizes[stay:])}, or before that vision {human(self.vision)})"
         return " + ".join([*sizes[:stay], rest])
 
@@ -72,6 +74,7 @@ def bundle_plan(
     *,
     context: int,
     keep_vision: bool | None = None,
+    kept_cache: int | None = None,
     gpu: int = 0,
     vision_gpu: int | None = None,
 ) -> OnnxPlan:
@@ -80,6 +83,7 @@ def bundle_plan(
     manifest: the bundle's.
     context: tokens that the cache has room for.
     keep_vision: None keeps a vision network of up to KEPT_VISION bytes, and any on a GPU.
+    kept_cache: see engines.base.EngineOptions.
     gpu: see float_bytes_on_gpu.
     vision_gpu: the same for vision; None for the decoder's device.
     """
@@ -107,15 +111,20 @@ def bundle_plan(
     weights = stored(manifest.decoder.graph) * (1 if gpu == 2 else precision.widening)
     if precision.block and not gpu:  # the kernels keep the sum of every block beside its scale
         weights += weights * 4 // (manifest.decoder.block_size * precision.bits // 8 + 4)
+    cache = cache_bytes(lm, precision, context + manifest.decoder.prefix_tokens)
+    kept = 0
+    if LM_FAMILIES[lm.family].causal:
+        kept = cache if kept_cache is None else kept_cache
     return OnnxPlan(
         weights=weights,
-        cache=cache_bytes(lm, precision, context + manifest.decoder.prefix_tokens),
+        cache=max(cache, kept) if not gpu else cache,
         vision=vision,
         workspace=RUNTIME + activations,
         context=context,
         keep_vision=keep_vision is not False,
         gpu=gpu,
         vision_gpu=vision_gpu,
+        kept=kept,
     )
 
 
@@ -177,6 +186,7 @@ def advice(needed: OnnxPlan, manifest: Manifest, room: int, *, last: str) -> Adv
             manifest,
             context=context,
             keep_vision=keep_vision,
+            kept_cache=None if needed.kept == needed.cache else needed.kept,
             gpu=needed.gpu,
             vision_gpu=needed.vision_gpu,
         )

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from seechat_lite.engines.base import (
     check_room,
     embedded,
 )
+from seechat_lite.engines.kept import KeptCaches
 from seechat_lite.engines.torch.cuda_graphs import Recorder
 from seechat_lite.engines.torch.decoder import Decoder
 from seechat_lite.engines.torch.kernels import KERNEL_ROWS, fused
@@ -45,6 +46,7 @@ from seechat_lite.source import Source
 from seechat_weights.errors import EngineError, MemoryPlanError
 from seechat_weights.files.audit import Place, check_half
 from seechat_weights.files.in_use import FilesInUse
+from seechat_weights.lm.families import LM_FAMILIES
 
 if TYPE_CHECKING:
     from seechat_lite.engines.onnx.vision import OnnxVision
@@ -108,6 +110,10 @@ class TorchEngine(Native):
         self._files = None if weights else source.opened_files()
         self._vision = _sight(source, options, self._device, self._dtype, self._files)
         self._cache: Cache | None = None
+        self.held_tokens = 0
+        # what the cache keeps between answers; None: nothing
+        causal = LM_FAMILIES[manifest.lm.family].causal and options.kept_cache != 0
+        self._kept = KeptCaches(self._new_cache, _no_copy, **_ONE) if causal else None
         self._recorder: Recorder | None = None
         self._length = 0  # tokens in the cache, those of a prefix included; 0 before a prompt
         # positions of the token that comes next
@@ -195,7 +201,8 @@ class TorchEngine(Native):
             prompt, self._manifest.lm, context=self.context, rows=self._rows
         )
         with self._memory_planned():
-            self._begin()
+            self.held_tokens = start = self._begin(prompt)
+            embeds, positions = embeds[start:], positions[:, start:]
             at = torch.from_numpy(np.ascontiguousarray(positions)).to(self._device)
             place = TorchOps(at, self._length, context=split)
             if self._fused:
@@ -209,6 +216,8 @@ class TorchEngine(Native):
             self._length += len(embeds)
             self._next = positions[:, -1:].copy()
             self._next[-1] += 1
+            if self._kept:
+                self._kept.read()
             return logits[0].cpu().numpy()
 
     def step(self, token_id: int) -> np.ndarray:
@@ -239,11 +248,15 @@ class TorchEngine(Native):
                 logits = self._run(embeds, positions).cpu().numpy()
         self._length += rows
         self._next[-1] += rows
+        if self._kept:
+            self._kept.append(token_ids)
         return logits
 
     @guarded
     def rewind(self, tokens: int) -> None:
         self._length -= tokens  # nothing behind the length is ever read, only overwritten
+        if self._kept:
+            self._kept.rewind(tokens)
         self._next[-1] -= tokens
 
     def cancel(self) -> None:
@@ -253,11 +266,12 @@ class TorchEngine(Native):
         with self._lock:
             self._cancelled = False
             self._length = 0
-            if self._recorder is None:  # recorded steps still use the memory of this one cache
+            # recorded steps still use the memory of this one cache
+            if self._recorder is None and self._kept is None:
                 self._cache = None
 
     def _release(self) -> None:
-        self._recorder = None
+        self._recorder = self._kept = None
         self.reset()
         self._decoder = self._weights = None
         if self._device.type == "cuda" and self._options.max_memory is not None:
@@ -287,21 +301,31 @@ class TorchEngine(Native):
     def _length_there(self) -> Tensor:
         return torch.tensor([self._length], dtype=torch.int32, device=self._device)
 
-    def _begin(self) -> None:
-        """Begin with an empty cache that holds only the prefix."""
-        if self._cache is None:
-            self._cache = Cache.empty(
-                self._manifest.lm,
-                self._head,
-                self._before + self.context,
-                dtype=self._dtype,
-                device=self._device,
-            )
+    def _new_cache(self) -> Cache:
+        return Cache.empty(
+            self._manifest.lm,
+            self._weights.head,
+            self._before + self.context,
+            dtype=self._dtype,
+            device=self._device,
+        )
+
+    def _begin(self, prompt: Prompt) -> int:
+        """Begin with a cache that holds only the prefix, or of the prompt what is kept of it.
+
+        Returns how many of the prompt's tokens that is.
+        """
+        held = 0
+        if self._kept:
+            self._cache, held = self._kept.begin(prompt)
+        elif self._cache is None:
+            self._cache = self._new_cache()
         if self._prefix is not None:
             for layer, (keys, values) in enumerate(self._prefix):
                 self._cache.keys[layer][:, : self._before] = keys.to(self._device)
                 self._cache.values[layer][:, : self._before] = values.to(self._device)
-        self._length = self._before
+        self._length = self._before + held
+        return held
 
     def _run(self, embeds: Tensor, positions: np.ndarray) -> Tensor:
         """Run a step that is not recorded; returns its logits, [rows, vocab]."""
@@ -352,6 +376,9 @@ class TorchEngine(Native):
             release()
         else:
             self._recorder = None
+            if self._kept:
+                self._kept.clear()
+                self._cache = None
             self.reset()
         self._return_memory()
         how = advice(self._plan, self._plan.total - 1, last="close other programs")
@@ -365,6 +392,14 @@ class TorchEngine(Native):
     def _return_memory(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+# the one cache stays where it is: recorded steps use its memory
+_ONE: dict[str, Any] = {"token_bytes": 0, "budget": 0, "single": True}
+
+
+def _no_copy(source: Cache, target: Cache, tokens: int) -> None:
+    raise AssertionError("there is one cache")
 
 
 def _weights(source: Source, options: EngineOptions, dtype: torch.dtype) -> Weights:
