@@ -68,6 +68,7 @@ class TorchEngine:
         self.prefix = prefix
         self.context = model.config.max_sequence_length
         self.steps = 0
+        self.held_tokens = 0
         self.cache: KVCache | None = None
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import seechat_lite as sl
 from llama_reference import LLAMA, arrays, cases, needs_llama_reference
 from seechat_export.export import export_bundle
-from seechat_lite.engines import Engine, EngineOptions, create
+from seechat_lite.engines import Engine, EngineOptions, create, engine_class
+from seechat_lite.engines.base import Cancelled
 from seechat_lite.generate import generate
 from seechat_lite.generation import Sampling
 from seechat_lite.prompt import Prompt
@@ -18,7 +20,7 @@ from seechat_lite.rotary import llama_tables
 from seechat_lite.source import open_source
 from seechat_weights.bundle.manifest import read_manifest
 from seechat_weights.config import LMConfig
-from seechat_weights.errors import CheckpointError
+from seechat_weights.errors import CheckpointError, EngineError
 from seechat_weights.lm.checkpoint import open_lm
 from seechat_weights.lm.llama import llama_config
 
@@ -257,3 +259,56 @@ def test_angles_of_llama_3() -> None:
     half = cos.shape[-1] // 2
     np.testing.assert_allclose(tables[0], cos[0, :, :half], rtol=0, atol=2e-4)
     np.testing.assert_allclose(tables[1], sin[0, :, :half], rtol=0, atol=2e-4)
+
+
+QUESTIONS = ("What is shown?", "And what else?", "In one word?")
+
+
+@pytest.mark.parametrize("engine", ["onnx", "torch"])
+def test_kept_caches_do_not_change_answers(engine: str, bundle: Callable[..., Path]) -> None:
+    """Two conversations in turn: the same answers, and of each prompt only the rest is read."""
+    said: dict[int, list[str]] = {}
+    held: dict[int, list[int]] = {}
+    for size in (0, 1 << 20):
+        with sl.load(bundle("gqa"), engine=engine, device="cpu", context=250, kept_cache=size) as m:
+            chats = [m.chat(), m.chat()]
+            for question in QUESTIONS:
+                for i, chat in enumerate(chats):
+                    answer = chat.ask(f"{i}: {question}", max_new_tokens=8)
+                    said.setdefault(size, []).append(answer)
+                    held.setdefault(size, []).append(answer.stats.held_tokens)
+    assert said[0] == said[1 << 20]
+    assert set(held[0]) == {0}
+    kept = held[1 << 20]
+    assert kept[1] > 10  # what stands before every question
+    if engine == "onnx":  # torch keeps one conversation's
+        assert all(n > 40 for n in kept[2:])
+
+
+def test_a_failed_or_cancelled_prompt_is_not_kept(bundle: Callable[..., Path]) -> None:
+    source = open_source(bundle("gqa"))
+    engine = create("onnx", source, context=64)
+    ids = cases("llama_tiny/gqa/cases.json")["p2"]["input_ids"]
+    expected = engine.prefill(Prompt(ids))
+    engine.reset()
+    engine.cancel()
+    other = [*ids[:5], 9, 9, 9]
+    with pytest.raises(Cancelled):
+        engine.prefill(Prompt(other))
+    engine.reset()
+    np.testing.assert_allclose(engine.prefill(Prompt(ids)), expected, rtol=0, atol=1e-5)
+    engine.reset()
+    with pytest.raises(EngineError, match=r"call prefill\(\) first"):
+        engine.step(5)
+
+
+def test_the_plan_counts_what_is_kept(bundle: Callable[..., Path]) -> None:
+    source = open_source(bundle("gqa"))
+    plans = [
+        engine_class("onnx").plan(
+            source, context=200, options=EngineOptions(device="cpu", kept_cache=size)
+        )
+        for size in (0, None, 10**9)
+    ]
+    assert plans[0].total == plans[1].total  # what a full context takes anyway
+    assert plans[2].cache == 10**9

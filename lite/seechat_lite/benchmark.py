@@ -55,6 +55,7 @@ class Report:
     load: float
     first_token: float  # of a short question in a loaded model, with a picture if it has vision
     encode_image: float | None  # None for a text-only bundle
+    next_question: float = 0.0  # of the next short question in the same conversation
     prefill: dict[int, float] = field(default_factory=dict)  # prompt tokens: tokens per second
     decode: dict[int, float] = field(default_factory=dict)  # context tokens: seconds per token
     # not for the torch engine: bytes read from memory for one token, and per second by all threads
@@ -125,11 +126,12 @@ def measure(
             noise = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
             report.encode_image = _median(repeat, lambda: model.engine.encode_image(noise))
         say("first token")
-        report.first_token = _first_token(model, repeat)
+        report.first_token, report.next_question = _first_tokens(model, repeat)
         for length in (n for n in PREFILL if n < context):
             say(f"prefill {length}")
-            prompt = _prompt(manifest, length)
-            seconds = _median(repeat, lambda p=prompt: model.engine.prefill(p))
+            # each time another prompt: of the same one, a cache may keep what was read
+            prompts = (_prompt(manifest, length, seed) for seed in range(repeat + 1))
+            seconds = _median(repeat, lambda p=prompts: model.engine.prefill(next(p)))
             report.prefill[length] = length / seconds
         # the longest prompt that a chat sends leaves a quarter of the context, at most 512 tokens
         say("longest prompt")
@@ -230,6 +232,7 @@ def rows(report: Report) -> dict[str, str]:
     if report.encode_image is not None:
         rows["picture"] = f"{report.encode_image * 1e3:.3g} ms"
     rows["first token"] = f"{report.first_token * 1e3:.3g} ms"
+    rows["of the next question"] = f"{report.next_question * 1e3:.3g} ms"
     for length, speed in report.prefill.items():
         rows[f"prefill {length}"] = f"{speed:.1f} tokens/s"
     for length, seconds in report.decode.items():
@@ -271,11 +274,11 @@ def _times(calls: Iterable[Callable[[], object]]) -> list[float]:
     return times
 
 
-def _prompt(manifest: Manifest, length: int) -> Prompt:
+def _prompt(manifest: Manifest, length: int, seed: int = 0) -> Prompt:
     """A prompt of `length` ordinary tokens in all."""
     lm = manifest.lm
     words, around = ordinary_ids(lm), len(framed([], lm))
-    drawn = np.random.default_rng(length).integers(words.start, words.stop, length - around)
+    drawn = np.random.default_rng([length, seed]).integers(words.start, words.stop, length - around)
     return Prompt(framed(drawn.tolist(), lm))
 
 
@@ -304,18 +307,25 @@ def _dialogue(model: Model, turns: int) -> Iterator[int]:
     log.setLevel(level)
 
 
-def _first_token(model: Model, repeat: int) -> float:
-    """Median seconds from a question to its first token, in a new chat with a new picture."""
+def _first_tokens(model: Model, repeat: int) -> tuple[float, float]:
+    """Median seconds from a question to its first token: the first about a picture, and the next.
+
+    Every time in a new chat with a new picture.
+    """
     times = []
     for i in range(repeat + 1):
         chat = model.chat()
         image = None
         if model.manifest.vision:
             image = Image.effect_noise((256, 256), 64 + i)
-        chat.ask("这是什么?", image, max_new_tokens=1)
-        assert chat.stats
-        times.append(chat.stats.first_token_seconds)
-    return statistics.median(times[1:])
+        found = []
+        for question, shown in (("这是什么?", image), ("它是什么颜色?", None)):
+            chat.ask(question, shown, max_new_tokens=1)
+            assert chat.stats
+            found.append(chat.stats.first_token_seconds)
+        times.append(found)
+    first, then = zip(*times[1:], strict=True)
+    return statistics.median(first), statistics.median(then)
 
 
 def _peak() -> int:

@@ -233,6 +233,7 @@ class Stats:
     finish_reason: str  # "stop", "length" (max_new_tokens or a full context) or "cancelled"
     guessed_tokens: int = 0  # run before they were chosen; right_guesses of them were chosen
     right_guesses: int = 0
+    held_tokens: int = 0  # of the prompt, that an earlier answer left in the cache: not read again
 
     @property
     def tokens_per_second(self) -> float:
@@ -242,8 +243,9 @@ class Stats:
 
     def __repr__(self) -> str:
         forgotten = f", {self.dropped_turns} turns forgotten" if self.dropped_turns else ""
+        held = f", {self.held_tokens} of them known" if self.held_tokens else ""
         return (
-            f"<Stats: {self.prompt_tokens} tokens read, {self.new_tokens} written in "
+            f"<Stats: {self.prompt_tokens} tokens read{held}, {self.new_tokens} written in "
             f"{self.seconds:.2f} s (the first after {self.first_token_seconds:.2f} s, then "
             f"{self.tokens_per_second:.1f} a second), ended by {self.finish_reason!r}{forgotten}>"
         )
@@ -546,7 +548,8 @@ class Chat:
         finally:
             with self._lock:
                 self._answering = False
-            model.engine.reset()  # a later turn is read again; its memory is free until then
+            # unless it is kept, a later turn is read again; its memory is free until then
+            model.engine.reset()
             # closed early, interrupted or stopped: what was said so far stays said
             seconds = time.perf_counter() - start
             self.stats = Stats(
@@ -558,6 +561,7 @@ class Chat:
                 finish,
                 guessed_tokens=lookup.guessed if lookup else 0,
                 right_guesses=lookup.right if lookup else 0,
+                held_tokens=model.engine.held_tokens if count else 0,
             )
             said = answer.shown or finish != "cancelled"
             with self._lock:

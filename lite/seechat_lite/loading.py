@@ -35,6 +35,7 @@ def load(
     threads: int = 0,
     vision_device: str | None = None,
     keep_vision: bool | None = None,
+    kept_cache: int | None = None,
     max_memory: int | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
@@ -60,6 +61,10 @@ def load(
     vision_device: where the vision network runs, if not on `device`.
     keep_vision: hold the vision network in memory, or release it after every picture; None keeps a
         small one.
+    kept_cache: bytes of keys and values that may be kept between answers, so that the next question
+        of a conversation is read alone; 0 keeps none; None keeps those of one full context. Only
+        models whose every token is causal (LLaMA) keep any. The torch engine keeps one
+        conversation's, whatever the number.
     max_memory: bytes that the model may take at most; on a GPU, of the GPU's memory. If it may need
         more, loading is refused (see engines.base.Engine.plan).
     dtype: "fp16", "fp32" or, for torch, "bf16"; None for what suits the device.
@@ -96,6 +101,7 @@ def load(
         threads=threads,
         vision_device=vision_device,
         keep_vision=keep_vision,
+        kept_cache=kept_cache,
         dtype=dtype,
         quantize=quantize,
         max_memory=max_memory,

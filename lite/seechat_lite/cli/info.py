@@ -12,6 +12,7 @@ from seechat_lite.cli.options import (
     add_memory_options,
     check_context,
     check_engine,
+    size_of,
 )
 from seechat_lite.cli.terminal import print_json, print_table
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LOADING = ("engine", "device", "dtype", "context", "keep_vision")  # arguments of load()
+# arguments of load()
+_LOADING = ("engine", "device", "dtype", "context", "keep_vision", "kept_cache")
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -58,6 +60,7 @@ def _info(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from seechat_weights.model_files import is_bundle
 
     check_context(args, parser.error)
+    args.kept_cache = size_of(args, "kept_cache", parser.error)
     check_engine(args, parser.error)
     path = local_path(args.model) if args.model else None
     if path and not is_bundle(path):
@@ -131,7 +134,12 @@ def _plan(source: "Source", args: argparse.Namespace) -> "MemoryPlan":
     from seechat_lite.loading import warn_of_context
 
     warn_of_context(args.context, source.manifest)
-    options = EngineOptions(device=args.device, keep_vision=args.keep_vision, dtype=args.dtype)
+    options = EngineOptions(
+        device=args.device,
+        keep_vision=args.keep_vision,
+        kept_cache=args.kept_cache,
+        dtype=args.dtype,
+    )
     return engine_class(args.engine).plan(source, context=args.context, options=options)
 
 

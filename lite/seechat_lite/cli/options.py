@@ -122,6 +122,12 @@ def add_memory_options(parser: Any) -> None:
         help="keep the vision network in memory between pictures; default: if it is small, or on "
         "a GPU",
     )
+    add(
+        "--kept-cache",
+        metavar="SIZE",
+        help="memory for what LLaMA models have read, so that the next question of a conversation "
+        "is read alone; 0: none; default: that of one full context",
+    )
 
 
 def add_format_option(parser: Any) -> None:
@@ -224,12 +230,6 @@ def load_options(args: argparse.Namespace, usage_error: UsageError) -> dict[str,
         usage_error(f"{own[name][0]} with --engine torch")
     if not 0 <= args.threads <= MAX_THREADS:
         usage_error(f"--threads is {args.threads}; expected 0 to {MAX_THREADS}")
-    max_memory = None
-    if args.max_memory is not None:
-        try:
-            max_memory = parse_size(args.max_memory)
-        except SeechatError as e:
-            usage_error(f"--max-memory: {e}")
     return {
         "engine": args.engine,
         "device": args.device,
@@ -237,12 +237,29 @@ def load_options(args: argparse.Namespace, usage_error: UsageError) -> dict[str,
         "threads": args.threads,
         "vision_device": args.vision_device,
         "keep_vision": args.keep_vision,
-        "max_memory": max_memory,
+        "kept_cache": size_of(args, "kept_cache", usage_error),
+        "max_memory": size_of(args, "max_memory", usage_error),
         "dtype": args.dtype,
         "quantize": args.quantize,
         "rounded_rotary": args.rounded_rotary,
         "vision": vision,
     }
+
+
+def size_of(args: argparse.Namespace, name: str, usage_error: UsageError) -> int | None:
+    """The bytes that an option names; None if it is not given.
+
+    args: the parsed arguments.
+    name: the option's, as an attribute.
+    usage_error: called if it is no size.
+    """
+    given = getattr(args, name)
+    if given is None:
+        return None
+    try:
+        return parse_size(given)
+    except SeechatError as e:
+        usage_error(f"--{name.replace('_', '-')}: {e}")
 
 
 def picture_source(place: str) -> "str | io.BytesIO":

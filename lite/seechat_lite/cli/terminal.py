@@ -186,8 +186,10 @@ def print_stats(stats: "Stats | None") -> None:
     stats: of the answer; None prints nothing.
     """
     if stats:
+        held = f" ({stats.held_tokens} known)" if stats.held_tokens else ""
         print(
-            f"prompt {stats.prompt_tokens} tokens · first token {stats.first_token_seconds:.2f} s"
+            f"prompt {stats.prompt_tokens} tokens{held}"
+            f" · first token {stats.first_token_seconds:.2f} s"
             f" · {stats.new_tokens} tokens in {stats.seconds:.2f} s"
             f" ({stats.tokens_per_second:.1f}/s) · {stats.finish_reason}",
             file=sys.stderr,

@@ -210,6 +210,7 @@ def usage_of(stats: Stats) -> schemas.Usage:
     """
     return schemas.Usage(
         prompt_tokens=stats.prompt_tokens,
+        prompt_tokens_details=schemas.PromptTokens(cached_tokens=stats.held_tokens),
         completion_tokens=stats.new_tokens,
         total_tokens=stats.prompt_tokens + stats.new_tokens,
         dropped_turns=stats.dropped_turns,

@@ -176,7 +176,7 @@ def _finished(about: dict[str, Any], item: str, text: str, stats: Stats) -> dict
         "output": [_item(item, status, [_part(text)])],
         "usage": {
             "input_tokens": stats.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": stats.held_tokens},
             "output_tokens": stats.new_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": stats.prompt_tokens + stats.new_tokens,

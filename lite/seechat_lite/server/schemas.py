@@ -218,8 +218,13 @@ class OllamaShow(_Request):
     name: str | None = None
 
 
+class PromptTokens(BaseModel):
+    cached_tokens: int = Field(description="that an earlier answer left in the cache")
+
+
 class Usage(BaseModel):
     prompt_tokens: int
+    prompt_tokens_details: PromptTokens
     completion_tokens: int
     total_tokens: int
     dropped_turns: int = Field(description="turns for which the context had no room; an addition")
