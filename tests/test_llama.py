@@ -21,6 +21,7 @@ from seechat_lite.source import open_source
 from seechat_weights.bundle.manifest import read_manifest
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import CheckpointError, EngineError
+from seechat_weights.identify import identify
 from seechat_weights.lm.checkpoint import open_lm
 from seechat_weights.lm.llama import llama_config
 
@@ -312,3 +313,27 @@ def test_the_plan_counts_what_is_kept(bundle: Callable[..., Path]) -> None:
     ]
     assert plans[0].total == plans[1].total  # what a full context takes anyway
     assert plans[2].cache == 10**9
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_info_knows_it(name: str) -> None:
+    found = identify(LLAMA / name)
+    assert (found.kind, found.runs, found.missing) == ("llama", True, {})
+    assert found.options == {"lm": LLAMA / name}
+
+
+def test_info_says_what_is_missing(tmp_path: Path) -> None:
+    for file in (LLAMA / "gqa").glob("*"):
+        if file.suffix == ".safetensors" and file.name.startswith("model"):
+            (tmp_path / file.name).symlink_to(file)
+    named = {"_name_or_path": "lmsys/vicuna-7b-v1.5"}
+    settings = json.loads((LLAMA / "gqa/config.json").read_text("utf-8")) | named
+    assert set(identify(tmp_path).missing) == {"config.json", "tokenizer.model or tokenizer.json"}
+    (tmp_path / "config.json").write_text(json.dumps(settings), "utf-8")
+    where = "https://huggingface.co/lmsys/vicuna-7b-v1.5"
+    assert identify(tmp_path).missing == {"tokenizer.model or tokenizer.json": where}
+    alone = identify(tmp_path / "config.json")
+    assert alone.kind == "llama"
+    adapter = LLAMA.parent / "llava_tiny/llava_lora/adapter_model.bin"
+    assert identify(adapter).title == "a LoRA adapter for a LLaMA"
+    assert identify(LLAMA / "gqa/tokenizer.model").kind == "tokenizer"

@@ -36,7 +36,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         usage="%(prog)s --lm PATH --out DIR [options]",
         help="make a bundle from published weights",
-        description="Make a bundle from a ChatGLM-6B checkpoint: without vision, with a CLIP "
+        description="Make a bundle from a checkpoint of ChatGLM-6B or a LLaMA: without vision, with a CLIP "
         "vision tower and its projector, or with SEEChat's EVA ViT, Q-Former and checkpoint. "
         "VisualGLM-6B brings its own. Run again after an interruption, it continues.",
     )
@@ -64,12 +64,13 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="PATH",
-        help="ChatGLM-6B (fp16, int8, int4, int4-qe) or VisualGLM-6B: a Hugging Face folder with "
-        "config.json, weights and ice_text.model, SAT's mp_rank_00_model_states.pt, or a Hub id",
+        help="ChatGLM-6B (fp16, int8, int4, int4-qe), VisualGLM-6B or a LLaMA: a Hugging Face "
+        "folder with config.json, weights and tokenizer, SAT's mp_rank_00_model_states.pt, or a "
+        "Hub id",
     )
     add("--adapter", type=Path, metavar="DIR", help="a PEFT LoRA, to be merged")
     add("--prefix", type=Path, metavar="PATH", help="a P-tuning v2 prefix: its folder or file")
-    add("--tokenizer", type=Path, metavar="FILE", help="ice_text.model; default: the one in --lm")
+    add("--tokenizer", type=Path, metavar="FILE", help="default: the one in --lm")
     add_vision_options(parser.add_argument_group("vision, if the language model brings none"))
     parser.set_defaults(run=lambda args: _export(args, parser))
 

@@ -20,7 +20,7 @@ from seechat_weights.libraries import import_error
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 _HUB_ID = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9_.-]+))?(?:/(.+))?")
 # configurations, tokenizers, and files that tell how pictures are prepared
-_BESIDE = ("*.json", "ice_text.model")
+_BESIDE = ("*.json", "ice_text.model", "tokenizer.model")
 
 
 def fetch(

@@ -31,6 +31,7 @@ from seechat_weights.files.reading import (
 from seechat_weights.files.tensor_view import ITEM_BYTES
 from seechat_weights.files.untrusted import open_file, read_file
 from seechat_weights.lm.checkpoint import open_lm
+from seechat_weights.lm.families import LM_FAMILIES
 from seechat_weights.lm.lora import ADAPTER_CONFIG, check_adapter, config_like, open_adapter
 from seechat_weights.lm.tokenizer_file import MAX_BYTES, completed
 from seechat_weights.model_files import CONFIG, TOKENIZER, is_bundle, model_place
@@ -41,6 +42,8 @@ from seechat_weights.published_models import (
     Identity,
     Shapes,
     later,
+    llama_hub,
+    llama_missing,
     need,
     whole,
 )
@@ -49,10 +52,10 @@ __all__ = ["Identity", "check_given", "describe_bundle", "identify"]
 
 # the kinds that each argument of an export takes; the first one with a kind is its own
 _OPTIONS = {
-    "lm": ("ChatGLM-6B or VisualGLM-6B", ("chatglm", "visualglm")),
+    "lm": ("ChatGLM-6B, VisualGLM-6B or a LLaMA", ("chatglm", "visualglm", "llama")),
     "adapter": ("a LoRA adapter", ("lora",)),
     "prefix": ("a P-tuning prefix", ("ptuning",)),
-    "tokenizer": (f"the file {TOKENIZER}", ("tokenizer",)),
+    "tokenizer": (f"the file {TOKENIZER} or tokenizer.model", ("tokenizer",)),
     "eva": ("EVA ViT-g", ("eva",)),
     "qformer": ("BLIP-2's Q-Former", ("qformer",)),
     "checkpoint": ("a checkpoint of SEEChat", ("seechat", "qformer")),
@@ -244,7 +247,7 @@ def _by_tensors(path: Path, config: Mapping[str, Any], opener: Opener) -> Identi
 def _tried(found: Identity, path: Path, shapes: Shapes, opener: Opener) -> Identity:
     """The same identity if an export would take it; else the identity says why not."""
     try:
-        if found.kind in ("chatglm", "visualglm") and CONFIG not in found.missing:
+        if found.kind in _OPTIONS["lm"][1] and CONFIG not in found.missing:
             open_lm(model_place(path), opener=opener)
         elif found.kind == "lora" and ADAPTER_CONFIG not in found.missing:
             check_adapter(open_adapter(path, config_like(shapes), opener=opener), str(path))
@@ -259,6 +262,8 @@ def _by_config(path: Path, config: Mapping[str, Any], missing: dict[str, str]) -
     kind = config.get("model_type")
     if any(n in config for n in ("padded_vocab_size", "multi_query_attention", "rmsnorm")):
         return later(path, config)
+    if kind in LM_FAMILIES["llama"].model_types:
+        return _llama_by_config(path, config, missing)
     if kind != "chatglm":
         name = f"a {shown(kind)} model" if kind else "JSON"
         return Identity(path, "other", f"{name}, not of this family", usable=False)
@@ -277,8 +282,23 @@ def _by_config(path: Path, config: Mapping[str, Any], missing: dict[str, str]) -
     return Identity(folder, "visualglm" if seeing else "chatglm", title, facts, missing)
 
 
+def _llama_by_config(path: Path, config: Mapping[str, Any], missing: dict[str, str]) -> Identity:
+    inner = config.get("text_config")
+    sizes = inner if isinstance(inner, dict) else config
+    facts = {
+        "language model": f"{shown(sizes.get('num_hidden_layers'))} layers, "
+        f"hidden {shown(sizes.get('hidden_size'))}",
+        "vocabulary": f"{shown(sizes.get('vocab_size'))} ids",
+    }
+    folder = path if path.is_dir() else path.parent
+    missing = missing | llama_missing(folder, config)
+    return Identity(folder, "llama", "a LLaMA, its weights not (all) there", facts, missing)
+
+
 def _hub(config: Mapping[str, Any]) -> str:
     """Where a configuration's weights are published."""
+    if config.get("model_type") in LM_FAMILIES["llama"].model_types:
+        return llama_hub(config)
     if "eva_config" in config or "image_length" in config:
         return VISUALGLM_HUB
     bits = config.get("quantization_bit")
@@ -299,17 +319,19 @@ def _lost_shards(folder: Path) -> list[str]:
 
 
 def _tokenizer(path: Path) -> Identity | None:
-    """Recognizes an ICE tokenizer: sentencepiece, with ChatGLM's special tokens as pieces."""
+    """Recognizes a tokenizer of sentencepiece by its special tokens: ChatGLM's or LLaMA's."""
     try:
         data = completed(read_file(path, limit=MAX_BYTES))
     except OSError:
         return None
-    if not all(special in data for special in (b"[gMASK]", b"<sop>", b"<eop>")):
-        return None
-    return Identity(
-        path, "tokenizer", "ChatGLM-6B's tokenizer", {"size": _human(len(data))},
-        need("a ChatGLM-6B folder"),
-    )  # fmt: skip
+    facts = {"size": _human(len(data))}
+    if all(special in data for special in (b"[gMASK]", b"<sop>", b"<eop>")):
+        needed = need("a ChatGLM-6B folder")
+        return Identity(path, "tokenizer", "ChatGLM-6B's tokenizer", facts, needed)
+    if all(special in data for special in (b"<unk>", b"<s>", b"</s>", b"<0xFF>")):
+        needed = need("a LLaMA folder")
+        return Identity(path, "tokenizer", "a LLaMA's tokenizer", facts, needed)
+    return None
 
 
 def _pointer(path: Path) -> Identity | None:

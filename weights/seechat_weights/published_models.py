@@ -9,6 +9,8 @@ from typing import Any
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files.checkpoint import TensorInfo
 from seechat_weights.files.reading import first_bytes
+from seechat_weights.lm import llama
+from seechat_weights.lm.families import LM_FAMILIES
 from seechat_weights.model_files import CONFIG, TOKENIZER, find_model, model_place
 from seechat_weights.vision.bridge_names import bridge_names
 from seechat_weights.vision.clip_names import CLIP_FORMS, clip_library
@@ -27,6 +29,7 @@ PLACES = {
     QFORMER: f"{_LAVIS}/{QFORMER}",
     CHECKPOINT: "https://pan.baidu.com/s/18-_f_O5a-W1dJBWsbpmAGw (code qiho)",
     "a ChatGLM-6B folder": CHATGLM_HUB,
+    "a LLaMA folder": "the model that its adapter_config.json names",
     "a CLIP ViT-L/14": "https://huggingface.co/openai/clip-vit-large-patch14",
     "a projector": "the training run that made it; SEEChat publishes none for CLIP",
 }
@@ -141,13 +144,16 @@ def _lora(path: Path, shapes: Shapes, _: object) -> Identity | None:
         return None
     folder = path if path.is_dir() else path.parent
     facts = {"adapter": f"LoRA of rank {_size(shapes[tuned[0]], 0)} on {len(tuned)} linears"}
-    if not any(re.search(r"\.transformer\.layers\.\d+\.(attention|mlp)\.", k) for k in tuned):
+    chatglm = any(re.search(r"\.transformer\.layers\.\d+\.(attention|mlp)\.", k) for k in tuned)
+    if not chatglm and not any(re.search(r"\.layers\.\d+\.(self_attn|mlp)\.", k) for k in tuned):
         return Identity(path, "other", "a LoRA adapter of another model", facts, usable=False)
-    missing = need("a ChatGLM-6B folder")
+    base = "a ChatGLM-6B folder" if chatglm else "a LLaMA folder"
+    missing = need(base)
     if not (folder / "adapter_config.json").is_file():
         missing["adapter_config.json"] = "the training run that made it"
-    options = export(adapter=path)
-    return Identity(path, "lora", "a LoRA adapter for ChatGLM-6B", facts, missing, options)
+    options = export(lm=None if chatglm else "LLAMA", adapter=path)
+    title = f"a LoRA adapter for {'ChatGLM-6B' if chatglm else 'a LLaMA'}"
+    return Identity(path, "lora", title, facts, missing, options)
 
 
 def _seechat(path: Path, shapes: Shapes, _: object) -> Identity | None:
@@ -234,11 +240,55 @@ def _others(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Any:
     """Recognizes, by name, models that people take for one of this family."""
     if any(k.startswith("transformer.encoder.layers.") for k in shapes):
         return later(path, config)
-    if "model.layers.0.self_attn.q_proj.weight" in shapes:
-        seeing = any("mm_projector" in k or "vision_tower" in k for k in shapes)
-        name = "LLaVA, on a Llama-like model" if seeing else "a Llama-like model"
-        return Identity(path, "other", f"{name}, not of this family", usable=False)
     return None
+
+
+def _llama(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Identity | None:
+    """Recognizes a LLaMA as a Hugging Face folder, alone or with a vision network beside it."""
+    layer = "layers.0.self_attn.q_proj"
+    forms = (f for f in llama.FORMS if any(k.startswith(f"{f.body}{layer}.") for k in shapes))
+    form = next(forms, None)
+    if form is None:
+        return None
+    layers = _layers(shapes, rf"{re.escape(form.body)}layers\.(\d+)\.")
+    embeddings = shapes.get(f"{form.body}embed_tokens.weight")
+    weight = shapes.get(f"{form.body}{layer}.weight")
+    facts = {
+        "language model": f"{layers} layers, hidden {_size(embeddings, 1)}",
+        "vocabulary": f"{_size(embeddings, 0)} ids",
+        "precision": weight.dtype if weight else "integers in blocks",
+    }
+    seen = next((n for start, n in _SEEING.items() if any(start in k for k in shapes)), None)
+    where = model_place(path)
+    missing = llama_missing(where if where.is_dir() else where.parent, config)
+    title = f"{seen}, on a LLaMA" if seen else "a LLaMA"
+    options = export(lm=where)
+    return Identity(path, "llama", title, facts, missing, options, runs=not missing)
+
+
+# a part of the names of vision networks, and the model that has them
+_SEEING = {"mm_projector": "LLaVA", "multi_modal_projector": "LLaVA", "qformer.": "InstructBLIP"}
+
+
+def llama_missing(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """What a LLaMA's folder lacks beside its weights, and where that is published.
+
+    folder: the folder.
+    config: its config.json, or nothing.
+    """
+    names, missing = LM_FAMILIES["llama"].tokenizers, {}
+    if not (folder / CONFIG).is_file():
+        missing[CONFIG] = llama_hub(config)
+    if not any(whole(folder / name) for name in names):
+        missing[" or ".join(names)] = llama_hub(config)
+    return missing
+
+
+def llama_hub(config: Mapping[str, Any]) -> str:
+    """Where a LLaMA is published, as far as its configuration says it."""
+    name = config.get("_name_or_path")
+    known = isinstance(name, str) and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name)
+    return f"https://huggingface.co/{name}" if known else "its publisher"
 
 
 def later(path: Path, config: Mapping[str, Any]) -> Identity:
@@ -253,7 +303,7 @@ def later(path: Path, config: Mapping[str, Any]) -> Identity:
     return Identity(path, "other", title, missing=need("a ChatGLM-6B folder"), usable=False)
 
 
-RECOGNIZERS = (_lm, _ptuning, _lora, _seechat, _eva, _clip, _projector, _others)
+RECOGNIZERS = (_lm, _llama, _ptuning, _lora, _seechat, _eva, _clip, _projector, _others)
 
 
 def whole(path: Path) -> bool:

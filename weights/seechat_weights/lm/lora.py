@@ -208,24 +208,52 @@ def _places(config: LMConfig) -> dict[str, _Place]:
 
 
 def config_like(shapes: Mapping[str, TensorInfo]) -> LMConfig:
-    """The sizes of a ChatGLM-6B that an adapter's matrices could fit.
+    """The sizes of a language model that an adapter's matrices could fit.
 
     shapes: the adapter's tensors.
     """
-    layers, config = 0, LMConfig()
+    chatglm = any(".transformer.layers." in key for key in shapes)
+    layers, sizes = 0, dict[str, int]()
     for key, (shape, _) in shapes.items():
-        if len(shape) == 2 and re.search(r"\.(lm_head|word_embeddings)\.(?!lora)", key):
-            config = replace(config, vocab_size=shape[0])
-        if not (found := re.search(r"\.layers\.(\d{1,3})\.(\w+)\.(\w+)\.lora_([AB])\.", key)):
+        if len(shape) == 2 and re.search(
+            r"\.(lm_head|word_embeddings|embed_tokens)\.(?!lora)", key
+        ):
+            sizes["vocab_size"] = shape[0]
+        if not (found := re.search(r"\.layers\.(\d{1,3})\.\w+\.(\w+)\.lora_([AB])\.", key)):
             continue
         layers = max(layers, int(found[1]) + 1)
-        size = shape[-1 if found[4] == "A" else 0] if len(shape) == 2 else 0
-        name = (found[3], found[4])
-        if name in (("query_key_value", "A"), ("dense", "A"), ("dense_h_to_4h", "A")):
-            config = replace(config, hidden_size=size)
-        elif name in (("dense_4h_to_h", "A"), ("dense_h_to_4h", "B")):
-            config = replace(config, inner_size=size)
-    return replace(config, num_layers=max(layers, config.num_layers), num_heads=1)
+        size = shape[-1 if found[3] == "A" else 0] if len(shape) == 2 else 0
+        if field := _SIZES.get((found[2], found[3])):
+            sizes[field] = size
+    config = LMConfig(num_heads=1)
+    if not chatglm:
+        config = LMConfig(family="llama", num_layers=32, inner_size=11008, vocab_size=32000)
+        # heads of one number each: a matrix of keys tells its rows alone
+        sizes["num_heads"] = sizes.get("hidden_size", config.hidden_size)
+    return replace(config, **sizes, num_layers=max(layers, config.num_layers))
+
+
+_TABLES = re.compile(r"\.(lm_head|word_embeddings|embed_tokens)\.(?!lora)")
+# what a matrix of an adapter tells: of A the inputs, of B the outputs
+_SIZES = {
+    ("query_key_value", "A"): "hidden_size",
+    ("dense", "A"): "hidden_size",
+    ("dense_h_to_4h", "A"): "hidden_size",
+    ("dense_4h_to_h", "A"): "inner_size",
+    ("dense_h_to_4h", "B"): "inner_size",
+    ("q_proj", "A"): "hidden_size",
+    ("k_proj", "A"): "hidden_size",
+    ("v_proj", "A"): "hidden_size",
+    ("gate_proj", "A"): "hidden_size",
+    ("up_proj", "A"): "hidden_size",
+    ("down_proj", "B"): "hidden_size",
+    ("o_proj", "B"): "hidden_size",
+    ("gate_proj", "B"): "inner_size",
+    ("up_proj", "B"): "inner_size",
+    ("down_proj", "A"): "inner_size",
+    ("k_proj", "B"): "num_kv_heads",
+    ("v_proj", "B"): "num_kv_heads",
+}
 
 
 def check_adapter(adapter: Adapter, where: str) -> None:
