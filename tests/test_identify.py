@@ -126,7 +126,7 @@ SAT = {"mixins.chatglm-final.lm_head.weight": (9, 8), "mixins.eva.model.glm_proj
             "other",
             "adapter of another model",
         ),
-        ({"model.layers.0.self_attn.q_proj.weight": (4, 4)}, "other", "a Llama-like model, not of"),
+        ({"model.layers.0.self_attn.q_proj.weight": (4, 4)}, "llama", "a LLaMA"),
         ({"transformer.encoder.layers.0.x": (4, 4)}, "other", "ChatGLM2-6B or ChatGLM3-6B"),
         ({"bert.embeddings": (4, 4)}, "other", "not of this family"),
         ({"Qformer.bert.encoder.layer.0.x": (4,), "t5_proj.weight": (4,)}, "qformer", "Q-Former"),
@@ -183,8 +183,10 @@ def test_other_things(tmp_path: Path, text_bundle: Path) -> None:
     assert found.kind == "lfs-pointer" and "2706249" in found.facts["stands for"]
     shutil.copy(data("chatglm_tiny/config.json"), tmp_path / "config.json")
     assert list(identify(tmp_path).missing) == ["weights", "ice_text.model"]
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
+    assert identify(tmp_path).title == "a opt model, not of this family"
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert identify(tmp_path).title == "a llama model, not of this family"
+    assert "weights" in identify(tmp_path).missing
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"holds no seechat\.json, weights or tokenizer"):
         identify(tmp_path)
