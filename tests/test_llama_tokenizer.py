@@ -107,8 +107,7 @@ def test_what_the_files_beside_the_weights_say(name: str, llama_reference: Path)
     lm = open_lm(folder)
     config = describe_tokenizer(lm.tokenizer, lm.config)
     assert (config.kind, config.legacy) == ("llama", name != "llama2")
-    tokenizer = open_tokenizer(lm.tokenizer, config)
-    tokenizer.check(lm.config)
+    tokenizer = open_tokenizer(lm.tokenizer, config, lm.config)
     cases = json.loads((folder / "cases.json").read_text("utf-8"))
     for prompt in ("p0", "p1", "p2"):
         case = cases[prompt]
@@ -120,7 +119,7 @@ def test_added_tokens_of_a_folder(llama_reference: Path) -> None:
     lm = open_lm(llama_reference / "llava_tiny/llava_v1")
     config = describe_tokenizer(lm.tokenizer, lm.config)
     assert config.added == {"<im_patch>": 760, "<im_start>": 761, "<im_end>": 762}
-    assert open_tokenizer(lm.tokenizer, config).encode("<im_start>") == [761]
+    assert open_tokenizer(lm.tokenizer, config, lm.config).encode("<im_start>") == [761]
     small = replace(lm.config, vocab_size=762)
     assert "<im_end>" not in describe_tokenizer(lm.tokenizer, small).added
 

@@ -36,7 +36,7 @@ def test_reference_case(case: dict[str, Any]) -> None:
             with pytest.raises(EngineError, match="NaN or infinite logits"):
                 scores(logits, past, sampling)
             continue
-        forbidden = EOS if sampling.min_new_tokens else None
+        forbidden = [EOS] if sampling.min_new_tokens else []
         scored = scores(logits, past, sampling, forbidden=forbidden)
         np.testing.assert_array_equal(scored, TENSORS[f"after_processors.{key}"][row])
         assert scored.argmax() == case["argmax_greedy_after_processors"][row]
@@ -91,13 +91,13 @@ def test_only_candidates_are_sampled(
     array = np.array(logits, np.float32)
     ids, _ = candidates(array, sampling)
     assert array[ids].max() == pytest.approx(array.max(), abs=1e-6)
-    sampler = Sampler(sampling, [], eos_id=0)
+    sampler = Sampler(sampling, [], eos_ids=[0])
     assert {sampler.next(array) for _ in range(5)} <= set(ids.tolist())
 
 
 def test_samples_follow_the_probabilities() -> None:
     logits = np.log(np.array([0.1, 0.2, 0.3, 0.4], np.float32))
-    sampler = Sampler(Sampling(temperature=1.0, seed=3), [], eos_id=0)
+    sampler = Sampler(Sampling(temperature=1.0, seed=3), [], eos_ids=[0])
     drawn = np.bincount([sampler.next(logits) for _ in range(20000)], minlength=4) / 20000
     np.testing.assert_allclose(drawn, [0.1, 0.2, 0.3, 0.4], atol=0.015)
 
@@ -106,7 +106,7 @@ def test_the_seed_decides() -> None:
     logits = TENSORS["logits.flat"][0]
 
     def draw(seed: int) -> list[int]:
-        sampler = Sampler(Sampling(temperature=1.0, seed=seed), [], eos_id=0)
+        sampler = Sampler(Sampling(temperature=1.0, seed=seed), [], eos_ids=[0])
         return [sampler.next(logits) for _ in range(20)]
 
     np.random.seed(1)
@@ -115,7 +115,7 @@ def test_the_seed_decides() -> None:
 
 def test_repetition_penalty_sees_prompt_and_answer() -> None:
     logits = np.array([5.0, 4.9, 4.8, -1.0], np.float32)
-    sampler = Sampler(Sampling(repetition_penalty=2.0), [0, 0, 3], eos_id=9)
+    sampler = Sampler(Sampling(repetition_penalty=2.0), [0, 0, 3], eos_ids=[9])
     assert [sampler.next(logits) for _ in range(3)] == [1, 2, 0]
     scored = scores(logits, np.array([0, 0, 3]), Sampling(repetition_penalty=2.0))
     np.testing.assert_allclose(scored, [2.5, 4.9, 4.8, -2.0], rtol=1e-6)
@@ -124,14 +124,14 @@ def test_repetition_penalty_sees_prompt_and_answer() -> None:
 
 def test_minimum_length_forbids_the_end() -> None:
     logits = np.array([9.0, 1.0, 2.0], np.float32)
-    sampler = Sampler(Sampling(min_new_tokens=2), [], eos_id=0)
+    sampler = Sampler(Sampling(min_new_tokens=2), [], eos_ids=[0])
     assert [sampler.next(logits) for _ in range(4)] == [2, 2, 0, 0]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_broken_logits_are_an_error(bad: float, temperature: float) -> None:
-    sampler = Sampler(Sampling(temperature=temperature), [], eos_id=0)
+    sampler = Sampler(Sampling(temperature=temperature), [], eos_ids=[0])
     with pytest.raises(EngineError, match="expected finite numbers"):
         sampler.next(np.array([1.0, bad, 2.0], np.float32))
     with pytest.raises(EngineError):

@@ -36,9 +36,9 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         usage="%(prog)s --lm PATH --out DIR [options]",
         help="make a bundle from published weights",
-        description="Make a bundle from a checkpoint of ChatGLM-6B or a LLaMA: without vision, with a "
-        "CLIP vision tower and its projector, or with SEEChat's EVA ViT, Q-Former and checkpoint. "
-        "VisualGLM-6B brings its own. Run again after an interruption, it continues.",
+        description="Make a bundle from a checkpoint of ChatGLM-6B or a LLaMA: without vision, "
+        "with a CLIP vision tower and its projector, or with SEEChat's EVA ViT, Q-Former and "
+        "checkpoint. VisualGLM-6B brings its own. Run again after an interruption, it continues.",
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="the bundle to write")

@@ -220,7 +220,7 @@ class Source:
         self.config: LMConfig = lm.config
         self.tokenizer = local_path(tokenizer) if tokenizer else lm.tokenizer
         self.tokenizer_config = described_tokenizer(self.tokenizer, lm, vision)
-        open_tokenizer(self.tokenizer, self.tokenizer_config).check(self.config)
+        open_tokenizer(self.tokenizer, self.tokenizer_config, self.config)
 
     def write_tokenizer(self, path: Path) -> None:
         """Write the tokenizer's file; an early form becomes the form that is published now.

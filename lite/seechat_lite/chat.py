@@ -522,6 +522,7 @@ class Chat:
             generation,
             max_new_tokens=limit,
             eos_id=model.tokenizer.eos_id,
+            other_eos=(model.manifest.lm.eos_id, *model.manifest.lm.other_eos),
             stopped=stopped,
             lookup=lookup,
             said=None if self.format.penalizes_prompt else model.tokenizer.prompt_begin,

@@ -19,6 +19,7 @@ def generate(
     stopped: Callable[[], bool],
     lookup: PromptLookup | None = None,
     said: Sequence[int] | None = None,
+    other_eos: Sequence[int] = (),
 ) -> Iterator[int]:
     """Yield the answer's token ids, never the eos.
 
@@ -34,6 +35,7 @@ def generate(
         after it turns true.
     lookup: guesses tokens that are then run together; the answer stays the same.
     said: ids that the repetition penalty counts as said before the answer; None for the prompt's.
+    other_eos: further tokens that end it.
 
     Raises OptionError if max_new_tokens is less than 1, EngineError if the logits are not finite
     numbers.
@@ -41,7 +43,8 @@ def generate(
     check_integer("max_new_tokens", max_new_tokens, least=1, expected="at least 1")
     if stopped():
         return
-    sampler = Sampler(sampling, prompt.ids if said is None else said, eos_id=eos_id)
+    ends = (eos_id, *other_eos)
+    sampler = Sampler(sampling, prompt.ids if said is None else said, eos_ids=ends)
     remaining = max_new_tokens
     try:
         rows = engine.prefill(prompt)[None]  # [1 + guessed, vocab]
@@ -53,7 +56,7 @@ def generate(
                 if stopped():
                     return
                 token = sampler.next(rows[right])
-                if token == eos_id:
+                if token in ends:
                     return
                 yield token
                 remaining -= 1

@@ -135,8 +135,7 @@ def load(
     announce(plan)
     if manifest.files:  # a bundle's
         verify_once(source.path, manifest, partial(progress, "checking") if progress else None)
-    tokenizer = open_tokenizer(source.tokenizer, manifest.tokenizer)
-    tokenizer.check(manifest.lm)
+    tokenizer = open_tokenizer(source.tokenizer, manifest.tokenizer, manifest.lm)
     if progress:
         progress("loading", 0, 1)
     executor = chosen(source, context=context, options=options, plan=plan)

@@ -13,7 +13,7 @@ from seechat_weights.errors import EngineError
 
 
 def scores(
-    logits: np.ndarray, past_ids: np.ndarray, sampling: Sampling, *, forbidden: int | None = None
+    logits: np.ndarray, past_ids: np.ndarray, sampling: Sampling, *, forbidden: Sequence[int] = ()
 ) -> np.ndarray:
     """Logits after the repetition penalty and the minimum length, float32 [vocab].
 
@@ -22,7 +22,7 @@ def scores(
     logits: float [vocab].
     past_ids: int [any], ids of the prompt and the answer so far, in any order; may repeat.
     sampling: the options.
-    forbidden: the token that ends an answer, while it may not end; None once it may.
+    forbidden: the tokens that end an answer, while it may not end.
 
     Raises EngineError if the logits are NaN or infinite (tokens masked by -inf are fine).
     """
@@ -31,8 +31,7 @@ def scores(
         past = out[past_ids]
         penalty = np.float32(sampling.repetition_penalty)
         out[past_ids] = np.where(past < 0, past * penalty, past / penalty)
-    if forbidden is not None:
-        out[forbidden] = -np.inf
+    out[list(forbidden)] = -np.inf
     if sampling.invalid_token is not None and not np.isfinite(out).all():
         out[:] = 0
         out[sampling.invalid_token] = 5e4
@@ -81,12 +80,14 @@ class Sampler:
 
     sampling: the options.
     prompt_ids: the prompt's ids; the repetition penalty counts them as said.
-    eos_id: the token that ends an answer.
+    eos_ids: the tokens that end an answer.
     """
 
-    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], *, eos_id: int) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt_ids: Sequence[int], *, eos_ids: Sequence[int]
+    ) -> None:
         self._sampling = sampling
-        self._eos_id = eos_id
+        self._eos_ids = tuple(eos_ids)
         self._random = np.random.default_rng(sampling.seed)
         # not numpy's unique, whose C++ ends the process if the interpreter exits meanwhile
         self._past = np.array(sorted(set(map(int, prompt_ids))), np.int64)
@@ -99,7 +100,7 @@ class Sampler:
 
         Raises EngineError, see scores().
         """
-        forbidden = self._eos_id if self._new_tokens < self._sampling.min_new_tokens else None
+        forbidden = self._eos_ids if self._new_tokens < self._sampling.min_new_tokens else ()
         scored = scores(logits, self._past, self._sampling, forbidden=forbidden)
         if self._sampling.temperature == 0:
             token = int(scored.argmax())

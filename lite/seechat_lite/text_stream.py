@@ -8,8 +8,8 @@ class Detokenizer(Protocol):
 
     leading_spaces_dropped: int  # how many spaces the start of a decoded text swallows
 
-    def surface(self, token_id: int) -> str | int | None:
-        """One token: its characters (U+2581 for a space), the value of a byte, or None.
+    def surface(self, token_id: int) -> str | int | bytes | None:
+        """One token: its characters (U+2581 for a space), the value of a byte, bytes, or None.
 
         token_id: the token.
         """
@@ -67,8 +67,8 @@ class TextStream:
         surface = self._tokenizer.surface(token_id)
         if surface is None or self.stopped:
             return ""
-        if isinstance(surface, int):
-            self._bytes += bytes((surface,))
+        if not isinstance(surface, str):
+            self._bytes += surface if isinstance(surface, bytes) else bytes((surface,))
             return self._release(self._characters(final=False))
         text = self._characters(final=True)
         if text:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from seechat_lite.json_tokenizer import JsonTokenizer
 from seechat_lite.llama_tokenizer import LlamaTokenizer
 from seechat_lite.text_stream import Detokenizer
 from seechat_lite.tokenizer import Tokenizer
@@ -54,23 +55,30 @@ class TextTokenizer(Detokenizer, Protocol):
         ...
 
 
-def _ice(path: Path, config: TokenizerConfig) -> TextTokenizer:
+def _ice(path: Path, config: TokenizerConfig, lm: LMConfig) -> TextTokenizer:
     return Tokenizer(path, num_image_tokens=config.num_image_tokens)
 
 
-def _llama(path: Path, config: TokenizerConfig) -> TextTokenizer:
+def _llama(path: Path, config: TokenizerConfig, lm: LMConfig) -> TextTokenizer:
     return LlamaTokenizer(path, legacy=config.legacy, added=config.added)
 
 
-_KINDS = {"ice": _ice, "llama": _llama}
+def _json(path: Path, config: TokenizerConfig, lm: LMConfig) -> TextTokenizer:
+    return JsonTokenizer(path, eos_id=lm.eos_id)
 
 
-def open_tokenizer(path: Path, config: TokenizerConfig) -> TextTokenizer:
-    """Load a tokenizer.
+_KINDS = {"ice": _ice, "llama": _llama, "json": _json}
+
+
+def open_tokenizer(path: Path, config: TokenizerConfig, lm: LMConfig) -> TextTokenizer:
+    """Load a model's tokenizer.
 
     path: its file.
     config: says what kind it is.
+    lm: the model's shape.
 
-    Raises BundleError if the file is missing, damaged or of another kind.
+    Raises BundleError if the file is missing, damaged, of another kind or another model's.
     """
-    return _KINDS[config.kind](path, config)
+    tokenizer = _KINDS[config.kind](path, config, lm)
+    tokenizer.check(lm)
+    return tokenizer
