@@ -16,6 +16,7 @@ from seechat_weights.errors import ImageError
 
 MAX_PIXELS = 112_000_000  # a 108-megapixel phone photo passes
 BAND_PIXELS = 16_000_000  # larger pictures become levels some rows at a time, so no copies are made
+SQUARE_PIXELS = 400_000_000  # of a picture with its bars, in "square": more take seconds
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -333,8 +334,8 @@ class _Resizing:
             return self._resize(image, (spec.image_size, spec.image_size))
         if spec.resize in ("crop", "crop_floor"):
             return self._crop(image)
-        # a thread of a picture would take hundreds of times its own memory
-        if spec.resize == "square" and spec.image_size * max(image.size) <= MAX_PIXELS:
+        # a thread of a picture would take its length squared: minutes
+        if spec.resize == "square" and max(image.size) ** 2 <= SQUARE_PIXELS:
             resample = FILTERS[spec.interpolation]
             return _Squared(image, spec.background).resize(spec.image_size, resample)
         return self._pad(image)
