@@ -128,23 +128,25 @@ def tabs(browser: Any) -> Iterator[Any]:
         context.close()
 
 
-def events_of(*pieces: str) -> str:
-    """A stream of the server that says these pieces."""
+def events_of(*pieces: str, dropped: int = 0) -> str:
+    """A stream of the server that says these pieces; dropped: turns that had no room."""
     chunks = [{"choices": [{"delta": {"content": p}, "finish_reason": None}]} for p in pieces]
     end = {"choices": [{"delta": {}, "finish_reason": "stop"}]}
     timings = {"first_token_seconds": 0.1, "seconds": 0.5, "tokens_per_second": 10.0}
-    usage = {"choices": [], "usage": {"completion_tokens": len(pieces)}}
+    usage = {"choices": [], "usage": {"completion_tokens": len(pieces), "dropped_turns": dropped}}
     chunks += [end | {"timings": timings}, usage]
     return "".join(f"data: {json.dumps(c)}\n\n" for c in chunks) + "data: [DONE]\n\n"
 
 
-def say(tab: Tab, *pieces: str) -> list[Any]:
+def say(tab: Tab, *pieces: str, dropped: int = 0) -> list[Any]:
     """From now on every question is answered so; returns the list of requests' bodies."""
     bodies: list[Any] = []
 
     def answer(route: Any) -> None:
         bodies.append(route.request.post_data_json)
-        route.fulfill(status=200, content_type="text/event-stream", body=events_of(*pieces))
+        route.fulfill(
+            status=200, content_type="text/event-stream", body=events_of(*pieces, dropped=dropped)
+        )
 
     tab.page.route("**/v1/chat/completions", answer)
     return bodies

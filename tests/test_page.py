@@ -392,6 +392,19 @@ def test_copy_answer_again_and_edit(server: Running, open_tab: Any) -> None:
     assert tab.page.locator(".question").all_inner_texts() == ["它是什么颜色的？"]
 
 
+def test_turns_that_had_no_room_are_told(server: Running, open_tab: Any) -> None:
+    tab = open_tab(server, locale="en")
+    say(tab, "So.", dropped=2)
+    tab.ask("a")
+    tab.answered(1)
+    wait_until(lambda: "the oldest 2 turns were not read again" in tab.page.inner_text("main"))
+    tab.page.unroute_all()
+    say(tab, "So.")
+    tab.ask("b")
+    tab.answered(2)
+    assert tab.page.inner_text("main").count("not read again") == 1
+
+
 def test_an_answer_stays_where_another_cannot_be_had(open_tab: Any) -> None:
     with running() as server:
         tab = open_tab(server)

@@ -114,7 +114,10 @@ class Events {
       this.end.speed = chunk.timings.tokens_per_second;
       this.end.seconds = chunk.timings.seconds;
     }
-    if (chunk.usage) this.end.tokens = chunk.usage.completion_tokens;
+    if (chunk.usage) {
+      this.end.tokens = chunk.usage.completion_tokens;
+      this.end.left = chunk.usage.dropped_turns ?? 0; // for which the context had no room
+    }
   }
 }
 

@@ -251,7 +251,8 @@ async function answer(turn, { fresh = false, differently = false }) {
     });
     if (!said) turn.answer = "";
     const { tokens, speed, seconds, reason } = end;
-    turn.note = { tokens, speed, seconds, cut: reason === "length", left };
+    // what was not sent, and what the model had no room for
+    turn.note = { tokens, speed, seconds, cut: reason === "length", left: left + end.left };
     finish(run);
     announce(views.get(turn.id)?.spoken ?? "");
   } catch (error) {
