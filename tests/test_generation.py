@@ -27,7 +27,8 @@ def test_every_option_is_offered_everywhere() -> None:
     assert {f.name for f in dataclasses.fields(Generation)} - INTERNAL == OFFERED
     assert OFFERED == HELP.keys() == DEFAULTS.keys()
     plugin = pytest.importorskip("seechat_lite.llm_plugin")
-    assert {"bundle", "format", *OFFERED} - {"stop"} == plugin.Seechat.Options.model_fields.keys()
+    offered = plugin.Seechat.Options.model_fields.keys()
+    assert {"bundle", "format", *OFFERED} - {"stop", "schema"} == offered
 
 
 def test_every_option_is_one_of_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,6 +50,7 @@ def test_every_option_is_one_of_the_commands(capsys: pytest.CaptureFixture[str])
         ("top_k", -1),
         ("repetition_penalty", 0),
         ("seed", -1),
+        ("schema", "{}"),
     ],
 )
 def test_what_no_model_would_take(option: str, value: object, model: sl.Model) -> None:

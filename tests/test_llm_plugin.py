@@ -1,5 +1,6 @@
 """The program `llm` with our plugin: the real command, as people type it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import llm
 import pytest
+from llm.parts import AttachmentPart, Message, TextPart, ToolResultPart
 from PIL import Image
 
 import seechat_lite as sl
+from seechat_lite.llm_plugin import _message
 from serving import IMAGES, PANDA
 
 PANDA_FILE = str(IMAGES / "panda.png")
@@ -54,7 +57,8 @@ def test_options_and_system_prompt(home: Path) -> None:
     done = run(home, "-m", "seechat", "-o", "max_new_tokens", "1", "-a", PANDA_FILE, "这是什么？")
     assert done.stdout == "这是\n"
     with sl.load() as model:
-        expected = model.chat().ask("你好\n你是谁？")
+        said = [{"role": "system", "content": "你好"}, {"role": "user", "content": "你是谁？"}]
+        expected = model.chat(messages=said).ask()
     assert run(home, "-m", "seechat", "-s", "你好", "你是谁？").stdout == f"{expected}\n"
 
 
@@ -79,6 +83,45 @@ def test_a_picture_without_words(tmp_path: Path) -> None:
     model = llm.get_model("seechat")
     for path in (PANDA_FILE, str(avif)):
         assert model.prompt("", attachments=[llm.Attachment(path=path)]).text() == "这是熊猫。"
+
+
+def test_json_of_a_schema(home: Path) -> None:
+    pytest.importorskip("llguidance")
+    legs = {"type": "integer", "minimum": 0, "maximum": 9}
+    schema = json.dumps({"type": "object", "properties": {"legs": legs}, "required": ["legs"]})
+    done = run(home, "-m", "seechat", "--schema", schema, "-a", PANDA_FILE, "这是什么？")
+    assert isinstance(json.loads(done.stdout)["legs"], int), done.stderr
+    refused = run(home, "-m", "seechat", "--schema", '{"not": {}}', "x")
+    assert "schema cannot be followed" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_histories_are_read_as_everywhere(home: Path) -> None:
+    """A system text in the middle, a tool's result, and a picture that has no words of its own."""
+    messages = [
+        Message("user", [TextPart("这是什么？"), AttachmentPart(llm.Attachment(path=PANDA_FILE))]),
+        Message("assistant", [TextPart("这是熊猫。")]),
+        Message("system", [TextPart("Be brief.")]),
+        Message("tool", [ToolResultPart(name="weather", output="21 °C")]),
+        Message("user", [TextPart("它能吃吗？")]),
+    ]
+    assert [_message(m)["role"] for m in messages] == [m.role for m in messages]
+    with sl.load() as model:
+        same = [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "这是什么？"},
+                    {"type": "image", "image": PANDA_FILE},
+                ],
+            },
+            {"role": "assistant", "content": "这是熊猫。"},
+            {"role": "system", "content": "Be brief."},
+            {"role": "tool", "content": "21 °C"},
+            {"role": "user", "content": "它能吃吗？"},
+        ]
+        ours = model.chat("seechat", messages=[_message(m) for m in messages])
+        theirs = model.chat("seechat", messages=same)
+        assert ours.turns == theirs.turns and ours.ask() == theirs.ask()
 
 
 def test_from_python() -> None:

@@ -312,7 +312,7 @@ def test_characters_may_be_escaped(server: Running) -> None:
         (asking("x", logit_bias={"5": 1}), 400, "unsupported"),
         (asking("x", logprobs=True), 400, "unsupported"),
         (asking("x", presence_penalty=1.5), 400, "unsupported"),
-        (asking("x", response_format={"type": "json_object"}), 400, "unsupported"),
+        (asking("x", response_format={"type": "xml"}), 400, "invalid_value"),
         (asking("x", stop="a" * 257), 400, "invalid_value"),
         (asking("x", stop=["a"] * 17), 400, "invalid_value"),
         (asking("x", model="gpt-5"), 404, "model_not_found"),

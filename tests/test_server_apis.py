@@ -170,7 +170,7 @@ def test_ollama_loads_ahead(server: Running, path: str) -> None:
     [
         ("/api/chat", {"messages": [{"role": "nobody", "content": "x"}]}),
         ("/api/chat", {"messages": [{"role": "user", "content": "x", "images": ["####"]}]}),
-        ("/api/chat", {"messages": [{"role": "user", "content": "x"}], "format": "json"}),
+        ("/api/chat", {"messages": [{"role": "user", "content": "x"}], "format": "yaml"}),
         ("/api/generate", {"prompt": "长" * 5000}),
         ("/api/generate", b"{"),
     ],

@@ -5,13 +5,18 @@ import base64
 import json
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import seechat_lite as sl
+from seechat_lite.generation import Generation
 from seechat_lite.server.listen import _listen, _Protocol, configure
+from seechat_lite.server.scheduler import GenerationRequest
 from seechat_lite.server.settings import Settings
+from seechat_weights.builtin import BUILTIN
+from seechat_weights.bundle.manifest import Sampling, read_manifest
 from serving import IMAGES, PANDA, Running, asking, data_url, running
 
 PICTURE = base64.b64encode(PANDA).decode()
@@ -267,6 +272,100 @@ def test_the_same_conversation_in_python(server: Running) -> None:
     messages = HISTORIES["SillyTavern: character, greeting, instructions after the history"]
     with sl.load() as model:
         assert model.chat(messages=messages).ask() == said(server, {"messages": messages})
+
+
+def test_what_the_model_is_asked_with_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each API takes the bundle's defaults and ranges, and a client's own values before them."""
+    usual = Sampling(
+        temperature=0.2,
+        top_p=0.9,
+        top_k=7,
+        repetition_penalty=1.1,
+        max_temperature=0.5,
+        max_repetition_penalty=1.5,
+    )
+    manifest = replace(read_manifest(BUILTIN), sampling=usual)
+    asked: list[Generation] = []
+    with running(manifest=manifest) as server:
+        answer = server.scheduler.answer
+
+        def noting(ask: GenerationRequest) -> Any:
+            asked.append(ask.generation)
+            return answer(ask)
+
+        monkeypatch.setattr(server.scheduler, "answer", noting)
+        said = {"messages": [message(U, "x")], "stream": False, "max_tokens": 1}
+        own = {"top_p": 0.8, "temperature": 0.3}
+        high = {"temperature": 2, "repetition_penalty": 3}
+        for path, body in (
+            ("/v1/chat/completions", said),
+            ("/v1/completions", {"prompt": "x", "max_tokens": 1}),
+            ("/v1/responses", {"input": "x", "max_output_tokens": 1}),
+            ("/api/chat", said),
+            ("/api/generate", {"prompt": "x", "stream": False}),
+        ):
+            below = path.startswith("/api")
+            for more in ({}, own, {"temperature": 0}):
+                given = {"options": {"num_predict": 1} | more} if below else more
+                assert server.request("POST", path, body | given)[0] == 200
+            plain, theirs, greedy = asked[-3:]
+            assert (plain.temperature, plain.top_p) == (0.2, 0.9)
+            assert (plain.top_k, plain.repetition_penalty) == (7, 1.1)
+            assert (theirs.temperature, theirs.top_p) == (0.3, 0.8)
+            assert greedy.temperature == 0
+        for path, body in (
+            ("/v1/chat/completions", said | high),
+            ("/", {"prompt": "x", "max_length": 20} | high),
+        ):
+            status, headers, _ = server.request("POST", path, body)
+            assert status == 200
+            assert (asked[-1].temperature, asked[-1].repetition_penalty) == (0.5, 1.5)
+            told = headers["X-Seechat-Ignored"]
+            assert "temperature above 0.5" in told and "repetition_penalty above 1.5" in told
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/api/chat", "/"])
+def test_our_own_mistakes_are_told_to_pages_elsewhere(
+    server: Running, monkeypatch: pytest.MonkeyPatch, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A page of another origin is told of nothing that lacks its headers; the log says what."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no more paper")
+
+    monkeypatch.setattr(server.scheduler, "answer", broken)
+    body = {"prompt": "x"} if path == "/" else {"input": "x", "stream": False} | asking("x")
+    status, headers, content = server.request("POST", path, body, {"Origin": OTHER})
+    assert status == 500 and headers["Access-Control-Allow-Origin"] == OTHER
+    assert "X-Request-Id" in headers["Access-Control-Expose-Headers"] and headers["X-Request-Id"]
+    error = json.loads(content)["error"]
+    assert "paper" not in str(error) and "internal error" in str(error)
+    assert isinstance(error, str) == path.startswith("/api/")
+    assert "no more paper" in caplog.text
+
+
+def test_refusals_below_api_are_ollamas() -> None:
+    """Whoever refuses: the keys, the origins, the limits, the routes."""
+    body = {"messages": [message(U, "x")]}
+    key = {"Authorization": "Bearer k"}
+    with running(Settings(api_keys=("k",), max_body=100)) as server:
+        for method, path, sent, headers, expected in (
+            ("POST", "/api/chat", body, {}, 401),
+            ("GET", "/api/tags", None, {}, 401),
+            ("GET", "/api/tags", None, key | {"Origin": "https://evil.example"}, 403),
+            ("GET", "/api/tags", None, key | {"Host": "evil.example"}, 403),
+            ("POST", "/api/chat", b" " * 200, key, 413),
+            ("POST", "/api/chat", b"{", key, 400),
+            ("POST", "/api/chat", {"messages": 1}, key, 422),
+            ("POST", "/api/show", {"model": "other"}, key, 404),
+            ("GET", "/api/nothing", None, key, 404),
+            ("GET", "/api/chat", None, key, 405),
+        ):
+            status, _, content = server.request(method, path, sent, headers)
+            assert status == expected, path
+            assert isinstance(json.loads(content)["error"], str), (path, content)
 
 
 SYSTEM = "You are a helpful assistant. Answer in the language of the user."

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,6 +41,7 @@ from seechat_lite.images import (
     prepared_pixels,
     several,
 )
+from seechat_lite.json_schema import Constraint, Verbatim, Vocabulary
 from seechat_lite.messages import read_messages
 from seechat_lite.one_at_a_time import OneAtATime
 from seechat_lite.prompt import Prompt
@@ -80,6 +81,11 @@ class Model:
         self.manifest = manifest
         self.tokenizer = tokenizer
         self.engine = engine
+        self._vocabulary = Vocabulary(
+            tokenizer,
+            size=manifest.lm.vocab_size,
+            ends={manifest.lm.eos_id, *manifest.lm.other_eos},
+        )
         self._closed = False
         self._answers = OneAtATime()
         self._pictures = OneAtATime()  # also keeps two threads from encoding the same picture
@@ -182,6 +188,15 @@ class Model:
             while sum(e.nbytes for e in self._images.values()) > self._image_cache:
                 self._images.popitem(last=False)
 
+    def constraint(self, schema: Mapping[str, Any]) -> Constraint:
+        """What an answer of a JSON schema may hold. It serves one answer.
+
+        schema: the schema.
+
+        Raises OptionError if the schema cannot be followed or the extra `schema` is not installed.
+        """
+        return self._vocabulary.constraint(schema)
+
     def close(self) -> None:
         """End running answers, wait for them, and free all memory. Closing twice is harmless.
 
@@ -191,6 +206,7 @@ class Model:
         self._closed = True
         self.wake()
         self.engine.close()
+        self._vocabulary.close()
 
     def __enter__(self) -> Self:
         return self
@@ -347,6 +363,7 @@ class Chat:
         check_type("generation", generation, Generation | None, "a Generation")
         check_type("question", question, str | None, "a text")
         chosen = replace(generation or Generation(), **options)
+        constraint = None if chosen.schema is None else self.model.constraint(chosen.schema)
         question = question or ""
         if self._asked:
             before, pictures = self._asked
@@ -357,7 +374,7 @@ class Chat:
             if not image:
                 raise ContextError("the question is empty; expected some text: type a question")
         stopped = self._stopped_from_now()  # a stop() before the first piece must count
-        return AnswerStream(self, self._stream(question, image, chosen, stopped))
+        return AnswerStream(self, self._stream(question, image, chosen, stopped, constraint))
 
     def ask(
         self,
@@ -469,11 +486,14 @@ class Chat:
         image: ImageSource | Iterable[ImageSource] | None,
         generation: Generation,
         stopped: Callable[[], bool],
+        constraint: Constraint | None,
     ) -> Generator[str, None, None]:
         start = time.perf_counter()
         try:
             with self.model.answering(stopped):
-                yield from self._answer(question, image, generation, stopped, start=start)
+                yield from self._answer(
+                    question, image, generation, stopped, constraint=constraint, start=start
+                )
         except Cancelled:  # before the engine began
             seconds = time.perf_counter() - start
             self.stats = Stats(
@@ -492,6 +512,7 @@ class Chat:
         generation: Generation,
         stopped: Callable[[], bool],
         *,
+        constraint: Constraint | None,
         start: float,
     ) -> Iterator[str]:
         """The rest of _stream(), once the engine is ours.
@@ -526,9 +547,14 @@ class Chat:
             stopped=stopped,
             lookup=lookup,
             said=None if self.format.penalizes_prompt else model.tokenizer.prompt_begin,
+            constraint=constraint,
         )
-        text = TextStream(model.tokenizer, stop=(*self.format.stop, *generation.stop))
-        answer = CleanStream(self.format)
+        if constraint:  # JSON stays as it is; texts that end other answers may be words in it
+            text = TextStream(Verbatim(model.tokenizer), stop=tuple(generation.stop))
+            answer = CleanStream(replace(self.format, stop=(), clean=str, holdback=0))
+        else:
+            text = TextStream(model.tokenizer, stop=(*self.format.stop, *generation.stop))
+            answer = CleanStream(self.format)
         count, first, finish, failed = 0, 0.0, "cancelled", False
         self._answering = True
         try:
@@ -540,7 +566,8 @@ class Chat:
                 if text.stopped:
                     break
             if not stopped():
-                finish = "length" if count >= limit and not text.stopped else "stop"
+                whole = text.stopped or (constraint is not None and constraint.finished)
+                finish = "length" if count >= limit and not whole else "stop"
             if piece := answer.push(text.finish()) + answer.finish():
                 yield piece
         except Exception:

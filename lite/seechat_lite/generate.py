@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from seechat_lite.engines.base import Cancelled, Engine
 from seechat_lite.prompt import Prompt
 from seechat_lite.prompt_lookup import PromptLookup
-from seechat_lite.sampling import Sampler, Sampling
+from seechat_lite.sampling import Constraint, Sampler, Sampling
 from seechat_weights.arguments import check_integer
 
 
@@ -20,6 +20,7 @@ def generate(
     lookup: PromptLookup | None = None,
     said: Sequence[int] | None = None,
     other_eos: Sequence[int] = (),
+    constraint: Constraint | None = None,
 ) -> Iterator[int]:
     """Yield the answer's token ids, never the eos.
 
@@ -36,6 +37,7 @@ def generate(
     lookup: guesses tokens that are then run together; the answer stays the same.
     said: ids that the repetition penalty counts as said before the answer; None for the prompt's.
     other_eos: further tokens that end it.
+    constraint: what the answer may hold; guesses are held to it like any other token.
 
     Raises OptionError if max_new_tokens is less than 1, EngineError if the logits are not finite
     numbers.
@@ -44,7 +46,8 @@ def generate(
     if stopped():
         return
     ends = (eos_id, *other_eos)
-    sampler = Sampler(sampling, prompt.ids if said is None else said, eos_ids=ends)
+    before = prompt.ids if said is None else said
+    sampler = Sampler(sampling, before, eos_ids=ends, constraint=constraint)
     remaining = max_new_tokens
     try:
         rows = engine.prefill(prompt)[None]  # [1 + guessed, vocab]
@@ -60,7 +63,7 @@ def generate(
                     return
                 yield token
                 remaining -= 1
-                if not remaining or stopped():
+                if not remaining or stopped() or (constraint and constraint.finished):
                     return
                 if lookup:
                     lookup.append(token)

@@ -1,11 +1,12 @@
 """Holds all options of an answer in one value, from the user's call to the decode loop.
 
 An option is a field here; sampling.py, or the code that uses it, does what it says. The commands
-offer the options in HELP; `seechat pipe` and the plugin for `llm` offer them without `stop`.
+offer the options in HELP; `seechat pipe` offers them without `stop`, and so does the plugin for
+`llm`, which has an option of its own for schemas.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -70,6 +71,7 @@ class GenerationOptions(TypedDict, total=False):
     seed: int
     stop: Sequence[str]
     speculate: bool
+    schema: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Generation(Sampling):
     stop: texts that end it, besides the format's own; they are not part of it.
     speculate: guess tokens from what was said before and run them together. This is faster if an
         answer repeats something, and never changes the answer.
+    schema: a JSON schema that the answer satisfies unless it is cut short; {"type": "object"} for
+        any JSON object. It needs the extra `schema`.
 
     Raises OptionError for a value out of range.
     """
@@ -87,6 +91,7 @@ class Generation(Sampling):
     max_new_tokens: int = 512
     stop: Sequence[str] = ()
     speculate: bool = True
+    schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +99,7 @@ class Generation(Sampling):
             "max_new_tokens", self.max_new_tokens, least=1, expected="at least 1, a whole number"
         )
         check_type("speculate", self.speculate, bool, "True or False")
+        check_type("schema", self.schema, Mapping | None, "a JSON schema, an object")
         check_type("stop", self.stop, Sequence, "a text or several")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if not all(isinstance(text, str) and text for text in stop):
@@ -111,5 +117,6 @@ HELP = {
     "seed": "answers that are drawn with the same number are the same",
     "stop": "end the answer before this text",
     "speculate": "guess tokens from what was said before; changes the speed, not the answer",
+    "schema": "the answer is JSON of this JSON schema: a file, or the schema itself",
 }
 DEFAULTS: dict[str, Any] = {name: getattr(Generation, name) for name in HELP}

@@ -145,6 +145,13 @@ class JsonTokenizer:
         """
         return None if token_id in self._hidden else self._bytes.get(token_id)
 
+    def written(self, token_id: int) -> bytes:
+        """The bytes that a token stands for wherever it comes; none if it stands for no text.
+
+        token_id: the token.
+        """
+        return self.surface(token_id) or b""
+
     def opening(self, surface: str) -> str | None:
         """None: the first piece of a text is like all others.
 

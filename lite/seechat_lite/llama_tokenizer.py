@@ -145,6 +145,16 @@ class LlamaTokenizer:
         piece = self._sp.id_to_piece(token_id)
         return int(piece[3:-1], 16) if self._sp.is_byte(token_id) else piece  # <0xE4>
 
+    def written(self, token_id: int) -> bytes:
+        """The bytes that a token stands for wherever it comes; none for specials and added tokens.
+
+        token_id: the token.
+        """
+        surface = None if token_id in self._added_texts else self.surface(token_id)
+        if isinstance(surface, int):
+            return bytes((surface,))
+        return (surface or "").replace(_SPACE, " ").encode()
+
     def opening(self, surface: str) -> str | None:
         """The text of the first piece of an answer, if it is not its surface less spaces.
 

@@ -7,13 +7,12 @@
 `llm` finds this module as an entry point once both are installed. Nothing else imports it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llm
-from llm.parts import AttachmentPart, Message, TextPart
+from llm.parts import AttachmentPart, Message, TextPart, ToolResultPart
 from pydantic import Field, create_model
 
 from seechat_lite.generation import DEFAULTS, HELP, Generation
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
     from seechat_lite.chat import Chat, Model
 
 
-_OPTIONS = [name for name in DEFAULTS if name != "stop"]  # `stop` is not a single value
+# `stop` is not a single value, and `llm` has an option of its own for a schema
+_OPTIONS = [name for name in DEFAULTS if name not in ("stop", "schema")]
 _GENERATION: dict[str, Any] = {
     name: (type(DEFAULTS[name]), Field(DEFAULTS[name], description=HELP[name])) for name in _OPTIONS
 }
@@ -50,6 +50,7 @@ class Seechat(llm.Model):
 
     model_id = "seechat"
     can_stream = True
+    supports_schema = True  # with the extra `schema`
     attachment_types = {  # noqa: RUF012 (llm declares it so)
         "image/apng",
         "image/avif",
@@ -84,15 +85,11 @@ class Seechat(llm.Model):
         options = prompt.options
         assert isinstance(options, _Options)
         try:
-            chat = self._model(options.bundle).chat(options.format)
-            *past, turn = _turns(prompt.messages)
-            for said in past:
-                chat.append(said.question, said.answer, said.pictures)
-            yield from chat.stream(
-                turn.question,
-                turn.pictures,
-                generation=Generation(**{name: getattr(options, name) for name in _OPTIONS}),
+            chat = self._model(options.bundle).chat(
+                options.format, messages=[_message(m) for m in prompt.messages]
             )
+            chosen = {name: getattr(options, name) for name in _OPTIONS}
+            yield from chat.stream(generation=Generation(**chosen, schema=prompt.schema))
         except SeechatError as e:
             raise llm.ModelError(str(e)) from e
         _tell_usage(chat, response)
@@ -109,34 +106,18 @@ class Seechat(llm.Model):
         return self._loaded[1]
 
 
-@dataclass
-class _Turn:
-    texts: list[str] = field(default_factory=list)
-    pictures: list[str | bytes] = field(default_factory=list)
-    answer: str = ""
-
-    @property
-    def question(self) -> str:
-        return "\n".join(self.texts)
-
-
-def _turns(messages: Iterable[Message]) -> list[_Turn]:
-    """Questions and answers in turn; the last question is to be answered.
-
-    These models know no system prompt, so it goes before the question that follows.
-    """
-    turns = [_Turn()]
-    for message in messages:
-        texts = [part.text for part in message.parts if isinstance(part, TextPart)]
-        if message.role == "assistant":
-            turns[-1].answer += "\n".join(texts)
-            turns.append(_Turn())
-            continue
-        turns[-1].texts += texts
-        for part in message.parts:
-            if isinstance(part, AttachmentPart) and part.attachment:
-                turns[-1].pictures.append(_picture(part.attachment))
-    return turns
+def _message(message: Message) -> dict[str, Any]:
+    """A message as messages.read_messages() takes it."""
+    content: list[dict[str, Any]] = []
+    for part in message.parts:
+        match part:
+            case TextPart():
+                content.append({"type": "text", "text": part.text})
+            case AttachmentPart(attachment=llm.Attachment() as attachment):
+                content.append({"type": "image", "image": _picture(attachment)})
+            case ToolResultPart():
+                content.append({"type": "text", "text": part.output})
+    return {"role": message.role, "content": content}
 
 
 def _picture(attachment: llm.Attachment) -> str | bytes:

@@ -5,6 +5,7 @@ then temperature, top-k, top-p and softmax.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -75,18 +76,43 @@ def candidates(scored: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
     return ids, probabilities
 
 
+class Constraint(Protocol):
+    """Says which tokens may come next in one answer."""
+
+    finished: bool  # nothing may follow but the end
+
+    def allowed(self) -> np.ndarray:
+        """The tokens that may come next, bool [vocab]; with the one that ends the answer if it may
+        end."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Note the next token.
+
+        token: one that is allowed, and does not end the answer.
+        """
+        ...
+
+
 class Sampler:
     """Chooses the tokens of one answer.
 
     sampling: the options.
     prompt_ids: the prompt's ids; the repetition penalty counts them as said.
     eos_ids: the tokens that end an answer.
+    constraint: leaves only tokens that it allows; the minimum length then gives way.
     """
 
     def __init__(
-        self, sampling: Sampling, prompt_ids: Sequence[int], *, eos_ids: Sequence[int]
+        self,
+        sampling: Sampling,
+        prompt_ids: Sequence[int],
+        *,
+        eos_ids: Sequence[int],
+        constraint: Constraint | None = None,
     ) -> None:
         self._sampling = sampling
+        self._constraint = constraint
         self._eos_ids = tuple(eos_ids)
         self._random = np.random.default_rng(sampling.seed)
         # not numpy's unique, whose C++ ends the process if the interpreter exits meanwhile
@@ -98,17 +124,23 @@ class Sampler:
 
         logits: float [vocab].
 
-        Raises EngineError, see scores().
+        Raises EngineError, see scores(), and the errors of the constraint.
         """
         forbidden = self._eos_ids if self._new_tokens < self._sampling.min_new_tokens else ()
         scored = scores(logits, self._past, self._sampling, forbidden=forbidden)
-        if self._sampling.temperature == 0:
+        if self._constraint:
+            scored[~self._constraint.allowed()] = -np.inf
+        if scored.max() == -np.inf:  # only the end is allowed
+            token = self._eos_ids[0]
+        elif self._sampling.temperature == 0:
             token = int(scored.argmax())
         else:
             ids, probabilities = candidates(scored, self._sampling)
             reached = np.cumsum(probabilities, dtype=np.float64)
             chosen = np.searchsorted(reached, self._random.random() * reached[-1], side="right")
             token = int(ids[min(chosen, len(ids) - 1)])
+        if self._constraint and token not in self._eos_ids:
+            self._constraint.accept(token)
         self._new_tokens += 1
         where = np.searchsorted(self._past, token)
         if where == len(self._past) or self._past[where] != token:

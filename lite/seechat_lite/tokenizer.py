@@ -151,6 +151,24 @@ class Tokenizer:
         """
         return None
 
+    def written(self, token_id: int) -> bytes:
+        """The bytes that a token stands for wherever it comes; none if it stands for no text.
+
+        The names of newlines, tabs and blanks are what they mean.
+
+        token_id: the token.
+        """
+        surface = self.surface(token_id)
+        if isinstance(surface, int):
+            return bytes((surface,))
+        if (
+            surface is None
+            or token_id in self._structural
+            or self._sp.is_unknown(token_id - self._shift)
+        ):
+            return b""
+        return self.restore(surface.replace("\u2581", " ")).encode()
+
     def restore(self, text: str) -> str:
         """Replace the names of newlines, tabs and blanks in decoded text by what they mean.
 

@@ -45,6 +45,13 @@ class TextTokenizer(Detokenizer, Protocol):
         """
         ...
 
+    def written(self, token_id: int) -> bytes:
+        """The bytes that a token stands for wherever it comes; none if it stands for no text.
+
+        token_id: the token.
+        """
+        ...
+
     def check(self, lm: LMConfig) -> None:
         """Check that this tokenizer belongs to a model of this shape.
 

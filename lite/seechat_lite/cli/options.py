@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import stat
 import sys
 from dataclasses import fields
@@ -15,6 +16,7 @@ from seechat_lite.generation import DEFAULTS, HELP, Generation
 from seechat_lite.memory import DEFAULT_CONTEXT, MIN_CONTEXT, parse_size
 from seechat_weights.bundle.precisions import DTYPES, QUANTIZATIONS
 from seechat_weights.errors import SeechatError
+from seechat_weights.files.untrusted import read_file
 from seechat_weights.plain_text import one_line
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
         elif isinstance(default, tuple):
             more = f"{words}; may be repeated"
             add(flag, action="append", default=[], metavar="TEXT", help=more)
+        elif name == "schema":
+            add(flag, type=_schema, metavar="FILE", help=words)
         else:
             kind = type(default)
             letter = "N" if kind is int else "X"
@@ -313,6 +317,30 @@ def answer_options(args: argparse.Namespace, usage_error: UsageError) -> Generat
         return Generation(**{name: getattr(args, name) for name in DEFAULTS})
     except SeechatError as e:
         usage_error(as_usage(e))
+
+
+def _schema(given: str) -> dict[str, Any]:
+    """The JSON schema in a file, or written out."""
+    from seechat_lite.json_schema import MAX_SCHEMA
+    from seechat_lite.json_structure import too_complex
+
+    try:
+        data = given.encode("utf-8", "replace")
+        if not given.lstrip().startswith("{"):
+            data = read_file(given, limit=4 * MAX_SCHEMA)
+        if why := too_complex(data):
+            raise argparse.ArgumentTypeError(f"the schema is {why}")
+        schema = json.loads(data.decode("utf-8-sig"))
+    except OSError as e:
+        raise argparse.ArgumentTypeError(
+            f"{given}: cannot be read ({e.strerror or e}); expected a file of a JSON schema, or "
+            "the schema itself"
+        ) from None
+    except (ValueError, RecursionError) as e:
+        raise argparse.ArgumentTypeError(f"not JSON ({e!s:.100}); expected a JSON schema") from None
+    if not isinstance(schema, dict):
+        raise argparse.ArgumentTypeError("not an object; expected a JSON schema")
+    return schema
 
 
 def load_model(args: argparse.Namespace, options: dict[str, Any]) -> "Model":

@@ -356,7 +356,9 @@ def _question(request: dict[str, Any], *, size: int) -> _Request:
         if name not in given or name == "stop":  # here `stop` ends an answer by its id
             continue
         kind = type(default)
-        if kind is bool:
+        if name == "schema":
+            options[name] = take(name, dict, "a JSON schema, an object")
+        elif kind is bool:
             options[name] = given.pop(name)
             if not isinstance(options[name], bool):
                 raise RequestError(

@@ -21,7 +21,7 @@ from seechat_lite.server.asking import DROPPED, IGNORED, Asking, unknown_model
 from seechat_lite.server.bodies import Bodies
 from seechat_lite.server.completions_api import OldCompletions
 from seechat_lite.server.demo_api import Legacy
-from seechat_lite.server.errors import HANDLED, handle
+from seechat_lite.server.errors import HANDLED, Faults, handle
 from seechat_lite.server.fetch import Fetcher
 from seechat_lite.server.image_urls import Images
 from seechat_lite.server.logs import RequestLog
@@ -92,7 +92,7 @@ def create_app(
     completions, old = Completions(asking), OldCompletions(asking)
     responses = Responses(asking)
     ollama = Ollama(asking, manifest, context=context)
-    legacy = Legacy(scheduler, bodies, images)
+    legacy = Legacy(scheduler, bodies, images, sampling=manifest.sampling)
     document = openapi.document(with_key=bool(settings.api_keys))
 
     async def models(_: Request) -> Response:
@@ -151,6 +151,7 @@ def create_app(
         Middleware(Framing),
         Middleware(Guard, settings=settings, public=page.PATHS),
         Middleware(Intake, settings=settings),
+        Middleware(Faults),
     ]
     cors = Middleware(
         CORSMiddleware,

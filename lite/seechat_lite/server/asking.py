@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -94,15 +94,62 @@ class Asking:
             for e in exchanges
         )
         all_ignored = [*ignored, *found.ignored]
-        if self._sampling and generation.temperature > (most := self._sampling.max_temperature):
-            generation = replace(generation, temperature=most)
-            all_ignored.append(f"temperature above {most:g}")
+        generation, too_high = bearable(generation, self._sampling)
+        all_ignored += too_high
         if new := set(all_ignored) - self._told:
             self._told |= new
             log.info("ignored, here and from now on: %s", ", ".join(sorted(new)))
         return GenerationRequest(
             client_of(request.scope), turn, tuple(past), generation
         ), all_ignored
+
+    def generation(
+        self,
+        *,
+        limit: int | None,
+        stop: str | Sequence[str] | None,
+        temperature: float | None,
+        top_p: float | None,
+        top_k: int | None,
+        repetition_penalty: float | None,
+        seed: int | None,
+        schema: Mapping[str, Any] | None = None,
+    ) -> Generation:
+        """The options of an answer as clients mean them.
+
+        limit: tokens of the answer; negative for as many as the context holds.
+        stop, temperature, top_p, top_k, repetition_penalty, seed, schema: see
+            generation.Generation; None for the model's default, or ours.
+
+        Raises ApiError.
+        """
+        stops = [stop] if isinstance(stop, str) else stop or []
+        stops = [text for text in stops if text]  # an empty field of a form stops nothing
+        if len(stops) > MAX_STOPS or any(len(text) > MAX_STOP_LENGTH for text in stops):
+            raise ApiError(
+                400,
+                f"stop: expected at most {MAX_STOPS} texts of up to {MAX_STOP_LENGTH} characters",
+                code="invalid_value",
+                param="stop",
+            )
+        usual = self._sampling
+        heat = _first(temperature, usual and usual.temperature, 0.0)
+        top_p = _first(top_p, usual and usual.top_p, 1.0)
+        if top_p == 0 or heat < 0.001:  # only the likeliest token is left
+            heat, top_p = 0.0, 1.0
+        # a seed names an answer; without one, or with -1 as in other servers, it is drawn anew
+        seed = secrets.randbits(63) if seed in (None, -1) else seed % 2**63
+        limit = limit or Generation.max_new_tokens
+        return Generation(
+            stop=tuple(stops),
+            max_new_tokens=schemas.MAX_INTEGER if limit < 0 else limit,  # the context limits it
+            temperature=heat,
+            top_p=top_p,
+            top_k=max(_first(top_k, usual and usual.top_k, 0), 0),
+            repetition_penalty=_first(repetition_penalty, usual and usual.repetition_penalty, 1.0),
+            seed=seed,
+            schema=schema,
+        )
 
     def check_name(self, name: str | None) -> None:
         """Raise ApiError 404 for another model's name.
@@ -111,6 +158,21 @@ class Asking:
         """
         if name and name not in self.names:
             raise unknown_model(name)
+
+
+def bearable(generation: Generation, sampling: Sampling | None) -> tuple[Generation, list[str]]:
+    """The options that a model bears, and in words what was too high for it.
+
+    generation: the options.
+    sampling: what the model bears; None for everything.
+    """
+    told: list[str] = []
+    for name in ("temperature", "repetition_penalty"):
+        most = sampling and getattr(sampling, f"max_{name}")
+        if most is not None and getattr(generation, name) > most:
+            generation = replace(generation, **{name: most})
+            told.append(f"{name} above {most:g}")
+    return generation, told
 
 
 def headers(begun: Begun | Stats, ignored: Sequence[str]) -> dict[str, str]:
@@ -123,51 +185,6 @@ def headers(begun: Begun | Stats, ignored: Sequence[str]) -> dict[str, str]:
     if begun.dropped_turns:
         told[DROPPED] = str(begun.dropped_turns)
     return told
-
-
-def generation(
-    *,
-    limit: int | None,
-    stop: str | Sequence[str] | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    repetition_penalty: float | None,
-    seed: int | None,
-) -> Generation:
-    """The options of an answer as clients mean them.
-
-    limit: tokens of the answer; negative for as many as the context holds.
-    stop, temperature, top_p, top_k, repetition_penalty, seed: see generation.Generation; None for
-        the default.
-
-    Raises ApiError.
-    """
-    stops = [stop] if isinstance(stop, str) else stop or []
-    stops = [text for text in stops if text]  # an empty field of a form stops nothing
-    if len(stops) > MAX_STOPS or any(len(text) > MAX_STOP_LENGTH for text in stops):
-        raise ApiError(
-            400,
-            f"stop: expected at most {MAX_STOPS} texts of up to {MAX_STOP_LENGTH} characters",
-            code="invalid_value",
-            param="stop",
-        )
-    temperature = temperature or 0.0
-    top_p = 1.0 if top_p is None else top_p
-    if top_p == 0 or temperature < 0.001:  # only the likeliest token is left
-        temperature, top_p = 0.0, 1.0
-    # a seed names an answer; without one, or with -1 as in other local servers, it is drawn anew
-    seed = secrets.randbits(63) if seed in (None, -1) else seed % 2**63
-    limit = limit or Generation.max_new_tokens
-    return Generation(
-        stop=tuple(stops),
-        max_new_tokens=schemas.MAX_INTEGER if limit < 0 else limit,  # only the context limits it
-        temperature=temperature,
-        top_p=top_p,
-        top_k=max(top_k or 0, 0),
-        repetition_penalty=repetition_penalty or 1.0,
-        seed=seed,
-    )
 
 
 def not_done(body: schemas.ChatRequest | schemas.CompletionRequest) -> list[str]:
@@ -195,8 +212,6 @@ def not_done(body: schemas.ChatRequest | schemas.CompletionRequest) -> list[str]
         if isinstance(body.function_call, dict):
             raise _no_calls("function_call")
         ignored.append("functions")
-    if body.response_format and body.response_format.get("type") != "text":
-        raise unsupported("response_format", "answers are text", param="response_format")
     return ignored
 
 
@@ -227,6 +242,11 @@ def unknown_model(name: str) -> ApiError:
         code="model_not_found",
         param="model",
     )
+
+
+def _first(*values: Any) -> Any:
+    """The first of them that is not None."""
+    return next(value for value in values if value is not None)
 
 
 def _no_calls(name: str) -> ApiError:

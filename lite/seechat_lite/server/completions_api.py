@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from seechat_lite.chat import Stats
 from seechat_lite.server import schemas
-from seechat_lite.server.asking import Asking, generation, headers, not_done
+from seechat_lite.server.asking import Asking, headers, not_done
 from seechat_lite.server.errors import ApiError, as_api_error
 from seechat_lite.server.logs import note
 from seechat_lite.server.openai_api import begin, event_stream, finish_reason, usage_of
@@ -81,7 +81,7 @@ class OldCompletions:
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         if len(prompts) != 1:
             raise ApiError(400, "prompt: expected one text", code="invalid_value", param="prompt")
-        chosen = generation(
+        chosen = self._asking.generation(
             limit=body.max_tokens,
             stop=body.stop,
             temperature=body.temperature,

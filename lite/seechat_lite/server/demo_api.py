@@ -16,12 +16,14 @@ from seechat_lite.conversation import trimmed
 from seechat_lite.generation import Generation
 from seechat_lite.server import schemas
 from seechat_lite.server.access import client_of
+from seechat_lite.server.asking import bearable, headers
 from seechat_lite.server.bodies import Bodies
 from seechat_lite.server.errors import ApiError
 from seechat_lite.server.image_urls import Images
 from seechat_lite.server.logs import note
 from seechat_lite.server.openai_api import json_response
 from seechat_lite.server.scheduler import GenerationRequest, Scheduler, Turn
+from seechat_weights.bundle.manifest import Sampling
 
 # (temperature, top_p, top_k, repetition_penalty) of the two demos
 _CHATGLM = (0.95, 0.7, 0, 1.0)
@@ -30,9 +32,23 @@ _MAX_LENGTH = 2048
 
 
 class Legacy:
-    """The endpoint."""
+    """The endpoint.
 
-    def __init__(self, scheduler: Scheduler, bodies: Bodies, images: Images) -> None:
+    scheduler: answers.
+    bodies: reads bodies.
+    images: reads pictures.
+    sampling: what the model bears.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        bodies: Bodies,
+        images: Images,
+        *,
+        sampling: Sampling | None = None,
+    ) -> None:
+        self._sampling = sampling
         self._scheduler = scheduler
         self._bodies = bodies
         self._images = images
@@ -58,17 +74,19 @@ class Legacy:
         temperature, top_p, top_k, penalty = _CHATGLM if body.text is None else _VISUALGLM
         if body.temperature is not None:
             temperature = body.temperature if body.temperature >= 0.001 else 0.0
+        chosen = Generation(
+            temperature=temperature,
+            top_p=body.top_p or top_p,
+            top_k=top_k if body.top_k is None else body.top_k,
+            repetition_penalty=body.repetition_penalty or penalty,
+            seed=secrets.randbits(63),
+        )
+        chosen, ignored = bearable(chosen, self._sampling)
         ask = GenerationRequest(
             client_of(request.scope),
             turns[-1],
             tuple(turns[:-1]),
-            Generation(
-                temperature=temperature,
-                top_p=body.top_p or top_p,
-                top_k=top_k if body.top_k is None else body.top_k,
-                repetition_penalty=body.repetition_penalty or penalty,
-                seed=secrets.randbits(63),
-            ),
+            chosen,
             max_length=body.max_length or _MAX_LENGTH,
         )
         text, stats = await self._scheduler.whole_answer(ask)
@@ -79,7 +97,8 @@ class Legacy:
                 result=text,
                 history=[*history, [question, text]],
                 time=datetime.now().strftime("%Y-%m-%d %H:%M:%S"),
-            )
+            ),
+            headers(stats, ignored),
         )
 
     async def _image(self, body: schemas.LegacyRequest) -> bytes:

@@ -7,7 +7,9 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from seechat_lite.json_schema import SchemaError
 from seechat_lite.messages import MessagesError
 from seechat_lite.server.logs import note_error
 from seechat_weights.errors import (
@@ -58,9 +60,13 @@ class ApiError(Exception):
             "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         }
 
-    def response(self) -> JSONResponse:
-        """The error as a response with its status and headers."""
-        return JSONResponse(self.body, self.status, headers=self.headers)
+    def response(self, path: str) -> JSONResponse:
+        """The error as a response with its status and headers, in the shape that clients expect.
+
+        path: what was asked; Ollama's clients, who ask below /api/, look for a text.
+        """
+        body = {"error": self.message} if path.startswith("/api/") else self.body
+        return JSONResponse(body, self.status, headers=self.headers)
 
 
 HANDLED = (ApiError, SeechatError, ValidationError, MemoryError, HTTPException, Exception)
@@ -102,6 +108,8 @@ def as_api_error(error: Exception) -> ApiError:
             log.error("%s", error)
             text = "the model's files cannot be used; the server's log says why"
             return ApiError(500, text, code="model_files")
+        case SchemaError():
+            return ApiError(400, str(error), code="invalid_json_schema", param="schema")
         case SeechatError():
             return ApiError(400, str(error), code="invalid_value")
         case ValidationError():
@@ -128,9 +136,37 @@ async def handle(request: Request, error: Exception) -> Response:
         # Its frames hold the request, and a future in them holds the error. This circle would
         # keep megabytes until the garbage collector runs.
         error.__traceback__ = None
-    if request.url.path.startswith("/api/"):  # Ollama's clients look for a text
-        return JSONResponse({"error": answer.message}, answer.status, headers=answer.headers)
-    return answer.response()
+    return answer.response(request.url.path)
+
+
+class Faults:
+    """The innermost ASGI middleware: answers our own mistakes.
+
+    Starlette would answer them outside all other middleware, so without the headers without which
+    a page of another origin is told of no answer at all.
+
+    app: the application behind it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def noticing(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noticing)
+        except Exception as e:
+            if scope["type"] != "http" or started:
+                raise
+            log.error("a request could not be answered", exc_info=e)
+            response = await handle(Request(scope), e)
+            await response(scope, receive, send)
 
 
 def _invalid(error: ValidationError) -> ApiError:

@@ -18,8 +18,9 @@ from starlette.routing import Route
 from seechat_lite.chat import Stats
 from seechat_lite.generation import Generation
 from seechat_lite.server import schemas
-from seechat_lite.server.asking import Asking, generation, headers, tools_ignored, unknown_model
-from seechat_lite.server.errors import as_api_error, unsupported
+from seechat_lite.server.asking import Asking, headers, tools_ignored, unknown_model
+from seechat_lite.server.errors import as_api_error
+from seechat_lite.server.json_formats import ollama_schema
 from seechat_lite.server.logs import note
 from seechat_lite.server.openai_api import begin, event_stream
 from seechat_lite.server.scheduler import GenerationRequest
@@ -114,10 +115,10 @@ class Ollama:
             # programs load a model ahead, or unload it, in this way
             done = {"done": True, "done_reason": "load"}
             return JSONResponse(_head(name) | shape.piece("") | done)
-        if body.format:
-            raise unsupported("format", "answers are text", param="format")
         stream = body.stream is not False
-        ask, told = await self._asking.ask(request, messages, _generation(body), ignored=ignored)
+        ask, told = await self._asking.ask(
+            request, messages, self._generation(body), ignored=ignored
+        )
         del body, messages  # so that nothing is held while it waits for its turn
         if stream:
             return await self._stream(request, name, ask, shape, told)
@@ -150,6 +151,19 @@ class Ollama:
                     yield _line({"error": as_api_error(e).message})
 
         return event_stream(lines(), headers(begun, ignored), _LINES)
+
+    def _generation(self, body: schemas.OllamaChat | schemas.OllamaGenerate) -> Generation:
+        given = body.options or schemas.OllamaOptions.model_validate({})
+        return self._asking.generation(
+            limit=-1 if given.num_predict == -2 else given.num_predict,
+            stop=given.stop,
+            temperature=given.temperature,
+            top_p=given.top_p,
+            top_k=given.top_k,
+            repetition_penalty=given.repeat_penalty,
+            seed=given.seed,
+            schema=ollama_schema(body.format),
+        )
 
     def _check_name(self, name: str | None) -> None:
         """Check a name as Ollama writes it: with a tag, which here is always the latest."""
@@ -195,19 +209,6 @@ class _Chat(_Shape):
 class _Generate(_Shape):
     def piece(self, text: str) -> dict[str, Any]:
         return {"response": text}
-
-
-def _generation(body: schemas.OllamaChat | schemas.OllamaGenerate) -> Generation:
-    given = body.options or schemas.OllamaOptions.model_validate({})
-    return generation(
-        limit=-1 if given.num_predict == -2 else given.num_predict,
-        stop=given.stop,
-        temperature=given.temperature,
-        top_p=given.top_p,
-        top_k=given.top_k,
-        repetition_penalty=given.repeat_penalty,
-        seed=given.seed,
-    )
 
 
 def _head(name: str) -> dict[str, Any]:

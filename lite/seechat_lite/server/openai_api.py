@@ -15,8 +15,9 @@ from starlette.responses import Response, StreamingResponse
 
 from seechat_lite.chat import Stats
 from seechat_lite.server import schemas
-from seechat_lite.server.asking import Asking, generation, headers, not_done
+from seechat_lite.server.asking import Asking, headers, not_done
 from seechat_lite.server.errors import as_api_error
+from seechat_lite.server.json_formats import chat_schema
 from seechat_lite.server.logs import note
 from seechat_lite.server.scheduler import Begun, GenerationRequest, Scheduler
 
@@ -56,7 +57,7 @@ class Completions:
         ask, ignored = await self._asking.ask(
             request,
             [m.model_dump(exclude_none=True) for m in body.messages],
-            generation(
+            self._asking.generation(
                 limit=body.max_completion_tokens or body.max_tokens,
                 stop=body.stop,
                 temperature=body.temperature,
@@ -64,6 +65,7 @@ class Completions:
                 top_k=body.top_k,
                 repetition_penalty=body.repetition_penalty,
                 seed=body.seed,
+                schema=chat_schema(body.response_format, param="response_format"),
             ),
             pictures=[*(d.data for d in body.image_data or ()), *(body.images or ())],
             ignored=ignored,

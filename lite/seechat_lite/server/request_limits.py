@@ -66,7 +66,7 @@ class Intake:
             if held.release() >= LARGE:  # before draining: others may wait for this memory
                 trim_heap()
             await self._drain(scope, receive)
-            response = e.response()
+            response = e.response(scope["path"])
             response.headers["Connection"] = "close"
             await response(scope, receive, send)
         finally:

@@ -17,8 +17,9 @@ from starlette.responses import JSONResponse, Response
 
 from seechat_lite.chat import Stats
 from seechat_lite.server import schemas
-from seechat_lite.server.asking import Asking, generation, headers, tools_ignored
+from seechat_lite.server.asking import Asking, headers, tools_ignored
 from seechat_lite.server.errors import as_api_error, unsupported
+from seechat_lite.server.json_formats import chat_schema
 from seechat_lite.server.logs import note
 from seechat_lite.server.openai_api import begin, event_stream, finish_reason
 from seechat_lite.server.scheduler import Begun, GenerationRequest
@@ -68,9 +69,7 @@ class Responses:
                 advice = "nothing is stored here: send the conversation as input"
                 raise unsupported(name, advice, param=name)
         form = body.text and body.text.format
-        if form and form.type not in (None, "text"):
-            raise unsupported("text.format", "answers are text", param="text")
-        chosen = generation(
+        chosen = self._asking.generation(
             limit=body.max_output_tokens,
             stop=None,
             temperature=body.temperature,
@@ -78,6 +77,7 @@ class Responses:
             top_k=None,
             repetition_penalty=None,
             seed=None,
+            schema=chat_schema(form, param="text.format"),
         )
         ask, ignored = await self._asking.ask(
             request, _messages(body), chosen, ignored=tools_ignored(body.tools, body.tool_choice)
@@ -98,7 +98,7 @@ class Responses:
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": chosen.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": form or {"type": "text"}},
             "tool_choice": "auto",
             "tools": [],
             "top_p": chosen.top_p,

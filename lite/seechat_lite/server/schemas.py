@@ -153,12 +153,8 @@ class ResponsesItem(_Request):
     output: str | FastList[Part] | None = None
 
 
-class TextForm(_Request):
-    type: str | None = None
-
-
 class TextSettings(_Request):
-    format: TextForm | None = None
+    format: dict[str, Any] | None = None
 
 
 class ResponsesRequest(_Request):

@@ -85,9 +85,18 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a model bears of what chat programs send to every model alike."""
+    """How a model is asked by those who leave it open, and what it bears; None for no word on it.
 
-    max_temperature: float  # a higher one is taken for this; small models fall apart sooner
+    Chat programs send every model the same, and small models fall apart sooner.
+    """
+
+    max_temperature: float | None = None  # a higher one is taken for this
+    max_repetition_penalty: float | None = None  # likewise
+    # what a client that sends none gets; without them the likeliest token is taken
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +171,16 @@ class Manifest:
         return manifest
 
 
+_SAMPLING_RANGES = (
+    ("max_temperature", 0, 100),
+    ("max_repetition_penalty", 0.01, 100),
+    ("temperature", 0, 100),
+    ("top_p", 0.001, 1),
+    ("top_k", 0, 2**31),
+    ("repetition_penalty", 0.01, 100),
+)
+
+
 def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
     """The rules for a manifest's values: field, value, whether it holds, what is expected."""
     lm, decoder, tokenizer = manifest.lm, manifest.decoder, manifest.tokenizer
@@ -223,8 +242,10 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
     size = lm.vocab_size * lm.hidden_size * EMBEDDINGS_DTYPES[dtype]
     yield f"files.{decoder.embeddings}.bytes", table, table == size, f"{size} for the ids and width"
     if manifest.sampling:
-        most = manifest.sampling.max_temperature
-        yield "sampling.max_temperature", most, 0 <= most <= 100, "0 to 100"
+        for name, least, most in _SAMPLING_RANGES:
+            value = getattr(manifest.sampling, name)
+            sound = value is None or least <= value <= most
+            yield f"sampling.{name}", value, sound, f"{least:g} to {most:g}"
     tokens = decoder.prefix_tokens
     sound = 0 < tokens < lm.max_sequence_length if decoder.prefix else tokens == 0
     yield "decoder.prefix_tokens", tokens, sound, "0, or the tokens of decoder.prefix"
