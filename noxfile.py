@@ -11,7 +11,7 @@ import nox
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "fast"]
 
-FAST = "not slow and not browser and not export and not torch"
+FAST = "not slow and not browser and not clients and not export and not torch"
 
 
 @nox.session
@@ -40,6 +40,14 @@ def fast(session: nox.Session) -> None:
 def all(session: nox.Session) -> None:
     """Every test, some minutes; those of which something is not installed are skipped."""
     session.run(sys.executable, "-m", "pytest", "-q", *session.posargs)
+
+
+@nox.session(default=False)
+def clients(session: nox.Session) -> None:
+    """Install the clients that others wrote, and run the tests with them."""
+    session.run(sys.executable, "-m", "pip", "install", "-e", ".[clients]")
+    session.run("npm", "install", "--prefix", "tests/clients", "--no-fund", external=True)
+    session.run(sys.executable, "-m", "pytest", "-q", "-m", "clients", *session.posargs)
 
 
 @nox.session(default=False)

@@ -4,8 +4,10 @@
     python bench/server_load.py --model DIR --clients 16 --requests 500
 
 Texts, pictures (of a few, and one never seen before), conversations, streams, streams that are
-abandoned, and bad bodies of several kinds. Every good request must be answered, every bad one
-refused with its status; afterwards nothing waits, and the memory is what it was after warming up.
+abandoned, answers held to a JSON schema, and bad bodies of several kinds. Every good request must
+be answered, every bad one refused with its status; afterwards nothing waits, and the memory is what
+it was after warming up. Before that, on the idle server, it measures how long after the engine's
+first logits the first words reach a client; both processes read the system's monotonic clock.
 """
 
 import argparse
@@ -13,8 +15,11 @@ import base64
 import io
 import json
 import random
+import re
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -27,6 +32,31 @@ import psutil
 from PIL import Image
 
 IMAGES = Path(__file__).parent.parent / "docs/images"
+FLAT = 0.02  # of the memory after warming up: what allocators keep from one moment to the next
+SCHEMA = {
+    "type": "object",
+    "properties": {"animal": {"enum": ["panda", "frog"]}, "legs": {"enum": [2, 4]}},
+    "required": ["animal", "legs"],
+}
+# the server, noting in a file when the engine has the first logits of an answer
+NOTING = """
+import sys, time
+from seechat_lite import loading
+load, clock = loading.load, open(sys.argv.pop(1), "w", buffering=1)
+def noting(*args, **options):
+    model = load(*args, **options)
+    prefill = model.engine.prefill
+    def timed(prompt):
+        logits = prefill(prompt)
+        clock.write(f"{time.monotonic_ns()}\\n")
+        return logits
+    model.engine.prefill = timed
+    return model
+loading.load = noting
+from seechat_lite.__main__ import main
+sys.exit(main())
+"""
+_WORDS = re.compile(rb'"content": "[^"]')
 
 
 def picture(n: int) -> str:
@@ -91,7 +121,7 @@ class Crowd:
     def _request(self, n: int) -> tuple[str, Callable[[httpx.Client], str | None]]:
         draw = random.Random(n)
         kind = draw.choice(
-            ("text", "picture", "new picture", "dialogue", "stream", "cancel", "bad")
+            ("text", "picture", "new picture", "dialogue", "stream", "cancel", "json", "bad")
         )
         match kind:
             case "text":
@@ -112,6 +142,10 @@ class Crowd:
             case "stream" | "cancel":
                 body = asking("这是什么？", picture(n % 8), stream=True)
                 return kind, lambda http: stream(http, body, whole=kind == "stream")
+            case "json":
+                form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+                body = asking("这是什么？", picture(n % 8), response_format=form)
+                return kind, lambda http: expect(http, body, 200)
         bad: list[tuple[Any, int]] = [
             (b"{", 400),
             ({"messages": "x"}, 422),
@@ -146,13 +180,36 @@ def stream(http: httpx.Client, body: Any, *, whole: bool) -> str | None:
         return None if [line for line in lines if line][-1] == "data: [DONE]" else "no end"
 
 
+def first_words(url: str, count: int) -> list[int]:
+    """When the first words of so many streamed answers came, by the monotonic clock, in ns."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    times = []
+    for n in range(count):
+        body = json.dumps(asking("这是什么？", picture(n % 8), stream=True)).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n"
+        with socket.create_connection((host, int(port)), 60) as s:
+            s.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            received = b""
+            while part := s.recv(65536):
+                now = time.monotonic_ns()
+                had = _WORDS.search(received)
+                received += part
+                if not had and _WORDS.search(received):
+                    times.append(now)
+        if len(times) != n + 1:
+            raise SystemExit(f"no words came: {received[:500]!r}")
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--first-words", type=int, default=100, help="streams to measure")
     args = parser.parse_args()
-    command = [sys.executable, "-m", "seechat_lite", "serve", "--port", "0"]
+    clock = Path(tempfile.mkdtemp()) / "clock"
+    command = [sys.executable, "-c", NOTING, str(clock), "serve", "--port", "0"]
     if args.model:
         command += ["--model", str(args.model)]
     with subprocess.Popen(
@@ -162,6 +219,11 @@ def main() -> None:
         url = server.stdout.readline().strip()
         while httpx.get(f"{url}/health").status_code != 200:
             time.sleep(0.1)
+        first_words(url, 20)  # pictures are read and remembered
+        begun = len(clock.read_text().splitlines())
+        came = first_words(url, args.first_words)
+        had = [int(line) for line in clock.read_text().splitlines()[begun:]]
+        late = sorted((c - h) / 1e6 for c, h in zip(came, had, strict=True))  # ms
         process = psutil.Process(server.pid)
         Crowd(url).run(clients=args.clients, requests=args.requests)  # caches and pools fill
         before = process.memory_info().rss
@@ -175,6 +237,10 @@ def main() -> None:
         code = server.wait(20)
         stopped = time.perf_counter() - start
     crowd.seconds.sort()
+    print(
+        f"first words {late[len(late) // 2]:.2f} ms after the engine's first logits (median of "
+        f"{len(late)}), {late[int(len(late) * 0.95)]:.2f} ms (95 %), {late[-1]:.2f} ms at most"
+    )
     print(f"{args.requests} requests of {args.clients} clients in {seconds:.1f} s:", end=" ")
     print(", ".join(f"{n} {kind}" for kind, n in sorted(crowd.counts.items())))
     median, slowest = crowd.seconds[len(crowd.seconds) // 2], crowd.seconds[-1]
@@ -184,7 +250,8 @@ def main() -> None:
     print(f"SIGTERM: exit {code} after {stopped:.1f} s")
     for problem in crowd.wrong:
         print(problem)
-    sys.exit(bool(crowd.wrong) or health["waiting"] or health["answering"] or code)
+    grown = after > before * (1 + FLAT)
+    sys.exit(bool(crowd.wrong) or grown or health["waiting"] or health["answering"] or code)
 
 
 if __name__ == "__main__":

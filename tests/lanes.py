@@ -19,7 +19,7 @@ import pytest
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 ROOMS = {"seechat_weights": "weights", "seechat_lite": "lite", "seechat_export": "export"}
-MARKERS = ("slow", "browser", "export", "torch")  # as pyproject.toml registers them
+MARKERS = ("slow", "browser", "clients", "export", "torch")  # as pyproject.toml registers them
 # what must be installed for tests with this marker
 REQUIRES = {
     "export": ("filelock", "onnx", "onnx_ir", "onnxscript", "torch", "tqdm", "transformers"),

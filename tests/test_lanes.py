@@ -12,7 +12,7 @@ import pytest
 import lanes
 
 ROOT = Path(__file__).parent.parent
-FAST = "not slow and not browser and not export and not torch"  # as in noxfile.py
+FAST = "not slow and not browser and not clients and not export and not torch"  # as in noxfile.py
 
 WITHOUT_TORCH = """
 import sys
