@@ -426,6 +426,7 @@ def test_settings_are_sent_and_kept(server: Running, open_tab: Any) -> None:
     tab.page.get_by_label("温度").fill("0.8")
     tab.page.get_by_label("回答长度上限").fill("20")
     tab.page.get_by_label("系统提示").fill("用英文回答。")
+    tab.page.get_by_label("对话格式").select_option("chatglm")
     tab.page.get_by_label("外观").select_option("dark")
     tab.page.keyboard.press("Escape")
     tab.reload()
@@ -433,6 +434,7 @@ def test_settings_are_sent_and_kept(server: Running, open_tab: Any) -> None:
     tab.ask("二")
     tab.answered(2)
     assert bodies[1]["temperature"] == 0.8 and bodies[1]["max_tokens"] == 20
+    assert bodies[1]["conversation_format"] == "chatglm"
     assert bodies[1]["messages"][0] == {"role": "system", "content": "用英文回答。"}
     tab.page.get_by_role("button", name="设置").click()
     tab.page.get_by_role("button", name="恢复默认").click()

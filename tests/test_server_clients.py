@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import seechat_lite as sl
+from seechat_lite.conversation import FORMATS
 from seechat_lite.generation import Generation
 from seechat_lite.server.listen import _listen, _Protocol, configure
 from seechat_lite.server.scheduler import GenerationRequest
@@ -324,6 +325,26 @@ def test_what_the_model_is_asked_with_unless_told_otherwise(
             assert (asked[-1].temperature, asked[-1].repetition_penalty) == (0.5, 1.5)
             told = headers["X-Seechat-Ignored"]
             assert "temperature above 0.5" in told and "repetition_penalty above 1.5" in told
+
+
+def test_a_conversation_in_another_format(server: Running) -> None:
+    """For one request; names are listed, and unknown ones refused."""
+    about = json.loads(server.request("GET", "/v1/models")[2])["data"][0]
+    assert about["conversation_format"] == "seechat-plain"
+    assert set(about["conversation_formats"]) == set(FORMATS)
+    said_before = [message(S, "Be brief."), message(U, "你好"), message(A, "你好！")]
+    body = {"messages": [*said_before, message(U, "你是谁？")], "max_tokens": 5}
+    counts = {}
+    for name in ("seechat", "chatglm", None, ""):
+        done = server.post(body | {"conversation_format": name})
+        counts[name] = done["usage"]["prompt_tokens"]
+    # the built-in model's own format leaves the system's text out
+    assert counts[None] == counts[""] < counts["seechat"]
+    with sl.load() as model:
+        chat = model.chat("chatglm", messages=body["messages"])
+        assert counts["chatglm"] == chat.ask(max_new_tokens=1).stats.prompt_tokens
+    refused = server.post(body | {"conversation_format": "klingon"})
+    assert refused["status"] == 400 and "expected one of seechat" in refused["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/api/chat", "/"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import litellm
+from litellm.anthropic_interface import messages
 
 url, picture = sys.argv[1:]
 data = base64.b64encode(Path(picture).read_bytes()).decode()
@@ -39,8 +40,6 @@ anthropic: list[Any] = [
         "content": [{"type": "image", "source": source}, {"type": "text", "text": "这是什么？"}],
     }
 ]
-answer = asyncio.run(
-    litellm.anthropic.messages.acreate(**openai, messages=anthropic, max_tokens=50)
-)
+answer = asyncio.run(messages.acreate(**openai, messages=anthropic, max_tokens=50))
 told["anthropic"] = answer["content"][0]["text"]
 print(json.dumps(told))

@@ -78,6 +78,8 @@ def create_app(
         root=manifest.name,
         capabilities=["completion", *(["vision"] if vision else [])],
         input_modalities=["text", *(["image"] if vision else [])],
+        conversation_format=format or manifest.conversation,
+        conversation_formats=list(FORMATS),
     )
     bodies = Bodies()
     asking = Asking(

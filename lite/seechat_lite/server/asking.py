@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import Request
 
 from seechat_lite.chat import Stats
-from seechat_lite.conversation import Format
+from seechat_lite.conversation import FORMATS, Format
 from seechat_lite.generation import Generation
 from seechat_lite.history import MAX_CHARACTERS_PER_TOKEN
 from seechat_lite.messages import read_messages
@@ -69,6 +69,7 @@ class Asking:
         *,
         pictures: Sequence[str] = (),
         ignored: Sequence[str] = (),
+        format: str | None = None,
     ) -> tuple[GenerationRequest, list[str]]:
         """Turn messages into a request for the scheduler; returns it, and what had no effect.
 
@@ -77,10 +78,19 @@ class Asking:
         generation: the options of the answer.
         pictures: pictures of the last question.
         ignored: what is known to have no effect.
+        format: the name of a conversation format; None for the server's.
 
         Raises ApiError, MessagesError, ImageError.
         """
-        found = read_messages(messages, format=self._format, more=pictures)
+        if format and format not in FORMATS:
+            raise ApiError(
+                400,
+                f"conversation_format is {format!r:.40}; expected one of {', '.join(FORMATS)}",
+                code="invalid_value",
+                param="conversation_format",
+            )
+        written = FORMATS[format] if format else self._format
+        found = read_messages(messages, format=written, more=pictures)
         exchanges = [*found.past, found.question]
         urls = [url for e in exchanges for url in e.images]
         if not all(isinstance(url, str) for url in urls):
@@ -88,7 +98,7 @@ class Asking:
                 400, "a picture that is no text", code="invalid_image_url", param="messages"
             )
         read = await self._images.read(urls, held_by(request.scope))
-        files = iter(await self.scheduler.prepare(read))
+        files = iter(await self.scheduler.prepare(read, format=format))
         *past, turn = (
             Turn(e.question(self._most), tuple(next(files) for _ in e.images), e.answer(self._most))
             for e in exchanges
@@ -99,9 +109,10 @@ class Asking:
         if new := set(all_ignored) - self._told:
             self._told |= new
             log.info("ignored, here and from now on: %s", ", ".join(sorted(new)))
-        return GenerationRequest(
-            client_of(request.scope), turn, tuple(past), generation
-        ), all_ignored
+        ask = GenerationRequest(
+            client_of(request.scope), turn, tuple(past), generation, format=format or None
+        )
+        return ask, all_ignored
 
     def generation(
         self,

@@ -69,6 +69,7 @@ class Completions:
             ),
             pictures=[*(d.data for d in body.image_data or ()), *(body.images or ())],
             ignored=ignored,
+            format=body.conversation_format,
         )
         usage = bool(body.stream_options and body.stream_options.include_usage)
         return ask, ignored, bool(body.stream), usage

@@ -52,6 +52,7 @@ class GenerationRequest:
     past: tuple[Turn, ...] = ()
     generation: Generation = field(default_factory=Generation)
     max_length: int | None = None  # prompt and answer together, instead of max_new_tokens
+    format: str | None = None  # of the conversation; None for the scheduler's
 
 
 @dataclass(frozen=True)
@@ -172,19 +173,22 @@ class Scheduler:
         finally:
             running.stop()
 
-    async def prepare(self, images: Sequence[bytes]) -> list[bytes | PreparedImage]:
+    async def prepare(
+        self, images: Sequence[bytes], *, format: str | None = None
+    ) -> list[bytes | PreparedImage]:
         """Decode pictures outside the model's thread; a cancelled caller ends the work.
 
         Pictures stay as they are while no model is loaded that says how to decode them.
 
         images: the files.
+        format: of the conversation; None for the scheduler's.
 
         Raises ImageError.
         """
         model = self._model
         if model is None or model.manifest.vision is None:
             return list(images)
-        exact = FORMATS[self._format or model.manifest.conversation].exact
+        exact = FORMATS[format or self._format or model.manifest.conversation].exact
         loop, gone, ready = asyncio.get_running_loop(), threading.Event(), []
         try:
             for image in images:
@@ -312,7 +316,7 @@ class Scheduler:
         self, ask: GenerationRequest, running: "_Running", put: Callable[[str | Begun], object]
     ) -> Stats:
         try:
-            chat = self._loaded().chat(self._format)
+            chat = self._loaded().chat(ask.format or self._format)
             running.follow(chat)
             for turn in ask.past:
                 chat.append(turn.question, turn.answer, running.wanted(turn.images))

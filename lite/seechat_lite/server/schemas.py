@@ -120,6 +120,9 @@ class ChatRequest(_Request):
     image_data: FastList[ImageData] | None = Field(None, max_length=64)
     images: FastList[str] | None = Field(None, max_length=64)
     response_format: dict[str, Any] | None = None
+    conversation_format: str | None = Field(
+        None, description="how the conversation is written; /v1/models lists the names"
+    )
 
 
 class CompletionRequest(_Request):
@@ -295,6 +298,8 @@ class ModelInfo(BaseModel):
     capabilities: list[str]
     input_modalities: list[str]
     output_modalities: list[str] = ["text"]
+    conversation_format: str = Field(description="how conversations are written")
+    conversation_formats: list[str] = Field(description="how a request may have them written")
 
 
 class ModelList(BaseModel):

@@ -18,6 +18,10 @@ let timer = 0;
 // Pictures may be added until it is known that nothing can be seen.
 export const sees = () => !known || known.model.vision !== null;
 
+// How a conversation may be written for the model: {names, usual}; nothing while that is not known.
+export const formats = () =>
+  known ? { names: known.model.conversation_formats, usual: known.model.conversation_format } : { names: [], usual: "" };
+
 // What stands in the way of an answer; "" if nothing.
 export function trouble() {
   if (problem) return wordsFor(problem);

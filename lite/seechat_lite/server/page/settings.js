@@ -1,11 +1,12 @@
 // What the user has set, for all conversations: kept in this browser.
 
 import { ask, keep, notice } from "./dialogs.js";
+import * as model from "./model.js";
 import * as store from "./store.js";
 import { text } from "./texts.js";
 
 const KEY = "seechat-settings";
-const EMPTY = { temperature: null, length: null, system: "", theme: "auto" };
+const EMPTY = { temperature: null, length: null, system: "", format: "", theme: "auto" };
 
 const $ = (id) => document.getElementById(id);
 const settings = { ...EMPTY, ...kept() };
@@ -31,6 +32,8 @@ export function options() {
   const fields = {};
   if (settings.temperature !== null) fields.temperature = settings.temperature;
   if (settings.length !== null) fields.max_tokens = settings.length;
+  // what was set for another server's model may be unknown to this one
+  if (model.formats().names.includes(settings.format)) fields.conversation_format = settings.format;
   return fields;
 }
 
@@ -42,10 +45,18 @@ export function show() {
   $("temperature-shown").textContent = temperature === null ? text("temperatureDefault") : temperature.toFixed(1);
   $("length").value = length ?? "";
   $("system").value = system;
+  showFormats();
   for (const option of $("theme").options) option.textContent = text("themes")[option.value];
   $("theme").value = theme;
   if (theme === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
+}
+
+function showFormats() {
+  const { names, usual } = model.formats();
+  const choices = [new Option(usual ? text("formatDefault", usual) : text("temperatureDefault"), ""), ...names.map((name) => new Option(name))];
+  $("format").replaceChildren(...choices);
+  $("format").value = names.includes(settings.format) ? settings.format : "";
 }
 
 function change(fields) {
@@ -65,6 +76,8 @@ export function start() {
     settings.system = event.target.value;
     save();
   };
+  $("format").onchange = (event) => change({ format: event.target.value });
+  model.events.addEventListener("change", showFormats);
   $("theme").onchange = (event) => change({ theme: event.target.value });
   $("reset").onclick = () => change(EMPTY);
   $("delete-all").onclick = async () => {
