@@ -88,7 +88,8 @@ def test_a_picture_without_words(tmp_path: Path) -> None:
 def test_json_of_a_schema(home: Path) -> None:
     pytest.importorskip("llguidance")
     legs = {"type": "integer", "minimum": 0, "maximum": 9}
-    schema = json.dumps({"type": "object", "properties": {"legs": legs}, "required": ["legs"]})
+    whole = {"type": "object", "properties": {"legs": legs}, "required": ["legs"]}
+    schema = json.dumps(whole | {"additionalProperties": False})  # else there is no end of them
     done = run(home, "-m", "seechat", "--schema", schema, "-a", PANDA_FILE, "这是什么？")
     assert isinstance(json.loads(done.stdout)["legs"], int), done.stderr
     refused = run(home, "-m", "seechat", "--schema", '{"not": {}}', "x")
