@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import seechat_lite as sl
+from reference import load_json
 from seechat_lite.conversation import FORMATS
 from seechat_lite.generation import Generation
 from seechat_lite.server.listen import _listen, _Protocol, configure
@@ -88,6 +89,43 @@ HISTORIES = {
 @pytest.mark.parametrize("name", HISTORIES)
 def test_every_history_is_answered(server: Running, name: str) -> None:
     assert said(server, {"messages": HISTORIES[name], "max_tokens": 5})
+
+
+OPEN_WEBUI = load_json("clients/open_webui.json")["requests"]
+
+
+@pytest.mark.parametrize("asked", OPEN_WEBUI, ids=lambda asked: asked["name"])
+def test_what_open_webui_sends(server: Running, asked: dict[str, Any]) -> None:
+    """Each of its requests, with 36 tools and a list of files before the user's words."""
+    body = asked["body"] and json.dumps(asked["body"]).replace("PICTURE", PICTURE).encode()
+    status, headers, content = server.request(asked["method"], asked["path"], body)
+    assert status == 200
+    text = content.decode()
+    if asked["method"] == "GET":
+        assert "seechat-lite-builtin" in text
+    elif "picture" in asked["name"]:
+        assert "这是" in text and "熊猫" in text
+    if "tools" in (asked["body"] or {}):
+        assert "tools" in headers["X-Seechat-Ignored"]
+        assert text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_programs_list_of_files_is_no_question(server: Running, joined: bool) -> None:
+    """A model that has learnt no instructions is shown the user's own words; others see all."""
+    files = '<attached_files>\n<file id="1" name="panda.png"/>\n</attached_files>\n\n'
+    texts = [files + "这是什么？"] if joined else [files, "这是什么？"]
+    picture = {"type": "image_url", "image_url": {"url": data_url()}}
+    content = [*({"type": "text", "text": text} for text in texts), picture]
+    body = {"messages": [message(U, content)]}
+    assert said(server, body) == "这是熊猫。"
+    assert said(server, {"messages": [message(U, [content[0], picture])]}) == "这是熊猫。"
+    counted = [
+        server.post(body | {"conversation_format": name})["usage"]["prompt_tokens"]
+        for name in ("seechat-plain", "seechat")
+    ]
+    assert counted[0] + 20 < counted[1]
+    assert said(server, {"messages": [message(U, files)], "max_tokens": 3})
 
 
 def test_tools_are_declared_and_ignored(server: Running) -> None:

@@ -6,6 +6,7 @@ All of them have a place here, so that whatever a program sends is answered. Onl
 read is refused. Pictures stay as they were given.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,9 @@ TOOLS = ("tool", "function")
 ROLES = (*INSTRUCTING, "user", "assistant", *TOOLS)
 TEXTS = ("text", "input_text", "output_text", "refusal", "summary_text")
 PICTURES = ("image_url", "input_image", "image")
+
+
+_FILES = re.compile(r"\s*<attached_files>.*?</attached_files>\s*", re.DOTALL)
 
 
 class MessagesError(OptionError):
@@ -116,6 +120,9 @@ def read_messages(
         texts, images = _content(message, where)
         last = exchanges[-1] if exchanges and exchanges[-1].answers is None else None
         if role == "user":
+            if not format.instructions:
+                texts, listed = _own_words(texts, alone=not images)
+                unwritten += listed
             if last is None:
                 last = Exchange()
                 exchanges.append(last)
@@ -200,6 +207,24 @@ def _describe(exchanges: Sequence[Exchange], format: Format) -> None:
 def _says_nothing(exchange: Exchange) -> bool:
     answered = exchange.answers and any(map(trimmed, exchange.answers))
     return not (exchange.images or answered or any(map(trimmed, exchange.texts)))
+
+
+def _own_words(texts: Sequence[str], *, alone: bool) -> tuple[list[str], list[str]]:
+    """A user's words, and lists of files that a program (Open WebUI) put before them.
+
+    texts: those of one message.
+    alone: whether there is nothing else in the message; then all texts are the user's.
+    """
+    own: list[str] = []
+    listed: list[str] = []
+    for text in texts:
+        if found := _FILES.match(text):
+            listed.append(found[0])
+            text = text[found.end() :]
+            if not text:
+                continue
+        own.append(text)
+    return (list(texts), []) if alone and not any(map(trimmed, own)) else (own, listed)
 
 
 def _no_question() -> MessagesError:
