@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from reference import data
 from seechat_lite import json_schema
 from seechat_lite.generation import Generation
 from seechat_lite.json_schema import MAX_SCHEMA, Constraint, SchemaError, Verbatim, Vocabulary
+from seechat_lite.json_tokenizer import JsonTokenizer
 from seechat_lite.llama_tokenizer import LlamaTokenizer
 from seechat_lite.sampling import Sampler, Sampling
 from seechat_lite.text_stream import TextStream
@@ -202,6 +204,33 @@ def test_every_text_can_be_said_as_it_is(name: str, value: Any) -> None:
     size = tokenizer.vocab_size + SPARE
     text = walk(tokenizer, constraint, lambda: random.normal(size=size), most=500)
     assert text is not None and json.loads(text) == value
+
+
+def test_byte_level_pieces_may_be_parts_of_characters(tmp_path: Path) -> None:
+    """A tokenizer.json, whose tokens are bytes; a token that ends answers is text in it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    characters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {c: i for i, c in enumerate(characters)} | {'"}': 256, '"}]': 257}
+    merges = [('"', "}"), ('"}', "]")]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<|end|>"])
+    made.add_tokens(["<|turn|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = JsonTokenizer(tmp_path / "tokenizer.json", eos_id=258)
+    turn = tokenizer.encode("<|turn|>")
+    assert len(turn) == 1
+    size = tokenizer.vocab_size + SPARE
+    all_tokens = Vocabulary(tokenizer, size=size, ends=turn)
+    random = np.random.default_rng(0)
+    schema: dict[str, Any]
+    for value in ("熊猫🐼\n", [{"a": "<|turn|>"}], "<|end|>"):
+        for schema in ({"const": value}, {"type": "string", "maxLength": 4}):
+            constraint = all_tokens.constraint(schema)
+            assert not constraint.allowed()[turn[0]]
+            text = walk(tokenizer, constraint, lambda: random.normal(size=size), most=200)
+            assert text is not None and valid(schema, text)
 
 
 # --- the model ----------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ class Constraint(Native):
         except ValueError as e:
             raise _refused(str(e)) from None
         limits = LLParserLimits(max_lexer_states=MAX_STATES, verbose_errors=False)
-        self._matcher = LLMatcher(native, grammar, log_level=0, limits=limits)
+        self._matcher: Any = LLMatcher(native, grammar, log_level=0, limits=limits)
         self._next = self._computed()  # what is wrong with a schema shows here at the latest
 
     def allowed(self) -> np.ndarray:

@@ -89,7 +89,9 @@ class Seechat(llm.Model):
                 options.format, messages=[_message(m) for m in prompt.messages]
             )
             chosen = {name: getattr(options, name) for name in _OPTIONS}
-            yield from chat.stream(generation=Generation(**chosen, schema=prompt.schema))
+            schema = prompt.schema
+            assert schema is None or isinstance(schema, dict)  # `llm` has made one of a class
+            yield from chat.stream(generation=Generation(**chosen, schema=schema))
         except SeechatError as e:
             raise llm.ModelError(str(e)) from e
         _tell_usage(chat, response)

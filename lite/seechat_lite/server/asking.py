@@ -145,9 +145,9 @@ class Asking:
             )
         usual = self._sampling
         heat = _first(temperature, usual and usual.temperature, 0.0)
-        top_p = _first(top_p, usual and usual.top_p, 1.0)
-        if top_p == 0 or heat < 0.001:  # only the likeliest token is left
-            heat, top_p = 0.0, 1.0
+        reach = _first(top_p, usual and usual.top_p, 1.0)
+        if reach == 0 or heat < 0.001:  # only the likeliest token is left
+            heat, reach = 0.0, 1.0
         # a seed names an answer; without one, or with -1 as in other servers, it is drawn anew
         seed = secrets.randbits(63) if seed in (None, -1) else seed % 2**63
         limit = limit or Generation.max_new_tokens
@@ -155,7 +155,7 @@ class Asking:
             stop=tuple(stops),
             max_new_tokens=schemas.MAX_INTEGER if limit < 0 else limit,  # the context limits it
             temperature=heat,
-            top_p=top_p,
+            top_p=reach,
             top_k=max(_first(top_k, usual and usual.top_k, 0), 0),
             repetition_penalty=_first(repetition_penalty, usual and usual.repetition_penalty, 1.0),
             seed=seed,
