@@ -5,6 +5,9 @@ begin a line that looks like ours. Bidirectional overrides show a name backwards
 shown as its escape instead (\\x1b). All other characters, of any script, stay.
 """
 
+import json
+from typing import Any
+
 # C0, DEL and C1; Arabic letter mark, marks, embeddings, overrides and isolates; line separators
 _COMMANDS = (
     *(*range(0x20), *range(0x7F, 0xA0)),
@@ -39,6 +42,20 @@ def spoken(text: str) -> str:
     text: the text.
     """
     return text.translate(_DROPPED)
+
+
+def json_line(value: Any, *, ascii: bool = False) -> str:
+    """A value as one line of JSON that is safe to show and can be written as UTF-8.
+
+    value: what json.dumps takes.
+    ascii: write every other character as its escape.
+    """
+    line = json.dumps(value, ensure_ascii=ascii)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair: a byte of a name that is no text
+        line = json.dumps(value)
+    return safe_json(line)
 
 
 def safe_json(json: str) -> str:

@@ -31,7 +31,7 @@ from seechat_lite.json_structure import too_complex
 from seechat_lite.pictures.written import from_base64, from_data_url, is_data_url
 from seechat_lite.text_lines import Bytes, LineError, text_lines
 from seechat_weights.errors import ImageError, SeechatError
-from seechat_weights.plain_text import safe_json
+from seechat_weights.plain_text import json_line
 
 if TYPE_CHECKING:
     from seechat_lite.chat import Chat, Model
@@ -70,9 +70,8 @@ def _run(args: argparse.Namespace, options: dict[str, Any]) -> int:
         out.reconfigure(encoding="utf-8")  # whatever the system's own encoding is
 
     def write(message: dict[str, Any]) -> None:
-        line = safe_json(json.dumps(message, ensure_ascii=False)) + "\n"
         try:
-            out.write(line if line.isascii() or _has_no_halves(line) else _ascii(message))
+            out.write(json_line(message) + "\n")
             out.flush()
         except (OSError, ValueError):  # ValueError: closed
             raise OutputGoneError from None
@@ -91,18 +90,6 @@ def _run(args: argparse.Namespace, options: dict[str, Any]) -> int:
             return 1 if pipe.failed else 0
     except OutputGoneError:
         return OUTPUT_GONE
-
-
-def _has_no_halves(line: str) -> bool:
-    try:
-        line.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which a client may put into its id
-        return False
-    return True
-
-
-def _ascii(message: dict[str, Any]) -> str:
-    return json.dumps(message) + "\n"
 
 
 class OutputGoneError(Exception):

@@ -3,7 +3,6 @@
 import argparse
 import codecs
 import io
-import json
 import logging
 import os
 import shutil
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from seechat_lite.cli.hints import told
 from seechat_weights.errors import SeechatError
 from seechat_weights.libraries import import_error
-from seechat_weights.plain_text import many_lines, one_line, safe_json, spoken
+from seechat_weights.plain_text import json_line, many_lines, one_line, spoken
 
 if TYPE_CHECKING:
     from seechat_lite.chat import Stats
@@ -60,7 +59,7 @@ def print_json(report: Mapping[str, Any]) -> None:
     report: the object.
     """
     utf8 = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"
-    print(safe_json(json.dumps(report, ensure_ascii=not utf8)))
+    print(json_line(report, ascii=not utf8))
 
 
 def print_table(rows: Mapping[str, str | list[str]]) -> None:
