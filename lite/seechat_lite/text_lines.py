@@ -8,6 +8,7 @@ of Western code pages are valid GBK and would become other words.
 
 import codecs
 import locale
+import os
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -33,13 +34,19 @@ class LineError(SeechatError):
         self.guess = guess
 
 
-def text_lines(stream: Bytes, *, most: int) -> Iterator[str | LineError]:
+def text_lines(
+    stream: Bytes, *, most: int, end: bytes = b"\n", paths: bool = False
+) -> Iterator[str | LineError]:
     """Yield the lines of a stream as they come, without line ends; a bad line gives an error.
 
     stream: the bytes.
     most: bytes that a line may have; a longer one is dropped as it comes and gives an error.
+    end: the byte that ends a line. After a zero byte, as `find -print0` writes it, UTF-16 is not
+        looked for.
+    paths: lines are paths; where any bytes may be one (not on Windows), none is an error.
     """
-    for line in _split(_as_utf8(iter(lambda: stream.read1(_CHUNK), b"")), most):
+    chunks = iter(lambda: stream.read1(_CHUNK), b"")
+    for line in _split(_as_utf8(chunks) if end == b"\n" else chunks, most, end):
         if line is None:
             yield LineError(
                 f"a line of more than {most} bytes; expected shorter ones: send larger things as "
@@ -47,7 +54,7 @@ def text_lines(stream: Bytes, *, most: int) -> Iterator[str | LineError]:
             )
             continue
         try:
-            yield _decode(line)
+            yield _decode(line.removesuffix(b"\r") if end == b"\n" else line, paths=paths)
         except LineError as e:
             yield e
 
@@ -75,12 +82,12 @@ def _as_utf8(chunks: Iterator[bytes]) -> Iterator[bytes]:
     yield decoder.decode(b"", final=True).encode("utf-8", "replace")
 
 
-def _split(chunks: Iterable[bytes], most: int) -> Iterator[bytes | None]:
+def _split(chunks: Iterable[bytes], most: int, end: bytes) -> Iterator[bytes | None]:
     """Yield lines; None for one that is too long."""
     line = bytearray()
     too_long = False
     for chunk in chunks:
-        *ended, rest = chunk.split(b"\n")
+        *ended, rest = chunk.split(end)
         for part in ended:
             line += part
             yield None if too_long or len(line) > most else bytes(line)
@@ -92,8 +99,7 @@ def _split(chunks: Iterable[bytes], most: int) -> Iterator[bytes | None]:
         yield None if too_long else bytes(line)
 
 
-def _decode(line: bytes) -> str:
-    line = line.removesuffix(b"\r")
+def _decode(line: bytes, *, paths: bool) -> str:
     try:
         return line.decode().removeprefix(_BOM)
     except UnicodeDecodeError as e:
@@ -104,6 +110,8 @@ def _decode(line: bytes) -> str:
             return line.decode(system)
         except UnicodeDecodeError:
             pass
+    if paths and os.name == "posix":
+        return os.fsdecode(line)
     raise LineError(
         f"not UTF-8 (byte 0x{line[where]:02x} at {where}); expected UTF-8 or UTF-16: a program on "
         "Windows may write its code page, such as GBK, unless it is told",
