@@ -25,6 +25,7 @@ from seechat_weights.errors import (
 )
 
 if TYPE_CHECKING:
+    from seechat_lite.captions.run import Caption
     from seechat_lite.chat import Answer, AnswerStream, Chat, Model, Stats
     from seechat_lite.images import ImageSource, thumbnail
     from seechat_lite.loading import load
@@ -37,6 +38,7 @@ __all__ = [
     "Answer",
     "AnswerStream",
     "BundleError",
+    "Caption",
     "Chat",
     "CheckpointError",
     "ContextError",
@@ -59,6 +61,7 @@ __all__ = [
 _LATER = {
     **dict.fromkeys(("Answer", "AnswerStream", "Chat", "Model", "Stats"), "seechat_lite.chat"),
     **dict.fromkeys(("ImageSource", "thumbnail"), "seechat_lite.images"),
+    "Caption": "seechat_lite.captions.run",
     "load": "seechat_lite.loading",
     "Prompt": "seechat_lite.prompt",
     "VisionFiles": "seechat_weights.vision.weights",

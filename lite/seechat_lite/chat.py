@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from seechat_lite.generation import Generation, GenerationOptions
 from seechat_lite.images import (
     ImageSource,
     PreparedImage,
+    is_one,
     levels,
     load_image,
     message_picture,
@@ -52,6 +53,9 @@ from seechat_weights.arguments import check_choice, check_integer, check_type
 from seechat_weights.bundle.manifest import Manifest
 from seechat_weights.config import PixelSpec
 from seechat_weights.errors import ContextError, EngineError
+
+if TYPE_CHECKING:
+    from seechat_lite.captions.run import Caption
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +114,54 @@ class Model:
         if messages:
             chat.take(messages)
         return chat
+
+    def caption(
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        prompt: str | None = None,
+        *,
+        language: str = "zh",
+        format: str | None = None,
+        batch: int = 8,
+        generation: Generation | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Iterator["Caption"]:
+        """Describe many pictures, each by itself; yields a Caption for each, in order.
+
+        A picture that cannot be read gives a Caption with an error. Pictures are read and decoded
+        ahead, in other threads, and `images` is iterated over in one of them. Those of the same
+        content are captioned once.
+
+        images: the pictures, or one.
+        prompt: what is asked about each; None or blank asks for a description.
+        language: of that description: "zh" or "en".
+        format: a name of conversation.FORMATS; None for the bundle's.
+        batch: how many pictures are in work at once. Their captions are still written one by one.
+        generation: all options of the answers as one value.
+        options: fields of generation.Generation by name; they override those of `generation`.
+
+        Raises OptionError for a wrong argument, EngineError for a text-only bundle. While it is
+        iterated over: EngineError if the engine fails, ContextError if the prompt is too long, and
+        whatever `images` raises.
+        """
+        from seechat_lite.captions import run
+
+        check_type("prompt", prompt, str | None, "a text")
+        check_choice("language", language, run.LANGUAGES)
+        check_integer("batch", batch, least=1, most=run.MAX_BATCH, expected=run.EXPECTED_BATCH)
+        check_type("generation", generation, Generation | None, "a Generation")
+        sources = [images] if is_one(images) else images
+        check_type("images", sources, Iterable, "a picture or several")
+        name = self.chat(format).format.name
+        self._pixel_spec(exact=False)  # whether it sees pictures
+        return run.of_sources(
+            self,
+            sources,  # pyright: ignore[reportArgumentType]  not one picture
+            question=run.question(prompt, name, language),
+            format=name,
+            generation=replace(generation or Generation(), **options),
+            batch=batch,
+        )
 
     def encode_image(
         self,

@@ -101,6 +101,7 @@ ImageSource: TypeAlias = (
     | Image.Image
     | np.ndarray
     | EncodedImage
+    | Picture
     | PreparedImage
 )
 
@@ -114,13 +115,13 @@ def several(image: Any) -> Iterator[ImageSource]:
     """
     if image is None:
         return
-    if _is_one(image):
+    if is_one(image):
         yield image
         return
     if not isinstance(image, Iterable) or isinstance(image, dict):
         raise _wrong_type(image)
     for one in image:
-        if not _is_one(one):
+        if not is_one(one):
             raise _wrong_type(one)
         yield one
 
@@ -134,7 +135,7 @@ def message_picture(given: Any) -> ImageSource:
     """
     if isinstance(given, str) and looks_like_base64(given) and not _exists(given):
         return from_base64(given, limit=MAX_BYTES)
-    if not _is_one(given):
+    if not is_one(given):
         raise _wrong_type(given)
     return given
 
@@ -153,6 +154,8 @@ def load_image(source: ImageSource) -> Picture:
         source = array.tobytes()  # a file's bytes, as cv2.imencode returns them
     if isinstance(source, Image.Image):
         return _from_opened(source)
+    if isinstance(source, Picture):
+        return source
     if isinstance(source, EncodedImage):
         return Picture(source, hashlib.sha256(source.data).hexdigest())
     if isinstance(source, PreparedImage):
@@ -170,7 +173,7 @@ def load_image(source: ImageSource) -> Picture:
     except TypeError:
         raise _wrong_type(source) from None
     if view.nbytes > MAX_BYTES:
-        raise _too_many_bytes("image bytes", view.nbytes)
+        raise too_many_bytes("image bytes", view.nbytes)
     return _from_bytes(view.tobytes(), "image bytes")
 
 
@@ -290,9 +293,13 @@ def _made(opened: Opened, request: dict[str, Any], spec: PixelSpec | None) -> Im
 # --- one or several
 
 
-def _is_one(image: object) -> bool:
+def is_one(image: object) -> bool:
+    """Whether this is one picture, not several.
+
+    image: anything.
+    """
     kinds = str | os.PathLike | bytes | bytearray | memoryview | Image.Image
-    kinds = kinds | EncodedImage | PreparedImage
+    kinds = kinds | EncodedImage | Picture | PreparedImage
     return isinstance(image, kinds) or hasattr(image, "read") or hasattr(image, "__array__")
 
 
@@ -342,7 +349,7 @@ def _from_path(path: str) -> Picture:
         if not stat.S_ISREG(status.st_mode):
             raise ImageError(f"{shown}: not a file; expected a picture: name one picture file")
         if status.st_size > MAX_BYTES:
-            raise _too_many_bytes(shown, status.st_size)
+            raise too_many_bytes(shown, status.st_size)
         with Path(path).open("rb") as f:
             # the format is found first: a file that is not a picture is not read to its end
             head = f.read(HEAD)
@@ -390,7 +397,7 @@ def _from_file(file: Any) -> Picture:
                 )
             data += part
             if len(data) > MAX_BYTES:
-                raise _too_many_bytes(name, len(data))
+                raise too_many_bytes(name, len(data))
         if at is not None:
             file.seek(at)
     except (ImageError, MemoryError):
@@ -405,7 +412,7 @@ def _from_file(file: Any) -> Picture:
 
 def _from_bytes(data: bytes, name: str) -> Picture:
     if len(data) > MAX_BYTES:
-        raise _too_many_bytes(name, len(data))
+        raise too_many_bytes(name, len(data))
     found = _identify(data[:HEAD], data[-32:], name)
     return Picture(EncodedImage(data, name, found), hashlib.sha256(data).hexdigest())
 
@@ -419,7 +426,12 @@ def _identify(head: bytes, end: bytes, name: str) -> str:
         raise ImageError(f"{name}: {e}{more}") from None
 
 
-def _too_many_bytes(name: str, size: int) -> ImageError:
+def too_many_bytes(name: str, size: int) -> ImageError:
+    """The error of a picture's file that is too large.
+
+    name: the file's.
+    size: its bytes.
+    """
     return ImageError(
         f"{name}: {size >> 20} MB; expected a picture of at most {MAX_BYTES >> 20} MB: "
         "make it smaller"

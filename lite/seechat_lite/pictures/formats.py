@@ -6,6 +6,7 @@ are rare outside of games and observatories, and the decoders of some are no lon
 """
 
 import struct
+from pathlib import PurePosixPath
 
 from seechat_weights.errors import ImageError
 
@@ -31,6 +32,15 @@ PLUGINS = {
 HEIF = "HEIF"  # read if the package pillow-heif is installed
 # names that Pillow gives to pictures of these formats
 ALIASES = {"MPO": "JPEG"}
+# endings of names; a file that is named itself needs none of them
+SUFFIXES = frozenset(
+    f".{name}"
+    for name in (
+        *("apng", "avif", "bmp", "cur", "dib", "gif", "heic", "heif", "icns", "ico", "j2k", "jfif"),
+        *("jp2", "jpe", "jpeg", "jpf", "jpg", "jpx", "mpo", "pbm", "pcx", "pgm", "png", "pnm"),
+        *("ppm", "qoi", "tga", "tif", "tiff", "webp"),
+    )
+)
 EXPECTED = "PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or the like"
 HEAD = 4096  # bytes of a file that identify() reads, besides its end
 
@@ -124,6 +134,14 @@ _FOREIGN: list[tuple[int, bytes, tuple[str, str]]] = [
 ]
 _DIB_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # bytes
 _DNG_VERSION, _SUBFILE_TYPE, _SUB_IFDS = 50706, 254, 330  # TIFF tags
+
+
+def is_picture_name(name: str) -> bool:
+    """Whether a file is named like a picture.
+
+    name: the file's name or path.
+    """
+    return PurePosixPath(name).suffix.lower() in SUFFIXES
 
 
 def identify(head: bytes, end: bytes = b"") -> str:
