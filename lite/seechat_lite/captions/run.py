@@ -146,7 +146,7 @@ def captioned(
 
     Raises EngineError if the engine fails on two pictures in a row, and what `items` raises.
     """
-    exact = FORMATS[format].demo  # as Chat has its pictures
+    exact = FORMATS[format].exact  # as Chat has its pictures
     ahead: ReadAhead[_Taken, _Entry]
 
     def stopped() -> bool:

@@ -9,6 +9,7 @@ from seechat_lite.captions.run import Item, failed
 from seechat_lite.images import MAX_BYTES, too_many_bytes
 from seechat_weights.errors import EngineError, ImageError
 from seechat_weights.files.untrusted import open_file
+from seechat_weights.libraries import import_error
 
 if TYPE_CHECKING:
     import pyarrow
@@ -69,11 +70,9 @@ def count(path: str) -> int | None:
 def _parquet() -> Any:
     try:
         from pyarrow import parquet
-    except ImportError:
-        raise EngineError(
-            "Parquet files are read by pyarrow, which is not installed; expected it: "
-            'pip install "seechat-lite[data]"'
-        ) from None
+    except (ImportError, OSError) as e:
+        needed, install = "expected it for Parquet files", '"seechat-lite[data]"'
+        raise import_error(EngineError, e, needed=needed, install=install) from None
     return parquet
 
 

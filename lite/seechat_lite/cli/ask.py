@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import re
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from seechat_lite.cli.options import (
     UsageError,
     add_answer_options,
     answer_options,
+    check_text,
     load_model,
     load_options,
     picture_source,
@@ -65,9 +65,7 @@ def _ask(args: argparse.Namespace, usage_error: UsageError) -> int:
         )
     if not trimmed(question) and not places:  # a picture alone is described
         usage_error("the question is empty")
-    # Python turns undecodable bytes into these
-    if any("\ud800" <= c <= "\udfff" for c in question):
-        usage_error(f"the question has bytes that are no text in {sys.getfilesystemencoding()}")
+    check_text("the question", question, usage_error)
     options = answer_options(args, usage_error)
     images = [picture_source(place) for place in places]
     with load_model(args, load_options(args, usage_error)) as model:

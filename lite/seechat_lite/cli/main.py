@@ -26,6 +26,7 @@ from seechat_lite.interrupts import EXIT_CODE, OUTPUT_GONE
 
 COMMANDS = {
     "ask": "seechat_lite.cli.ask",
+    "caption": "seechat_lite.cli.caption",
     "chat": "seechat_lite.cli.chat",
     "info": "seechat_lite.cli.info",
     "bench": "seechat_lite.cli.bench",
@@ -77,6 +78,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if rest and args.command == "ask" and not any(r.startswith("-") for r in rest):
         # argparse stops taking words at the first option between them
         *args.images, args.question = *args.images, args.question, *rest
+    elif rest and args.command == "caption" and not any(r.startswith("-") for r in rest):
+        args.places += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args

@@ -33,12 +33,18 @@ class UsageError(Protocol):
     def __call__(self, message: str) -> NoReturn: ...
 
 
-def add_answer_options(parser: argparse.ArgumentParser) -> None:
-    """Add the model's name, the options of answers and those of load()."""
+def add_answer_options(
+    parser: argparse.ArgumentParser,
+    *,
+    stats: str = "print on stderr how many tokens and seconds it took",
+) -> None:
+    """Add the model's name, the options of answers and those of load().
+
+    parser: the command's.
+    stats: the help of --stats.
+    """
     add_model_option(parser)
-    parser.add_argument(
-        "--stats", action="store_true", help="print on stderr how many tokens and seconds it took"
-    )
+    parser.add_argument("--stats", action="store_true", help=stats)
     answering = parser.add_argument_group("answering")
     add_format_option(answering)
     add = answering.add_argument
@@ -291,6 +297,17 @@ def picture_source(place: str) -> "str | io.BytesIO":
     file = io.BytesIO(data)
     file.name = name  # pyright: ignore[reportAttributeAccessIssue]
     return file
+
+
+def check_text(name: str, text: str, usage_error: UsageError) -> None:
+    """Words with bytes that are no text are wrong usage.
+
+    name: what they are, for the message.
+    text: the words.
+    usage_error: called for such words.
+    """
+    if any("\ud800" <= c <= "\udfff" for c in text):  # Python turns undecodable bytes into these
+        usage_error(f"{name} has bytes that are no text in {sys.getfilesystemencoding()}")
 
 
 def check_engine(args: argparse.Namespace, usage_error: UsageError) -> None:

@@ -1,0 +1,106 @@
+"""Measures how many pictures `seechat caption` describes a second, and whether its memory grows.
+
+    python bench/captions.py [--pictures 1000 10000] [--threads N] [--instant]
+
+Generated pictures in one tar archive, the built-in model, lines into a file; each size in a process
+of its own. --instant takes the model away: it measures reading, decoding and writing alone, and
+whether they keep memory flat, in minutes.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from seechat_lite.cli import main as cli
+from seechat_lite.cli.terminal import print_table
+
+SIDE = 320  # pixels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--pictures", type=int, nargs="+", default=[1000, 10_000], metavar="N")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the engine")
+    parser.add_argument("--instant", action="store_true", help="without a model")
+    parser.add_argument("--in", dest="archive", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.archive:
+        caption(args.archive, args.threads, instant=args.instant)
+        return
+    found: dict[str, str | list[str]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in args.pictures:
+            archive = Path(folder) / f"{count}.tar"
+            write_pictures(archive, count)
+            command = [sys.executable, __file__, "--in", str(archive)]
+            command += ["--threads", str(args.threads), *["--instant"] * args.instant]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+            took = json.loads(done.stdout)
+            rate = count / took["seconds"]
+            megabytes = [f"{took[name] / 1e6:.1f} MB {name}" for name in ("resident", "peak")]
+            found[f"{count:,} pictures"] = f"{rate:.1f} a second · {' · '.join(megabytes)}"
+    print_table(found)
+
+
+def caption(archive: Path, threads: int, *, instant: bool) -> None:
+    """Caption an archive in this process; print what it took as JSON."""
+    import psutil
+
+    if instant:
+        sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+        from captioning import TellingModel, never
+        from seechat_lite.cli import caption as command
+
+        command.load_model = lambda args, options: TellingModel(broken=never, remember=False)
+    out = archive.with_suffix(".jsonl")
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = cli.main(["caption", str(archive), "-o", str(out), "--threads", str(threads)])
+    seconds = time.perf_counter() - start
+    assert code == 0 and len(out.read_text("utf-8").splitlines()) == len_of(archive)
+    resident = psutil.Process().memory_info().rss
+    print(json.dumps({"seconds": seconds, "resident": resident, "peak": peak(resident)}))
+
+
+def len_of(archive: Path) -> int:
+    """How many pictures were written."""
+    return int(archive.stem)
+
+
+def peak(resident: int) -> int:
+    """The most resident bytes that this process had, where the system says it."""
+    if os.name != "posix":
+        return resident
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def write_pictures(archive: Path, count: int) -> None:
+    """Pictures of a few colours, all different, as JPEG."""
+    rng = np.random.default_rng(0)
+    with tarfile.open(archive, "w") as tar:
+        for number in range(count):
+            small = Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8))
+            data = io.BytesIO()
+            small.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(data, "JPEG")
+            member = tarfile.TarInfo(f"{number:06}.jpg")
+            member.size = data.tell()
+            data.seek(0)
+            tar.addfile(member, data)
+
+
+if __name__ == "__main__":
+    main()
