@@ -1,16 +1,20 @@
 """Synthetic checkpoints have the published layout."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import seechat_lite as sl
 from seechat_export import synthetic
 from seechat_lite.tokenizer import Tokenizer
 from seechat_weights.config import LMConfig, PixelSpec, VisionNetwork
 from seechat_weights.lm.checkpoint import open_lm
+from seechat_weights.lm.families import LM_FAMILIES
 from seechat_weights.vision.network import PUBLISHED_VISION
 from seechat_weights.vision.weights import load_clip
 
@@ -75,3 +79,32 @@ def test_vision_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     vision = load_clip(clip=tower, projector=projector)
     assert vision.config.pixels.image_size == 56 and vision.outputs == 32
     assert replace(vision.config, graph="", pixels=small.pixels) == small
+
+
+SMALL = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "inner_size": 96, "num_layers": 2}
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "minigpt4-7b"])
+def test_a_small_llama_with_vision_answers(name: str, tmp_path: Path) -> None:
+    """Its kinds of layers and bridges are the published ones; its numbers stay near unit scale."""
+    model = synthetic.MODELS[name]
+    assert model.vision and model.vision.network
+    widths = {"width": 32, "inner_size": 48, "heads": 2, "layers": 2}
+    if model.vision.network.query_layers:
+        widths |= {"query_width": 32, "query_inner_size": 48, "query_layers": 2, "query_heads": 2}
+    vision = replace(model.vision, network=replace(model.vision.network, **widths))
+    small = replace(model, lm=replace(model.lm, **SMALL), vision=vision)
+    synthetic.write_synthetic_bundle(tmp_path / "b", model=small, precision="int4")
+    with sl.load(tmp_path / "b", context=700) as loaded:
+        chat = loaded.chat()
+        chat.ask("What is this?", Image.new("RGB", (40, 30), "red"), max_new_tokens=3)
+        assert chat.stats.prompt_tokens > model.vision.tokens
+        logits = loaded.engine.prefill(chat.prompt("And now?", max_new_tokens=3))
+        assert loaded.engine.held_tokens > model.vision.tokens
+        assert 0.3 < logits.std() < 8
+        assert len(loaded.tokenizer.encode("What is this?")) < 10
+
+
+def test_the_published_sizes_of_a_llama() -> None:
+    lm = synthetic.MODELS["llava-1.5-7b"].lm
+    assert sum(math.prod(s) for s in LM_FAMILIES["llama"].shapes(lm).values()) == 6_738_415_616

@@ -7,9 +7,10 @@ vanishing ones would become denormal numbers, which make processors several time
 
 import importlib
 import json
+import math
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from seechat_export.export import (
     EMBEDDINGS,
     FILES,
     GRAPH,
+    VISION_FILES,
     WEIGHTS,
     Progress,
     save_graphs,
@@ -31,6 +33,7 @@ from seechat_lite.nn.attention import vit_settings
 from seechat_weights.bundle.layout import ArraySpan, TensorLayout, decoder_layout
 from seechat_weights.bundle.manifest import (
     MANIFEST,
+    TOKENIZER_KINDS,
     Decoder,
     FileHash,
     Manifest,
@@ -38,10 +41,12 @@ from seechat_weights.bundle.manifest import (
     sha256,
 )
 from seechat_weights.bundle.precisions import PRECISIONS, Precision
-from seechat_weights.config import LMConfig
+from seechat_weights.config import LMConfig, PixelSpec, VisionConfig
 from seechat_weights.errors import CheckpointError
 from seechat_weights.lm.chatglm import OLD_VOCABULARY, lm_shapes
-from seechat_weights.vision.network import PUBLISHED_VISION
+from seechat_weights.vision.network import PUBLISHED_VISION, parameters
+from seechat_weights.vision.weights import GRAPH as VISION_GRAPH
+from seechat_weights.vision.weights import VisionWeights
 
 SHARD_BYTES = 2_000_000_000  # size of the published shards, cut when the vocabulary was the old one
 BASE_PIECES = 130_000  # pieces of the tokenizer before the special ones
@@ -113,6 +118,38 @@ def write_tokenizer(path: Path) -> None:
     model.normalizer_spec.add_dummy_prefix = True
     for text, score, kind in pieces:
         model.pieces.add(piece=text, score=score, type=kind)
+    path.write_bytes(model.SerializeToString())
+
+
+def write_llama_tokenizer(path: Path, count: int) -> None:
+    """Write a sentencepiece model of LLaMA's layout: BPE with byte fallback, the published ids.
+
+    Its pieces are characters and pairs of them, so that text takes about as many tokens as with the
+    real model.
+
+    path: the file to write.
+    count: how many pieces.
+    """
+    # protobuf makes these classes at import: type checkers cannot see them
+    pb: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    kinds = pb.ModelProto.SentencePiece
+    pieces = [("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)]
+    pieces += [(f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)]
+    letters = [chr(c) for c in range(33, 127)]
+    pairs = dict.fromkeys(
+        a + b for a in ("▁", *letters) for b in letters if (a + b).isascii() or a == "▁"
+    )
+    texts = [*pairs, "▁", *letters, *(chr(c) for c in range(0x4E00, 0xA000))]
+    pieces += [(text, kinds.NORMAL) for text in texts[: count - len(pieces)]]
+    pieces += [(f"▁{10 + i}", kinds.NORMAL) for i in range(count - len(pieces))]
+    model = pb.ModelProto()
+    model.trainer_spec.model_type = pb.TrainerSpec.BPE
+    model.trainer_spec.byte_fallback = True
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = True
+    model.normalizer_spec.remove_extra_whitespaces = False
+    for i, (text, kind) in enumerate(pieces):
+        model.pieces.add(piece=text, score=-float(i) if kind == kinds.NORMAL else 0.0, type=kind)
     path.write_bytes(model.SerializeToString())
 
 
@@ -228,30 +265,104 @@ def _write_vision(folder: Path, hidden: int, generator: torch.Generator) -> None
     torch.save(state, folder / "mm_projector.bin")
 
 
+@dataclass(frozen=True)
+class Synthetic:
+    """A model of a published shape, to be written with random weights.
+
+    name: what it is called.
+    lm: the decoder's shape.
+    conversation: its format.
+    vision: describes its vision network; None for a model without.
+    """
+
+    name: str
+    lm: LMConfig
+    conversation: str
+    vision: VisionConfig | None = None
+
+
+_LLAMA_7B = LMConfig(
+    family="llama",
+    vocab_size=32000,
+    num_layers=32,
+    inner_size=11008,
+    max_sequence_length=4096,
+    pad_id=0,
+    mask_id=0,
+    gmask_id=0,
+    bos_id=1,
+    eos_id=2,
+)
+_CLIP, _EVA = PUBLISHED_VISION["clip"], PUBLISHED_VISION["eva"]
+MODELS = {
+    m.name: m
+    for m in (
+        Synthetic("chatglm-6b", PUBLISHED, "chatglm"),
+        Synthetic("llama-7b", _LLAMA_7B, "vicuna_v1"),
+        Synthetic(
+            "llava-1.5-7b",
+            _LLAMA_7B,
+            "vicuna_v1",
+            replace(
+                _CLIP,
+                graph=VISION_GRAPH,
+                tokens=576,
+                bridge="mlp2x_gelu",
+                pixels=PixelSpec(image_size=336, resize="square", background=(122, 116, 104)),
+            ),
+        ),
+        Synthetic(
+            "minigpt4-7b",
+            replace(_LLAMA_7B, max_sequence_length=2048, layernorm_epsilon=1e-6),
+            "minigpt4",
+            replace(_EVA, graph=VISION_GRAPH),
+        ),
+    )
+}
+
+
+def write_llama(folder: Path, **options: Any) -> None:
+    """write_synthetic_bundle of a LLaMA-7B."""
+    write_synthetic_bundle(folder, model=MODELS["llama-7b"], **options)
+
+
+def write_llava(folder: Path, **options: Any) -> None:
+    """write_synthetic_bundle of a LLaVA-1.5-7B, its vision network included."""
+    write_synthetic_bundle(folder, model=MODELS["llava-1.5-7b"], **options)
+
+
+def write_minigpt4(folder: Path, **options: Any) -> None:
+    """write_synthetic_bundle of a MiniGPT-4 on Vicuna-7B, its vision network included."""
+    write_synthetic_bundle(folder, model=MODELS["minigpt4-7b"], **options)
+
+
 def write_synthetic_bundle(
     folder: Path,
     *,
     precision: str = "int4",
     block_size: int = 128,
-    layers: int = 28,
-    shape: LMConfig = PUBLISHED,
+    layers: int | None = None,
+    model: Synthetic = MODELS["chatglm-6b"],
+    shape: LMConfig | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> None:
-    """Write directly what `seechat export` would make of a synthetic ChatGLM-6B.
+    """Write directly what `seechat export` would make of a synthetic model.
 
-    The bundle is text-only. Its quantized weights are random codes and one scale, so this takes
-    only the time to write 3.5 GB. It is atomic: `folder` appears when it is complete.
+    Its quantized weights are random codes and one scale, so this takes only the time to write 3.5
+    GB. It is atomic: `folder` appears when it is complete.
 
     folder: must not exist.
     precision: a name of precisions.PRECISIONS.
     block_size: inputs that share a scale.
-    layers: layers of the LM.
-    shape: the other sizes.
+    layers: layers of the LM; None for all.
+    model: what to write.
+    shape: other sizes of the LM than the model's.
     progress: called with what is being done, how much is done, and how much there is.
     """
-    config, form = replace(shape, num_layers=layers), PRECISIONS[precision]
+    config, form = shape or model.lm, PRECISIONS[precision]
+    config = replace(config, num_layers=layers or config.num_layers)
     block_size = block_size if form.block else 0
-    place = Workplace(folder, FILES)
+    place = Workplace(folder, {*FILES, *VISION_FILES})
     with place.held():
         partial = place.folder
         place.record()
@@ -275,19 +386,51 @@ def write_synthetic_bundle(
             for start in range(0, config.vocab_size, len(rows)):
                 f.write(rows[: config.vocab_size - start].data)
         tokenizer = TokenizerConfig()
-        write_tokenizer(partial / tokenizer.file)
+        if config.family == "llama":
+            tokenizer = TokenizerConfig(TOKENIZER_KINDS["llama"], kind="llama")
+            write_llama_tokenizer(partial / tokenizer.file, config.vocab_size)
+        else:
+            write_tokenizer(partial / tokenizer.file)
+        vision = model.vision
+        if vision:
+            vision = replace(vision, precision="fp32" if form.exact else "fp16")
+            _write_vision_graph(partial, vision, config.hidden_size, progress)
         files = sorted(partial.iterdir())
         manifest = Manifest(
-            name=f"synthetic chatglm-6b, {layers} layers",
+            name=f"synthetic {model.name}, {config.num_layers} layers",
             lm=config,
             decoder=Decoder(GRAPH, EMBEDDINGS, "float16", precision, block_size),
             tokenizer=tokenizer,
-            conversation="chatglm",
+            conversation=model.conversation,
+            vision=vision,
             files={f.name: FileHash(f.stat().st_size, sha256(f)) for f in files},
             provenance={"note": "random weights: measures speed and memory, says nothing"},
         )
         (partial / MANIFEST).write_text(manifest.to_json(), "utf-8")
         place.deliver()
+
+
+def _write_vision_graph(
+    folder: Path, config: VisionConfig, hidden: int, progress: Progress
+) -> None:
+    """Write a vision network of random weights; only a layer of them exists at a time."""
+    from seechat_export.vision_graph import export_vision
+    from seechat_lite.nn.vision import streamed
+
+    sizes = parameters(config, hidden)
+
+    def read(name: str) -> np.ndarray:
+        shape = sizes[name]
+        if len(shape) == 1:
+            one = name.endswith(".weight")  # a norm's
+            return np.full(shape, float(one), np.float32)
+        drawn = np.random.default_rng([*shape, len(name)]).standard_normal(shape, np.float32)
+        return drawn * np.float32(math.prod(shape[1:]) ** -0.5)
+
+    progress("vision", 0, 1)
+    network = streamed(VisionWeights(config, hidden, sizes, read))
+    export_vision(network, config, folder / config.graph, precision=config.precision)
+    progress("vision", 1, 1)
 
 
 def _random_blocks(

@@ -21,6 +21,8 @@ from seechat_weights.errors import SeechatError
 from seechat_weights.libraries import import_error
 from seechat_weights.plain_text import one_line
 
+# models that can be written with random weights, and their layers
+SYNTHETIC = {"chatglm-6b": 28, "llama-7b": 32, "llava-1.5-7b": 32, "minigpt4-7b": 32}
 LAYOUT = 2  # number of the bundles' layout; synthetic bundles are kept under it
 
 
@@ -29,14 +31,14 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "bench",
         parents=[common],
-        usage="%(prog)s [--model PATH | --synthetic chatglm-6b] [options]",
+        usage="%(prog)s [--model PATH | --synthetic NAME] [options]",
         help="how fast a model is here, and what memory it takes",
     )
     which = parser.add_mutually_exclusive_group()
     add_model_option(which)
     which.add_argument(
         "--synthetic",
-        choices=("chatglm-6b",),
+        choices=SYNTHETIC,
         help="a model of this shape with random weights, written once and kept in the cache folder",
     )
     parser.add_argument(
@@ -46,7 +48,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         help="weights of --synthetic (%(default)s)",
     )
     parser.add_argument(
-        "--layers", type=int, default=28, metavar="N", help="layers of --synthetic (28)"
+        "--layers", type=int, metavar="N", help="layers of --synthetic; default: as published"
     )
     parser.add_argument(
         "--repeat", type=int, default=3, metavar="N", help="runs of each measurement (3)"
@@ -78,7 +80,8 @@ def _bench(args: argparse.Namespace, usage_error: UsageError) -> int:
 
 def _synthetic(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
     """The bundle of random weights that the options ask for, from the cache folder."""
-    folder = cache_folder() / f"{args.synthetic}-{args.precision}-{args.layers}-v{LAYOUT}"
+    layers = args.layers or SYNTHETIC[args.synthetic]
+    folder = cache_folder() / f"{args.synthetic}-{args.precision}-{layers}-v{LAYOUT}"
     if folder.is_dir():
         return folder
     entry = next(iter(entry_points(group="seechat.synthetic", name=args.synthetic)))
@@ -91,7 +94,7 @@ def _synthetic(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
     write(
         folder,
         precision=args.precision,
-        layers=args.layers,
+        layers=layers,
         progress=lambda stage, done, total: say(f"{stage} {done / total:.0%}"),
     )
     return folder
