@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 import seechat_lite as sl
 from reference import data
 from seechat_lite import json_schema
-from seechat_lite.generation import Generation
 from seechat_lite.json_schema import MAX_SCHEMA, Constraint, SchemaError, Verbatim, Vocabulary
 from seechat_lite.json_tokenizer import JsonTokenizer
 from seechat_lite.llama_tokenizer import LlamaTokenizer
@@ -266,11 +265,6 @@ def test_without_a_schema_nothing_changes(model: sl.Model) -> None:
     json_answer = chat.ask("这是什么？", schema=ANIMAL)
     assert chat.turns[-1].answer == json_answer
     assert model.chat().ask("这是什么？", picture) == "这是熊猫。"
-
-
-def test_minimum_length_gives_way(model: sl.Model) -> None:
-    generation = Generation(schema={"const": "a"}, min_new_tokens=50)
-    assert model.chat().ask("x", generation=generation) == '"a"'
 
 
 def test_texts_that_end_other_answers_are_words_in_json(model: sl.Model) -> None:

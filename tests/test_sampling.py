@@ -1,6 +1,7 @@
 """Sampling against the probabilities that transformers' own classes gave, and its edges."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,19 +26,22 @@ def test_reference_case(case: dict[str, Any]) -> None:
         top_p=effective["top_p"],
         top_k=effective["top_k"],
         repetition_penalty=effective["repetition_penalty"],
-        min_new_tokens=effective["min_length"],
-        invalid_token=5 if case["invalid_score_processor"] else None,
     )
     batch = TENSORS[f"logits.{case['logits']}"]
-    for row, logits in enumerate(batch):
+    for row, recorded in enumerate(batch):
+        logits, options = recorded.copy(), sampling
+        if effective["min_length"]:  # two processors that no entry here offers
+            logits[EOS] = -np.inf
+        if case["invalid_score_processor"] and not np.isfinite(logits).all():
+            logits[:], logits[5] = 0, 5e4
+            options = replace(sampling, repetition_penalty=1.0)  # which came before it
         past = TENSORS[f"input_ids.{len(batch)}"][row]
         expected = TENSORS[f"probs.{key}"][row]
         if np.isnan(expected).all():  # the published code samples from NaN
             with pytest.raises(EngineError, match="NaN or infinite logits"):
-                scores(logits, past, sampling)
+                scores(logits, past, options)
             continue
-        forbidden = [EOS] if sampling.min_new_tokens else []
-        scored = scores(logits, past, sampling, forbidden=forbidden)
+        scored = scores(logits, past, options)
         np.testing.assert_array_equal(scored, TENSORS[f"after_processors.{key}"][row])
         assert scored.argmax() == case["argmax_greedy_after_processors"][row]
 
@@ -122,12 +126,6 @@ def test_repetition_penalty_sees_prompt_and_answer() -> None:
     assert logits[0] == 5.0  # what the engine returned is left as it is
 
 
-def test_minimum_length_forbids_the_end() -> None:
-    logits = np.array([9.0, 1.0, 2.0], np.float32)
-    sampler = Sampler(Sampling(min_new_tokens=2), [], eos_ids=[0])
-    assert [sampler.next(logits) for _ in range(4)] == [2, 2, 0, 0]
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_broken_logits_are_an_error(bad: float, temperature: float) -> None:
@@ -153,7 +151,6 @@ def test_broken_logits_are_an_error(bad: float, temperature: float) -> None:
         ("repetition_penalty", 0.0),
         ("repetition_penalty", 1e-40),  # what it divides would overflow
         ("repetition_penalty", math.inf),
-        ("min_new_tokens", -1),
         ("seed", -1),
     ],
 )

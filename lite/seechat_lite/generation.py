@@ -25,10 +25,7 @@ class Sampling:
     top_k: sample only from this many likeliest tokens (and those tied with the last); 0 for all.
     repetition_penalty: divides the positive and multiplies the negative logits of every token that
         occurred in the prompt or the answer.
-    min_new_tokens: the answer has at least this many tokens.
     seed: the same seed gives the same answer.
-    invalid_token: None makes logits that are not finite an error. The published chat() instead
-        takes token 5 if any logit is not finite, including the -inf of min_new_tokens.
 
     Raises OptionError for a value out of range.
     """
@@ -37,9 +34,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
-    min_new_tokens: int = 0
     seed: int = 0
-    invalid_token: int | None = None
 
     def __post_init__(self) -> None:
         heat = "0 (greedy) or at least 0.001"
@@ -56,8 +51,7 @@ class Sampling:
             most=100,
             expected="a number from 0.01 to 100 (1: no penalty)",
         )
-        for name in ("min_new_tokens", "seed"):
-            check_integer(name, getattr(self, name), expected="0 or a positive whole number")
+        check_integer("seed", self.seed, expected="0 or a positive whole number")
 
 
 class GenerationOptions(TypedDict, total=False):

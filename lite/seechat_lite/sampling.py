@@ -1,7 +1,7 @@
 """Chooses the next token from logits: greedy, or sampled with an explicitly seeded generator.
 
-The order is Hugging Face's, which the published models use: repetition penalty, minimum length,
-then temperature, top-k, top-p and softmax.
+The order is Hugging Face's, which the published models use: repetition penalty, temperature, top-k,
+top-p and softmax.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,14 @@ from seechat_lite.generation import Sampling
 from seechat_weights.errors import EngineError
 
 
-def scores(
-    logits: np.ndarray, past_ids: np.ndarray, sampling: Sampling, *, forbidden: Sequence[int] = ()
-) -> np.ndarray:
-    """Logits after the repetition penalty and the minimum length, float32 [vocab].
+def scores(logits: np.ndarray, past_ids: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Logits after the repetition penalty, float32 [vocab].
 
     Greedy chooses their maximum.
 
     logits: float [vocab].
     past_ids: int [any], ids of the prompt and the answer so far, in any order; may repeat.
     sampling: the options.
-    forbidden: the tokens that end an answer, while it may not end.
 
     Raises EngineError if the logits are NaN or infinite (tokens masked by -inf are fine).
     """
@@ -32,10 +29,6 @@ def scores(
         past = out[past_ids]
         penalty = np.float32(sampling.repetition_penalty)
         out[past_ids] = np.where(past < 0, past * penalty, past / penalty)
-    out[list(forbidden)] = -np.inf
-    if sampling.invalid_token is not None and not np.isfinite(out).all():
-        out[:] = 0
-        out[sampling.invalid_token] = 5e4
     if not np.isfinite(out.max()):  # the maximum shows both NaN and +inf
         raise EngineError(
             "the engine returned NaN or infinite logits; expected finite numbers: the weights are "
@@ -100,7 +93,7 @@ class Sampler:
     sampling: the options.
     prompt_ids: the prompt's ids; the repetition penalty counts them as said.
     eos_ids: the tokens that end an answer.
-    constraint: leaves only tokens that it allows; the minimum length then gives way.
+    constraint: leaves only tokens that it allows.
     """
 
     def __init__(
@@ -117,7 +110,6 @@ class Sampler:
         self._random = np.random.default_rng(sampling.seed)
         # not numpy's unique, whose C++ ends the process if the interpreter exits meanwhile
         self._past = np.array(sorted(set(map(int, prompt_ids))), np.int64)
-        self._new_tokens = 0
 
     def next(self, logits: np.ndarray) -> int:
         """Choose the next token and remember the choice.
@@ -126,11 +118,10 @@ class Sampler:
 
         Raises EngineError, see scores(), and the errors of the constraint.
         """
-        forbidden = self._eos_ids if self._new_tokens < self._sampling.min_new_tokens else ()
-        scored = scores(logits, self._past, self._sampling, forbidden=forbidden)
+        scored = scores(logits, self._past, self._sampling)
         if self._constraint:
             scored[~self._constraint.allowed()] = -np.inf
-        if scored.max() == -np.inf:  # only the end is allowed
+        if scored.max() == -np.inf:  # nothing that is allowed can come
             token = self._eos_ids[0]
         elif self._sampling.temperature == 0:
             token = int(scored.argmax())
@@ -141,7 +132,6 @@ class Sampler:
             token = int(ids[min(chosen, len(ids) - 1)])
         if self._constraint and token not in self._eos_ids:
             self._constraint.accept(token)
-        self._new_tokens += 1
         where = np.searchsorted(self._past, token)
         if where == len(self._past) or self._past[where] != token:
             self._past = np.insert(self._past, where, token)
