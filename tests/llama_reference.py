@@ -21,7 +21,7 @@ from seechat_lite.conversation import Turn
 from seechat_lite.images import levels, load_image, pixels
 from seechat_weights.config import PixelSpec
 from seechat_weights.vision.blip_names import BlipSettings
-from seechat_weights.vision.weights import VisionFiles, VisionWeights
+from seechat_weights.vision.weights import VisionFiles, VisionWeights, load_seechat
 
 _BESIDE = Path(__file__).parents[1].parent / "shared" / "reference"
 ROOT = Path(os.environ.get("SEECHAT_REFERENCE", _BESIDE)) / "llama"
@@ -46,6 +46,11 @@ class Published:
     lm: Path
     vision: VisionFiles = field(default_factory=VisionFiles)
     adapter: Path | None = None
+
+    @property
+    def as_named(self) -> bool:
+        """Whether the files tell everything, so that naming them is enough."""
+        return True
 
     def weights(self) -> VisionWeights:
         """The vision network."""
@@ -158,3 +163,73 @@ def minigpt4_cases() -> Iterator[tuple[str, dict[str, Any]]]:
         *recorded["llama2"]["cases"],
     ):
         yield "minigpt4_llama2" if "[INST]" in case["roles"][0] else "minigpt4", case
+
+
+# their pixels differ without `exact`: transparent, or turned by their metadata
+OTHER_PIXELS = ("rgba.png", "exif6.jpg")
+
+
+@dataclass(frozen=True)
+class PublishedBlip(Published):
+    """EVA ViT with a bridge; `sizes` is the golden data's own record of what no tensor tells."""
+
+    sizes: tuple[str, str] | None = None
+
+    @property
+    def as_named(self) -> bool:
+        return self.sizes is None
+
+    def weights(self) -> VisionWeights:
+        if self.sizes is None:
+            return super().weights()
+        file, key = self.sizes
+        found = cases(file)
+        return load_seechat(
+            eva=self.vision.eva,
+            qformer=self.vision.qformer,
+            checkpoint=self.vision.checkpoint,
+            wordpiece=self.vision.wordpiece,
+            settings=blip_settings(found["sizes"][key] if "sizes" in found else found[key]),
+        )
+
+
+_EVA, _BLIP2 = MINIGPT4 / "eva_vit_tiny.pth", MINIGPT4 / "blip2_tiny_flant5.pth"
+_TRIMMED = INSTRUCTBLIP / "instruct_blip_vicuna_tiny_trimmed.pth"
+_MINIGPT4_SIZES = ("minigpt4_tiny/cases.json", "eva")
+_INSTRUCTBLIP_SIZES = ("instructblip_tiny/cases.json", "eva")
+_BERT = INSTRUCTBLIP / "bert_small" / "vocab.txt"
+PUBLISHED: dict[str, Published] = {
+    **LLAVAS,
+    "minigpt4": PublishedBlip(
+        MINIGPT4 / "vicuna",
+        VisionFiles(eva=_EVA, qformer=_BLIP2, checkpoint=MINIGPT4 / "pretrained_minigpt4_tiny.pth"),
+        sizes=_MINIGPT4_SIZES,
+    ),
+    "minigpt4_real_vocab": PublishedBlip(
+        LLAMA / "vicuna_real_vocab",
+        VisionFiles(
+            eva=_EVA, qformer=_BLIP2, checkpoint=MINIGPT4 / "pretrained_minigpt4_real_vocab.pth"
+        ),
+        sizes=_MINIGPT4_SIZES,
+    ),
+    "minigpt4_llama2": PublishedBlip(
+        LLAMA / "llama2",
+        VisionFiles(eva=_EVA, checkpoint=MINIGPT4 / "pretrained_minigpt4_llama2_tiny.pth"),
+        sizes=_MINIGPT4_SIZES,
+    ),
+    "instructblip": PublishedBlip(
+        MINIGPT4 / "vicuna",
+        VisionFiles(checkpoint=_TRIMMED, wordpiece=_BERT),
+        sizes=_INSTRUCTBLIP_SIZES,
+    ),
+    "instructblip_real_vocab": PublishedBlip(
+        LLAMA / "vicuna_real_vocab",
+        VisionFiles(
+            qformer=_TRIMMED,
+            checkpoint=INSTRUCTBLIP / "llm_proj_real_vocab.pth",
+            wordpiece=_BERT,
+        ),
+        sizes=_INSTRUCTBLIP_SIZES,
+    ),
+    "instructblip_hf": PublishedBlip(INSTRUCTBLIP / "hf"),
+}

@@ -46,7 +46,7 @@ from seechat_weights.bundle.manifest import (
 )
 from seechat_weights.bundle.onnx_graph import check_graphs
 from seechat_weights.bundle.precisions import BLOCK_SIZES, PRECISIONS, VISION_PRECISIONS, Precision
-from seechat_weights.config import LMConfig, VisionConfig, half_graph
+from seechat_weights.config import LMConfig, QuestionConfig, VisionConfig, half_graph
 from seechat_weights.errors import BundleError, CheckpointError, SeechatError
 from seechat_weights.files.audit import check_half
 from seechat_weights.files.reading import local_path
@@ -66,7 +66,11 @@ FILES = (
     *(GRAPH, half_graph(GRAPH), WEIGHTS, EMBEDDINGS, PREFIX, *TOKENIZER_KINDS.values()),
     *(PARITY, MANIFEST, PROBE),
 )
-VISION_FILES = (VISION_GRAPH, f"{VISION_GRAPH}.data", half_graph(VISION_GRAPH))
+_QUESTION = QuestionConfig()
+VISION_FILES = (
+    *(VISION_GRAPH, f"{VISION_GRAPH}.data", half_graph(VISION_GRAPH)),
+    *(_QUESTION.graph, _QUESTION.weights, _QUESTION.half, _QUESTION.vocabulary),
+)
 ROWS = 4096  # rows of the embedding table written at a time
 VISION_WORK = 450_000_000  # bytes; EVA ViT-g at fp16 was measured to take 400 MB
 
@@ -169,6 +173,9 @@ def export_bundle(
             progress("vision", 0, 1)
             path = writer.folder / described.graph
             export_vision(network, described, path, precision=vision_precision)
+            if described.question and isinstance(vision, VisionWeights) and vision.vocabulary:
+                words = read_file(vision.vocabulary, limit=MAX_BYTES)
+                (writer.folder / described.question.vocabulary).write_bytes(words)
             progress("vision", 1, 1)
         manifest = Manifest(
             name=name or out.name,

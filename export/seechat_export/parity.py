@@ -21,12 +21,13 @@ from seechat_export.decoder_graph import hidden_name
 from seechat_export.quantize import restored_tensor
 from seechat_export.reference_chatglm import prefix_mask
 from seechat_lite.lm_families import TRAITS, framed, ordinary_ids
+from seechat_lite.nn.layer_streaming import Streamed
 from seechat_lite.onnx_runtime import ort
 from seechat_lite.rotary import rotary_rows
 from seechat_weights.bundle.arrays import BundleArrays
 from seechat_weights.bundle.layout import reordered_prefix
 from seechat_weights.bundle.manifest import Manifest
-from seechat_weights.bundle.precisions import PRECISIONS, VISION_PRECISIONS
+from seechat_weights.bundle.precisions import PRECISIONS, VISION_PRECISIONS, VisionPrecision
 from seechat_weights.config import LMConfig, VisionConfig
 from seechat_weights.errors import BundleError, CheckpointError
 from seechat_weights.lm.checkpoint import ALL, LM, Rows
@@ -60,8 +61,15 @@ class VisionCheck:
         size = config.pixels.image_size
         generator = torch.Generator().manual_seed(0)
         self.pixels = torch.randn(1, 3, size, size, generator=generator)
+        self.question = config.question
         with torch.inference_mode():
-            self.expected = module(self.pixels)  # [1, tokens, hidden]
+            if self.question and isinstance(module, Streamed) and config.network:
+                words = config.network.query_words
+                self.ids = torch.randint(words, (1, 7), generator=generator)
+                self.seen = module.part("tower")(self.pixels)  # [1, positions, width]
+                self.expected = module.part("bridge")(self.seen, self.ids)
+            else:
+                self.expected = module(self.pixels)  # [1, tokens, hidden]
         found = list(self.expected.shape)
         if found != [1, config.tokens, hidden]:
             raise CheckpointError(
@@ -78,8 +86,19 @@ class VisionCheck:
 
         Raises BundleError if they do not agree.
         """
-        options = ort.SessionOptions()
         form = VISION_PRECISIONS[precision]
+        if self.question is None:
+            result = self._run(path, form, {"pixel_values": self.pixels})
+            return _compare("vision", result, self.expected, form.tolerance)
+        result = self._run(path, form, {"pixel_values": self.pixels})
+        tower = _compare("vision", result, self.seen, form.tolerance)
+        feeds = {"seen": self.seen, "question_ids": self.ids}
+        result = self._run(path.with_name(self.question.graph), form, feeds)
+        bridge = _compare("question", result, self.expected, form.tolerance)
+        return {**bridge, "tower_max_difference": tower["max_difference"]}
+
+    def _run(self, path: Path, form: VisionPrecision, feeds: dict[str, Tensor]) -> Tensor:
+        options = ort.SessionOptions()
         if not form.integers:
             # as written: weights stay in their mapped file and are widened one matrix at a time.
             # Not int8: onnxruntime 1.31 then gives numbers that have nothing to do with the weights
@@ -87,9 +106,8 @@ class VisionCheck:
             options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        (found,) = session.run(["image_embeds"], {"pixel_values": self.pixels.numpy()})
-        result = torch.from_numpy(np.asarray(found))
-        return _compare("vision", result, self.expected, form.tolerance)
+        (found,) = session.run(["image_embeds"], {k: v.numpy() for k, v in feeds.items()})
+        return torch.from_numpy(np.asarray(found))
 
 
 def check(

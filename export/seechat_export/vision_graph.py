@@ -12,7 +12,9 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +26,7 @@ from seechat_lite.nn.block_quantization import quantize_blocks
 from seechat_lite.nn.layer_streaming import Streamed
 from seechat_weights.arguments import check_choice
 from seechat_weights.bundle.precisions import VISION_PRECISIONS
-from seechat_weights.config import VisionConfig
+from seechat_weights.config import VisionConfig, half_graph
 from seechat_weights.errors import CheckpointError
 from seechat_weights.vision.bundled import BLOCK_SIZE, CODES, HALF, SCALES, TRANSPOSED
 
@@ -36,6 +38,8 @@ Values = Callable[[], np.ndarray]  # float32 or float16
 
 def export_vision(module: nn.Module, config: VisionConfig, path: Path, *, precision: str) -> None:
     """Write a vision module as ONNX: pixel_values [n, 3, S, S] -> image_embeds [n, tokens, hidden].
+
+    A bridge that reads the question gets a graph of its own, see config.QuestionConfig.
 
     The arithmetic is float32. The weights of a Streamed network go to a file beside the graph,
     VisionConfig.weights. With fp16 and int8 there is a second graph over that file,
@@ -49,12 +53,53 @@ def export_vision(module: nn.Module, config: VisionConfig, path: Path, *, precis
         blocks of BLOCK_SIZE.
     """
     check_choice("vision_precision", precision, VISION_PRECISIONS)
+    size = config.pixels.image_size
+    pixels = Inputs({"pixel_values": torch.zeros(2, 3, size, size)})
+    if config.question is None or config.output is None:
+        _export(module, pixels, path, precision)
+        return
+    assert isinstance(module, Streamed)
+    _export(module.part("tower"), pixels, path, precision)
+    asked = Inputs(
+        {
+            "seen": torch.zeros(2, *config.output),
+            "question_ids": torch.zeros(2, 5, dtype=torch.int64),
+        },
+        longest=config.question.pieces,
+    )
+    _export(module.part("bridge"), asked, path.with_name(config.question.graph), precision)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of a graph, by name.
+
+    examples: float tensors whose first axis is free, and ids whose second axis is free as well.
+    longest: the most ids.
+    """
+
+    examples: dict[str, torch.Tensor]
+    longest: int = 0
+
+    def axes(self) -> tuple[dict[int, Any], ...]:
+        """The free axes of each input."""
+        n = torch.export.Dim("n", min=1)
+        found: list[dict[int, Any]] = []
+        for example in self.examples.values():
+            ids = not example.is_floating_point()
+            length = {1: torch.export.Dim("pieces", min=2, max=self.longest)} if ids else {}
+            found.append({0: n, **length})
+        return tuple(found)
+
+
+def _export(module: nn.Module, inputs: Inputs, path: Path, precision: str) -> None:
+    """Write a module as a graph at `path`; see export_vision."""
     form = VISION_PRECISIONS[precision]
     with _quiet():
         if isinstance(module, Streamed):
-            model = _trace_streamed(module, config)
+            model = _trace_streamed(module, inputs)
         else:
-            model = _trace(module, config, optimize=True)
+            model = _trace(module, inputs, optimize=True)
         # the graph would name the exporting machine's source files
         ClearMetadataAndDocStringPass()(model)
         if form.integers:
@@ -62,11 +107,11 @@ def export_vision(module: nn.Module, config: VisionConfig, path: Path, *, precis
         if not form.exact:
             _store_as_fp16(model.graph)
         if isinstance(module, Streamed):
-            _write_weights(model.graph, path.with_name(config.weights))
+            _write_weights(model.graph, path.with_name(f"{path.name}.data"))
         ir.save(model, path)
         if isinstance(module, Streamed) and not form.exact:
             _compute_in_fp16(model.graph)
-            ir.save(model, path.with_name(config.half))
+            ir.save(model, path.with_name(half_graph(path.name)))
 
 
 def _write_weights(graph: ir.Graph, path: Path) -> None:
@@ -115,16 +160,15 @@ def _write_weights(graph: ir.Graph, path: Path) -> None:
             )
 
 
-def _trace(module: nn.Module, config: VisionConfig, *, optimize: bool) -> ir.Model:
-    size = config.pixels.image_size
+def _trace(module: nn.Module, inputs: Inputs, *, optimize: bool) -> ir.Model:
     program = torch.onnx.export(
         module,
-        (torch.zeros(2, 3, size, size),),
+        tuple(inputs.examples.values()),
         dynamo=True,
         opset_version=OPSET,
-        input_names=["pixel_values"],
+        input_names=list(inputs.examples),
         output_names=["image_embeds"],
-        dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
+        dynamic_shapes=inputs.axes(),
         optimize=optimize,
         verbose=False,
     )
@@ -132,7 +176,7 @@ def _trace(module: nn.Module, config: VisionConfig, *, optimize: bool) -> ir.Mod
     return program.model
 
 
-def _trace_streamed(module: Streamed, config: VisionConfig) -> ir.Model:
+def _trace_streamed(module: Streamed, inputs: Inputs) -> ir.Model:
     """Trace a network without weights; its initializers read them when they are written."""
     from onnxscript.optimizer import optimize_ir
 
@@ -145,15 +189,15 @@ def _trace_streamed(module: Streamed, config: VisionConfig) -> ir.Model:
             # Not zero, because a bias of zero would be left out
             nothing = torch.full((), torch.nan).expand(parameter.shape)
             setattr(part, name, nn.Parameter(nothing, requires_grad=False))
-    model = _trace(network, config, optimize=False)
+    model = _trace(network, inputs, optimize=False)
     graph = model.graph
-    pixels = graph.inputs[0]
+    given = list(graph.inputs)
     values = {name: graph.initializers.pop(name) for name in shapes}
     for value in values.values():  # unknown, so that nothing is computed in advance
         value.const_value = None
         graph.inputs.append(value)
     optimize_ir(model)
-    graph.inputs[:] = [pixels]
+    graph.inputs[:] = given
     for name, value in values.items():
         read = functools.partial(module.read, name)
         for node, _ in list(value.uses()):

@@ -5,6 +5,7 @@ Pictures are remembered by their content: each is encoded once, in whatever turn
     shown.
 """
 
+import hashlib
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
@@ -49,6 +51,7 @@ from seechat_lite.prompt import Prompt
 from seechat_lite.prompt_lookup import PromptLookup
 from seechat_lite.text_stream import TextStream
 from seechat_lite.tokenizers import TextTokenizer
+from seechat_lite.wordpiece import WordPiece
 from seechat_weights.arguments import check_choice, check_integer, check_type
 from seechat_weights.bundle.manifest import Manifest
 from seechat_weights.config import PixelSpec
@@ -72,6 +75,7 @@ class Model:
     tokenizer: its tokenizer.
     engine: runs it.
     image_cache: bytes of embeddings kept for pictures that no chat shows any more.
+    vocabulary: the file with which the question is read, if the pictures' embeddings depend on it.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Model:
         engine: Engine,
         *,
         image_cache: int = IMAGE_CACHE,
+        vocabulary: Path | None = None,
     ) -> None:
         self.manifest = manifest
         self.tokenizer = tokenizer
@@ -96,6 +101,8 @@ class Model:
         self._images: OrderedDict[str, np.ndarray] = OrderedDict()  # least recently used first
         self._images_lock = threading.RLock()
         self._image_cache = image_cache
+        self._vocabulary = vocabulary
+        self._wordpiece: WordPiece | None = None
 
     def chat(self, format: str | None = None, *, messages: Sequence[Any] = ()) -> "Chat":
         """Begin a conversation.
@@ -196,6 +203,36 @@ class Model:
                 embeds = self.engine.encode_image(values[None])[0]
                 self._remember(key, embeds)
             return key, embeds
+
+    def read_question(self, question: str, seen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The embeddings of pictures for a question, float32 [tokens, hidden] by key.
+
+        Most models encode a picture the same way whatever is asked: they come as they are. What
+        was computed for a picture and a question is remembered.
+
+        question: the question.
+        seen: what encode_image() returned, by key.
+
+        Raises EngineError if the package tokenizers is not installed.
+        """
+        vision = self.manifest.vision
+        if not (vision and vision.question and seen):
+            return dict(seen)
+        with self._pictures.held(partial(self._check, lambda: False)):
+            if self._wordpiece is None:
+                assert self._vocabulary
+                rows = vision.network.query_words if vision.network else 0
+                pieces = vision.question.pieces
+                self._wordpiece = WordPiece(self._vocabulary, pieces=pieces, rows=rows)
+            ids = self._wordpiece.encode(question)
+            asked = hashlib.sha256(repr(ids).encode()).hexdigest()
+            found = {}
+            for key, features in seen.items():
+                if (embeds := self._remembered(f"{key} {asked}")) is None:
+                    embeds = self.engine.read_question(features, ids)
+                    self._remember(f"{key} {asked}", embeds)
+                found[key] = embeds
+            return found
 
     def prepare_image(
         self,
@@ -678,7 +715,8 @@ class Chat:
                 )
             # answers are compared with the published demo's, so its pixels are used
             embeds.append(self.model.encode_image(source, exact=self.format.exact, stopped=stopped))
-            tokens += len(embeds[-1][1])
+            vision = self.model.manifest.vision
+            tokens += vision.tokens if vision else 0
         if embeds and not trimmed(question):
             said = [text for turn in self.turns for text in (turn.question, turn.answer or "")]
             question = description_question(self.format, [*said, answer])
@@ -696,7 +734,7 @@ class Chat:
         """The prompt for `turn`, and the turns in it: see history.fit."""
         return history.fit(
             [*past.turns, turn],
-            past.embeds | embeds,
+            self.model.read_question(turn.question, past.embeds | embeds),
             format=self.format,
             tokenizer=self.model.tokenizer,
             context=self.model.engine.context,

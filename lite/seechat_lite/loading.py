@@ -139,7 +139,9 @@ def load(
     if progress:
         progress("loading", 0, 1)
     executor = chosen(source, context=context, options=options, plan=plan)
-    model = Model(manifest, tokenizer, executor, image_cache=image_cache)
+    model = Model(
+        manifest, tokenizer, executor, image_cache=image_cache, vocabulary=source.vocabulary
+    )
     try:
         if progress:
             progress("loading", 1, 1)

@@ -62,6 +62,15 @@ class Source:
             found.update(self.published_vision.files)
         return FilesInUse(sorted(found), CheckpointError)
 
+    @property
+    def vocabulary(self) -> Path | None:
+        """The file with which questions are read, if pictures' embeddings depend on them."""
+        vision = self.manifest.vision
+        if vision is None or vision.question is None:
+            return None
+        published = self.published_vision
+        return published.vocabulary if published else self.path / vision.question.vocabulary
+
 
 def open_source(
     path: str | Path | None = None,

@@ -123,7 +123,17 @@ class Engine(Protocol):
 
         pixels: float32 [n, 3, S, S], normalized.
 
+        Returns what read_question() takes if the embeddings depend on the question.
+
         Raises EngineError if the bundle is text-only or the shape does not fit.
+        """
+        ...
+
+    def read_question(self, seen: np.ndarray, question_ids: Sequence[int]) -> np.ndarray:
+        """Compute the embeddings of a picture for a question, float32 [tokens, hidden].
+
+        seen: one picture of encode_image(), float32 [positions, width].
+        question_ids: the question's pieces, as wordpiece.WordPiece makes them.
         """
         ...
 

@@ -48,7 +48,8 @@ class Streamed(nn.Module):
                 setattr(module, name, buffer.to(self.device))
         self.training = False
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, part: str = "") -> Tensor:
+        """Run the network, or a part of it by its name."""
         hooks = []
         for prefix, module in self.network.named_modules():
             absent = dict(module.named_parameters(recurse=False))
@@ -57,10 +58,18 @@ class Streamed(nn.Module):
                 hooks.append(module.register_forward_pre_hook(loads.load))
                 hooks.append(module.register_forward_hook(loads.drop, always_call=True))
         try:
-            return self.network(*inputs)
+            return self.network.get_submodule(part)(*inputs)
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def part(self, name: str) -> "Streamed":
+        """A part of the network, whose parameters keep the names that they have in the whole.
+
+        name: an attribute of the network.
+        """
+        part = _Part(name, self.network.get_submodule(name))
+        return Streamed(part, self.read, device=self.device, dtype=self.dtype)
 
     def loaded(self) -> nn.Module:
         """Return a copy of the network that holds all of its weights."""
@@ -89,6 +98,19 @@ class Streamed(nn.Module):
                 options={"dtype": "fp32"},
             )
         return nn.Parameter(tensor, requires_grad=False)
+
+
+class _Part(nn.Module):
+    """Runs one module under the name that it has in a larger network."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self._name = name
+        self.add_module(name, module)
+
+    def forward(self, given: Tensor, question_ids: Tensor | None = None) -> Tensor:
+        others = () if question_ids is None else (question_ids,)  # torch.export takes no *inputs
+        return self.get_submodule(self._name)(given, *others)
 
 
 class _Loads:

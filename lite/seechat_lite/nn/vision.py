@@ -55,8 +55,9 @@ class Vision(nn.Module):
         self.tower = tower
         self.bridge = bridge
 
-    def forward(self, pixel_values: Tensor, *question: Tensor) -> Tensor:
-        return self.bridge(self.tower(pixel_values), *question)
+    def forward(self, pixel_values: Tensor, question_ids: Tensor | None = None) -> Tensor:
+        others = () if question_ids is None else (question_ids,)
+        return self.bridge(self.tower(pixel_values), *others)
 
 
 def vision_network(config: VisionConfig, outputs: int) -> Vision:

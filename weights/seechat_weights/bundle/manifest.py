@@ -270,7 +270,15 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
         yield "pixels.std", pixels.std, sound, "positive numbers"
         colour = pixels.background
         yield "pixels.background", colour, all(0 <= c < 256 for c in colour), "0 to 255"
+        if question := vision.question:
+            reads = vision.bridge == QUESTION_QFORMER and vision.network is not None
+            yield "vision.question", question, reads, f"none with the bridge {vision.bridge}"
+            longest = vision.network.query_positions if vision.network else 0
+            found, what = question.pieces, f"3 to {longest}"
+            yield "vision.question.pieces", found, 3 <= found <= longest, what
         if network := vision.network:
+            reads = (vision.bridge == QUESTION_QFORMER) == (vision.question is not None)
+            yield "vision.question", vision.question, reads, "one, as the bridge reads it"
             tower, known = vision.tower, ", ".join(NETWORKS)
             yield "vision.tower", tower, tower in NETWORKS, f"one of {known}"
             bridge, known = vision.bridge, NETWORKS[tower]
@@ -362,6 +370,8 @@ def required_files(manifest: Manifest) -> list[str]:
         names.append(manifest.vision.graph)
         if manifest.vision.network:
             names.append(manifest.vision.weights)
+        if question := manifest.vision.question:
+            names += [question.graph, question.weights, question.vocabulary]
     return names
 
 

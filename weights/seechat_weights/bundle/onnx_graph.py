@@ -116,10 +116,13 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
     Raises BundleError.
     """
     decoder, vision = manifest.decoder, manifest.vision
-    for check, part in ((check_decoder, decoder), (check_vision, vision)):
+    for graph in (decoder.graph, decoder.half):
+        if graph in manifest.files:
+            check_decoder(folder, manifest, graph)
+    for part in (vision, vision and vision.question):
         for graph in (part.graph, part.half) if part else ():
-            if graph in manifest.files:
-                check(folder, manifest, graph)
+            if part and graph in manifest.files:
+                check_vision(folder, manifest, graph, part.weights)
 
 
 def check_decoder(folder: Path, manifest: Manifest, graph: str) -> None:
@@ -149,27 +152,26 @@ def check_decoder(folder: Path, manifest: Manifest, graph: str) -> None:
     _check(folder / graph, DECODER_OPERATORS, check, branches=True)
 
 
-def check_vision(folder: Path, manifest: Manifest, graph: str) -> None:
+def check_vision(folder: Path, manifest: Manifest, graph: str, weights: str) -> None:
     """Check that a vision graph is what an export writes.
 
     folder: the bundle's folder.
     manifest: its manifest.
     graph: the graph's file.
+    weights: the file of its weights, which the bundle may lack.
 
     Raises BundleError.
     """
-    vision = manifest.vision
-    assert vision
 
     def check(found: Graph) -> None:
         places = {}
-        if vision.weights in manifest.files:
-            tensors = open_safetensors(folder / vision.weights)
+        if weights in manifest.files:
+            tensors = open_safetensors(folder / weights)
             places = {
                 n: (
                     t.info.dtype,
                     t.info.shape,
-                    External(vision.weights, t.block.start, t.block.size),
+                    External(weights, t.block.start, t.block.size),
                 )
                 for n, t in tensors.items()
             }

@@ -200,6 +200,11 @@ class OnnxEngine(Native):
         with self._memory_planned():
             return self._vision.encode(pixels)
 
+    def read_question(self, seen: np.ndarray, question_ids: Sequence[int]) -> np.ndarray:
+        self.check_open()
+        with self._memory_planned():
+            return self._vision.read_question(seen, question_ids)
+
     @guarded
     def prefill(self, prompt: Prompt) -> np.ndarray:
         embeds, positions, split = embedded(

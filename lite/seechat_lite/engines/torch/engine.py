@@ -194,6 +194,12 @@ class TorchEngine(Native):
         with self._device_lock, self._memory_planned(self._vision.unload):
             return self._vision.encode(pixels)
 
+    def read_question(self, seen: np.ndarray, question_ids: Sequence[int]) -> np.ndarray:
+        self.check_open()
+        assert self._vision
+        with self._device_lock, self._memory_planned(self._vision.unload):
+            return self._vision.read_question(seen, question_ids)
+
     @guarded
     @torch.inference_mode()
     def prefill(self, prompt: Prompt) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Runs the vision network in torch, on the language model's device or another."""
 
 import weakref
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from seechat_lite.engines.torch.settings import torch_settings
 from seechat_lite.memory import KEPT_VISION
 from seechat_lite.native import Native, guarded
+from seechat_lite.nn.layer_streaming import Streamed
 from seechat_weights.errors import EngineError
 from seechat_weights.files.in_use import FilesInUse
 from seechat_weights.libraries import import_error
@@ -51,15 +53,37 @@ class TorchVision(Native):
         """Compute the embeddings of pictures, float32 [n, tokens, hidden].
 
         pixels: float32 [n, 3, S, S].
+
+        Returns what read_question() takes if the embeddings depend on the question.
         """
+        return self._computed("" if self._weights.config.question is None else "tower", pixels)
+
+    @guarded
+    @torch.inference_mode()
+    def read_question(self, seen: np.ndarray, question_ids: Sequence[int]) -> np.ndarray:
+        """Compute the embeddings of a picture for a question, float32 [tokens, hidden].
+
+        seen: float32 [positions, width], one picture of encode().
+        question_ids: the question's pieces.
+        """
+        ids = torch.tensor([question_ids], device=self.device)
+        return self._computed("bridge", seen[None], ids)[0]
+
+    def _computed(self, part: str, numbers: np.ndarray, *others: torch.Tensor) -> np.ndarray:
+        """Run a part of the network by its name; "" for all of it."""
         if self._files:
             held = self._network is not None and self._keep
             self._files.check() if held else self._files.check_places()
         if self._network is None:
             self._network = self._built()
-        given = torch.from_numpy(np.ascontiguousarray(pixels, np.float32))
+        given = torch.from_numpy(np.ascontiguousarray(numbers, np.float32))
+        given = given.to(self.device).to(self._dtype)
         with torch_settings(threads=0, on_gpu=self.device.type == "cuda"):
-            return self._network(given.to(self.device).to(self._dtype)).float().cpu().numpy()
+            if isinstance(self._network, Streamed):
+                found = self._network(given, *others, part=part)
+            else:
+                found = self._network.get_submodule(part)(given, *others)
+            return found.float().cpu().numpy()
 
     def unload(self) -> None:
         """Free the network; the next picture builds it again."""
