@@ -150,6 +150,8 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             provenance={"downloads": downloads} if downloads else None,
             progress=bars,
         )
+    if licence := manifest.provenance.get("license"):
+        print(f"licence: {licence}", file=sys.stderr)
     report = json.loads((out / "parity.json").read_text("utf-8"))
     against = report["against_checkpoint"]
     size = sum(f.bytes for f in manifest.files.values())

@@ -177,6 +177,7 @@ def export_bundle(
                 words = read_file(vision.vocabulary, limit=MAX_BYTES)
                 (writer.folder / described.question.vocabulary).write_bytes(words)
             progress("vision", 1, 1)
+        licence = vision.licence if isinstance(vision, VisionWeights) else ""
         manifest = Manifest(
             name=name or out.name,
             lm=source.config,
@@ -198,6 +199,7 @@ def export_bundle(
                 **({"vision": _stamps(vision.files)} if isinstance(vision, VisionWeights) else {}),
                 "ignored": source.ignored(ignored, seeing=vision is not None),
                 "versions": {p: version(p) for p in ("torch", "onnx", "onnxruntime")},
+                **({"license": licence} if licence else {}),
                 **(provenance or {}),
             },
         )

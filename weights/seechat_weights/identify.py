@@ -47,6 +47,7 @@ from seechat_weights.published_models import (
     need,
     whole,
 )
+from seechat_weights.vision.llava import PROJECTOR_FILE
 
 __all__ = ["Identity", "check_given", "describe_bundle", "identify"]
 
@@ -57,10 +58,13 @@ _OPTIONS = {
     "prefix": ("a P-tuning prefix", ("ptuning",)),
     "tokenizer": (f"the file {TOKENIZER} or tokenizer.model", ("tokenizer",)),
     "eva": ("EVA ViT-g", ("eva",)),
-    "qformer": ("BLIP-2's Q-Former", ("qformer",)),
-    "checkpoint": ("a checkpoint of SEEChat", ("seechat", "qformer")),
+    "qformer": ("BLIP-2's Q-Former", ("qformer", "instructblip")),
+    "checkpoint": (
+        "a checkpoint of SEEChat, MiniGPT-4 or InstructBLIP",
+        ("seechat", "minigpt4", "instructblip", "qformer"),
+    ),
     "clip": ("a CLIP vision tower", ("clip",)),
-    "projector": ("a projector", ("projector", "seechat")),
+    "projector": ("a projector", ("projector", "seechat", "minigpt4")),
 }
 _ROLES = ("lm", "checkpoint", "adapter", "prefix", "vision", "tokenizer")  # of a bundle's sources
 
@@ -117,6 +121,8 @@ def check_given(option: str, path: Path, *, opener: Opener = open_checkpoint) ->
         )
     if option == "adapter" and (path / "adapter_config.json").is_file():
         return  # something else that a training run left in its folder
+    if option == "projector" and (path / PROJECTOR_FILE).is_file():
+        return  # with LLaVA's config.json, which says how it is to be used
     found = identify(path, opener=opener)
     owner = next((name for name, (_, own) in _OPTIONS.items() if found.kind in own), None)
     options: dict[str, Path] = {}
@@ -150,6 +156,9 @@ def _identify_folder(folder: Path, opener: Opener) -> Identity:
         ]
         if adapters:
             return _with(_by_tensors(adapters[-1], config, opener), path=folder)
+    if (folder / PROJECTOR_FILE).is_file():  # LLaVA's, whose config.json says how to use it
+        found = _by_tensors(folder / PROJECTOR_FILE, config, opener)
+        return _with(found, path=folder, options=dict(found.options) | {"projector": folder})
     try:
         return _by_tensors(folder, config, opener)
     except NoWeightsError:

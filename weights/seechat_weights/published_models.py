@@ -8,13 +8,28 @@ from typing import Any
 
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files.checkpoint import TensorInfo
-from seechat_weights.files.reading import first_bytes
+from seechat_weights.files.reading import first_bytes, read_json, shown
 from seechat_weights.lm import llama
 from seechat_weights.lm.families import LM_FAMILIES
+from seechat_weights.lm.lora import ADAPTER_CONFIG
 from seechat_weights.model_files import CONFIG, TOKENIZER, find_model, model_place
 from seechat_weights.vision.bridge_names import bridge_names
 from seechat_weights.vision.clip_names import CLIP_FORMS, clip_library
+from seechat_weights.vision.llava import (
+    NON_LORA_FILE,
+    find_tower,
+    is_llava,
+    is_openai,
+    llava_settings,
+    published_at,
+)
 from seechat_weights.vision.network import BRIDGE_TENSORS
+from seechat_weights.vision.weights import (
+    LICENCES,
+    VOCABULARY,
+    WORDPIECE_HUB,
+    find_vocabulary,
+)
 
 CHATGLM_HUB = "https://huggingface.co/THUDM/chatglm-6b"
 VISUALGLM_HUB = "https://huggingface.co/THUDM/visualglm-6b"
@@ -24,12 +39,18 @@ EVA, QFORMER, CHECKPOINT = (
     "blip2_pretrained_flant5xxl.pth",
     "checkpoint_100.pth",
 )
+INSTRUCTBLIP = "instruct_blip_vicuna7b_trimmed.pth"
 PLACES = {
     EVA: f"{_LAVIS}/{EVA}",
     QFORMER: f"{_LAVIS}/{QFORMER}",
     CHECKPOINT: "https://pan.baidu.com/s/18-_f_O5a-W1dJBWsbpmAGw (code qiho)",
     "a ChatGLM-6B folder": CHATGLM_HUB,
     "a LLaMA folder": "the model that its adapter_config.json names",
+    INSTRUCTBLIP: f"{_LAVIS.removesuffix('BLIP2')}InstructBLIP/{INSTRUCTBLIP}",
+    "a Vicuna folder": "https://huggingface.co/Vision-CAIR/vicuna-7b",
+    "a Vicuna 1.1 folder": "https://huggingface.co/lmsys/vicuna-7b-v1.1",
+    "a Llama 2 folder": "https://huggingface.co/meta-llama/Llama-2-7b-chat-hf",
+    VOCABULARY: WORDPIECE_HUB,
     "a CLIP ViT-L/14": "https://huggingface.co/openai/clip-vit-large-patch14",
     "a projector": "the training run that made it; SEEChat publishes none for CLIP",
 }
@@ -145,6 +166,8 @@ def _lora(path: Path, shapes: Shapes, _: object) -> Identity | None:
     folder = path if path.is_dir() else path.parent
     facts = {"adapter": f"LoRA of rank {_size(shapes[tuned[0]], 0)} on {len(tuned)} linears"}
     chatglm = any(re.search(r"\.transformer\.layers\.\d+\.(attention|mlp)\.", k) for k in tuned)
+    if not chatglm and (folder / NON_LORA_FILE).is_file():
+        return _llava_lora(folder, facts)
     if not chatglm and not any(re.search(r"\.layers\.\d+\.(self_attn|mlp)\.", k) for k in tuned):
         return Identity(path, "other", "a LoRA adapter of another model", facts, usable=False)
     base = "a ChatGLM-6B folder" if chatglm else "a LLaMA folder"
@@ -154,6 +177,90 @@ def _lora(path: Path, shapes: Shapes, _: object) -> Identity | None:
     options = export(lm=None if chatglm else "LLAMA", adapter=path)
     title = f"a LoRA adapter for {'ChatGLM-6B' if chatglm else 'a LLaMA'}"
     return Identity(path, "lora", title, facts, missing, options)
+
+
+def _llava_lora(folder: Path, facts: Mapping[str, str]) -> Identity:
+    """Describe a LoRA run of LLaVA: an adapter with a projector beside it."""
+    said = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else {}
+    base = said.get("base_model_name_or_path")
+    missing = {"a LLaMA folder": _hub_of(base) or PLACES["a LLaMA folder"]}
+    if not said:
+        missing[ADAPTER_CONFIG] = "the training run that made it"
+    tower, lacking, clip = _clip_of(folder)
+    own = {"projector": NON_LORA_FILE, "vision": tower}
+    options = export(lm="LLAMA", adapter=folder, clip=clip)
+    title = "a LoRA run of LLaVA"
+    return Identity(folder, "lora", title, {**facts, **own}, missing | lacking, options)
+
+
+def _clip_of(folder: Path) -> tuple[str, dict[str, str], str | None]:
+    """The CLIP tower of a LLaVA's configuration, for people; what is missing; what to name."""
+    try:
+        settings = llava_settings(folder)
+    except CheckpointError as e:
+        return f"cannot be used: {e}", {}, None
+    if settings is None:
+        return "a CLIP tower", need("a CLIP ViT-L/14"), "CLIP"
+    if not settings.tower:
+        return "CLIP, in the checkpoint", {}, None
+    name = f"CLIP ({shown(settings.tower)}{', tuned' if settings.tuned else ''})"
+    if find_tower(settings) or (settings.tuned and is_openai(settings.tower)):
+        return name, {}, None
+    return name, {shown(settings.tower): published_at(settings.tower)}, shown(settings.tower)
+
+
+def _hub_of(name: object) -> str | None:
+    """Where a model is published on the Hub, if its name can be an id there."""
+    known = isinstance(name, str) and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name)
+    return f"https://huggingface.co/{name}" if known else None
+
+
+def _instructblip(path: Path, shapes: Shapes, _: object) -> Identity | None:
+    """Recognizes InstructBLIP's file as LAVIS publishes it, or its projector alone."""
+    if "llm_proj.weight" not in shapes:
+        return None
+    whole_one = any(k.startswith("visual_encoder.") for k in shapes)
+    width = _size(shapes["llm_proj.weight"], 0)
+    facts = {
+        "vision": "EVA ViT-g + Q-Former that reads the question" if whole_one else "the projector",
+        "language model": f"a Vicuna 1.1 of hidden size {width}, in a folder of its own",
+        "licence": LICENCES["instructblip"],
+    }
+    missing = need("a Vicuna 1.1 folder", *(() if whole_one else (INSTRUCTBLIP,)))
+    try:
+        find_vocabulary(None, [path])
+        words = None
+    except CheckpointError:
+        missing |= need(VOCABULARY)
+        words = VOCABULARY
+    rest = None if whole_one else INSTRUCTBLIP
+    options = export(lm="VICUNA", qformer=rest, checkpoint=path, wordpiece=words)
+    return Identity(path, "instructblip", "InstructBLIP", facts, missing, options)
+
+
+def _minigpt4(path: Path, shapes: Shapes, _: object) -> Identity | None:
+    """Recognizes MiniGPT-4's checkpoint; one that may be SEEChat's as well is left to _seechat."""
+    projector = shapes.get("llama_proj.weight")
+    buffers = any(k.startswith("llama_model.model.") for k in shapes)
+    # only the form for Llama 2 takes more numbers a token than it gives: four joined patches
+    joined = _size(projector, 1) > _size(projector, 0)
+    if projector is None or not (buffers or joined):
+        return None
+    bridge = "four joined patches" if joined else "Q-Former"
+    facts = {
+        "vision": f"EVA ViT-g + {bridge}; here the projector",
+        "language model": f"a LLaMA of hidden size {_size(projector, 0)}, in a folder of its own",
+    }
+    base = "a Llama 2 folder" if joined else "a Vicuna folder"
+    missing = need(base, EVA, *(() if joined else (QFORMER,)))
+    options = export(
+        lm="LLAMA-2" if joined else "VICUNA",
+        eva=EVA,
+        qformer=None if joined else QFORMER,
+        checkpoint=path,
+    )
+    title = f"MiniGPT-4{' for Llama 2' if joined else ''}"
+    return Identity(path, "minigpt4", title, facts, missing, options)
 
 
 def _seechat(path: Path, shapes: Shapes, _: object) -> Identity | None:
@@ -226,6 +333,14 @@ def _projector(path: Path, shapes: Shapes, _: object) -> Identity | None:
     names = known[kind]
     first, last = names[min(names, key=_by_layer)], names[max(names, key=_by_layer)]
     facts = {"bridge": f"{kind}, {_size(shapes[first], 1)} to {_size(shapes[last], 0)}"}
+    folder = path if path.is_dir() else path.parent
+    if (folder / CONFIG).is_file() and is_llava(read_json(folder / CONFIG)):
+        tower, lacking, clip = _clip_of(folder)
+        base = _hub_of(read_json(folder / CONFIG).get("_name_or_path"))
+        missing = {"a LLaMA folder": base or "the model that it was trained with"} | lacking
+        options = export(lm="LLAMA", clip=clip, projector=path)
+        title = "a projector of LLaVA"
+        return Identity(path, "projector", title, facts | {"vision": tower}, missing, options)
     missing = need("a ChatGLM-6B folder", "a CLIP ViT-L/14")
     options = export(clip="CLIP", projector=path)
     return Identity(path, "projector", "a projector", facts, missing, options)
@@ -262,7 +377,19 @@ def _llama(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Identity | 
     where = model_place(path)
     missing = llama_missing(where if where.is_dir() else where.parent, config)
     title = f"{seen}, on a LLaMA" if seen else "a LLaMA"
-    options = export(lm=where)
+    clip = words = None
+    if seen == "LLaVA":
+        facts["vision"], lacking, clip = _clip_of(where if where.is_dir() else where.parent)
+        missing |= lacking
+    elif seen:
+        facts["vision"] = "EVA ViT-g + Q-Former that reads the question"
+        facts["licence"] = LICENCES["instructblip"]
+        try:
+            find_vocabulary(None, [where / "qformer_tokenizer", where])
+        except CheckpointError:
+            missing |= need(VOCABULARY)
+            words = VOCABULARY
+    options = export(lm=where, clip=clip, wordpiece=words)
     return Identity(path, "llama", title, facts, missing, options, runs=not missing)
 
 
@@ -286,9 +413,7 @@ def llama_missing(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 def llama_hub(config: Mapping[str, Any]) -> str:
     """Where a LLaMA is published, as far as its configuration says it."""
-    name = config.get("_name_or_path")
-    known = isinstance(name, str) and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name)
-    return f"https://huggingface.co/{name}" if known else "its publisher"
+    return _hub_of(config.get("_name_or_path")) or "its publisher"
 
 
 def later(path: Path, config: Mapping[str, Any]) -> Identity:
@@ -303,7 +428,10 @@ def later(path: Path, config: Mapping[str, Any]) -> Identity:
     return Identity(path, "other", title, missing=need("a ChatGLM-6B folder"), usable=False)
 
 
-RECOGNIZERS = (_lm, _llama, _ptuning, _lora, _seechat, _eva, _clip, _projector, _others)
+RECOGNIZERS = (
+    *(_lm, _llama, _ptuning, _lora, _instructblip, _minigpt4, _seechat, _eva, _clip, _projector),
+    _others,
+)
 
 
 def whole(path: Path) -> bool:

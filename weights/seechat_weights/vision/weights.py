@@ -61,6 +61,10 @@ GRAPH = "vision.onnx"
 WORDPIECE, VOCABULARY = "bert-base-uncased", "vocab.txt"
 WORDPIECE_HUB = f"https://huggingface.co/google-bert/{WORDPIECE}"
 MOST_PIECES = 128  # that LAVIS lets the Q-Former read of a question
+# what publishers say of their weights, by the conversation format
+LICENCES = {
+    "instructblip": "for research only, say its authors; LLaMA's and Vicuna's terms hold, too",
+}
 # the conversation format of a LLaMA behind each bridge
 _BLIP_FORMATS = {
     QFORMER: "minigpt4",
@@ -94,6 +98,11 @@ class VisionWeights:
     conversation: str = ""
     legacy_text: bool = False
     vocabulary: Path | None = None
+
+    @property
+    def licence(self) -> str:
+        """What its publishers say of its use; "" if that is as for the language model."""
+        return LICENCES.get(self.conversation, "")
 
     @property
     def numbers(self) -> int:
