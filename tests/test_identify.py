@@ -233,8 +233,8 @@ def test_shards_are_missing_and_nothing_tells_whose(tmp_path: Path) -> None:
     [
         ("lm", "chatglm_tiny", ""),
         ("lm", "chatglm_bin", ""),
-        ("lm", "prefix.bin", "a P-tuning prefix for ChatGLM-6B; expected ChatGLM-6B, VisualGLM-6B or"
-         " a LLaMA as lm: name it as prefix"),
+        ("lm", "prefix.bin", "a P-tuning prefix for ChatGLM-6B; expected ChatGLM-6B, VisualGLM-6B "
+         "or a LLaMA as lm: name it as prefix"),
         ("lm", "vision/checkpoint_100.pth", "name it as checkpoint"),
         ("lm", "bundle", "a bundle: tiny-text; .*: a bundle is exported already"),
         ("lm", "nowhere", "no such file or folder; .*or name it on the Hub as owner/name"),
