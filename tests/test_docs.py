@@ -27,6 +27,7 @@ def examples(name: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text("utf-8"), re.M | re.S)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "number", "expected"),
     [

@@ -201,6 +201,7 @@ def bundle_hub(hub: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str
     return hub
 
 
+@pytest.mark.slow
 def test_a_bundle_is_loaded_by_its_id(bundle_hub: dict[str, str], tmp_path: Path) -> None:
     done = run(LOAD, bundle_hub, "tiny/chatglm", PANDA)
     assert (done.returncode, done.stdout.strip()) == (0, "这是熊猫。"), done.stderr

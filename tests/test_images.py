@@ -298,6 +298,7 @@ def test_bomb_as_pil_image() -> None:
         load_image(Huge())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK", "I;16"])
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
 def test_large_pictures_have_the_same_pixels(

@@ -36,6 +36,7 @@ def run(home: Path, *args: str, stdin: bytes = b"") -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.slow
 def test_a_picture_and_a_follow_up(home: Path) -> None:
     done = run(home, "-m", "seechat", "-a", PANDA_FILE, "这是什么？")
     assert (done.stdout, done.stderr) == ("这是熊猫。\n", "")
@@ -48,11 +49,13 @@ def test_a_picture_and_a_follow_up(home: Path) -> None:
     assert "3 output" in logged.replace(",", "")
 
 
+@pytest.mark.slow
 def test_a_picture_from_stdin_without_streaming(home: Path) -> None:
     done = run(home, "-m", "seechat", "--no-stream", "-a", "-", "What is it?", stdin=PANDA)
     assert done.stdout == "This is a panda.\n", done.stderr
 
 
+@pytest.mark.slow
 def test_options_and_system_prompt(home: Path) -> None:
     done = run(home, "-m", "seechat", "-o", "max_new_tokens", "1", "-a", PANDA_FILE, "这是什么？")
     assert done.stdout == "这是\n"
@@ -62,6 +65,7 @@ def test_options_and_system_prompt(home: Path) -> None:
     assert run(home, "-m", "seechat", "-s", "你好", "你是谁？").stdout == f"{expected}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "message"),
     [

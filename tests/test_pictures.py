@@ -206,6 +206,7 @@ def test_what_would_take_too_much_is_said_before_it_is_taken(content: bytes) -> 
     assert peak.bytes - before < 150_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("format", "size"), [("WEBP", (4600, 4500)), ("AVIF", (4400, 4400)), ("JPEG", (9400, 9500))]
 )
@@ -230,6 +231,7 @@ def test_a_thread_of_a_picture() -> None:
     assert peak.bytes - before < 450_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "format", "options"),
     [("RGBA", "TIFF", {"compression": "tiff_lzw"}), ("LA", "TIFF", {}), ("RGBA", "TGA", {})],
@@ -246,6 +248,7 @@ def test_a_jpeg_of_too_many_scans() -> None:
     assert "scans" in refused(content[:at] + content[at:-2] * 1000 + b"\xff\xd9")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["JPEG", "JPEG2000"])
 def test_a_decoder_that_takes_too_long_is_ended(
     format: str, slow: bytes, monkeypatch: pytest.MonkeyPatch
@@ -635,6 +638,7 @@ def test_a_thumbnail_is_upright_and_small() -> None:
         assert sl.thumbnail(colours(3000, 500).convert("L").convert(mode), (30, 30)).size == (30, 5)
 
 
+@pytest.mark.slow
 def test_mutated_pictures_are_read_or_refused() -> None:
     """A sample of what bench/fuzz_pictures.py does."""
     report = fuzz(600, seed=1)

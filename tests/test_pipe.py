@@ -184,6 +184,7 @@ HELLO = [{"id": n, "question": "你好"} for n in range(3)]
 LINES = "".join(json.dumps(line, ensure_ascii=False) + "\r\n" for line in HELLO)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 def test_encodings_of_windows(encoding: str) -> None:
     answers = ends(pipe(LINES.encode(encoding)))
@@ -261,6 +262,7 @@ REQUESTS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.binary(max_size=40)
@@ -309,6 +311,7 @@ def test_a_mistake_of_ours_ends_nothing(
     assert "ZeroDivisionError" in written[0]["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes of Unix")
 def test_a_reader_that_goes_ends_it_quietly() -> None:
     """As `seechat pipe | head -1` does, while it loads or later."""
@@ -375,6 +378,7 @@ def test_too_many_wait(slow: Child) -> None:
     assert refused == [*range(64, 70), 0]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded() -> None:
     child = Child(["-m", "seechat_lite"], "--model", "/no/such/bundle")
     out, err = child.process.communicate()

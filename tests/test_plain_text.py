@@ -96,6 +96,7 @@ def object_in(shown: str) -> dict[str, object]:
 FLAGS = [(), ("-v",), ("--debug",), ("-v", "--debug")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", FLAGS, ids="".join)
 def test_a_bundle_full_of_escapes(
     evil_bundle: Path, flags: tuple[str, ...], capfd: pytest.CaptureFixture[str],

@@ -150,6 +150,7 @@ def test_max_tokens(server: Running) -> None:
         assert done["usage"]["completion_tokens"] == 2
 
 
+@pytest.mark.slow
 def test_as_many_tokens_as_fit() -> None:
     """What LM Studio's clients send for no limit, to a model that never ends by itself."""
 
@@ -585,6 +586,7 @@ def test_curl(server: Running) -> None:
     assert "".join(pieces) == "这是熊猫。"
 
 
+@pytest.mark.slow
 def test_many_at_once(server: Running) -> None:
     """Sixteen clients with good, bad and abandoned requests: each is answered as it deserves."""
 
