@@ -20,7 +20,11 @@ from seechat_weights.libraries import import_error
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 _HUB_ID = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9_.-]+))?(?:/(.+))?")
 # configurations, tokenizers, and files that tell how pictures are prepared
-_BESIDE = ("*.json", "ice_text.model", "tokenizer.model")
+_BESIDE = (
+    *("*.json", "ice_text.model", "tokenizer.model"),
+    *("qformer_tokenizer/vocab.txt", "non_lora_trainables.bin"),  # InstructBLIP, a LoRA of LLaVA
+)
+_LAST = (("adapter_model", ".safetensors"), ("adapter_model", ".bin"), ("mm_projector", ".bin"))
 
 
 def fetch(
@@ -129,7 +133,7 @@ def _needed(names: list[str], repo: str) -> list[str]:
 
     safetensors are the first choice.
     """
-    for stem, suffix in (*STEMS, ("adapter_model", ".safetensors"), ("adapter_model", ".bin")):
+    for stem, suffix in (*STEMS, *_LAST):
         weights = re.compile(rf"{stem}(-\d+-of-\d+)?{re.escape(suffix)}(\.index\.json)?")
         found = [name for name in names if weights.fullmatch(name)]
         if any(name.endswith(suffix) for name in found):

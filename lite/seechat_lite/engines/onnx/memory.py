@@ -96,6 +96,8 @@ def bundle_plan(
     vision = 0
     if manifest.vision:
         file, form = stored(manifest.vision.graph), VISION_PRECISIONS[manifest.vision.precision]
+        if manifest.vision.question:
+            file += stored(manifest.vision.question.graph)
         half = vision_gpu == 2 and manifest.vision.half in manifest.files
         vision = file * (1 if half else form.widening)  # prepared for speed
         if keep_vision is None:
