@@ -137,7 +137,7 @@ def test_a_page_of_another_origin(elsewhere: str, allowed: bool) -> None:
     with running(Settings(cors_origins=origins)) as server, chromium() as browser:
         tab = browser.new_page()
         tab.goto(elsewhere)
-        tab.wait_for_function("globalThis.ask")
+        tab.wait_for_function("typeof globalThis.ask === 'function'")
         ask = "([url, picture]) => ask(url, picture).catch((e) => ({ failed: e.message }))"
         done = tab.evaluate(ask, [server.url, data_url()])
     if not allowed:
