@@ -40,6 +40,7 @@ def watching() -> Iterator[Watched]:
         yield server
 
 
+@pytest.mark.slow
 @example(place="content", filling="ones", size=LARGEST)
 @example(place="content", filling="one text with an emoji", size=LARGEST)
 @example(place="content", filling="wrong parts", size=LARGEST)
@@ -105,6 +106,7 @@ def parts_and_depth(value: object, depth: int = 1) -> tuple[int, int]:
     return 0, depth - 1
 
 
+@pytest.mark.slow
 @given(JSON, st.booleans(), st.sampled_from([None, 1, "\t"]))
 def test_parts_are_counted_whatever_is_in_texts(value: object, ascii: bool, indent: object) -> None:
     """Brackets, commas and quotes inside of texts count for nothing."""

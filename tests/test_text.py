@@ -103,6 +103,7 @@ def seechat(*args: str | Path, **options: Any) -> subprocess.CompletedProcess[by
     )
 
 
+@pytest.mark.slow
 def test_chat_reads_lines_of_any_encoding() -> None:
     """Also the first of a file with a byte order mark; what is no text is said, and no more."""
     lines = f"/image {PANDA}\r\n{QUESTION}\r\n"
@@ -128,6 +129,7 @@ def test_a_question_of_no_text() -> None:
 ASK = ("ask", PANDA, QUESTION)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "cp936", "utf-16", "utf-8"])
 def test_json_can_be_read_whatever_the_encoding(encoding: str) -> None:
     done = seechat(*ASK, "--json", env={"PYTHONIOENCODING": encoding})
