@@ -101,7 +101,7 @@ class Model:
         self._images: OrderedDict[str, np.ndarray] = OrderedDict()  # least recently used first
         self._images_lock = threading.RLock()
         self._image_cache = image_cache
-        self._vocabulary = vocabulary
+        self._question_vocabulary = vocabulary
         self._wordpiece: WordPiece | None = None
 
     def chat(self, format: str | None = None, *, messages: Sequence[Any] = ()) -> "Chat":
@@ -220,10 +220,10 @@ class Model:
             return dict(seen)
         with self._pictures.held(partial(self._check, lambda: False)):
             if self._wordpiece is None:
-                assert self._vocabulary
+                assert self._question_vocabulary
                 rows = vision.network.query_words if vision.network else 0
                 pieces = vision.question.pieces
-                self._wordpiece = WordPiece(self._vocabulary, pieces=pieces, rows=rows)
+                self._wordpiece = WordPiece(self._question_vocabulary, pieces=pieces, rows=rows)
             ids = self._wordpiece.encode(question)
             asked = hashlib.sha256(repr(ids).encode()).hexdigest()
             found = {}
@@ -296,6 +296,8 @@ class Model:
         self.wake()
         self.engine.close()
         self._vocabulary.close()
+        if self._wordpiece:
+            self._wordpiece.close()
 
     def __enter__(self) -> Self:
         return self
