@@ -127,7 +127,7 @@ def test_options_between_the_words(
         (["pipe", "--format", "x"], "--format: invalid choice: 'x'"),
         (["info", "--context", "3"], "--context is 3"),
         (["export", "--lm", "x"], "required: --out"),
-        (["export", "--lm", "x", "--out", "y", "--clip", "z"], "--clip and --projector go"),
+        (["export", "--lm", "x", "--out", "y", "--clip", "z", "--eva", "e"], "leave the other out"),
     ],
 )
 def test_wrong_usage(
