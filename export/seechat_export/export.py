@@ -253,13 +253,21 @@ class Source:
         """
         return torch.from_numpy(self.lm.read(key, rows))
 
-    def weight(self, item: TensorLayout) -> Tensor | Quantized:
+    def weight(self, item: TensorLayout, block_size: int) -> Tensor | Quantized:
         """Read an item's tensor, as its authors quantized it if the item can hold that.
 
         item: says how it is to be stored.
+        block_size: inputs that share a scale.
         """
         if 0 < self.lm.bits(item.key) <= item.bits:
-            return self.lm.quantized(item.key)
+            group = self.lm.group(item.key)
+            if not group % block_size:  # of one scale a row, as well
+                return self.lm.quantized(item.key)
+            log.warning(
+                "%s: its integers share a scale in groups of %d, and blocks of %d cannot hold "
+                "them: they are rounded again. A smaller block size keeps them",
+                item.key, group, block_size,
+            )  # fmt: skip
         return self.tensor(item.key)
 
     def form(self, precision: Precision) -> Precision:
@@ -383,7 +391,7 @@ class _Writer:
                 self.source.lm.audit(item.key)
                 arrays = stored_arrays(
                     item,
-                    self.source.weight(item),
+                    self.source.weight(item, self.block_size),
                     self.source.config,
                     self.precision,
                     self.block_size,

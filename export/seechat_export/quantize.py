@@ -24,16 +24,16 @@ def _published_blocks(
     item: TensorLayout, weight: Quantized, config: LMConfig, block_size: int
 ) -> list[Tensor]:
     """What quantize_blocks would return, without loss from published integers and scales."""
-    scales = weight.scales
+    scales = weight.block_scales(block_size)
     if item.bits > weight.bits:
-        weight = Quantized(weight.codes, weight.scales, item.bits)
+        weight = replace(weight, stored=weight.codes, bits=item.bits)
     if item.heads:
         codes = _reordered(weight.codes, item, config)
         weight = replace(weight, stored=pack(codes, bits=item.bits))
     if item.heads == "rows":
         scales = _reordered(scales, item, config)
     codes = torch.from_numpy(weight.blocks(block_size))
-    return [codes, torch.from_numpy(scales)[:, None].expand(codes.shape[:2])]
+    return [codes, torch.from_numpy(np.ascontiguousarray(scales)).expand(codes.shape[:2])]
 
 
 def _reordered(array: Any, item: TensorLayout, config: LMConfig) -> Any:

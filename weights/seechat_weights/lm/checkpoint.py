@@ -96,6 +96,7 @@ class LM:
         self._expected = LM_FAMILIES[config.family].shapes(config)
         self._tensors: dict[str, _Tensor] = {}
         self._audited: set[Published] = set()
+        self._bits: dict[str, int] = {}
 
     @property
     def shapes(self) -> dict[str, TensorInfo]:
@@ -138,10 +139,18 @@ class LM:
                 self._audited.add(published)
 
     def _audit(self, key: str, checkpoint: Checkpoint, published: Published) -> None:
-        for name in _keys(published):
+        scale = published.scale
+        if published.packed:
+            scale, bias = f"{published.packed.module}.scales", f"{published.packed.module}.bias"
+            if bias in checkpoint.shapes and not is_nothing(checkpoint.read(bias)):
+                place = Place(checkpoint.source(bias), bias)
+                raise place.error("is no bias of zeros", "a LLaMA, whose linears have none")
+        for name in published.keys:
+            if name.endswith((".qzeros", ".g_idx")):
+                continue  # any numbers are possible
             place, array = Place(checkpoint.source(name), name), checkpoint.read(name)
             check_numbers(array, place)
-            if name == published.scale or key.endswith("layernorm.weight"):
+            if name == scale or key.endswith("layernorm.weight"):
                 check_gains(array, place)
             elif key in ("word_embeddings.weight", "lm_head.weight"):
                 old = self.config.vocab_size == OLD_VOCABULARY
@@ -159,13 +168,38 @@ class LM:
         return Place(tensor.checkpoint.source(first), first)
 
     def bits(self, key: str) -> int:
-        """Bits to which the authors quantized a tensor; 0 if they did not, or something is merged.
+        """Bits of a tensor's integers, if they are its authors' and can be kept as they are.
+
+        0 if they quantized it otherwise or not at all, or something is merged.
 
         key: our name of the tensor.
         """
+        if key not in self._bits:
+            self._bits[key] = self._kept_bits(key)
+        return self._bits[key]
+
+    def _kept_bits(self, key: str) -> int:
         tensor = self._tensors[key]
-        changed = tensor.order is not None or tensor.loras or len(tensor.parts) > 1
-        return 0 if changed else tensor.parts[0].bits
+        bits = {part.bits for part in tensor.parts}
+        if tensor.order is not None or tensor.loras or bits == {0} or len(bits) > 1:
+            return 0
+        packed = [part.packed for part in tensor.parts]
+        if any(packed):
+            # padded heads would move the inputs of a group
+            padded = self.config.padded_head_size != self.config.head_size
+            if (padded and "attention" in key) or len({p.group for p in packed if p}) > 1:
+                return 0
+            if not all(p and p.kept(tensor.checkpoint.read) for p in packed):
+                return 0
+        return bits.pop()
+
+    def group(self, key: str) -> int:
+        """Inputs that share a scale in a tensor that has `bits`; 0: all of a row.
+
+        key: our name of the tensor.
+        """
+        packed = self._tensors[key].parts[0].packed
+        return packed.group if packed else 0
 
     def quantized(self, key: str, rows: Rows = ALL) -> Quantized:
         """A tensor as its authors quantized it, or some of its rows.
@@ -367,7 +401,7 @@ def _check_prefix(prefix: np.ndarray, place: Place) -> None:
 
 
 def _keys(*parts: Published) -> list[str]:
-    return [key for part in parts for key in (part.key, part.scale) if key]
+    return [key for part in parts for key in part.keys]
 
 
 def _dtype(tensor: _Tensor) -> str:
@@ -379,27 +413,36 @@ def _dtype(tensor: _Tensor) -> str:
 
 def _published(tensor: _Tensor, rows: Rows) -> np.ndarray:
     """Rows of a tensor in the published order, dequantized."""
-    if tensor.parts[0].bits:
-        return _quantized(tensor, rows).dequantized()
-    read, names = tensor.checkpoint.read, [part.key for part in tensor.parts]
-    if len(names) == 1:
-        return read(names[0])[rows]
+    read, (first, *others) = tensor.checkpoint.read, tensor.parts
+    if not others and not first.packed:
+        return _quantized(tensor, rows).dequantized() if first.bits else read(first.key)[rows]
+
+    def whole(place: Published) -> np.ndarray:
+        return place.packed.dequantized(read) if place.packed else read(place.key)
+
     if isinstance(rows, slice) and rows == ALL:
-        return np.concatenate([read(name) for name in names])
-    heights = [tensor.checkpoint.shapes[name].shape[0] for name in names]
-    order = np.arange(sum(heights))[rows]
-    width = tensor.checkpoint.shapes[names[0]].shape[1:]
-    found = np.empty((len(order), *width), np.float16 if _dtype(tensor) == "float16" else "f4")
+        return np.concatenate([whole(place) for place in tensor.parts])
+    shapes = [
+        p.packed.shape if p.packed else tensor.checkpoint.shapes[p.key].shape for p in tensor.parts
+    ]
+    order = np.arange(sum(shape[0] for shape in shapes))[rows]
+    dtype = np.float16 if _dtype(tensor) == "float16" else np.float32
+    found = np.empty((len(order), *shapes[0][1:]), dtype)
     start = 0
-    for name, height in zip(names, heights, strict=True):
-        inside = (order >= start) & (order < start + height)
+    for place, shape in zip(tensor.parts, shapes, strict=True):
+        inside = (order >= start) & (order < start + shape[0])
         if inside.any():
-            found[inside] = read(name)[order[inside] - start]
-        start += height
+            found[inside] = whole(place)[order[inside] - start]
+        start += shape[0]
     return found
 
 
 def _quantized(tensor: _Tensor, rows: Rows) -> Quantized:
-    read, (published, *_) = tensor.checkpoint.read, tensor.parts
-    scales = read(published.scale)[rows].astype(np.float32)
-    return Quantized(read(published.key)[rows], scales, published.bits)
+    read, parts = tensor.checkpoint.read, tensor.parts
+    if parts[0].packed:
+        found = [place.packed.quantized(read) for place in parts if place.packed]
+        stored = np.concatenate([each.stored for each in found])[rows]
+        scales = np.concatenate([each.scales for each in found])[rows]
+        return Quantized(stored, scales, found[0].bits, found[0].group)
+    scales = read(parts[0].scale)[rows].astype(np.float32)
+    return Quantized(read(parts[0].key)[rows], scales, parts[0].bits)

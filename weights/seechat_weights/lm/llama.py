@@ -12,8 +12,9 @@ from typing import Any
 
 from seechat_weights.config import MAX_LAYERS, LMConfig
 from seechat_weights.errors import CheckpointError
-from seechat_weights.files.accounting import Shape, Shapes, account, check_shapes, few
+from seechat_weights.files.accounting import Shape, Shapes, account, check_shapes
 from seechat_weights.lm.names import LMNames, Part, Published, whole
+from seechat_weights.lm.packed import find_packed
 
 MODEL_TYPES = ("llama", "llava", "llava_llama", "instructblip")
 _MOST = 1 << 24  # of any size; what is beyond would only fill the memory before it is refused
@@ -203,6 +204,7 @@ FORMS = (
 LAID = Form("llama_model.model.", "llama_model.lm_head.weight", partial=True)
 _EMBEDDINGS, _HEAD = "word_embeddings.weight", "lm_head.weight"
 _REASONS = ((r"(.*\.)?rotary_emb\.inv_freq", "computed from the head size"),)
+_PACKED_REASONS = ((r".*_proj\.bias", "zeros, which GPTQ writes for linears without a bias"),)
 
 
 def llama_layer(config: LMConfig, head: int) -> Iterator[tuple[str, tuple[Part, ...]]]:
@@ -281,18 +283,34 @@ def map_llama(
         parts = {ours: ps for ours, ps in parts.items() if any(p.key in shapes for p in ps)}
     elif tied := _tied(settings or {}):
         parts[_HEAD] = parts[_EMBEDDINGS]
-    needed = {part.key: part.shape for found in parts.values() for part in found}
-    packed = [key for key in shapes if key.endswith((".qweight", ".qzeros"))]
-    if packed:
-        raise CheckpointError(
-            f"{where}: holds integers in blocks, as GPTQ and AWQ write them ({few(packed)}); "
-            "expected float weights: name the checkpoint that they were made from"
-        )
-    reasons = [*_REASONS, (re.escape(form.head), "tied to the word embeddings")]
-    ignored = account(shapes, needed, reasons if tied else _REASONS, where)
+    needed: dict[str, Shape] = {}
+    used: dict[str, tuple[Published, ...]] = {}
+    packed: list[str] = []
+    for ours, found in parts.items():
+        places = [_published(shapes, part, settings or {}, where) for part in found]
+        used[ours] = tuple(places)
+        for place, part in zip(places, found, strict=True):
+            if place.packed:
+                packed += place.keys
+            else:
+                needed[part.key] = part.shape
+    reasons = [*_REASONS, *(_PACKED_REASONS if packed else ())]
+    if tied:
+        reasons.append((re.escape(form.head), "tied to the word embeddings"))
+    ignored = account(shapes, [*needed, *packed], reasons, where)
     check_shapes(shapes, needed, where)
-    used = {ours: tuple(Published(part.key) for part in found) for ours, found in parts.items()}
     return LMNames(used, {}, {}, ignored)
+
+
+def _published(shapes: Shapes, part: Part, settings: Mapping[str, Any], where: str) -> Published:
+    """Where a part comes from: a tensor of floats, or integers in groups."""
+    packed = None
+    if len(part.shape) == 2:
+        module = part.key.removesuffix(".weight")
+        packed = find_packed(shapes, module, part.shape, settings, where)
+    if packed is None:
+        return Published(part.key)
+    return Published(packed.names[0], bits=packed.bits, packed=packed)
 
 
 def _tied(settings: Mapping[str, Any]) -> bool:

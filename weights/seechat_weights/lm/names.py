@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from seechat_weights.files.accounting import Shape
+from seechat_weights.lm.packed import Packed
 
 
 @dataclass(frozen=True)
@@ -12,6 +13,14 @@ class Published:
     key: str
     scale: str = ""  # name of the tensor with the scales of its rows, if it is quantized
     bits: int = 0  # of a quantized weight: 8 or 4
+    packed: Packed | None = None  # integers in groups; `key` is then their first tensor
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All published tensors that it is."""
+        if self.packed:
+            return self.packed.names
+        return (self.key, self.scale) if self.scale else (self.key,)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Decodes ChatGLM-6B's own quantized checkpoints (int8, int4, int4-qe).
+"""Holds linears as their authors quantized them; decodes those of ChatGLM-6B (int8, int4, int4-qe).
 
 A linear [outputs, inputs] is stored as `weight`, int8 [outputs, inputs * bits / 8], and
 `weight_scale` [outputs]. A weight is its integer times the scale of its row. A byte holds two 4-bit
@@ -13,11 +13,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Quantized:
-    """A linear as its authors quantized it: weight = codes * scales[:, None]."""
+    """A linear as its authors quantized it: each integer times the scale of its row or group."""
 
     stored: np.ndarray  # int8 [outputs, inputs * bits / 8]; may be a view of the mapped file
-    scales: np.ndarray  # float32 [outputs]
+    scales: np.ndarray  # float32 [outputs], or [outputs, groups]
     bits: int  # 8 or 4
+    group: int = 0  # inputs that share a scale; 0: all of a row
 
     @property
     def codes(self) -> np.ndarray:
@@ -26,7 +27,19 @@ class Quantized:
 
     def dequantized(self) -> np.ndarray:
         """The weights, float32 [outputs, inputs]; exact, as products of at most 8 and 11 bits."""
-        return self.codes.astype(np.float32) * self.scales[:, None]
+        codes = self.codes.astype(np.float32)
+        if self.group:
+            return codes * self.scales.repeat(self.group, axis=1)[:, : codes.shape[1]]
+        return codes * self.scales[:, None]
+
+    def block_scales(self, block_size: int) -> np.ndarray:
+        """The scale of each block, float32 [outputs, 1] or [outputs, blocks].
+
+        block_size: integers in a block; a group must be a whole number of blocks.
+        """
+        if not self.group:
+            return self.scales[:, None]
+        return self.scales.repeat(self.group // block_size, axis=1)
 
     def blocks(self, block_size: int) -> np.ndarray:
         """The integers as a bundle holds them: uint8 [outputs, blocks, block_size * bits / 8].

@@ -133,7 +133,9 @@ class CheckpointWeights:
             rows, bits = order if "query_key_value" in key else ALL, self.blocks.get(key, 0)
             if bits and bits == self.lm.bits(key):
                 published = self.lm.quantized(key, rows)
-                yield LoadedTensor(key, [published.blocks(BLOCK), published.scales[:, None]], bits)
+                size = published.group or BLOCK
+                blocks = [published.blocks(size), published.block_scales(size)]
+                yield LoadedTensor(key, blocks, bits)
             elif key != "word_embeddings.weight":
                 yield LoadedTensor(key, [self.lm.read(key, rows)], bits, self.lm.place(key))
 
