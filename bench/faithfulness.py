@@ -1,6 +1,7 @@
 """How much of a model is lost to 8 and 4 bits, and how much less with our scales than without.
 
     python bench/faithfulness.py            # a few minutes; writes docs/benchmarks/faithfulness.md
+    python bench/faithfulness.py --llama DIR   # a LLaMA's folder against transformers; prints a table
 
 Every linear weight is rounded, put back into the torch network, and its next-token distributions
 are compared with those of the unrounded model, over the answers of some hundred dialogues. One row
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,20 +30,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import seechat_lite as sl
-from seechat_export.export import TOKENIZER, Source, export_bundle
+from seechat_export.export import Source, export_bundle
 from seechat_export.quantize import restored_tensor
 from seechat_export.reference_chatglm import ChatGLM, prefix_mask
 from seechat_lite.conversation import FORMATS, Turn, render
+from seechat_lite.engines import Engine
 from seechat_lite.nn.block_quantization import dequantize_blocks, quantize_blocks
 from seechat_lite.prompt import Prompt, build, position_ids
 from seechat_weights.builtin import BUILTIN
 from seechat_weights.bundle.arrays import BundleArrays
-from seechat_weights.bundle.manifest import read_manifest
+from seechat_weights.bundle.manifest import TOKENIZER_KINDS, read_manifest
 from seechat_weights.bundle.precisions import BLOCK_SIZES, PRECISIONS
 from seechat_weights.config import LMConfig
 from seechat_weights.lm.checkpoint import open_lm
 
 ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = TOKENIZER_KINDS["ice"]
 RECIPE = ROOT / "recipes/builtin"
 DIALOGUES, ANSWER = 256, 24  # of the built-in model; tokens sampled where no answer is given
 QUESTIONS = (
@@ -323,6 +327,82 @@ def rows_of(subject: Subject, truth: list[Tensor], scratch: Path) -> Iterator[Ro
                 )
 
 
+# --- a LLaMA against transformers ---------------------------------------------------------------
+
+TEXT_BYTES, WINDOW, AT_ONCE = 20_000, 512, 128  # of English text; tokens read as one; rows at once
+GREEDY, GREEDY_TOKENS = 20, 32  # answers compared to the last token
+
+
+def english() -> str:
+    """English text of this repository."""
+    pages = (p.read_text("utf-8") for p in sorted((ROOT / "docs").glob("*.md")))
+    return "".join(pages).encode()[:TEXT_BYTES].decode("utf-8", "ignore")
+
+
+def llama_rows(folder: Path, scratch: Path) -> Iterator[str]:
+    """Yield lines: of each precision, how far a bundle is from transformers' network.
+
+    folder: a LLaMA as a Hugging Face folder.
+    """
+    from transformers import LlamaForCausalLM
+
+    published = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    truth: list[Tensor] = []
+    answers: list[list[int]] = []
+    yield "| precision | KL divergence | top-1 agreement | perplexity | largest difference | answers |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    for precision in ("fp32", "int8", "int4"):
+        out = scratch / precision
+        export_bundle(lm=folder, out=out, precision=precision, block_size=32)
+        with sl.load(out, context=WINDOW + 2, kept_cache=0) as model:
+            ids = model.tokenizer.encode(english(), specials=False)
+            windows = [ids[i : i + WINDOW] for i in range(0, len(ids) - WINDOW, WINDOW)]
+            starts = [window[: 8 + i] for i, window in enumerate(windows * GREEDY)][:GREEDY]
+            if not truth:
+                with torch.inference_mode():
+                    truth = [published(torch.tensor([w])).logits[0, :-1] for w in windows]
+                    answers = [greedy_published(published, start) for start in starts]
+            found = [read_all(model.engine, window) for window in windows]
+            same = sum(
+                greedy_ours(model.engine, start) == answer
+                for start, answer in zip(starts, answers, strict=True)
+            )
+        sums = np.zeros(4)
+        largest = 0.0
+        for window, p, q in zip(windows, truth, found, strict=True):
+            largest = max(largest, float((p - q).abs().max()))
+            loss = F.cross_entropy(q.double(), torch.tensor(window[1:]), reduction="sum")
+            p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+            kl = (p.exp() * (p - q)).sum()
+            sums += [float(kl), float((p.argmax(-1) == q.argmax(-1)).sum()), float(loss), len(p)]
+        kl, top1, loss = sums[:3] / sums[3]
+        yield (
+            f"| {precision} | {kl:.2e} | {top1:.2%} | {np.exp(loss):.4f} | {largest:.2g} | "
+            f"{same} of {GREEDY} |"
+        )
+
+
+def read_all(engine: Engine, ids: list[int]) -> Tensor:
+    """Logits [tokens - 1, vocab] that predict each token but the first."""
+    rows = [engine.prefill(Prompt(ids[:1]))[None]]
+    rows += [engine.extend(ids[i : i + AT_ONCE]) for i in range(1, len(ids) - 1, AT_ONCE)]
+    return torch.from_numpy(np.concatenate(rows))[: len(ids) - 1]
+
+
+def greedy_ours(engine: Engine, ids: list[int]) -> list[int]:
+    logits, found = engine.prefill(Prompt(ids)), []
+    for _ in range(GREEDY_TOKENS):
+        found.append(int(logits.argmax()))
+        logits = engine.step(found[-1])
+    return found
+
+
+def greedy_published(model: Any, ids: list[int]) -> list[int]:
+    given = {"do_sample": False, "min_new_tokens": GREEDY_TOKENS, "max_new_tokens": GREEDY_TOKENS}
+    found = model.generate(torch.tensor([ids]), eos_token_id=None, pad_token_id=0, **given)
+    return found[0, len(ids) :].tolist()
+
+
 # --- the table ----------------------------------------------------------------------------------
 
 
@@ -379,7 +459,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--builtin", type=Path, default=RECIPE / "work/lm", metavar="DIR")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/faithfulness.md")
+    parser.add_argument("--llama", type=Path, metavar="DIR")
     args = parser.parse_args()
+    if args.llama:
+        with tempfile.TemporaryDirectory() as name:
+            for line in llama_rows(args.llama, Path(name)):
+                print(line, flush=True)
+        return 0
     packages = ("seechat-lite", "torch", "onnxruntime", "numpy")
     text = INTRODUCTION.format(
         command="python bench/faithfulness.py",
