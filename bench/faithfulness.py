@@ -1,7 +1,7 @@
 """How much of a model is lost to 8 and 4 bits, and how much less with our scales than without.
 
     python bench/faithfulness.py            # a few minutes; writes docs/benchmarks/faithfulness.md
-    python bench/faithfulness.py --llama DIR   # a LLaMA's folder against transformers; prints a table
+    python bench/faithfulness.py --llama DIR   # a LLaMA against transformers; prints a table
 
 Every linear weight is rounded, put back into the torch network, and its next-token distributions
 are compared with those of the unrounded model, over the answers of some hundred dialogues. One row
@@ -349,8 +349,9 @@ def llama_rows(folder: Path, scratch: Path) -> Iterator[str]:
     published = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     truth: list[Tensor] = []
     answers: list[list[int]] = []
-    yield "| precision | KL divergence | top-1 agreement | perplexity | largest difference | answers |"
-    yield "|---|---:|---:|---:|---:|---:|"
+    head = ("precision", "KL divergence", "top-1 agreement", "perplexity", "difference", "answers")
+    yield f"| {' | '.join(head)} |"
+    yield f"|---|{'---:|' * (len(head) - 1)}"
     for precision in ("fp32", "int8", "int4"):
         out = scratch / precision
         export_bundle(lm=folder, out=out, precision=precision, block_size=32)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -337,3 +338,37 @@ def test_info_says_what_is_missing(tmp_path: Path) -> None:
     adapter = LLAMA.parent / "llava_tiny/llava_lora/adapter_model.bin"
     assert identify(adapter).title == "a LoRA adapter for a LLaMA"
     assert identify(LLAMA / "gqa/tokenizer.model").kind == "tokenizer"
+
+
+def taken(model: sl.Model) -> int:
+    """Bytes that the caches of a model have touched."""
+    kept = getattr(model.engine, "_kept", None)
+    return kept._taken() if kept else 0
+
+
+def test_many_conversations_at_once(tmp_path: Path) -> None:
+    """50 turns about three pictures in four conversations: the answers of a cache never kept.
+
+    The caches stay within their number of bytes.
+    """
+    source = open_source(LLAMA.parent / "llava_tiny/llava_v1")
+    export_bundle(lm=source, out=tmp_path / "b", vision=source.vision, precision="fp32")
+    pictures = sorted((LLAMA.parent / "pictures").glob("*.png"))[:3]
+    budget = 300_000
+    said: dict[int, dict[int, list[str]]] = {}
+    for kept in (0, budget):
+        with sl.load(tmp_path / "b", context=220, kept_cache=kept) as model:
+            answers: dict[int, list[str]] = {i: [] for i in range(4)}
+
+            def talk(i: int, model: sl.Model = model, answers: Any = answers) -> None:
+                chat = model.chat()
+                for turn in range(13 if i < 2 else 12):
+                    image = pictures[(i + turn) % 3] if turn % 4 == 0 else None
+                    answers[i].append(chat.ask(f"{i}{turn}?", image, max_new_tokens=6))
+                    assert taken(model) <= 220 * 2048
+
+            with ThreadPoolExecutor(4) as threads:
+                list(threads.map(talk, range(4)))
+            said[kept] = answers
+    assert sum(map(len, said[0].values())) == 50
+    assert said[0] == said[budget]

@@ -174,13 +174,18 @@ def check(
 
 
 def _compare(stage: str, found: Tensor, expected: Tensor, tolerance: float) -> dict[str, float]:
-    difference = float((found - expected).abs().max())
+    differences = (found - expected).abs().amax(-1)  # of each token
     deviation = float(expected.std())
-    if not difference <= tolerance * deviation:  # catches NaN too
+    # a LLaMA's first token has numbers a thousand times those of others: it is held to its own
+    allowed = tolerance * expected.std(-1).clamp(min=deviation)
+    difference = float(differences.max())
+    if not bool((differences <= allowed).all()):  # catches NaN too
+        worst = int((differences - allowed).nan_to_num(torch.inf).argmax())
         raise BundleError(
-            f"the written {stage} graph differs from the torch network by {difference:.3g} where "
-            f"{tolerance * deviation:.3g} is expected at most: the bundle is not to be trusted; "
-            "please report this with your onnxruntime and torch versions"
+            f"the written {stage} graph differs from the torch network by "
+            f"{float(differences.flatten()[worst]):.3g} where "
+            f"{float(allowed.flatten()[worst]):.3g} is expected at most: the bundle is not to be "
+            "trusted; please report this with your onnxruntime and torch versions"
         )
     return {"max_difference": difference, "standard_deviation": deviation}
 
