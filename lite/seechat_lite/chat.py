@@ -90,7 +90,7 @@ class Model:
         self.manifest = manifest
         self.tokenizer = tokenizer
         self.engine = engine
-        self._vocabulary = Vocabulary(
+        self._tokens = Vocabulary(
             tokenizer,
             size=manifest.lm.vocab_size,
             ends={manifest.lm.eos_id, *manifest.lm.other_eos},
@@ -284,7 +284,7 @@ class Model:
 
         Raises OptionError if the schema cannot be followed or the extra `schema` is not installed.
         """
-        return self._vocabulary.constraint(schema)
+        return self._tokens.constraint(schema)
 
     def close(self) -> None:
         """End running answers, wait for them, and free all memory. Closing twice is harmless.
@@ -295,7 +295,7 @@ class Model:
         self._closed = True
         self.wake()
         self.engine.close()
-        self._vocabulary.close()
+        self._tokens.close()
         if self._wordpiece:
             self._wordpiece.close()
 
