@@ -68,9 +68,10 @@ def caption(archive: Path, threads: int, *, instant: bool) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         code = cli.main(["caption", str(archive), "-o", str(out), "--threads", str(threads)])
     seconds = time.perf_counter() - start
-    assert code == 0 and len(out.read_text("utf-8").splitlines()) == len_of(archive)
     resident = psutil.Process().memory_info().rss
-    print(json.dumps({"seconds": seconds, "resident": resident, "peak": peak(resident)}))
+    took = {"seconds": seconds, "resident": resident, "peak": peak(resident)}
+    assert code == 0 and len(out.read_text("utf-8").splitlines()) == len_of(archive)
+    print(json.dumps(took))
 
 
 def len_of(archive: Path) -> int:

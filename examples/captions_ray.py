@@ -35,6 +35,6 @@ for info in source.get_file_info(fs.FileSelector(root, recursive=True)):
     ray.data.read_parquet(info.path, filesystem=source).map_batches(
         CaptionBatches, fn_constructor_args=[args.model], fn_constructor_kwargs=options,
         compute=ray.data.ActorPoolStrategy(size=args.actors), batch_size=64,
-        num_cpus=args.cpus, num_gpus=args.gpus,
+        num_cpus=args.cpus - 0.5, num_gpus=args.gpus,  # the other half reads and writes
     ).write_parquet(folder, filesystem=target, mode="overwrite")  # fmt: skip
     target.open_output_stream(f"{folder}/_SUCCESS").close()

@@ -338,8 +338,8 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(40):
         now[0] += 0.5
         progress.step(skipped=number < 20, failed=number == 30)
-    assert progress.line(now[0]) == "40 of 1,000 pictures · 1.0/s · 16 min 0 s left · 1 errors"
-    assert progress.summary() == "40 pictures in 20 s (1.00/s) · 1 errors"
+    assert progress.line(now[0]) == "40 of 1,000 pictures · 1.0/s · 16 min 0 s left · errors: 1"
+    assert progress.summary() == "40 pictures in 20 s (1.00/s) · errors: 1"
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_the_example_for_ray(tmp_path: Path) -> None:
     example = Path(__file__).parents[1] / "examples/captions_ray.py"
     command = [sys.executable, str(example), str(tmp_path / "in"), str(tmp_path / "out")]
     for _ in range(2):
-        subprocess.run([*command, "--actors", "2"], check=True, timeout=PATIENCE)
+        subprocess.run([*command, "--actors", "2"], check=True, timeout=3 * PATIENCE)
         times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.parquet")}
         found = parquet.read_table(tmp_path / "out/a.parquet").sort_by("id").to_pydict()
         assert found["caption"] == ["这是熊猫。", "这是香蕉。", None] and found["error"][2]

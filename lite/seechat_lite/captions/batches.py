@@ -37,11 +37,11 @@ class CaptionBatches:
 
         Raises the errors of load().
         """
-        options = {"image_cache": 0} | dict(loading or {})
+        options: dict[str, Any] = {"image_cache": 0} | dict(loading or {})
         self._model = load(model, **options)
         self._column = column
-        self._asking = {"language": language, "batch": batch, "generation": generation}
-        self._prompt = prompt
+        self._asking: dict[str, Any] = {"prompt": prompt, "language": language, "batch": batch}
+        self._asking |= {"generation": generation}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Put captions into the place of the pictures.
@@ -61,7 +61,7 @@ class CaptionBatches:
             )
         others = {name: values for name, values in batch.items() if name != self._column}
         pictures = map(_picture, batch[self._column])
-        found = list(self._model.caption(pictures, self._prompt, **self._asking))
+        found = list(self._model.caption(pictures, **self._asking))
         return others | {
             "caption": _texts(caption.text for caption in found),
             "error": _texts(_error(caption) for caption in found),

@@ -5,7 +5,7 @@ import sqlite3
 import threading
 from typing import Self
 
-_CACHE = 2000  # kB of pages in memory; the rest is in a temporary file
+_CACHE = 256  # kB of pages in memory; the rest is in a temporary file
 _TABLES = """
     CREATE TABLE names (digest BLOB PRIMARY KEY) WITHOUT ROWID;
     CREATE TABLE captions (content BLOB PRIMARY KEY, text TEXT, finish TEXT) WITHOUT ROWID;

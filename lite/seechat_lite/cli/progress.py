@@ -83,7 +83,7 @@ class Progress:
             if self._total > self.done:
                 parts.append(f"{duration((self._total - self.done) / rate)} left")
         if self.errors:
-            parts.append(f"{self.errors:,} errors")
+            parts.append(f"errors: {self.errors:,}")
         return " · ".join(parts)
 
     def summary(self) -> str:
@@ -91,7 +91,7 @@ class Progress:
         took = time.monotonic() - self._start
         rate = self._worked / max(took, 1e-3)
         text = f"{self.done:,} {self._what} in {duration(took)} ({rate:.2f}/s)"
-        return f"{text} · {self.errors:,} errors" if self.errors else text
+        return f"{text} · errors: {self.errors:,}" if self.errors else text
 
     def _count(self, count: Callable[[Callable[[], bool]], int | None]) -> None:
         self._total = count(self._closed.is_set) or 0
