@@ -37,6 +37,7 @@ SCHEMA = {
     "type": "object",
     "properties": {"animal": {"enum": ["panda", "frog"]}, "legs": {"enum": [2, 4]}},
     "required": ["animal", "legs"],
+    "additionalProperties": False,
 }
 # the server, noting in a file when the engine has the first logits of an answer
 NOTING = """
