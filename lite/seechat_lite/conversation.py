@@ -358,11 +358,11 @@ _MINIGPT4: dict[str, Any] = {
     "stop": ("###",),
     "describe": (_DESCRIBE, _DESCRIBE),
 }
-_MINIGPT4_LLAMA2 = _MINIGPT4 | {
+_MINIGPT4_LLAMA2: dict[str, Any] = _MINIGPT4 | {
     "first": _IMAGE_COMES + "<s>[INST] {images}{question} [/INST] {answer}",
     "turn": "<s>[INST] {images}{question} [/INST] {answer}",
 }
-_MINIGPT4_DEMO = {"clean": _clean_minigpt4, "holdback": None, "exact": True}
+_MINIGPT4_DEMO: dict[str, Any] = {"clean": _clean_minigpt4, "holdback": None, "exact": True}
 
 FORMATS: dict[str, Format] = {
     f.name: f

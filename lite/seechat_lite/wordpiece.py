@@ -28,7 +28,7 @@ class WordPiece(Native):
     @guarded
     def __init__(self, path: Path, *, pieces: int, rows: int) -> None:
         try:
-            from tokenizers.implementations import BertWordPieceTokenizer
+            from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
         except ImportError as e:
             needed = "this model's vision needs it to read questions"
             install = '"seechat-lite[tokenizers]"'

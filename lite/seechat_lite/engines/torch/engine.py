@@ -308,6 +308,7 @@ class TorchEngine(Native):
         return torch.tensor([self._length], dtype=torch.int32, device=self._device)
 
     def _new_cache(self) -> Cache:
+        assert self._weights
         return Cache.empty(
             self._manifest.lm,
             self._weights.head,
