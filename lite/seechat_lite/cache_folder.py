@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from seechat_weights.bundle.manifest import Manifest, verify_hashes
+from seechat_weights.bundle.manifest import Hashed, verify_hashes
 from seechat_weights.files.untrusted import read_file
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def cache_folder() -> Path:
 
 
 def verify_once(
-    folder: Path, manifest: Manifest, progress: Callable[[int, int], None] | None = None
+    folder: Path, manifest: Hashed, progress: Callable[[int, int], None] | None = None
 ) -> None:
     """Run verify_hashes(), unless this very bundle was verified before.
 
@@ -67,7 +67,7 @@ def verify_once(
         log.info("%s: cannot be written (%s)", note, e)
 
 
-def _state(folder: Path, manifest: Manifest) -> dict[str, list[int | str]]:
+def _state(folder: Path, manifest: Hashed) -> dict[str, list[int | str]]:
     """For every file: its hash in the manifest, size, times of change, inode."""
     state: dict[str, list[int | str]] = {}
     for name, entry in manifest.files.items():

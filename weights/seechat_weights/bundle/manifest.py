@@ -12,13 +12,20 @@ import math
 import stat
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from seechat_weights.bundle.precisions import BLOCK_SIZES, PRECISIONS, VISION_PRECISIONS
-from seechat_weights.config import MAX_LAYERS, RESIZES, LMConfig, VisionConfig, half_graph
+from seechat_weights.config import (
+    MAX_LAYERS,
+    RESIZES,
+    LMConfig,
+    PixelSpec,
+    VisionConfig,
+    half_graph,
+)
 from seechat_weights.errors import BundleError
 from seechat_weights.files.reading import MAX_JSON, decoded, line
 from seechat_weights.files.untrusted import open_file, read_file
@@ -33,7 +40,8 @@ from seechat_weights.vision.network import (
 )
 
 MANIFEST = "seechat.json"
-FORMAT = "seechat-bundle"
+FORMAT, SCORER_FORMAT = "seechat-bundle", "seechat-scorer"
+_FORMATS = {FORMAT: "a model's bundle", SCORER_FORMAT: "a scorer of captions"}
 VERSION = 1
 # kinds of tokenizers, and the name of the file that each has in a bundle
 TOKENIZER_KINDS = {"ice": "ice_text.model", "llama": "tokenizer.model", "json": "tokenizer.json"}
@@ -136,38 +144,8 @@ class Manifest:
 
         Raises BundleError for anything that is not a manifest of this version; it names the field.
         """
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as e:
-            raise BundleError(
-                f"{where}: not valid JSON ({e}); expected a bundle manifest: export the model again"
-            ) from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise BundleError(
-                f'{where}: expected "format": "{FORMAT}"; this is not a bundle that an '
-                "export wrote: name the folder of one"
-            )
-        version = data.get("version")
-        if not isinstance(version, int) or isinstance(version, bool):
-            raise BundleError(f"{where}: version is {version!r}, expected a number: export again")
-        if version > VERSION:
-            raise BundleError(
-                f"{where}: bundle version {version} is newer than this program reads ({VERSION}): "
-                "upgrade with `pip install -U seechat-lite`"
-            )
-        if version < VERSION:
-            raise BundleError(f"{where}: version {version}, expected {VERSION}: export again")
-        try:
-            manifest = _build(cls, data, where, "manifest")
-        except (RecursionError, OverflowError) as e:  # absurd nesting, a number beyond float
-            raise BundleError(
-                f"{where}: not a manifest ({e}); expected one that an export wrote: export again"
-            ) from None
-        for field_name, found, ok, expected in _rules(manifest):
-            if not ok:
-                raise BundleError(
-                    f"{where}: {field_name} is {found!r:.80}, expected {expected}: export again"
-                )
+        manifest = parse(cls, text, where, format=FORMAT, version=VERSION)
+        check_rules(_rules(manifest), where)
         return manifest
 
 
@@ -180,8 +158,98 @@ _SAMPLING_RANGES = (
     ("repetition_penalty", 0.01, 100),
 )
 
+Kind = TypeVar("Kind")
+Rule = tuple[str, Any, bool, str]  # field, value, whether it is allowed, what is expected
 
-def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
+
+def parse(kind: type[Kind], text: str, where: str, *, format: str, version: int) -> Kind:
+    """Build a manifest from its JSON; its values are not checked yet.
+
+    kind: the manifest's dataclass.
+    text: the JSON.
+    where: the file's name, for errors.
+    format, version: what it must say of itself.
+
+    Raises BundleError.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise BundleError(
+            f"{where}: not valid JSON ({e}); expected a bundle manifest: export the model again"
+        ) from None
+    found = data.get("format") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or found != format:
+        what = _FORMATS.get(found if isinstance(found, str) else "", "not what an export wrote")
+        raise BundleError(
+            f'{where}: {what}; expected "format": "{format}", which is {_FORMATS[format]}: name '
+            "the folder of one"
+        )
+    given = data.get("version")
+    if not isinstance(given, int) or isinstance(given, bool):
+        raise BundleError(f"{where}: version is {given!r}, expected a number: export again")
+    if given > version:
+        raise BundleError(
+            f"{where}: bundle version {given} is newer than this program reads ({version}): "
+            "upgrade with `pip install -U seechat-lite`"
+        )
+    if given < version:
+        raise BundleError(f"{where}: version {given}, expected {version}: export again")
+    try:
+        return _build(kind, data, where, "manifest")
+    except (RecursionError, OverflowError) as e:  # absurd nesting, a number beyond float
+        raise BundleError(
+            f"{where}: not a manifest ({e}); expected one that an export wrote: export again"
+        ) from None
+
+
+def check_rules(rules: Iterable[Rule], where: str) -> None:
+    """Refuse a manifest with a value that is not allowed.
+
+    rules: about its values.
+    where: the file's name, for errors.
+
+    Raises BundleError.
+    """
+    for name, found, ok, expected in rules:
+        if not ok:
+            raise BundleError(
+                f"{where}: {name} is {found!r:.80}, expected {expected}: export again"
+            )
+
+
+def pixel_rules(pixels: PixelSpec) -> Iterator[Rule]:
+    """The rules for how pictures become pixels.
+
+    pixels: what a manifest says of it.
+    """
+    side, what = pixels.image_size, f"1 to {MAX_IMAGE_SIZE}"
+    yield "pixels.image_size", side, 0 < side <= MAX_IMAGE_SIZE, what
+    how = pixels.resize
+    yield "pixels.resize", how, how in RESIZES, f"one of {', '.join(RESIZES)}"
+    filter_, known = pixels.interpolation, ", ".join(INTERPOLATIONS)
+    yield "pixels.interpolation", filter_, filter_ in INTERPOLATIONS, f"one of {known}"
+    yield "pixels.mean", pixels.mean, all(map(math.isfinite, pixels.mean)), "finite numbers"
+    sound = all(0 < s < math.inf for s in pixels.std)
+    yield "pixels.std", pixels.std, sound, "positive numbers"
+    colour = pixels.background
+    yield "pixels.background", colour, all(0 <= c < 256 for c in colour), "0 to 255"
+
+
+def file_rules(files: Mapping[str, FileHash], used: Iterable[str]) -> Iterator[Rule]:
+    """The rules for the files that a manifest lists.
+
+    files: the files.
+    used: the names that its other fields point at.
+    """
+    for name, entry in files.items():
+        yield "a file name", name, _inside(name), "a plain name within the bundle folder"
+        yield f"files.{name}.bytes", entry.bytes, entry.bytes >= 0, "0 or more"
+    for name in used:
+        yield "a file in use", name, name in files, "to be listed under files"
+
+
+def _rules(manifest: Manifest) -> Iterator[Rule]:
     """The rules for a manifest's values: field, value, whether it holds, what is expected."""
     lm, decoder, tokenizer = manifest.lm, manifest.decoder, manifest.tokenizer
     for name in (
@@ -233,11 +301,7 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
     yield "tokenizer.kind", kind, kind in TOKENIZER_KINDS, f"one of {known}"
     for text, i in tokenizer.added.items():
         yield "tokenizer.added", {text: i}, bool(text) and 0 <= i < lm.vocab_size, "texts and ids"
-    for name, entry in manifest.files.items():
-        yield "a file name", name, _inside(name), "a plain name within the bundle folder"
-        yield f"files.{name}.bytes", entry.bytes, entry.bytes >= 0, "0 or more"
-    for name in required_files(manifest):
-        yield "a file in use", name, name in manifest.files, "to be listed under files"
+    yield from file_rules(manifest.files, required_files(manifest))
     table = manifest.files[decoder.embeddings].bytes
     size = lm.vocab_size * lm.hidden_size * EMBEDDINGS_DTYPES[dtype]
     yield f"files.{decoder.embeddings}.bytes", table, table == size, f"{size} for the ids and width"
@@ -259,17 +323,8 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, Any, bool, str]]:
         yield "vision.tokens", vision.tokens, vision.tokens > 0, "a positive number"
         seen, known = vision.precision, ", ".join(VISION_PRECISIONS)
         yield "vision.precision", seen, seen in VISION_PRECISIONS, f"one of {known}"
-        side, what = pixels.image_size, f"1 to {MAX_IMAGE_SIZE}"
-        yield "pixels.image_size", side, 0 < side <= MAX_IMAGE_SIZE, what
-        how = pixels.resize
-        yield "pixels.resize", how, how in RESIZES, f"one of {', '.join(RESIZES)}"
-        filter_, known = pixels.interpolation, ", ".join(INTERPOLATIONS)
-        yield "pixels.interpolation", filter_, filter_ in INTERPOLATIONS, f"one of {known}"
-        yield "pixels.mean", pixels.mean, all(map(math.isfinite, pixels.mean)), "finite numbers"
-        sound = all(0 < s < math.inf for s in pixels.std)
-        yield "pixels.std", pixels.std, sound, "positive numbers"
-        colour = pixels.background
-        yield "pixels.background", colour, all(0 <= c < 256 for c in colour), "0 to 255"
+        side = pixels.image_size
+        yield from pixel_rules(pixels)
         if question := vision.question:
             reads = vision.bridge == QUESTION_QFORMER and vision.network is not None
             yield "vision.question", question, reads, f"none with the bridge {vision.bridge}"
@@ -321,6 +376,18 @@ def read_manifest(folder: Path) -> Manifest:
     Raises BundleError for a missing folder, a missing or resized file, a bad or newer manifest.
     """
     folder = Path(folder)
+    manifest = Manifest.from_json(manifest_text(folder), str(folder / MANIFEST))
+    check_sizes(folder, manifest.files)
+    return manifest
+
+
+def manifest_text(folder: Path) -> str:
+    """The text of a bundle's manifest, of whichever kind.
+
+    folder: the bundle's folder.
+
+    Raises BundleError.
+    """
     path = folder / MANIFEST
     if folder.is_file():
         raise BundleError(f"{folder}: a file; expected a bundle, which is a folder: name that")
@@ -329,7 +396,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: no such folder; expected a bundle: check the path, or export one there"
         )
     try:
-        text = decoded(read_file(path, limit=MAX_JSON))
+        return decoded(read_file(path, limit=MAX_JSON))
     except FileNotFoundError:
         raise BundleError(
             f"{folder}: holds no {MANIFEST}; expected a bundle: export the weights to make one",
@@ -341,8 +408,17 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: cannot be read ({said}); expected text in UTF-8: copy the bundle or export "
             "it again"
         ) from None
-    manifest = Manifest.from_json(text, str(path))
-    for name, entry in manifest.files.items():
+
+
+def check_sizes(folder: Path, files: Mapping[str, FileHash]) -> None:
+    """Check that the files of a manifest are there, with the sizes that it says.
+
+    folder: the bundle's folder.
+    files: the files.
+
+    Raises BundleError.
+    """
+    for name, entry in files.items():
         file = folder / name
         try:
             status = file.stat()
@@ -358,7 +434,6 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{file}: {status.st_size} bytes, the manifest says {entry.bytes}: "
                 "the file is damaged or was changed, copy the bundle again or export again"
             )
-    return manifest
 
 
 def required_files(manifest: Manifest) -> list[str]:
@@ -375,8 +450,15 @@ def required_files(manifest: Manifest) -> list[str]:
     return names
 
 
+class Hashed(Protocol):
+    """A manifest of any kind."""
+
+    @property
+    def files(self) -> Mapping[str, FileHash]: ...
+
+
 def verify_hashes(
-    folder: Path, manifest: Manifest, progress: Callable[[int, int], None] | None = None
+    folder: Path, manifest: Hashed, progress: Callable[[int, int], None] | None = None
 ) -> None:
     """Compare every file of a bundle with its recorded sha256.
 
