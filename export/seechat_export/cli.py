@@ -4,9 +4,11 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from seechat_lite.cli.hints import flag
 from seechat_lite.cli.options import add_format_option, add_vision_options, vision_files
 from seechat_lite.memory import human
 from seechat_weights.bundle.precisions import BLOCK_SIZES, PRECISIONS, VISION_PRECISIONS
@@ -23,6 +25,11 @@ _PUBLISHED = (
     *("lm", "checkpoint", "adapter", "prefix", "tokenizer"),
     *("clip", "projector", "eva", "qformer"),
 )
+# what goes with scorer
+_OF_SCORERS = (
+    *("scorer", "out", "name", "precision", "tokenizer", "offline"),
+    *("command", "verbose", "debug"),
+)
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -34,16 +41,21 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "export",
         parents=[common],
-        usage="%(prog)s --lm PATH --out DIR [options]",
+        usage="%(prog)s (--lm PATH | --scorer PATH) --out DIR [options]",
         help="make a bundle from published weights",
         description="Make a bundle from a checkpoint of ChatGLM-6B or a LLaMA: without vision, "
         "with a CLIP vision tower and its projector, or with SEEChat's EVA ViT, Q-Former and "
-        "checkpoint. VisualGLM-6B brings its own. Run again after an interruption, it continues.",
+        "checkpoint. VisualGLM-6B brings its own. Run again after an interruption, it continues. "
+        "With --scorer, make a scorer of captions from Chinese-CLIP instead.",
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="the bundle to write")
     add("--name", help="of the model; default: the folder's")
-    add("--precision", choices=PRECISIONS, default="int4", help="of the LM's weights (%(default)s)")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="of the LM's weights (int4); of --scorer's fp32 or fp16, as published by default",
+    )
     add(
         "--block-size",
         type=int,
@@ -58,19 +70,31 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     add_format_option(parser)
     add("--offline", action="store_true", help="take Hub ids from the cache, open no connection")
-    add = parser.add_argument_group("language model").add_argument
-    add(
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--scorer",
+        type=Path,
+        metavar="PATH",
+        help="Chinese-CLIP, for `seechat eval caption`: clip_cn_*.pt with vocab.txt beside it, a "
+        "Hugging Face folder, or a Hub id",
+    )
+    which.add_argument(
         "--lm",
         type=Path,
-        required=True,
         metavar="PATH",
         help="ChatGLM-6B (fp16, int8, int4, int4-qe), VisualGLM-6B or a LLaMA: a Hugging Face "
         "folder with config.json, weights and tokenizer, SAT's mp_rank_00_model_states.pt, or a "
         "Hub id",
     )
+    add = parser.add_argument_group("language model").add_argument
     add("--adapter", type=Path, metavar="DIR", help="a PEFT LoRA, to be merged")
     add("--prefix", type=Path, metavar="PATH", help="a P-tuning v2 prefix: its folder or file")
-    add("--tokenizer", type=Path, metavar="FILE", help="default: the one in --lm")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="of --lm, or vocab.txt of --scorer; default: the one beside the weights",
+    )
     add_vision_options(parser.add_argument_group("vision, if the language model brings none"))
     parser.set_defaults(run=lambda args: _export(args, parser))
 
@@ -99,14 +123,16 @@ def _synthetic(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fetch(args: argparse.Namespace, opener: Opener) -> dict[str, dict[str, str]]:
+def _fetch(
+    args: argparse.Namespace, opener: Opener, options: Sequence[str] = _PUBLISHED
+) -> dict[str, dict[str, str]]:
     """Replace Hub ids in `args` by downloads, checked against their options; returns origins."""
     from seechat_lite.download import fetch
 
     if not sys.stderr.isatty():  # huggingface_hub reads this when it is imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sources = {}
-    for option in _PUBLISHED:
+    for option in options:
         given = getattr(args, option)
         if given:
             path, source = fetch(local_path(given), offline=args.offline)
@@ -117,6 +143,8 @@ def _fetch(args: argparse.Namespace, opener: Opener) -> dict[str, dict[str, str]
 
 
 def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if args.scorer:
+        return _export_scorer(args, parser)
     vision_files(args, parser.error)  # before anything is downloaded
     openings = Openings()
     downloads = _fetch(args, openings)
@@ -141,7 +169,7 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             lm=source,
             out=out,
             vision=source.vision,
-            precision=args.precision,
+            precision=args.precision or "int4",
             block_size=args.block_size,
             vision_precision=args.vision_precision,
             conversation=args.format,
@@ -160,6 +188,44 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         f"against the checkpoint: KL divergence {max(against['kl_divergence'], 0):.2g}, "
         f"top-1 agreement {against['top1_agreement']:.0%}\n"
         f'try it: seechat ask --model {one_line(out)} "你好"',
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _export_scorer(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    for name, value in vars(args).items():
+        if name not in _OF_SCORERS and value != parser.get_default(name):
+            parser.error(f"{flag(name)} goes with --lm, not with --scorer")
+    if args.precision not in (None, "fp32", "fp16"):
+        parser.error(f"--precision is {args.precision}; expected fp32 or fp16 with --scorer")
+    openings = Openings()
+    downloads = _fetch(args, openings, ("scorer",))
+    try:
+        from seechat_export.progress import Bars
+        from seechat_export.scorer import export_scorer
+    except ImportError as e:
+        raise SeechatError(
+            f'{e.name} is not installed; export needs it: run pip install "seechat-lite[export]"'
+        ) from None
+    out = local_path(args.out)
+    with Bars() as bars:
+        manifest = export_scorer(
+            scorer=args.scorer,
+            out=out,
+            vocabulary=args.tokenizer,
+            precision=args.precision,
+            name=args.name,
+            provenance={"downloads": downloads} if downloads else None,
+            opener=openings,
+            progress=bars,
+        )
+    size = sum(f.bytes for f in manifest.files.values())
+    print(
+        f"{one_line(out)}: {one_line(manifest.name)}, {manifest.precision}, {human(size)}, agrees "
+        "with the torch networks\n"
+        "try it: seechat eval caption --images FOLDER --captions NAME=FILE --scorer "
+        f"{one_line(out)}",
         file=sys.stderr,
     )
     return 0

@@ -196,7 +196,7 @@ def export_bundle(
             vision=described,
             provenance={
                 **source.fingerprint(),
-                **({"vision": _stamps(vision.files)} if isinstance(vision, VisionWeights) else {}),
+                **({"vision": stamps(vision.files)} if isinstance(vision, VisionWeights) else {}),
                 "ignored": source.ignored(ignored, seeing=vision is not None),
                 "versions": {p: version(p) for p in ("torch", "onnx", "onnxruntime")},
                 **({"license": licence} if licence else {}),
@@ -300,7 +300,7 @@ class Source:
     def fingerprint(self) -> dict[str, Any]:
         """The files that the weights come from: names, sizes and times of the last change."""
         roles = {**self.lm.sources, "tokenizer": [self.tokenizer]}
-        return {role: _stamps(files) for role, files in roles.items()}
+        return {role: stamps(files) for role, files in roles.items()}
 
 
 class _Writer:
@@ -504,7 +504,10 @@ def save_graphs(
         ir.save(graph.build(), folder / (half_graph(GRAPH) if half else GRAPH))
 
 
-def _stamps(files: Iterable[Path]) -> dict[str, dict[str, int]]:
-    """Name -> size and time of the last change."""
+def stamps(files: Iterable[Path]) -> dict[str, dict[str, int]]:
+    """Name -> size and time of the last change.
+
+    files: the files.
+    """
     stats = {file.name: file.stat() for file in files}
     return {n: {"bytes": s.st_size, "modified": s.st_mtime_ns} for n, s in stats.items()}

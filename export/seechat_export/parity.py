@@ -89,12 +89,12 @@ class VisionCheck:
         form = VISION_PRECISIONS[precision]
         if self.question is None:
             result = self._run(path, form, {"pixel_values": self.pixels})
-            return _compare("vision", result, self.expected, form.tolerance)
+            return compare("vision", result, self.expected, form.tolerance)
         result = self._run(path, form, {"pixel_values": self.pixels})
-        tower = _compare("vision", result, self.seen, form.tolerance)
+        tower = compare("vision", result, self.seen, form.tolerance)
         feeds = {"seen": self.seen, "question_ids": self.ids}
         result = self._run(path.with_name(self.question.graph), form, feeds)
-        bridge = _compare("question", result, self.expected, form.tolerance)
+        bridge = compare("question", result, self.expected, form.tolerance)
         return {**bridge, "tower_max_difference": tower["max_difference"]}
 
     def _run(self, path: Path, form: VisionPrecision, feeds: dict[str, Tensor]) -> Tensor:
@@ -159,10 +159,10 @@ def check(
         found = stages.layer(i, found)
         x_stored = stages.torch_layer(i, x_stored, stored)
         x_original = stages.torch_layer(i, x_original, original)
-        report["layers"].append(_compare(f"layer {i}", found, x_stored, tolerance))
+        report["layers"].append(compare(f"layer {i}", found, x_stored, tolerance))
     progress("check", lm.num_layers, lm.num_layers)
     logits = stages.head(found)  # [1 + ANSWER, vocab]
-    report["logits"] = _compare("logits", logits, stages.torch_head(x_stored, stored), tolerance)
+    report["logits"] = compare("logits", logits, stages.torch_head(x_stored, stored), tolerance)
     truth = stages.torch_head(x_original, original)
     log_p, log_q = truth.double().log_softmax(-1), logits.double().log_softmax(-1)
     report["against_checkpoint"] = {
@@ -173,7 +173,15 @@ def check(
     return report
 
 
-def _compare(stage: str, found: Tensor, expected: Tensor, tolerance: float) -> dict[str, float]:
+def compare(stage: str, found: Tensor, expected: Tensor, tolerance: float) -> dict[str, float]:
+    """Compare what a graph gives with what its torch network does; returns the difference.
+
+    stage: what is compared, for the error.
+    found, expected: of the same shape.
+    tolerance: the largest allowed difference, in standard deviations of `expected`.
+
+    Raises BundleError if they differ by more.
+    """
     differences = (found - expected).abs().amax(-1)  # of each token
     deviation = float(expected.std())
     # a LLaMA's first token has numbers a thousand times those of others: it is held to its own

@@ -76,10 +76,12 @@ class Inputs:
 
     examples: float tensors whose first axis is free, and ids whose second axis is free as well.
     longest: the most ids.
+    output: the name of the graph's output.
     """
 
     examples: dict[str, torch.Tensor]
     longest: int = 0
+    output: str = "image_embeds"
 
     def axes(self) -> tuple[dict[int, Any], ...]:
         """The free axes of each input."""
@@ -112,6 +114,23 @@ def _export(module: nn.Module, inputs: Inputs, path: Path, precision: str) -> No
         if isinstance(module, Streamed) and not form.exact:
             _compute_in_fp16(model.graph)
             ir.save(model, path.with_name(half_graph(path.name)))
+
+
+def export_tower(module: Streamed, inputs: Inputs, path: Path, *, halves: bool) -> None:
+    """Write a scorer's tower as ONNX, and its weights beside it; the arithmetic is float32.
+
+    module: the tower.
+    inputs: its one input.
+    path: the graph to write.
+    halves: store matrices as float16.
+    """
+    with _quiet():
+        model = _trace_streamed(module, inputs)
+        ClearMetadataAndDocStringPass()(model)
+        if halves:
+            _store_as_fp16(model.graph)
+        _write_weights(model.graph, path.with_name(f"{path.name}.data"))
+        ir.save(model, path)
 
 
 def _write_weights(graph: ir.Graph, path: Path) -> None:
@@ -167,7 +186,7 @@ def _trace(module: nn.Module, inputs: Inputs, *, optimize: bool) -> ir.Model:
         dynamo=True,
         opset_version=OPSET,
         input_names=list(inputs.examples),
-        output_names=["image_embeds"],
+        output_names=[inputs.output],
         dynamic_shapes=inputs.axes(),
         optimize=optimize,
         verbose=False,

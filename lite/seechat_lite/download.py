@@ -21,7 +21,7 @@ _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 _HUB_ID = re.compile(rf"({_NAME}/{_NAME})(?:@([A-Za-z0-9_.-]+))?(?:/(.+))?")
 # configurations, tokenizers, and files that tell how pictures are prepared
 _BESIDE = (
-    *("*.json", "ice_text.model", "tokenizer.model"),
+    *("*.json", "ice_text.model", "tokenizer.model", "vocab.txt"),
     *("qformer_tokenizer/vocab.txt", "non_lora_trainables.bin"),  # InstructBLIP, a LoRA of LLaVA
 )
 _LAST = (("adapter_model", ".safetensors"), ("adapter_model", ".bin"), ("mm_projector", ".bin"))

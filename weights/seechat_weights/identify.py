@@ -47,9 +47,10 @@ from seechat_weights.published_models import (
     need,
     whole,
 )
+from seechat_weights.scorer.manifest import ScorerManifest, is_scorer_folder, read_scorer
 from seechat_weights.vision.llava import PROJECTOR_FILE
 
-__all__ = ["Identity", "check_given", "describe_bundle", "identify"]
+__all__ = ["Identity", "check_given", "describe_bundle", "describe_scorer", "identify"]
 
 # the kinds that each argument of an export takes; the first one with a kind is its own
 _OPTIONS = {
@@ -63,7 +64,8 @@ _OPTIONS = {
         "a checkpoint of SEEChat, MiniGPT-4 or InstructBLIP",
         ("seechat", "minigpt4", "instructblip", "qformer"),
     ),
-    "clip": ("a CLIP vision tower", ("clip",)),
+    "clip": ("a CLIP vision tower", ("clip", "chinese-clip")),
+    "scorer": ("a Chinese-CLIP", ("chinese-clip",)),
     "projector": ("a projector", ("projector", "seechat", "minigpt4")),
 }
 _ROLES = ("lm", "checkpoint", "adapter", "prefix", "vision", "tokenizer")  # of a bundle's sources
@@ -141,6 +143,8 @@ def check_given(option: str, path: Path, *, opener: Opener = open_checkpoint) ->
 
 def _identify_folder(folder: Path, opener: Opener) -> Identity:
     if is_bundle(folder):
+        if is_scorer_folder(folder):
+            return describe_scorer(folder, read_scorer(folder))
         return describe_bundle(folder, read_manifest(folder))
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     lost = _lost_shards(folder)
@@ -217,6 +221,23 @@ def describe_bundle(folder: Path, manifest: Manifest) -> Identity:
     facts["licence"] = shown(said.get("license", "as that of the weights it was made from"))
     title, options = f"a bundle: {manifest.name}", {"model": folder}
     return Identity(folder, "bundle", title, facts, options=options, runs=True)
+
+
+def describe_scorer(folder: Path, manifest: ScorerManifest) -> Identity:
+    """Describe a scorer by its manifest.
+
+    folder: the scorer's folder.
+    manifest: its manifest.
+    """
+    side = manifest.image.pixels.image_size
+    facts = {
+        "pictures": f"{manifest.image.network}, {side}×{side} pixels",
+        "texts": f"{manifest.text.network}, {manifest.text.context} tokens at most",
+        "precision": manifest.precision,
+        "made from": ", ".join(_names(manifest.provenance.get("scorer"))) or "unknown",
+    }
+    title = f"a scorer of captions: {manifest.name}"
+    return Identity(folder, "scorer", title, facts, options={"scorer": folder})
 
 
 def _items(value: Any) -> list[tuple[str, Any]]:

@@ -13,6 +13,9 @@ from seechat_weights.lm import llama
 from seechat_weights.lm.families import LM_FAMILIES
 from seechat_weights.lm.lora import ADAPTER_CONFIG
 from seechat_weights.model_files import CONFIG, TOKENIZER, find_model, model_place
+from seechat_weights.scorer.names import is_scorer
+from seechat_weights.scorer.vocabulary import FILE as SCORER_VOCABULARY
+from seechat_weights.scorer.vocabulary import PLACE as SCORER_VOCABULARY_PLACE
 from seechat_weights.vision.bridge_names import bridge_names
 from seechat_weights.vision.clip_names import CLIP_FORMS, clip_library
 from seechat_weights.vision.llava import (
@@ -308,6 +311,28 @@ def _eva(path: Path, shapes: Shapes, _: object) -> Identity | None:
     return Identity(path, "eva", "EVA ViT-g", facts, missing, options)
 
 
+def _chinese_clip(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Identity | None:
+    """Recognizes Chinese-CLIP, which scores captions; its image tower is a CLIP's."""
+    if not is_scorer(shapes):
+        return None
+    clip = _clip(path, shapes, config)
+    facts = clip.facts if clip else {"vision": "a ResNet", "names": _CLIP_LIBRARIES["open_clip"]}
+    facts = {name: fact for name, fact in facts.items() if name != "ignored"}
+    for start in ("bert.", "text_model."):
+        if layers := _layers(shapes, re.escape(start) + r"encoder\.layer\.(\d+)\."):
+            words = shapes.get(f"{start}embeddings.word_embeddings.weight")
+            facts["texts"] = f"BERT, {layers} layers, {_size(words, 0)} word pieces"
+    folder = path if path.is_dir() else path.parent
+    whole_words = (folder / SCORER_VOCABULARY).is_file()
+    missing = {} if whole_words else {SCORER_VOCABULARY: SCORER_VOCABULARY_PLACE}
+    options: dict[str, Path | str] = {"scorer": path}
+    if missing:
+        options["tokenizer"] = SCORER_VOCABULARY
+    return Identity(
+        path, "chinese-clip", "Chinese-CLIP, a scorer of captions", facts, missing, options
+    )
+
+
 def _clip(path: Path, shapes: Shapes, _: object) -> Identity | None:
     found = (f for f in CLIP_FORMS if f.prefix + f.patches in shapes and _layers(shapes, f.layer))
     form = next(found, None)
@@ -429,8 +454,8 @@ def later(path: Path, config: Mapping[str, Any]) -> Identity:
 
 
 RECOGNIZERS = (
-    *(_lm, _llama, _ptuning, _lora, _instructblip, _minigpt4, _seechat, _eva, _clip, _projector),
-    _others,
+    *(_lm, _llama, _ptuning, _lora, _instructblip, _minigpt4, _seechat, _eva),
+    *(_chinese_clip, _clip, _projector, _others),
 )
 
 

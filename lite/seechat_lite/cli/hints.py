@@ -70,6 +70,8 @@ def command(call: str, options: Mapping[str, Any]) -> str:
         return f"seechat chat {flags(options)}".strip()
     if "lm" in options:
         options |= {"precision": "int4"} | options | {"out": "BUNDLE"}
+    elif "scorer" in options:
+        options |= {"out": "SCORER"}
     return f"seechat export {flags(options)}".strip()
 
 
@@ -99,7 +101,7 @@ def export_with(found: "Identity") -> str | None:
 
     found: what was found.
     """
-    if found.kind == "bundle" or not found.options:
+    if found.kind in ("bundle", "scorer") or not found.options:
         return None
     return command("export", found.options)
 

@@ -58,12 +58,13 @@ def _info(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from seechat_weights.files.reading import local_path
     from seechat_weights.identify import describe_bundle
     from seechat_weights.model_files import is_bundle
+    from seechat_weights.scorer.manifest import is_scorer_folder
 
     check_context(args, parser.error)
     args.kept_cache = size_of(args, "kept_cache", parser.error)
     check_engine(args, parser.error)
     path = local_path(args.model) if args.model else None
-    if path and not is_bundle(path):
+    if path and (not is_bundle(path) or is_scorer_folder(path)):
         given = [name for name in _LOADING if getattr(args, name) != parser.get_default(name)]
         return _identify(path, args, given)
     source = open_source(path)

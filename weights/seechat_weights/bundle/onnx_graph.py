@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from seechat_weights.bundle.layout import decoder_layout
-from seechat_weights.bundle.manifest import Manifest
+from seechat_weights.bundle.manifest import Hashed, Manifest
 from seechat_weights.bundle.precisions import stored_precision
 from seechat_weights.errors import BundleError, CheckpointError
 from seechat_weights.files.tensor_view import open_safetensors
@@ -54,6 +54,17 @@ VISION_OPERATORS = frozenset(
              "Relu Reshape Resize RMSNormalization Round Shape Sigmoid Sign Sin Slice Softmax "
              "Softplus Split Sqrt Squeeze Sub Swish Tanh Tile Transpose Unsqueeze Where Xor"),
         (MICROSOFT, "MatMulNBits MultiHeadAttention"),
+    )
+    for name in names.split()
+)  # fmt: skip
+# a scorer's towers: ViT, ResNet and BERT
+TOWER_OPERATORS = frozenset(
+    (domain, name)
+    for domain, names in (
+        ("", "Add AveragePool Cast Concat Constant Conv Div Expand Gather Gelu Gemm Identity "
+             "LayerNormalization MatMul Mul ReduceMean Relu Reshape Shape Sigmoid Slice Softmax "
+             "Squeeze Transpose Unsqueeze"),
+        (MICROSOFT, "MultiHeadAttention"),
     )
     for name in names.split()
 )  # fmt: skip
@@ -162,27 +173,47 @@ def check_vision(folder: Path, manifest: Manifest, graph: str, weights: str) -> 
 
     Raises BundleError.
     """
+    _check_weighted(folder, manifest, graph, weights, VISION_OPERATORS)
+
+
+def check_tower(folder: Path, manifest: Hashed, graph: str, weights: str) -> None:
+    """Check that the graph of a scorer's tower is what an export writes.
+
+    folder: the scorer's folder.
+    manifest: its manifest.
+    graph: the graph's file.
+    weights: the file of its weights.
+
+    Raises BundleError.
+    """
+    _check_weighted(folder, manifest, graph, weights, TOWER_OPERATORS)
+
+
+def _check_weighted(
+    folder: Path,
+    manifest: Hashed,
+    graph: str,
+    weights: str,
+    allowed: frozenset[tuple[str, str]],
+) -> None:
+    """Check a graph whose weights lie in a safetensors file beside it, if there is one."""
 
     def check(found: Graph) -> None:
         places = {}
         if weights in manifest.files:
             tensors = open_safetensors(folder / weights)
             places = {
-                n: (
-                    t.info.dtype,
-                    t.info.shape,
-                    External(weights, t.block.start, t.block.size),
-                )
+                n: (t.info.dtype, t.info.shape, External(weights, t.block.start, t.block.size))
                 for n, t in tensors.items()
             }
         _check_places(found, manifest, places)
 
-    _check(folder / graph, VISION_OPERATORS, check, branches=False)
+    _check(folder / graph, allowed, check, branches=False)
 
 
 def _check_places(
     found: Graph,
-    manifest: Manifest,
+    manifest: Hashed,
     places: Mapping[str, tuple[str, tuple[int, ...], External]],
 ) -> None:
     """Check that weights beside the graph lie in a listed file, each where the export puts it."""

@@ -1,0 +1,1 @@
+"""Chinese-CLIP, which scores captions: how well does a text describe a picture?"""
