@@ -30,20 +30,13 @@ WRONG: dict[str, list[Any]] = {
     "lm.num_kv_heads": [-1, 3],
     "lm.rope_theta": [0.0, 1e12],
     "lm.rope_factor": [0.0, float("inf")],
-    "lm.rope_original": [-1, 8192],
     "lm.layernorm_epsilon": [0.0, 1.0, float("nan")],
     "decoder.embeddings_dtype": ["object"],
     "decoder.precision": ["int3"],
     "decoder.block_size": [0, 48, -32],
     "decoder.prefix_tokens": [0, -1, 2048],
     "tokenizer.num_image_tokens": [-1, 4112],
-    "tokenizer.kind": ["bpe"],
     "sampling.max_temperature": [-1.0, 101.0, float("nan")],
-    "sampling.temperature": [-1.0, 101.0],
-    "sampling.top_p": [-0.1, 1.1],
-    "sampling.top_k": [-1],
-    "sampling.repetition_penalty": [0.0, 1e6],
-    "sampling.max_repetition_penalty": [0.0, 1e6],
     "vision.tokens": [0],
     "vision.precision": ["int3"],
     "pixels.image_size": [0, 4097],
@@ -65,27 +58,14 @@ WRONG: dict[str, list[Any]] = {
     "vision.network.query_inner_size": [0, -1],
     "vision.network.query_layers": [0, -1, 1025],
     "vision.network.query_heads": [0, -1, 5],
-    "vision.network.query_words": [1, -1],
-    "vision.network.query_positions": [1, -1],
-    "vision.question": [{"graph": "vision.onnx", "vocabulary": "vision.onnx"}],
 }
 FILES = {"bytes": 1, "sha256": "0"}
 
 
 def manifest(tower: str) -> dict[str, Any]:
-    """The built-in model's manifest with a published vision network and a prefix of 4 tokens.
-
-    tower: "clip" or "eva"; "question" is EVA with the bridge that reads the question.
-    """
-    reads = tower == "question"
-    tower = "eva" if reads else tower
+    """The built-in model's manifest with a published vision network and a prefix of 4 tokens."""
     found = json.loads((BUILTIN / MANIFEST).read_text("utf-8"))
     vision = dataclasses.asdict(PUBLISHED_VISION[tower]) | {"graph": "vision.onnx"}
-    if reads:
-        vision |= {"bridge": "qformer_question", "question": {"pieces": 128}}
-        vision["network"] |= {"query_words": 30523, "query_positions": 512}
-        names = ("vision_question.onnx", "vision_question.onnx.data", "question_vocab.txt")
-        found["files"] |= dict.fromkeys(names, FILES)
     lm = found["lm"]
     found["decoder"] |= {"prefix": "prefix.bin", "prefix_tokens": 4}
     size = 2 * lm["num_layers"] * lm["hidden_size"] * 4 * 2
@@ -120,32 +100,6 @@ def test_a_value_that_makes_no_sense(name: str, value: Any) -> None:
 def test_only_a_qformer_has_queries(field: str) -> None:
     name = f"vision.network.query_{field}"
     assert "0 with the bridge linear" in refused(changed("clip", name, 12))
-
-
-def test_a_bridge_that_reads_the_question() -> None:
-    Manifest.from_json(json.dumps(manifest("question")), "m")
-    for pieces in (2, 513):
-        wrong = changed("question", "vision.question.pieces", pieces)
-        assert f"vision.question.pieces is {pieces}" in refused(wrong)
-    wrong = changed("question", "vision.network.query_words", 0)
-    assert "positive with the bridge" in refused(wrong)
-    assert "vision.question is None" in refused(changed("question", "vision.question", None))
-    for name in ("vision_question.onnx", "vision_question.onnx.data", "question_vocab.txt"):
-        broken = manifest("question")
-        del broken["files"][name]
-        assert f"a file in use is '{name}'" in refused(broken)
-
-
-def test_joined_patches_come_in_fours() -> None:
-    found = manifest("eva")
-    vision = found["vision"]
-    vision["bridge"] = "joined4"
-    sizes = ("query_width", "query_inner_size", "query_layers", "query_heads")
-    vision["network"] |= dict.fromkeys(sizes, 0)
-    vision["tokens"] = 64
-    Manifest.from_json(json.dumps(found), "m")
-    vision["pixels"]["image_size"] = 210
-    assert "4 patches to a token" in refused(found)
 
 
 def test_files() -> None:

@@ -18,7 +18,9 @@ PACKAGES = {
     "export": ROOT / "export/seechat_export",
 }
 COMMAND_LINE = ("lite/seechat_lite/cli/", "export/seechat_export/cli.py")
-TYPED = re.compile(r"(?<![\w-])--[a-z]|seechat (ask|caption|chat|export|info|bench|pipe|serve)\b")
+TYPED = re.compile(
+    r"(?<![\w-])--[a-z]|seechat (ask|caption|chat|eval|export|info|bench|pipe|serve)\b"
+)
 
 
 def sources() -> list[Path]:

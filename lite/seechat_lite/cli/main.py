@@ -32,6 +32,7 @@ COMMANDS = {
     "bench": "seechat_lite.cli.bench",
     "pipe": "seechat_lite.cli.pipe",
     "serve": "seechat_lite.cli.serve",
+    "eval": "seechat_lite.cli.eval",
 }
 
 
