@@ -330,6 +330,7 @@ def rows_of(subject: Subject, truth: list[Tensor], scratch: Path) -> Iterator[Ro
 # --- a LLaMA against transformers ---------------------------------------------------------------
 
 TEXT_BYTES, WINDOW, AT_ONCE = 20_000, 512, 128  # of English text; tokens read as one; rows at once
+COMPARED = ("fp32", "int8", "int4")  # precisions
 GREEDY, GREEDY_TOKENS = 20, 32  # answers compared to the last token
 
 
@@ -352,7 +353,7 @@ def llama_rows(folder: Path, scratch: Path) -> Iterator[str]:
     head = ("precision", "KL divergence", "top-1 agreement", "perplexity", "difference", "answers")
     yield f"| {' | '.join(head)} |"
     yield f"|---|{'---:|' * (len(head) - 1)}"
-    for precision in ("fp32", "int8", "int4"):
+    for precision in COMPARED:
         out = scratch / precision
         export_bundle(lm=folder, out=out, precision=precision, block_size=32)
         with sl.load(out, context=WINDOW + 2, kept_cache=0) as model:

@@ -182,18 +182,18 @@ def compare(stage: str, found: Tensor, expected: Tensor, tolerance: float) -> di
 
     Raises BundleError if they differ by more.
     """
-    differences = (found - expected).abs().amax(-1)  # of each token
-    deviation = float(expected.std())
-    # a LLaMA's first token has numbers a thousand times those of others: it is held to its own
-    allowed = tolerance * expected.std(-1).clamp(min=deviation)
+    apart = found - expected
+    differences, deviation = apart.abs().amax(-1), float(expected.std())  # of each token; of all
+    allowed = tolerance * deviation
+    # a LLaMA's first tokens have single numbers a thousand times those of others; such a token is
+    # held to its own length. Differences reach about four times their mean square
+    near = apart.norm(dim=-1) <= tolerance / 4 * expected.norm(dim=-1)
     difference = float(differences.max())
-    if not bool((differences <= allowed).all()):  # catches NaN too
-        worst = int((differences - allowed).nan_to_num(torch.inf).argmax())
+    if not bool(((differences <= allowed) | near).all()):  # catches NaN too
         raise BundleError(
-            f"the written {stage} graph differs from the torch network by "
-            f"{float(differences.flatten()[worst]):.3g} where "
-            f"{float(allowed.flatten()[worst]):.3g} is expected at most: the bundle is not to be "
-            "trusted; please report this with your onnxruntime and torch versions"
+            f"the written {stage} graph differs from the torch network by {difference:.3g} where "
+            f"{allowed:.3g} is expected at most: the bundle is not to be trusted; "
+            "please report this with your onnxruntime and torch versions"
         )
     return {"max_difference": difference, "standard_deviation": deviation}
 
