@@ -17,7 +17,9 @@ from verdict import Head
 from vision import TOKENS, foreground, region_weights
 
 DRAWING, PHOTO, NOTHING = range(3)  # what a picture can be
-MARGIN = (0.5, 0.0, 0.0)  # how much surer the router must be of a drawing than of the others
+MARGIN = (0.5, 0.0, 1.0)  # how much surer the router must be of a drawing, or of nothing
+SURE = 0.7  # where the head gives one thing so much probability,
+SURE_MARGIN = 1.5  # the router must be so much surer of a drawing
 GRID = 7  # the expert's cells
 NO_COLOUR = len(COLOURS)  # no colour has enough of it
 CORE = (
@@ -178,8 +180,15 @@ class Photos(nn.Module):
     def forward(self, pixel_values: Tensor, cells: Tensor, drawn: Tensor) -> Tensor:
         """Pixels, cells [n, 49, 1280], embeddings of a drawing [n, 12, hidden]: the embeddings."""
         sights = self.looker(pixel_values, cells)
-        logits = self.router(cells.mean(1))
-        logits = logits - logits.new_tensor(MARGIN)
+        whole = cells.mean(1)
+        head = self.looker.head
+        named = head.shares(whole)[:, : head.verdicts.levels[0]].amax(-1) >= SURE
+        margin = torch.where(
+            named[:, None],
+            whole.new_tensor((SURE_MARGIN, *MARGIN[1:])),
+            whole.new_tensor(MARGIN),
+        )
+        logits = self.router(whole) - margin
         kind = logits.argmax(-1)[:, None]  # [n, 1]
         unsure = self.looker.head.verdicts.unsure
         verdicts = torch.where(kind == NOTHING, unsure, sights[:, :TOKENS])
