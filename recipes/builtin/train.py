@@ -2,7 +2,7 @@
 
 One command does it all, goes on where it was interrupted, and shows what it does:
 
-    python recipes/builtin/train.py            # about two hours on two cores with AVX512-BF16
+    python recipes/builtin/train.py            # about three hours on two cores with AVX512-BF16
 
 Stages, each of which leaves its result in the work folder:
 
@@ -38,6 +38,7 @@ from emoji_sets import VENDORS, training_photos
 from photo_dialogues import PhotoAuthor
 from places import TOKEN_OF, Mixer, keep_places, set_matching_head
 from publish import publish
+from quick import quicken
 from render import render
 from scenes import Picture
 from sights import Looker, PhotoBridge, Photos, Router
@@ -56,7 +57,7 @@ SLACK = 0.02  # how much less often answers may be right that are drawn at tempe
 FACTORS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 # Settling, in two rounds: how much of the weights it began with a round keeps, and its runs, each
 # from there: share of the rate and steps.
-SETTLING = ((0.2, ((1.0, 300), (0.4, 300))), (0.0, ((0.2, 270), (0.3, 200))))
+SETTLING = ((0.2, ((1.0, 400), (0.4, 400))), (0.0, ((0.2, 360), (0.3, 260))))
 
 
 @dataclass
@@ -73,11 +74,11 @@ class Settings:
     language_steps: int = 800
     gate_steps: int = 2_500
     align_steps: int = 2_000
-    steps: int = 9_000
+    steps: int = 24_000
     focus_steps: int = 400  # learning places: nothing else
     place_steps: int = 900  # and among everything else
     minutes: float = 0  # instruct for so long, whatever the steps
-    batch: int = 64
+    batch: int = 32
     rate: float = 1.0e-3
     seed: int = 1
     settling: tuple[tuple[float, tuple[tuple[float, int], ...]], ...] = SETTLING
@@ -473,7 +474,11 @@ def settle(work: Path, settings: Settings, parts: Parts, bank: Bank, sampler: Sa
     mixer = Mixer(sampler, bank)
     about = sampler.batches(settings.batch, make=sampler.about)
     pairs = sampler.batches(settings.batch, make=sampler.two_pictures)
-    mixture = (None, about, sampler.batches(settings.batch), about, pairs, about)  # None: scenes
+    several = sampler.batches(settings.batch, make=sampler.several)
+    photos = sampler.batches(settings.batch, make=lambda: sampler.photographs(turns=1))
+    everything = sampler.batches(settings.batch)
+    # None: scenes
+    mixture = (None, about, photos, about, pairs, everything, about, several)
     for number, (keep, runs) in enumerate(settings.settling, 1):
         began = {name: copy.deepcopy(module.state_dict()) for name, module in modules.items()}
         mean = {name: {k: v * keep for k, v in state.items()} for name, state in began.items()}
@@ -577,6 +582,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     torch.manual_seed(settings.seed)
+    quicken()
     (work / "settings.json").write_text(json.dumps(asdict(settings), indent=1))
 
     render(work)
