@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from careless import careless
 from dialogues import Round
-from photo_dialogues import PhotoAuthor
+from photo_dialogues import PhotoAuthor, View
 from scenes import Picture
 from sights import Sight
 from torch import Tensor
@@ -123,9 +123,9 @@ class Sampler:
         if author.chance(PHOTOS):
             return self.photographs(turns=turns)
         kind = rng.random()
-        if kind < 0.07:
+        if kind < 0.09:
             return self.two_pictures()
-        if kind < 0.11:
+        if kind < 0.13:
             number = int(author.choose(self.others))
         elif kind < 0.70:
             number = int(author.choose(self.scenes))
@@ -142,11 +142,30 @@ class Sampler:
     def photographs(self, *, turns: int) -> Sample:
         """A dialogue about a photograph, or now and then about two to five."""
         author = self.author
-        if author.chance(0.1):
-            sights = [author.deal() for _ in range(int(author.rng.integers(2, 6)))]
-            return self.written(author.several(sights), sights)
+        if author.chance(0.15):
+            return self.several()
         sight = author.deal()
         return self.written(author.photo(sight, turns=turns), [sight])
+
+    def several(self) -> Sample:
+        """A dialogue about two to five pictures: photographs, and drawings of one thing."""
+        author = self.author
+        views: list[View] = []
+        shown: list[int | Sight] = []
+        drawings = author.choose((0.0, 0.5, 1.0))  # how many of them are
+        for _ in range(int(author.rng.choice([2, 3, 4, 5], p=[0.5, 0.2, 0.15, 0.15]))):
+            if views and author.chance(0.08):  # the same once more
+                views.append(views[-1])
+                shown.append(shown[-1])
+            elif author.chance(drawings):
+                number = self.pick_single()
+                views.append(self.pictures[number].things[0])
+                shown.append(number)
+            else:
+                sight = author.deal()
+                views.append(sight)
+                shown.append(sight)
+        return self.written(author.several(views), shown)
 
     def two_pictures(self) -> Sample:
         """A dialogue about two pictures of one thing each."""

@@ -52,6 +52,9 @@ def careless(rng: np.random.Generator, question: str, *, part: str = "train") ->
         question = choose((str.lower, str.upper))(question)
     if rng.random() < 0.15:
         question = choose(BLANKS) + question + choose(BLANKS)
-    if rng.random() < 0.15:
-        question = choose(instructions(part)) + choose(("\n", "\n", "\n\n", " ")) + question
+    if rng.random() < 0.18:
+        before = choose(instructions(part))
+        if rng.random() < 0.3:
+            before += choose(("\n", " ")) + choose(instructions(part))
+        question = before + choose(("\n", "\n", "\n\n", " ")) + question
     return question

@@ -14,6 +14,10 @@ import numpy as np
 from colours import COLOURS
 from concepts import TRAITS, Concept
 from phrases import (
+    BEGINNINGS_EN,
+    BEGINNINGS_ZH,
+    ENDINGS_EN,
+    ENDINGS_ZH,
     NO_PICTURE,
     NUMBERS_EN,
     NUMBERS_ZH,
@@ -95,14 +99,16 @@ class Author:
     def dress(self, text: str, lang: str) -> str:
         if lang == "zh":
             if self.chance(0.1):
-                text = (
-                    self.choose(["请问", "请问一下，", "你好，", "请告诉我", "那", "嗯，"]) + text
-                )
+                text = self.choose(BEGINNINGS_ZH) + text
+            if self.chance(0.05):
+                return text + self.choose(ENDINGS_ZH)
             return text + self.choose(["？", "？", "？", "?", "", "", "。", "？？"])
         if self.chance(0.08):
-            text = self.choose(["please tell me, ", "hi, ", "so ", "ok, ", "hey, "]) + text
+            text = self.choose(BEGINNINGS_EN) + text
         if self.chance(0.65):
             text = text[0].upper() + text[1:]
+        if self.chance(0.05):
+            return text + self.choose(ENDINGS_EN)
         return text + self.choose(["?", "?", "?", "", "", ".", "？", " ?"])
 
     def name(self, thing: Thing | Concept, lang: str) -> str:

@@ -20,11 +20,20 @@ from verdict import load_verdicts
 from vision import TOKENS
 
 Meaning = Concept | Kind | Category | None
+View = Thing | Sight  # one of several pictures: what is drawn in it alone, or a photograph
 SIZE = tuple(t for t in PHOTO_TRAITS if t not in TRAITS)  # wheels, and bigger than a person
 # which regions tell of a place, and which places are asked about together
 SIDES = {"left": (1, 5, 7, 9), "right": (2, 6, 8, 11), "top": (3, 5, 6), "bottom": (4, 7, 8)}
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 REGION_OF = {"left": 1, "right": 2, "top": 3, "bottom": 4}
+# every place that can be asked about, and the region that tells of it
+PART = {
+    **REGION_OF, "middle": 10, "top left": 5, "top right": 6, "bottom left": 7, "bottom right": 8,
+}  # fmt: skip
+# how pictures shown together are counted
+ORDINALS_ZH = ("第一张图", "第二张图", "第三张图", "第四张图", "第五张图")
+ORDINALS_EN = ("first", "second", "third", "fourth", "fifth")
+MOST = len(ORDINALS_ZH)
 
 
 class PhotoAuthor(Author):
@@ -172,21 +181,69 @@ class PhotoAuthor(Author):
             return f"一{self.measure.get(meaning.zh, '个')}{meaning.zh}"
         return noun(meaning.en)
 
-    def describe(self, sight: Sight, lang: str) -> str:
-        """The whole picture in one or two sentences."""
+    def shown(self, sight: Sight) -> list[Meaning]:
+        """What the picture shows: things, and the whole's kind if no thing is of it."""
         shown: list[Meaning] = list(self.things_in(sight))
         main = self.main(sight)
         if isinstance(main, Kind) and not any(self.covers(main, t) for t in shown):
             shown.insert(0, main)
-        if not shown:
-            if not isinstance(main, Category):
+        return shown
+
+    def say_shown(self, sight: Sight, lang: str) -> str:
+        """Everything that is seen, in one sentence."""
+        if not (shown := self.shown(sight)):
+            if self.main(sight) is None:
                 return self.say_unsure(sight, lang)
-            first = self.say_seen(sight, lang)
-        else:
-            names = join([self.counted(m, lang) for m in shown], lang)
-            first = f"图里有{names}。" if lang == "zh" else f"The picture shows {names}."
+            return self.say_seen(sight, lang)
+        names = join([self.counted(m, lang) for m in shown], lang)
+        return f"图里有{names}。" if lang == "zh" else f"The picture shows {names}."
+
+    def describe(self, sight: Sight, lang: str) -> str:
+        """The whole picture in one or two sentences."""
+        first = self.say_shown(sight, lang)
+        if not self.shown(sight) and self.main(sight) is None:
+            return first  # it speaks of the colours already
         ground = self.say_ground(sight, lang, of="ground")
         return f"{first}{ground}" if lang == "zh" else f"{first} {ground}".strip()
+
+    def say_rest(self, sight: Sight, known: Meaning, lang: str) -> str:
+        """What else there is besides what is known."""
+        rest = [m for m in self.shown(sight) if m != known]
+        if not rest:
+            return "没看到别的。" if lang == "zh" else "I see nothing else."
+        names = join([self.counted(m, lang) for m in rest], lang)
+        return f"还有{names}。" if lang == "zh" else f"There is also {names}."
+
+    def spot(self, sight: Sight, meaning: Meaning) -> str | None:
+        """Where something is that is seen: the one side or corner that shows it, else the middle.
+
+        None if no part of the picture shows it.
+        """
+        sides = [p for p in REGION_OF if self.meaning(sight, REGION_OF[p]) == meaning]
+        if len(sides) == 1:
+            return sides[0]
+        across = [p for p in sides if p in ("left", "right")]
+        down = [p for p in sides if p in ("top", "bottom")]
+        if len(across) == len(down) == 1:
+            return f"{down[0]} {across[0]}"
+        if not sides:
+            parts = [p for p in PART if self.meaning(sight, PART[p]) == meaning]
+            if len(parts) == 1:
+                return parts[0]
+            if not parts and self.main(sight) != meaning:
+                return None
+        return "middle"
+
+    def say_spot(self, sight: Sight, asked: Meaning, lang: str) -> str:
+        """The answer to "where is X"."""
+        name = self.called(asked, lang)
+        place = self.spot(sight, asked)
+        if place is None:
+            if self.main(sight) is None and not self.shown(sight):
+                return self.say_unsure(sight, lang)
+            return f"没看到{name}。" if lang == "zh" else f"I see no {name}."
+        where = PLACES[place][lang == "en"][0]
+        return f"{name}在{where}。" if lang == "zh" else f"The {name} is {where}."
 
     def say_photo_trait(self, sight: Sight, trait: str, lang: str) -> str:
         """Yes or no, with the reason; not sure where even the category is not."""
@@ -266,14 +323,19 @@ class PhotoAuthor(Author):
         roll = self.rng.random() if first else self.rng.uniform(0.42, 1)
         if roll < 0.28:
             return self.ask("name", lang), self.say_seen(sight, lang)
-        if roll < 0.42:
+        if roll < 0.40:
             return self.ask("describe", lang), self.describe(sight, lang)
+        if roll < 0.42:
+            return self.ask("list", lang), self.say_shown(sight, lang)
         if roll < 0.50:
             return self.ask("category", lang), self.say_photo_category(sight, lang)
         if roll < 0.64:
             trait = self.photo_trait(meaning)
             return self.ask(trait, lang), self.say_photo_trait(sight, trait, lang)
         if roll < 0.71:
+            if isinstance(meaning, Concept | Kind) and self.chance(0.2):
+                question = self.ask("colour_x", lang, x=self.called(meaning, lang))
+                return question, self.say_photo_colour(sight, lang)
             return self.ask("colour", lang), self.say_photo_colour(sight, lang)
         if roll < 0.75:
             ground = self.say_ground(sight, lang, of="ground")
@@ -290,9 +352,16 @@ class PhotoAuthor(Author):
             return self.either_photo(sight, lang)
         if roll < 0.90:
             return self.exists_photo(sight, lang)
-        if roll < 0.94:
-            return self.at_photo(sight, lang)
-        if roll < 0.97:
+        if roll < 0.925:
+            return self.at_photo(sight, lang, first=first)
+        if roll < 0.945:
+            return self.where_photo(sight, lang)
+        if roll < 0.965:
+            return self.rest_photo(sight, lang)
+        if roll < 0.985:
+            if self.chance(0.4):
+                asked = self.called(self.asked_thing(sight), lang)
+                return self.ask("count_x", lang, x=asked), self.say_uncounted(sight, lang)
             return self.ask("count", lang), self.say_uncounted(sight, lang)
         if not isinstance(meaning, Concept):
             return self.ask("name", lang), self.say_seen(sight, lang)
@@ -345,11 +414,12 @@ class PhotoAuthor(Author):
         no = "没看到。" if lang == "zh" else "I do not see that. "
         return question, no + self.say_seen(sight, lang)
 
-    def at_photo(self, sight: Sight, lang: str) -> tuple[str, str]:
-        """What is on a side of the picture?"""
-        place = self.choose(list(REGION_OF))
-        question = self.ask("at", lang, p=self.choose(PLACES[place][lang == "en"]))
-        meaning = self.meaning(sight, REGION_OF[place])
+    def at_photo(self, sight: Sight, lang: str, *, first: bool) -> tuple[str, str]:
+        """What is on a side of the picture, in its middle, in a corner?"""
+        place = self.choose(list(REGION_OF) if self.chance(0.7) else list(PART))
+        intent = "at" if first or self.chance(0.5) else "at_next"
+        question = self.ask(intent, lang, p=self.choose(PLACES[place][lang == "en"]))
+        meaning = self.meaning(sight, PART[place])
         if not isinstance(meaning, Concept | Kind):
             return question, self.hedge(sight, lang) if self.main(sight) else self.say_unsure(
                 sight, lang
@@ -360,6 +430,118 @@ class PhotoAuthor(Author):
             return question, f"{PLACES[place][0][0]}是一种{meaning.zh}。"
         where = PLACES[place][1][0]
         return question, f"{where[0].upper()}{where[1:]} I see a kind of {meaning.en}."
+
+    def where_photo(self, sight: Sight, lang: str) -> tuple[str, str]:
+        """Where is something that is seen, or now and then something that is not?"""
+        shown = self.shown(sight)
+        asked = self.choose(shown) if shown and self.chance(0.85) else self.asked_thing(sight)
+        if isinstance(asked, Concept | Kind):
+            hits = [m for m in shown if self.covers(asked, m)]
+            asked = hits[0] if hits else asked  # asked for a dog, it tells where the beagle is
+        question = self.ask("where", lang, x=self.called(asked, lang))
+        return question, self.say_spot(sight, asked, lang)
+
+    def rest_photo(self, sight: Sight, lang: str) -> tuple[str, str]:
+        """What else is there, besides the thing or kind that the whole shows?"""
+        shown = self.shown(sight)
+        if not shown:
+            return self.ask("else", lang, x=self.choose(self.concepts).name(lang)), self.say_seen(
+                sight, lang
+            )
+        question = self.ask("else", lang, x=self.called(shown[0], lang))
+        return question, self.say_rest(sight, shown[0], lang)
+
+    # --- several pictures
+
+    def seen_in(self, view: View) -> Meaning:
+        return self.concepts[view.concept] if isinstance(view, Thing) else self.main(view)
+
+    def say_nth(self, views: Sequence[View], n: int, lang: str) -> str:
+        """What one of several pictures shows."""
+        meaning = self.seen_in(views[n])
+        if lang == "zh":
+            which = ORDINALS_ZH[n]
+            if meaning is None:
+                return f"我不确定{which}是什么。"
+            if isinstance(meaning, Category):
+                return f"{which}属于{meaning.zh}。"
+            return f"{which}是{'一种' if isinstance(meaning, Kind) else ''}{meaning.zh}。"
+        which = f"{ORDINALS_EN[n]} picture"
+        if meaning is None:
+            return f"I am not sure what the {which} shows."
+        if isinstance(meaning, Category):
+            return f"The {which} shows something of the category {meaning.en}."
+        return f"The {which} shows {self.as_seen(meaning, lang)}."
+
+    def as_seen(self, meaning: Concept | Kind, lang: str) -> str:
+        """金毛寻回犬, 一种狗 / a golden retriever, a kind of dog"""
+        if isinstance(meaning, Kind):
+            return f"一种{meaning.zh}" if lang == "zh" else f"a kind of {meaning.en}"
+        return self.the(meaning, lang)
+
+    def say_all(self, views: Sequence[View], lang: str) -> str:
+        said = [self.say_nth(views, n, lang) for n in range(len(views))]
+        return ("" if lang == "zh" else " ").join(said)
+
+    def say_same(self, views: Sequence[View], lang: str) -> str:
+        """Do two pictures show the same? Not sure where less than a name is known of one."""
+        one, two = (self.seen_in(v) for v in views)
+        if isinstance(one, Concept) and one == two:
+            what = self.as_seen(one, lang)
+            return f"一样。都是{what}。" if lang == "zh" else f"Yes. Both show {what}."
+        if isinstance(one, Kind) and one == two:
+            what = self.as_seen(one, lang)
+            return (
+                f"我不确定。都是{what}。" if lang == "zh" else f"I am not sure. Both show {what}."
+            )
+        if one is None or two is None or self.covers(one, two) or self.covers(two, one):
+            unsure = "我不确定。" if lang == "zh" else "I am not sure. "
+            return unsure + self.say_all(views, lang)
+        return ("不一样。" if lang == "zh" else "No. ") + self.say_all(views, lang)
+
+    def say_which(self, views: Sequence[View], asked: Meaning, lang: str) -> str:
+        """Which of the pictures show a thing, a kind, something of a category?"""
+        hits = [n for n, v in enumerate(views) if self.covers(asked, self.seen_in(v))]
+        if not hits:
+            return "都不是。" if lang == "zh" else "None of them."
+        if len(hits) == len(views):
+            if len(hits) == 2:
+                return "两张都是。" if lang == "zh" else "Both of them."
+            return "全都是。" if lang == "zh" else "All of them."
+        if lang == "zh":
+            return join([ORDINALS_ZH[n] for n in hits], lang) + "。"
+        names = join([ORDINALS_EN[n] for n in hits], lang)
+        return f"The {names} picture{'s' if len(hits) > 1 else ''}."
+
+    def ask_nth(self, n: int, lang: str) -> str:
+        if n < 2 and self.chance(0.5):
+            return self.ask(("first", "second")[n], lang)
+        number = self.choose((ORDINALS_ZH[n][1], str(n + 1)))
+        return self.ask("nth", lang, n=number if lang == "zh" else ORDINALS_EN[n])
+
+    def about_several(self, views: Sequence[View], lang: str) -> tuple[str, str, View | None]:
+        """A question about several pictures with its answer, and the picture it leads to."""
+        roll = self.rng.random()
+        if roll < 0.5:
+            n = int(self.rng.integers(len(views)))
+            return self.ask_nth(n, lang), self.say_nth(views, n, lang), views[n]
+        if roll < 0.66:
+            intent = "both" if len(views) == 2 and self.chance(0.7) else "all"
+            if self.chance(0.3):
+                intent = self.choose(["name", "list", "describe"])
+            elif len(views) == 2 and self.chance(0.3):
+                intent = "differ"
+            return self.ask(intent, lang), self.say_all(views, lang), None
+        if roll < 0.76 and len(views) == 2:
+            return self.ask("same", lang), self.say_same(views, lang), None
+        asked = self.seen_in(self.choose(list(views)))
+        if isinstance(asked, Concept) and self.chance(0.5):
+            kind = self.kind_of.get(asked.zh)
+            asked = kind if kind and self.chance(0.5) else asked.category
+        if asked is None or self.chance(0.1):
+            asked = self.choose(self.verdicts.meanings[: sum(self.verdicts.levels[:2])])
+        question = self.ask("which", lang, x=self.called(asked, lang))
+        return question, self.say_which(views, asked, lang), None
 
     # --- whole dialogues
 
@@ -374,16 +556,28 @@ class PhotoAuthor(Author):
             rounds.append(Round(question, answer, (0,) if i == 0 else ()))
         return rounds
 
-    def several(self, sights: Sequence[Sight]) -> list[Round]:
-        """Two to five photographs shown at once, asked about by number."""
+    def several(self, views: Sequence[View]) -> list[Round]:
+        """Two to five pictures, photographs or drawings of one thing, at once or one by one."""
         lang = self.language()
-        rounds = []
-        for i in range(2 if self.chance(0.4) else 1):
-            n = int(self.rng.integers(len(sights)))
-            sight = sights[n]
-            number = self.choose((("一", "二", "三", "四", "五")[n], str(n + 1)))
-            ordinal = ("first", "second", "third", "fourth", "fifth")[n]
-            question = self.ask("nth", lang, n=number if lang == "zh" else ordinal)
-            shown = tuple(range(len(sights))) if i == 0 else ()
-            rounds.append(Round(question, self.say_seen(sight, lang), shown))
+        rounds: list[Round] = []
+        at_once = len(views) > 3 or self.chance(0.65)
+        if not at_once:
+            for n, view in enumerate(views):
+                if isinstance(view, Thing):
+                    answer = self.say_name(view, lang)
+                else:
+                    answer = self.say_seen(view, lang)
+                rounds.append(Round(self.ask("name", lang), answer, (n,)))
+        question, answer, view = self.about_several(views, lang)
+        rounds.append(Round(question, answer, tuple(range(len(views))) if at_once else ()))
+        if self.chance(0.35):
+            if view is not None and self.chance(0.4):
+                if isinstance(view, Thing):
+                    rounds.append(Round(*self.about(view, lang)))
+                else:
+                    trait = self.photo_trait(self.main(view))
+                    answer = self.say_photo_trait(view, trait, lang)
+                    rounds.append(Round(self.ask(trait, lang), answer))
+            else:
+                rounds.append(Round(*self.about_several(views, lang)[:2]))
         return rounds

@@ -20,6 +20,18 @@ PLACES = {
         ("at the bottom right", "in the bottom right corner"),
     ),
 }
+# how people begin and end a question
+BEGINNINGS_ZH = (
+    "请问", "请问", "请问一下，", "你好，", "您好，", "请告诉我", "请告诉我，", "那", "嗯，",
+    "想问一下", "我想问一下，", "我想知道", "麻烦问一句，", "帮我看看，", "快告诉我", "不好意思，",
+    "对了，", "诶，",
+)  # fmt: skip
+ENDINGS_ZH = ("呀？", "啊？", "呢？", "呀", "？谢谢", "？谢谢！", "，谢谢", "？请回答。", "！", "…")
+BEGINNINGS_EN = (
+    "please tell me, ", "hi, ", "so ", "ok, ", "hey, ", "hello, ", "excuse me, ", "sorry, ",
+    "quick question: ", "well, ", "um, ", "now ", "I wonder, ",
+)  # fmt: skip
+ENDINGS_EN = (", please", " please?", ", please?", "? Thanks", "? Thanks!", " thanks", "!", "...")
 NUMBERS_ZH = ("零", "一", "两", "三", "四")
 NUMBERS_EN = ("no", "one", "two", "three", "four")
 YES_NO_ZH = {

@@ -123,8 +123,8 @@ def provenance() -> dict[str, Any]:
         "license": "Apache-2.0; training data and their licences: NOTICE, docs/builtin-model.md",
         "vision_expert": "EfficientNet-Lite0, ImageNet, Apache-2.0, frozen",
         "drawings": {f"{v.package}@{v.version}": v.licence for v in VENDORS if v.train},
-        "photos_refused": [f"{p}@{v}" for p, v in PHOTOS] + [SCIKIT_LEARN],
-        "held_out": "Twemoji",
+        "photos": [f"{p}@{v}" for p, v in PHOTOS] + [SCIKIT_LEARN],  # what is not a drawing
+        "held_out": "Twemoji, OpenMoji, all other photographs",
         "concepts": len(load_concepts()),
         "things": len(load_things()[0]),
     }

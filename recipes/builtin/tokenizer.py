@@ -14,7 +14,7 @@ import sentencepiece as spm
 from careless import instructions
 from dialogues import load_wordings
 from photo_classes import load_classes, load_kinds, load_things
-from photo_dialogues import PhotoAuthor
+from photo_dialogues import ORDINALS_ZH, PhotoAuthor
 from sentencepiece import sentencepiece_model_pb2 as pb
 
 CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
@@ -49,6 +49,8 @@ def corpus(lines: int, seed: int = 5) -> Iterator[str]:
             rounds = author.without_picture()
         elif kind < 0.5:
             rounds = author.photo(author.deal(), turns=2)
+        elif kind < 0.58:
+            rounds = author.several([author.deal() for _ in range(int(rng.integers(2, 6)))])
         else:
             rounds = author.one_picture(Picture("icons", layout, tuple(things)), turns=2)
         for r in rounds:
@@ -76,8 +78,7 @@ def name_pieces() -> list[str]:
         "它属于",
         "英文是",
         "中文是",
-        "第一张图",
-        "第二张图",
+        *ORDINALS_ZH,
         "还有",
         "是的",
         "一种",
