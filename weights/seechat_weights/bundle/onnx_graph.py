@@ -133,7 +133,7 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
     for part in (vision, vision and vision.question):
         for graph in (part.graph, part.half) if part else ():
             if part and graph in manifest.files:
-                check_vision(folder, manifest, graph, part.weights)
+                check_vision(folder, manifest, graph)
 
 
 def check_decoder(folder: Path, manifest: Manifest, graph: str) -> None:
@@ -163,16 +163,20 @@ def check_decoder(folder: Path, manifest: Manifest, graph: str) -> None:
     _check(folder / graph, DECODER_OPERATORS, check, branches=True)
 
 
-def check_vision(folder: Path, manifest: Manifest, graph: str, weights: str) -> None:
+def check_vision(folder: Path, manifest: Manifest, graph: str) -> None:
     """Check that a vision graph is what an export writes.
 
     folder: the bundle's folder.
     manifest: its manifest.
-    graph: the graph's file.
-    weights: the file of its weights, which the bundle may lack.
+    graph: the graph's file: the tower's, or that of a bridge which reads the question.
 
     Raises BundleError.
     """
+    vision = manifest.vision
+    assert vision
+    question = vision.question
+    asked = question is not None and graph in (question.graph, question.half)
+    weights = question.weights if question and asked else vision.weights
     _check_weighted(folder, manifest, graph, weights, VISION_OPERATORS)
 
 

@@ -95,7 +95,7 @@ class OnnxVision(Native):
         if self._files:
             self._files.check() if held else self._files.check_places()
         if graph not in self._checked:
-            check_vision(self._folder, self._manifest, graph, part.weights)
+            check_vision(self._folder, self._manifest, graph)
             self._checked.add(graph)
         session = held or open_session(
             self._folder / graph,
