@@ -302,7 +302,7 @@ def test_out_of_memory_says_what_to_do_and_the_engine_survives(
         alive.append(cache() is not None)
 
     hook = engine._opened().layers[-1].register_forward_pre_hook(full)
-    engine._begin()
+    engine._begin(Prompt(ids_of("p1")))
     assert engine._cache
     cache, alive = weakref.ref(engine._cache.keys[0]), []
     monkeypatch.setattr(engine, "_return_memory", returned)
