@@ -124,7 +124,8 @@ def test_the_quick_start_is_what_it_says(readme: str) -> None:
 def test_the_pictures_of_the_readme_are_answered_as_it_says() -> None:
     """The table of pictures in docs/images/README.md: file, question, answer."""
     text = (ROOT / "docs/images/README.md").read_text("utf-8")
-    rows = re.findall(r"^\| \[([^]]+\.png)\]\S* \| ([^|]+?) \| ([^|]+?) \|", text, re.MULTILINE)
+    row = r"^\| \[([^]]+\.(?:png|jpg))\]\S* \| ([^|]+?) \| ([^|]+?) \|"
+    rows = re.findall(row, text, re.MULTILINE)
     assert len(rows) >= 10
     with seechat_lite.load() as model:
         for file, question, answer in rows:

@@ -259,6 +259,22 @@ def test_the_narrowest_level_that_is_sure_is_named(features, expected) -> None:
     assert int(best) == int(head.linear(torch.tensor([features])).argmax())
 
 
+def test_a_photograph_is_shown_as_a_drawing_that_the_decoder_knows() -> None:
+    from borrow import lookalikes, shipped_bridge
+    from verdict import load_verdicts
+
+    verdicts = load_verdicts()
+    shown = dict(zip(verdicts.meanings, lookalikes(verdicts), strict=True))
+    called = {m.en if m else None: c.en if c else None for m, c in shown.items()}
+    assert called["koala"] == "koala" and called["golden retriever"] == "dog"
+    assert called["tabby cat"] == "cat" and called["dog"] == "dog"
+    assert called["espresso"] == "coffee" and called[None] is None
+    known = [c for c in shown.values() if c]
+    bridge = shipped_bridge(BUILTIN / "vision.onnx")
+    assert bridge.expert.weight.abs().sum() > 0 and not bridge.nothing.requires_grad
+    assert len(known) > 500 and all(c.drawings for c in known)
+
+
 def test_shares_of_a_level_are_the_classes_probabilities_summed() -> None:
     head = toy_head()
     features = torch.randn(3, 12, 4, generator=torch.Generator().manual_seed(0)) * 8

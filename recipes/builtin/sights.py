@@ -170,6 +170,13 @@ class PhotoBridge(nn.Module):
         return torch.cat([what[:, :1] + shade[:, None], what[:, 1:]], 1)
 
 
+def margins(head: Head, whole: Tensor) -> Tensor:
+    """How much surer the router must be, [n, 3], of what features [n, 1280] are of."""
+    named = head.shares(whole)[:, : head.verdicts.levels[0]].amax(-1) >= SURE
+    sure = whole.new_tensor((SURE_MARGIN, *MARGIN[1:]))
+    return torch.where(named[:, None], sure, whole.new_tensor(MARGIN))
+
+
 class Photos(nn.Module):
     """The way of photographs: where the router says so, it takes the place of the drawings'."""
 
@@ -181,14 +188,7 @@ class Photos(nn.Module):
         """Pixels, cells [n, 49, 1280], embeddings of a drawing [n, 12, hidden]: the embeddings."""
         sights = self.looker(pixel_values, cells)
         whole = cells.mean(1)
-        head = self.looker.head
-        named = head.shares(whole)[:, : head.verdicts.levels[0]].amax(-1) >= SURE
-        margin = torch.where(
-            named[:, None],
-            whole.new_tensor((SURE_MARGIN, *MARGIN[1:])),
-            whole.new_tensor(MARGIN),
-        )
-        logits = self.router(whole) - margin
+        logits = self.router(whole) - margins(self.looker.head, whole)
         kind = logits.argmax(-1)[:, None]  # [n, 1]
         unsure = self.looker.head.verdicts.unsure
         verdicts = torch.where(kind == NOTHING, unsure, sights[:, :TOKENS])

@@ -33,7 +33,7 @@ export const TEXTS = {
     samples: "试一试",
     credit: "示例图片：Twemoji（CC BY 4.0）",
     abilities: {
-      builtin: "这是内置的演示模型：能说出简单图画里有什么、什么颜色、几个、在哪里。它很小，认得几百种东西，不知道的就会答错。",
+      builtin: "这是内置的演示模型：能说出简单图画里有什么、什么颜色、几个、在哪里，也认得一些照片里的东西。它很小，认得几百种东西，不知道的就会答错。",
       vision: "这个模型能看图，用中文和英文回答；它可能出错，重要的事请核对。",
       text: "这个模型只能读文字，不能看图片。",
     },
@@ -175,7 +175,8 @@ export const TEXTS = {
     abilities: {
       builtin:
         "This is the built-in demonstration model: of simple drawings it says what, which colour, how " +
-        "many and where. It is very small and knows some hundred things; beyond them it is wrong.",
+        "many and where, and it names some things in photographs. It is very small and knows some hundred " +
+        "things; beyond them it is wrong.",
       vision: "This model sees pictures and answers in Chinese and English. It makes mistakes: check what matters.",
       text: "This model reads text only, no pictures.",
     },
