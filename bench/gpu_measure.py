@@ -538,7 +538,7 @@ def eager_forward(engine: TorchEngine, x: Tensor, past: list[tuple[Tensor, Tenso
     mask = torch.ones((len(x), before + len(x)), dtype=torch.bool, device=x.device).tril(before)
     for i, layer in enumerate(decoder.layers):
         x = layer.input_layernorm(x)
-        qkv = plain(layer.attention["query_key_value"], x).unflatten(-1, layer.split)
+        qkv = plain(layer.attention["query_key_value"], x).unflatten(-1, (3, -1, layer.head))
         q, k, v = (t.transpose(0, 1) for t in qkv.unbind(1))
 
         def turned(t: Tensor) -> Tensor:

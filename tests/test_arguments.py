@@ -45,6 +45,7 @@ WRONG_OPTIONS = {
     "seed": ODD,
     "stop": [3, 1.5, [""], [3], object(), b"x"],
     "speculate": ["yes", 1, None],
+    "schema": [1, "{}", [], True, object()],
 }
 
 

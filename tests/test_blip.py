@@ -152,7 +152,7 @@ def test_files_that_do_not_fit(
     [
         ("eva", "visual_encoder.cls_token", "name eva_vit_g.pth as eva"),
         ("qformer", "ln_vision.weight", "name blip2_pretrained_flant5xxl.pth as qformer"),
-        ("checkpoint", "llama_proj.weight", "(checkpoint_100.pth) as checkpoint"),
+        ("checkpoint", "llama_proj.weight", "SEEChat's (checkpoint_100.pth)"),
     ],
 )
 def test_a_file_that_was_not_given(missing: str, key: str, remedy: str) -> None:
@@ -322,7 +322,8 @@ def test_command_line(tmp_path: Path) -> None:
     done = seechat(
         "export", "--lm", source, "--clip", "x", "--projector", "y", *files, "--out", "z"
     )
-    assert done.returncode == 2 and "--clip is one vision tower and --eva another" in done.stderr
+    two = "--clip with its projector is one vision network and --eva another"
+    assert done.returncode == 2 and two in done.stderr
 
 
 def test_a_checkpoint_without_vision() -> None:
@@ -426,7 +427,7 @@ def test_published_files_are_accounted_for() -> None:
         "t5_proj.bias",
         "Qformer.bert.embeddings.position_ids",
     }
-    vision = _blip(published(), names, PUBLISHED, None)
+    vision = _blip(published(), names, PUBLISHED, None, None, ())
     assert dataclasses.replace(vision.config, graph="") == PUBLISHED_VISION["eva"]
     streamed(vision)  # the network has these parameters
 

@@ -30,13 +30,21 @@ WRONG: dict[str, list[Any]] = {
     "lm.num_kv_heads": [-1, 3],
     "lm.rope_theta": [0.0, 1e12],
     "lm.rope_factor": [0.0, float("inf")],
+    "lm.rope_original": [-1, 7],
     "lm.layernorm_epsilon": [0.0, 1.0, float("nan")],
     "decoder.embeddings_dtype": ["object"],
     "decoder.precision": ["int3"],
     "decoder.block_size": [0, 48, -32],
     "decoder.prefix_tokens": [0, -1, 2048],
     "tokenizer.num_image_tokens": [-1, 4112],
+    "tokenizer.kind": ["spm", ""],
     "sampling.max_temperature": [-1.0, 101.0, float("nan")],
+    "sampling.max_repetition_penalty": [0.0, -1.0, float("nan")],
+    "sampling.temperature": [-1.0, 101.0, float("nan")],
+    "sampling.top_p": [-0.1, 1.1, float("nan")],
+    "sampling.top_k": [-1],
+    "sampling.repetition_penalty": [0.0, -1.0, float("nan")],
+    "vision.question": [{"graph": "vision_question.onnx", "vocabulary": "vocab.txt", "pieces": 8}],
     "vision.tokens": [0],
     "vision.precision": ["int3"],
     "pixels.image_size": [0, 4097],
@@ -58,8 +66,11 @@ WRONG: dict[str, list[Any]] = {
     "vision.network.query_inner_size": [0, -1],
     "vision.network.query_layers": [0, -1, 1025],
     "vision.network.query_heads": [0, -1, 5],
+    "vision.network.query_words": [-1, 7],
+    "vision.network.query_positions": [-1, 7],
 }
 FILES = {"bytes": 1, "sha256": "0"}
+QUESTION_FILES = ("vision_question.onnx", "vision_question.onnx.data", "vocab.txt")
 
 
 def manifest(tower: str) -> dict[str, Any]:
@@ -70,6 +81,7 @@ def manifest(tower: str) -> dict[str, Any]:
     found["decoder"] |= {"prefix": "prefix.bin", "prefix_tokens": 4}
     size = 2 * lm["num_layers"] * lm["hidden_size"] * 4 * 2
     found["files"] |= {"prefix.bin": FILES | {"bytes": size}, "vision.onnx.data": FILES}
+    found["files"] |= dict.fromkeys(QUESTION_FILES, FILES)
     return json.loads(json.dumps(found | {"vision": vision}))
 
 

@@ -336,7 +336,7 @@ def test_info_says_what_is_missing(tmp_path: Path) -> None:
     alone = identify(tmp_path / "config.json")
     assert alone.kind == "llama"
     adapter = LLAMA.parent / "llava_tiny/llava_lora/adapter_model.bin"
-    assert identify(adapter).title == "a LoRA adapter for a LLaMA"
+    assert identify(adapter).title == "a LoRA run of LLaVA"
     assert identify(LLAMA / "gqa/tokenizer.model").kind == "tokenizer"
 
 

@@ -97,7 +97,7 @@ def few_layers(shapes: Shapes, layers: int) -> Shapes:
 
 def accounted(lm: LM, role: str) -> set[str]:
     """The tensors that the LM's parameters and prefix come from, and those it ignores."""
-    used = [t.published for t in lm._tensors.values() if t.role == role]
+    used = [p for t in lm._tensors.values() if t.role == role for p in t.parts]
     return {k for p in used for k in (p.key, p.scale) if k} | set(lm.ignored.get(role, {}))
 
 

@@ -343,6 +343,7 @@ def test_nothing_is_left_open() -> None:
 def test_a_forked_child_has_workers_of_its_own() -> None:
     script = """
 import io, os, sys
+sys.path.append("../bench")
 from seechat_lite.pictures import pool
 from test_pictures import colours, read, saved
 content = saved(colours(), "WEBP")

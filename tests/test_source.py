@@ -192,7 +192,7 @@ def test_the_settings_and_tokenizer_above_a_sat_file(
     for path in (folder, f"{folder}/{SAT_FILE}"):
         found = find_model(path)
         assert found.config and found.config.resolve() == models["sat"] / "model_config.json"
-        assert found.tokenizer.resolve() == models["sat"] / "ice_text.model"
+        assert found.tokenizer("ice_text.model").resolve() == models["sat"] / "ice_text.model"
         assert open_source(path).tokenizer.is_file()
 
 

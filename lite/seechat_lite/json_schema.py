@@ -223,7 +223,7 @@ def _as_text(schema: Mapping[str, Any]) -> str:
             "smaller one"
         )
     if why := too_complex(text.encode()):
-        raise SchemaError(f"schema is {why}: pass a simpler one")
+        raise SchemaError(f"schema is {why}; expected one of few parts: pass a simpler one")
     return text
 
 

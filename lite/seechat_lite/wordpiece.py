@@ -41,8 +41,8 @@ class WordPiece(Native):
         size = self._tokenizer.get_vocab_size()
         if size > rows:
             raise BundleError(
-                f"{path}: {size} pieces with {ADDED}, the model knows {rows}: the vocabulary is "
-                "another model's, get it from where the weights are from"
+                f"{path}: {size} pieces with {ADDED}; expected at most {rows}, which the model "
+                "knows: get the vocabulary from where the weights are from"
             )
 
     @guarded

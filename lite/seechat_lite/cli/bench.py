@@ -8,7 +8,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from seechat_lite.cache_folder import cache_folder
 from seechat_lite.cli.options import (
     UsageError,
     add_load_options,
@@ -80,6 +79,8 @@ def _bench(args: argparse.Namespace, usage_error: UsageError) -> int:
 
 def _synthetic(args: argparse.Namespace, say: Callable[[str], None]) -> Path:
     """The bundle of random weights that the options ask for, from the cache folder."""
+    from seechat_lite.cache_folder import cache_folder
+
     layers = args.layers or SYNTHETIC[args.synthetic]
     folder = cache_folder() / f"{args.synthetic}-{args.precision}-{layers}-v{LAYOUT}"
     if folder.is_dir():

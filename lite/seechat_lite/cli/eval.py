@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add `eval` to the subparsers of `seechat`; `common` holds the options of all commands."""
     parser = commands.add_parser("eval", help="compare what methods wrote")
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    kinds = parser.add_subparsers(
+        dest="kind", required=True, metavar="KIND", help="what is compared"
+    )
     caption = kinds.add_parser(
         "caption",
         parents=[common],

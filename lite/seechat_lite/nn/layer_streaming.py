@@ -91,7 +91,7 @@ class Streamed(nn.Module):
         tensor = torch.from_numpy(value if value.flags.writeable else value.copy())
         tensor = tensor.to(self.device).to(self.dtype).contiguous()
         half = self.dtype == torch.float16 and value.dtype != np.float16
-        if half and not tensor.isfinite().all():
+        if half and not tensor.is_meta and not tensor.isfinite().all():
             raise CheckpointError(
                 f"{self.where}: {name} has numbers beyond 65504, the end of float16; expected "
                 "smaller ones: compute in float32",
