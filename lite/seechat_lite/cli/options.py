@@ -145,7 +145,9 @@ def add_format_option(parser: Any) -> None:
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="how a conversation is written for the model; default: as the model learnt it",
+        metavar="FORMAT",
+        help="how a conversation is written for the model; default: as the model learnt it; one of "
+        + ", ".join(FORMATS),
     )
 
 
