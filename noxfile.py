@@ -26,7 +26,7 @@ def types(session: nox.Session) -> None:
     """Types of weights, lite and export (pyright)."""
     # it would ask the registry for a newer version of itself at every run
     env = {"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
-    command = ("pyright", "--threads", "--pythonpath", sys.executable)
+    command = ("pyright", "--project", ".", "--threads", "--pythonpath", sys.executable)
     session.run(sys.executable, "-m", *command, env=env)
 
 

@@ -303,7 +303,8 @@ def test_the_real_model_is_ended_in_its_work(tmp_path: Path, end: signal.Signals
     done = subprocess.run(list(map(str, command)), timeout=PATIENCE)
     assert done.returncode == 0
     assert lines(out)[: len(before)] == before
-    assert len(lines(out)) == len(list(IMAGES.glob("*.png")))
+    pictures = [*IMAGES.glob("*.png"), *IMAGES.glob("*.jpg")]
+    assert len(lines(out)) == len(pictures)
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:

@@ -160,7 +160,7 @@ def test_the_tree_is_formatted_and_typed() -> None:
     for command in (
         ["ruff", "check"],
         ["ruff", "format", "--check"],
-        ["pyright", "--pythonpath", sys.executable],
+        ["pyright", "--project", str(ROOT), "--pythonpath", sys.executable],
     ):
         run = subprocess.run(
             [sys.executable, "-m", *command], capture_output=True, text=True, cwd=ROOT, env=offline
