@@ -1,10 +1,17 @@
 """A library that cannot be imported is called missing only if it is not there."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
 import seechat_lite as sl
 from seechat_lite import engines
 from seechat_weights.libraries import import_error
+
+ROOT = Path(__file__).parents[1]
+# what goes another way without a library, or asks for one that has its own installer
+OTHERWISE = {"memory.py", "decode.py", "worker.py"}
 
 NUMPY = """
 
@@ -47,3 +54,20 @@ def test_an_engine_whose_library_does_not_load(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(engines, "import_module", fail)
     with pytest.raises(sl.EngineError, match=r"lack of memory.*expected it for the engine 'torch'"):
         sl.load(engine="torch")
+
+
+def test_every_library_that_fails_is_told_of_in_one_way() -> None:
+    """Whoever catches an ImportError asks libraries.import_error what to say of it."""
+    asked = set()
+    for package in ("weights", "lite", "export"):
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+                if not isinstance(node, ast.ExceptHandler) or node.type is None:
+                    continue
+                caught = ast.unparse(node.type)
+                if caught not in ("ImportError", "(ImportError, OSError)", "ModuleNotFoundError"):
+                    continue
+                said = ast.unparse(ast.Module(node.body, []))
+                assert "import_error(" in said or file.name in OTHERWISE, f"{file}: {caught}"
+                asked.add(file.name)
+    assert len(asked) > 10 and asked > OTHERWISE

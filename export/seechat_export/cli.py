@@ -153,8 +153,7 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         from seechat_export.progress import Bars
         from seechat_lite.source import open_source
     except (ImportError, OSError) as e:
-        needed, install = "export needs it", '"seechat-lite[export]"'
-        raise import_error(SeechatError, e, needed=needed, install=install) from None
+        raise _import_error(e) from None
     source = open_source(
         args.lm,
         vision=vision_files(args, parser.error),
@@ -193,6 +192,11 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
+def _import_error(error: Exception) -> SeechatError:
+    needed, install = "export needs it", '"seechat-lite[export]"'
+    return import_error(SeechatError, error, needed=needed, install=install)
+
+
 def _export_scorer(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     for name, value in vars(args).items():
         if name not in _OF_SCORERS and value != parser.get_default(name):
@@ -204,10 +208,8 @@ def _export_scorer(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
     try:
         from seechat_export.progress import Bars
         from seechat_export.scorer import export_scorer
-    except ImportError as e:
-        raise SeechatError(
-            f'{e.name} is not installed; export needs it: run pip install "seechat-lite[export]"'
-        ) from None
+    except (ImportError, OSError) as e:
+        raise _import_error(e) from None
     out = local_path(args.out)
     with Bars() as bars:
         manifest = export_scorer(

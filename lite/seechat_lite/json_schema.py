@@ -17,6 +17,7 @@ from seechat_lite.json_structure import too_complex
 from seechat_lite.native import Native, guarded
 from seechat_lite.tokenizers import TextTokenizer
 from seechat_weights.errors import OptionError
+from seechat_weights.libraries import import_error
 
 MAX_SCHEMA = 64 << 10  # characters of its JSON
 MAX_STATES = 30_000  # of the automaton that reads texts; 1 to 2 kB each
@@ -67,7 +68,11 @@ class Vocabulary(Native):
     @guarded
     def _made(self) -> Any:
         if self._native is None:
-            from llguidance import LLTokenizer
+            try:
+                from llguidance import LLTokenizer
+            except (ImportError, OSError) as e:
+                needed, install = "JSON of a schema was asked for", '"seechat-lite[schema]"'
+                raise import_error(SchemaError, e, needed=needed, install=install) from None
 
             self._tokens = tokens = _Tokens(self._tokenizer, self._size, self._ends)
             self._native = LLTokenizer(

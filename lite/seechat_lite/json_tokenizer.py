@@ -14,6 +14,7 @@ from seechat_lite.text_stream import TextStream
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import BundleError, EngineError
 from seechat_weights.files.untrusted import read_file
+from seechat_weights.libraries import import_error
 from seechat_weights.lm.tokenizer_file import MAX_BYTES
 
 # how texts are split before their bytes are merged; other patterns could take for ever
@@ -184,11 +185,9 @@ class _Encoder(Native):
         """Load two tokenizers, one of which spells out the names of special tokens."""
         try:
             from tokenizers import Tokenizer
-        except ImportError:
-            raise EngineError(
-                f"tokenizers is not installed; {path} needs it: run "
-                'pip install "seechat-lite[tokenizers]"'
-            ) from None
+        except (ImportError, OSError) as e:
+            needed, install = f"{path} needs it", '"seechat-lite[tokenizers]"'
+            raise import_error(EngineError, e, needed=needed, install=install) from None
         try:
             self._special, self._plain = (Tokenizer.from_buffer(data) for _ in range(2))
         except (KeyboardInterrupt, SystemExit):

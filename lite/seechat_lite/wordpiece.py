@@ -29,7 +29,7 @@ class WordPiece(Native):
     def __init__(self, path: Path, *, pieces: int, rows: int) -> None:
         try:
             from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
-        except ImportError as e:
+        except (ImportError, OSError) as e:
             needed = "this model's vision needs it to read questions"
             install = '"seechat-lite[tokenizers]"'
             raise import_error(EngineError, e, needed=needed, install=install) from None

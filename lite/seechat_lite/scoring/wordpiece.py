@@ -2,6 +2,7 @@
 
 from seechat_lite.native import Native, guarded
 from seechat_weights.errors import EngineError
+from seechat_weights.libraries import import_error
 from seechat_weights.scorer.vocabulary import END, START, UNKNOWN
 
 MAX_WORD = 200  # characters; a longer word is one unknown piece
@@ -27,11 +28,9 @@ class WordPieces(Native):
             from tokenizers.models import WordPiece
             from tokenizers.normalizers import BertNormalizer
             from tokenizers.pre_tokenizers import BertPreTokenizer
-        except ImportError:
-            raise EngineError(
-                "tokenizers is not installed; expected it, to score captions: run "
-                'pip install "seechat-lite[tokenizers]"'
-            ) from None
+        except (ImportError, OSError) as e:
+            needed, install = "expected it, to score captions", '"seechat-lite[tokenizers]"'
+            raise import_error(EngineError, e, needed=needed, install=install) from None
         self._first, self._last = vocabulary[START], vocabulary[END]
         self._most = context - 2
         model = WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=MAX_WORD)
