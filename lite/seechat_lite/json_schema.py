@@ -15,6 +15,7 @@ import numpy as np
 
 from seechat_lite.json_structure import too_complex
 from seechat_lite.native import Native, guarded
+from seechat_lite.text_stream import AsWritten
 from seechat_lite.tokenizers import TextTokenizer
 from seechat_weights.errors import OptionError
 from seechat_weights.libraries import import_error
@@ -174,7 +175,7 @@ class Constraint(Native):
         self._matcher = None
 
 
-class Verbatim:
+class Verbatim(AsWritten):
     """Decodes the tokens of a constrained answer to the bytes that llguidance knows them by.
 
     tokenizer: the model's.
@@ -198,20 +199,6 @@ class Verbatim:
         surface: the piece's.
         """
         return None
-
-    def restore(self, text: str) -> str:
-        """The text itself.
-
-        text: the text.
-        """
-        return text
-
-    def unfinished(self, text: str) -> int:
-        """All of the text is certain.
-
-        text: the text.
-        """
-        return len(text)
 
 
 def _as_text(schema: Mapping[str, Any]) -> str:

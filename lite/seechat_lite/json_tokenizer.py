@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from seechat_lite.native import Native, guarded
-from seechat_lite.text_stream import TextStream
+from seechat_lite.text_stream import AsWritten, TextStream
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import BundleError, EngineError
 from seechat_weights.files.untrusted import read_file
@@ -29,7 +29,7 @@ _PATTERNS = (
 _NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
 
 
-class JsonTokenizer:
+class JsonTokenizer(AsWritten):
     """Text to token ids and back, as the tokenizer.json says.
 
     path: the file.
@@ -159,20 +159,6 @@ class JsonTokenizer:
         surface: the piece's.
         """
         return None
-
-    def restore(self, text: str) -> str:
-        """The text itself: this tokenizer has no names for white space.
-
-        text: the decoded text.
-        """
-        return text
-
-    def unfinished(self, text: str) -> int:
-        """The text's length: no name of white space can begin in it.
-
-        text: the decoded text so far.
-        """
-        return len(text)
 
 
 class _Encoder(Native):

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from seechat_lite.pieces import open_pieces
+from seechat_lite.text_stream import AsWritten
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import BundleError
 
@@ -24,7 +25,7 @@ _SPACE = "\u2581"
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
-class LlamaTokenizer:
+class LlamaTokenizer(AsWritten):
     """Text to token ids and back, as LlamaTokenizer of transformers 4.37 does it.
 
     path: a sentencepiece model with byte fallback, LLaMA's `tokenizer.model`.
@@ -166,20 +167,6 @@ class LlamaTokenizer:
         rest = surface.removeprefix(_SPACE)
         known = _SPACE not in rest or not self._sp.is_unknown(self._sp.piece_to_id(rest))
         return None if known else rest
-
-    def restore(self, text: str) -> str:
-        """The text itself: this tokenizer has no names for white space.
-
-        text: the decoded text.
-        """
-        return text
-
-    def unfinished(self, text: str) -> int:
-        """The text's length: no name of white space can begin in it.
-
-        text: the decoded text so far.
-        """
-        return len(text)
 
     def _encode_part(self, text: str) -> list[int]:
         if self._legacy or not text.startswith((_SPACE, " ")):

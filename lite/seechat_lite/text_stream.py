@@ -37,6 +37,24 @@ class Detokenizer(Protocol):
         ...
 
 
+class AsWritten:
+    """A Detokenizer's half for tokenizers that have no names of their own for white space."""
+
+    def restore(self, text: str) -> str:
+        """The text itself.
+
+        text: the decoded text.
+        """
+        return text
+
+    def unfinished(self, text: str) -> int:
+        """The text's length: all of it is certain.
+
+        text: the decoded text so far.
+        """
+        return len(text)
+
+
 class TextStream:
     """Turns token ids into text, as soon as the text is certain.
 

@@ -5,6 +5,8 @@ final norm of its own but ln_vision, with another epsilon; and there are the que
 projector to the LM.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -54,14 +56,7 @@ class QFormerBridge(nn.Module):
         self.query_tokens = nn.Parameter(torch.empty(1, queries, sizes.query_width))
         self.qformer = Blip2QFormerModel(
             Blip2QFormerConfig(
-                hidden_size=sizes.query_width,
-                num_hidden_layers=sizes.query_layers,
-                num_attention_heads=sizes.query_heads,
-                intermediate_size=sizes.query_inner_size,
-                hidden_act="gelu",
-                layer_norm_eps=1e-12,
-                cross_attention_frequency=2,
-                encoder_hidden_size=sizes.width,
+                **_settings(sizes),
                 use_qformer_text_input=False,
             )
         )
@@ -90,14 +85,7 @@ class QuestionBridge(nn.Module):
             InstructBlipQFormerConfig(
                 vocab_size=sizes.query_words,
                 max_position_embeddings=sizes.query_positions,
-                hidden_size=sizes.query_width,
-                num_hidden_layers=sizes.query_layers,
-                num_attention_heads=sizes.query_heads,
-                intermediate_size=sizes.query_inner_size,
-                hidden_act="gelu",
-                layer_norm_eps=1e-12,
-                cross_attention_frequency=2,
-                encoder_hidden_size=sizes.width,
+                **_settings(sizes),
             )
         )
         self.qformer.set_attn_implementation(register_attention())
@@ -110,3 +98,17 @@ class QuestionBridge(nn.Module):
         queries = self.query_tokens.expand(seen.shape[0], -1, -1)
         found = self.qformer(question_ids, query_embeds=queries, encoder_hidden_states=seen)
         return self.projection(found.last_hidden_state[:, : self.query_tokens.shape[1]])
+
+
+def _settings(sizes: VisionNetwork) -> dict[str, Any]:
+    """What the configurations of both Q-Formers say."""
+    return {
+        "hidden_size": sizes.query_width,
+        "num_hidden_layers": sizes.query_layers,
+        "num_attention_heads": sizes.query_heads,
+        "intermediate_size": sizes.query_inner_size,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "cross_attention_frequency": 2,
+        "encoder_hidden_size": sizes.width,
+    }

@@ -1,6 +1,5 @@
 """POST /v1/completions, OpenAI's older API: the prompt is asked as a question."""
 
-import json
 import logging
 import secrets
 import time
@@ -16,7 +15,7 @@ from seechat_lite.server import schemas
 from seechat_lite.server.asking import Asking, headers, not_done
 from seechat_lite.server.errors import ApiError, as_api_error
 from seechat_lite.server.logs import note
-from seechat_lite.server.openai_api import begin, event_stream, finish_reason, usage_of
+from seechat_lite.server.openai_api import begin, data_event, event_stream, finish_reason, usage_of
 from seechat_lite.server.scheduler import GenerationRequest
 
 log = logging.getLogger(__name__)
@@ -57,15 +56,17 @@ class OldCompletions:
                     async for piece in answer:
                         if isinstance(piece, Stats):
                             note(request, piece)
-                            yield _event(head | {"choices": [_choice("", finish_reason(piece))]})
+                            yield data_event(
+                                head | {"choices": [_choice("", finish_reason(piece))]}
+                            )
                             if with_usage:
                                 usage = usage_of(piece).model_dump()
-                                yield _event(head | {"choices": [], "usage": usage})
+                                yield data_event(head | {"choices": [], "usage": usage})
                         elif isinstance(piece, str):
-                            yield _event(head | {"choices": [_choice(piece, None)]})
+                            yield data_event(head | {"choices": [_choice(piece, None)]})
                 except Exception as e:  # too late for a status
                     log.error("an answer broke off", exc_info=e)
-                    yield _event(as_api_error(e).body)
+                    yield data_event(as_api_error(e).body)
                     return
             yield "data: [DONE]\n\n"
 
@@ -103,7 +104,3 @@ class OldCompletions:
 
 def _choice(text: str, reason: str | None) -> dict[str, Any]:
     return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
-
-
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import to_json
@@ -99,7 +100,7 @@ class Completions:
                             yield _event(head.chunk(schemas.Delta(content=piece)))
                 except Exception as e:  # too late for a status
                     log.error("an answer broke off", exc_info=e)
-                    yield f"data: {json.dumps(as_api_error(e).body, ensure_ascii=False)}\n\n"
+                    yield data_event(as_api_error(e).body)
                     return
             yield "data: [DONE]\n\n"
 
@@ -233,4 +234,12 @@ def _event(chunk: schemas.ChatChunk) -> str:
     for choice in event["choices"]:
         # clients read this field; other fields may be missing
         choice.setdefault("finish_reason", None)
-    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+    return data_event(event)
+
+
+def data_event(value: Mapping[str, Any]) -> str:
+    """One event of a stream, as OpenAI's APIs send them.
+
+    value: its JSON.
+    """
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

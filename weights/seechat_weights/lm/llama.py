@@ -13,7 +13,7 @@ from typing import Any
 from seechat_weights.config import MAX_LAYERS, LMConfig
 from seechat_weights.errors import CheckpointError
 from seechat_weights.files.accounting import Shape, Shapes, account, check_shapes
-from seechat_weights.lm.names import LMNames, Part, Published, whole
+from seechat_weights.lm.names import LMNames, Part, Published
 from seechat_weights.lm.packed import find_packed
 
 MODEL_TYPES = ("llama", "llava", "llava_llama", "instructblip")
@@ -250,11 +250,6 @@ def llama_parts(config: LMConfig, form: Form = FORMS[0]) -> dict[str, tuple[Part
     found["final_layernorm.weight"] = (Part(f"{form.body}norm.weight", (h,)),)
     found[_HEAD] = (Part(form.head, (vocab, h)),)
     return found
-
-
-def llama_shapes(config: LMConfig) -> dict[str, Shape]:
-    """Our parameters of the decoder and their shapes."""
-    return {ours: whole(parts) for ours, parts in llama_parts(config).items()}
 
 
 def map_llama(

@@ -105,18 +105,6 @@ def is_hugging_face(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == "llava" and "vision_config" in config
 
 
-def added_tokens(config: Mapping[str, Any]) -> list[str]:
-    """Tokens that LLaVA's code adds behind a tokenizer that lacks them, in this order.
-
-    config: the config.json of an original LLaVA.
-    """
-    if not is_llava(config):
-        return []
-    patch = config.get("mm_use_im_patch_token", True) is True
-    marked = config.get("mm_use_im_start_end", False) is True
-    return [*(["<im_patch>"] if patch else []), *(MARKS if marked else [])]
-
-
 def _hugging_face(file: Path, config: Mapping[str, Any]) -> LlavaSettings:
     if config.get("projector_hidden_act", "gelu") != "gelu":
         raise CheckpointError(
