@@ -266,6 +266,44 @@ def test_exit_while_a_daemon_thread_works(engine: str, what: str, vision_bundle:
         assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_files_stay_open_while_the_process_exits(vision_bundle: Path) -> None:
+    """A daemon thread may be amid a step after all else was ended."""
+    code = f"""
+import atexit
+atexit.register(lambda: [read() for read in reads])  # handlers run last in, first out
+from pathlib import Path
+from seechat_lite.source import open_source
+from seechat_weights.bundle.arrays import BundleArrays
+folder = Path({str(vision_bundle)!r})
+source = open_source(folder)
+files, arrays = source.opened_files(), BundleArrays(folder, source.manifest)
+reads = [files.check, files.check_places, lambda: arrays.rows([1])]
+[read() for read in reads]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_all_is_freed_before_libraries_take_themselves_down() -> None:
+    """When the interpreter exits, and as soon as nobody has an object any more."""
+    code = """
+import atexit
+from seechat_lite.native import Native
+atexit.register(print, "the library is gone")  # what a native library does when it is imported
+class Model(Native):
+    def _release(self):
+        print("freed")
+Model()
+model = Model()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (done.stdout, done.stderr) == ("freed\nfreed\nthe library is gone\n", "")
+
+
 def test_exit_handlers_may_close_and_use_a_model(vision_bundle: Path) -> None:
     code = f"""
 import atexit, threading, seechat_lite as sl

@@ -8,6 +8,10 @@ frees.
 The thread that holds the lock may take it again. So a signal handler or a finalizer, which Python
 runs between two steps of a call, can close the object of that call. No native code runs in that
 thread at that moment, and the call itself then ends with an EngineError.
+
+When the interpreter exits, a thread that nobody waits for stops for good where it uses an object or
+would free one. Going on, it would run native code or free what that allocated, and some libraries
+end the process if they find the interpreter gone then.
 """
 
 import atexit
@@ -35,14 +39,27 @@ class Native:
     _lock: "threading.RLock"  # held by the running call
     _ended: str  # why it can no longer be used, else ""
 
+    def __init_subclass__(cls) -> None:
+        # Handlers run last in, first out. Libraries such as torch register some to take themselves
+        # down, and whoever derives a class has imported its library: ours must come before.
+        atexit.unregister(_exit)
+        atexit.register(_exit)
+
     def __new__(cls, *args: Any, **options: Any) -> Self:
         self = super().__new__(cls)
         self._lock = threading.RLock()
         self._ended = ""
         _living.add(self)  # first: _exit() closes the objects that exist when it begins
         if _nobody_listens():
-            raise SystemExit
+            _stop_here()
         return self
+
+    def __del__(self) -> None:
+        """Free what native code allocated; the interpreter does not exit meanwhile."""
+        with _freeing:
+            if not _exited:
+                with suppress(Exception):  # an object that was never fully made
+                    self.close()
 
     def close(self) -> None:
         """End the running call, wait for it, and free everything. Closing twice is harmless.
@@ -70,7 +87,7 @@ class Native:
         if not self._ended:
             return
         if _nobody_listens():
-            raise SystemExit  # the thread ends without a word
+            _stop_here()
         raise EngineError(self._ended)
 
 
@@ -87,7 +104,7 @@ def guarded(
     @functools.wraps(method)
     def call(self: Some, *args: Arguments.args, **options: Arguments.kwargs) -> Result:
         try:
-            with self._lock:
+            with _calls, self._lock:
                 self.check_open()
                 return method(self, *args, **options)
         except Exception:
@@ -97,9 +114,26 @@ def guarded(
     return call
 
 
+class _Calls(threading.local):
+    """Counts the guarded calls that a thread is in."""
+
+    running = 0
+
+    def __enter__(self) -> None:
+        self.running += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.running -= 1
+
+
+_calls = _Calls()
+_freeing = threading.RLock()  # held while an object is freed because nobody has it any more
+_never = threading.Lock()  # never released
+_never.acquire()
 _living: weakref.WeakSet[Native] = weakref.WeakSet()
 _held: list[Native] = []  # idle objects, kept idle while the process forks
-_exiting = False
+_exiting = False  # the interpreter's exit has begun
+_exited = False  # and everything is closed
 
 
 def _nobody_listens() -> bool:
@@ -107,13 +141,25 @@ def _nobody_listens() -> bool:
     return _exiting and threading.current_thread().daemon
 
 
+def _stop_here() -> None:
+    """Let this thread, for which nobody waits, stop for good; within a call, raise EngineError.
+
+    _exit() waits for running calls, so their locks must be released first.
+    """
+    if _calls.running:
+        raise EngineError("the process is exiting")
+    _never.acquire()
+
+
 def _exit() -> None:
     """Close everything while threads that nobody waits for may still run."""
-    global _exiting
+    global _exiting, _exited
     _exiting = True
     for native in list(_living):
         with suppress(Exception):  # an object that was never fully made
             native.close()
+    _freeing.acquire()  # for good
+    _exited = True
 
 
 def _before_fork() -> None:
@@ -128,6 +174,8 @@ def _after_fork() -> None:
 
 def _in_child() -> None:
     """Go on with objects that were idle. One that was in a call stays as that call left it."""
+    global _freeing
+    _freeing = threading.RLock()
     idle = set(map(id, _held))
     _after_fork()
     for native in list(_living):
@@ -145,6 +193,5 @@ def _in_child() -> None:
         )
 
 
-atexit.register(_exit)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)

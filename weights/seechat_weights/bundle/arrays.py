@@ -68,7 +68,8 @@ class BundleArrays:
     def _table(self) -> FileIO:
         """The embeddings' file; it stays open as long as this object lives."""
         file = open_file(self.folder / self.manifest.decoder.embeddings)
-        weakref.finalize(self, file.close)
+        # Not while the process exits: a daemon thread may be reading.
+        weakref.finalize(self, file.close).atexit = False
         return file
 
     @property

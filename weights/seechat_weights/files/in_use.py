@@ -38,6 +38,7 @@ class FilesInUse:
                     raise self._changed(path, f"cannot be opened ({e.strerror})") from None
                 self._noted.append((path, file, os.fstat(file)))
             self.close = weakref.finalize(self, opened.pop_all().close)
+            self.close.atexit = False  # a daemon thread may be in check() while the process exits
 
     def check(self) -> None:
         """Raise an error if an open file is shorter or was written to since."""

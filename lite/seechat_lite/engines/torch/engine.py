@@ -34,7 +34,13 @@ from seechat_lite.engines.torch.cuda_graphs import Recorder
 from seechat_lite.engines.torch.decoder import Decoder
 from seechat_lite.engines.torch.kernels import KERNEL_ROWS, fused
 from seechat_lite.engines.torch.memory import TorchPlan, advice, device_plan
-from seechat_lite.engines.torch.ops import Cache, KernelOps, PromptKernelOps, TorchOps
+from seechat_lite.engines.torch.ops import (
+    Cache,
+    KernelOps,
+    PromptKernelOps,
+    TorchOps,
+    owned,
+)
 from seechat_lite.engines.torch.settings import torch_settings
 from seechat_lite.engines.torch.vision import TorchVision
 from seechat_lite.engines.torch.weights import CheckpointWeights, Weights, build, weights_of
@@ -224,7 +230,7 @@ class TorchEngine(Native):
             self._next[-1] += 1
             if self._kept:
                 self._kept.read()
-            return logits[0].cpu().numpy()
+            return owned(logits[0])
 
     def step(self, token_id: int) -> np.ndarray:
         return self.extend([token_id])[0]
@@ -251,7 +257,7 @@ class TorchEngine(Native):
                 with nullcontext() if self._recorder.has(rows) else self._device_lock:
                     logits = self._recorder.run(embeds, positions, self._length)
             else:
-                logits = self._run(embeds, positions).cpu().numpy()
+                logits = owned(self._run(embeds, positions))
         self._length += rows
         self._next[-1] += rows
         if self._kept:

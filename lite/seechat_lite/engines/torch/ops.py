@@ -7,12 +7,21 @@ No size changes from step to step. On a GPU, steps run the kernels of engines.to
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seechat_lite.engines.torch import kernels
 from seechat_weights.config import ALPHA, LMConfig
+
+
+def owned(tensor: Tensor) -> np.ndarray:
+    """An array of a tensor's numbers that outlives the call: torch need not free it.
+
+    tensor: any, on any device.
+    """
+    return tensor.cpu().numpy().copy()
 
 
 @dataclass

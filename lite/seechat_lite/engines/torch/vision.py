@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from seechat_lite.engines.torch.ops import owned
 from seechat_lite.engines.torch.settings import torch_settings
 from seechat_lite.memory import KEPT_VISION
 from seechat_lite.native import Native, guarded
@@ -83,7 +84,7 @@ class TorchVision(Native):
                 found = self._network(given, *others, part=part)
             else:
                 found = self._network.get_submodule(part)(given, *others)
-            return found.float().cpu().numpy()
+            return owned(found.float())
 
     def unload(self) -> None:
         """Free the network; the next picture builds it again."""
