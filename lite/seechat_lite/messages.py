@@ -169,7 +169,7 @@ def read_messages(
         exchanges[-1].answers = None
     _describe(exchanges, format)
     turn = exchanges.pop() if exchanges and exchanges[-1].answers is None else None
-    if asking and not (turn and any(map(trimmed, turn.texts))):
+    if asking and not (turn and (turn.images or any(map(trimmed, turn.texts)))):
         raise _no_question()
     if not format.instructions:  # nor has the model learnt answers without a question
         exchanges = [e for e in exchanges if e.images or any(map(trimmed, e.texts))]
