@@ -25,6 +25,7 @@ settings.register_profile(
     max_examples=300,
     suppress_health_check=[HealthCheck.too_slow],
 )
+settings.register_profile("few", settings.get_profile("fixed"), max_examples=50)
 settings.load_profile("fixed")
 
 

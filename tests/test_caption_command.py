@@ -177,6 +177,7 @@ def test_a_column_is_named_in_advice(tmp_path: Path, capfd: pytest.CaptureFixtur
 # --- lists
 
 
+@pytest.mark.slow
 def test_a_list_on_stdin(tmp_path: Path) -> None:
     paths = write_pictures(tmp_path / "in", 3)
     listed = "\n".join([str(paths[2]), "", str(paths[0]), str(tmp_path / "in")]).encode()
@@ -190,6 +191,7 @@ def test_a_list_on_stdin(tmp_path: Path) -> None:
     assert code == 1 and line["image"] == "stdin:1" and "65536 bytes" in line["error"]
 
 
+@pytest.mark.slow
 @posix
 def test_names_may_have_any_bytes(tmp_path: Path) -> None:
     (one, two) = write_pictures(tmp_path, 2)

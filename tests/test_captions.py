@@ -302,6 +302,7 @@ def test_a_folder_that_leads_to_itself_is_entered_once(tmp_path: Path) -> None:
     assert len(names(tmp_path / "in/**/*.png")) == 4
 
 
+@pytest.mark.slow
 @posix
 def test_a_folder_may_be_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deeper than Python calls functions, and than a path may be long."""

@@ -70,6 +70,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, model: sl.Model, method: str) -
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["auto", "torch"])
 def test_what_the_system_cannot_read_is_no_bundle(engine: str) -> None:
     for name in ("a" * 300, "/proc/self/mem"):  # systems and Pythons say it differently
@@ -188,6 +189,7 @@ def test_an_answer_ends_at_the_marker(
     assert chat.stats is not None and chat.stats.finish_reason == "stop"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", sorted(FORMATS))
 @given(
     text=st.lists(

@@ -282,7 +282,7 @@ def test_other_files(tmp_path: Path) -> None:
         (b"GGUF\3\0\0\0" + bytes(40), "a GGUF file", "get the weights it was made from"),
         (b"ggml\1\0\0\0" + bytes(40), "a GGML file", "get the weights it was made from"),
         (b"\x08\x09\x12\x07pytorch" + bytes(40), "an ONNX graph", "get the weights"),
-        (gzip.compress(bytes(99)), "an archive", "unpack it"),
+        (gzip.compress(bytes(99), mtime=0), "an archive", "unpack it"),
         (b"<!DOCTYPE html>\n<html><title>Sign in</title>", "a web page", "log in"),
         (b'{"error": "Repository not found"}', "a text in JSON", "name the file"),
     ],

@@ -189,6 +189,7 @@ def test_published_weights_are_called_what_they_are(capfd: pytest.CaptureFixture
         assert code == 1 and expected.format(path=path) in one_line(err)
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback() -> None:
     done = run("ask", "你好", "--model", "/nowhere", "--debug")
     assert done.returncode == 1 and "Traceback" in done.stderr and "BundleError" in done.stderr

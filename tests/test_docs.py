@@ -49,6 +49,7 @@ def test_examples_run(name: str, number: int, expected: str) -> None:
     assert expected in done.stdout
 
 
+@pytest.mark.slow
 def test_the_servers_example_runs() -> None:
     (example,) = examples("docs/server.md")
     with serving() as (_, url):

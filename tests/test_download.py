@@ -100,6 +100,7 @@ def run(code: str, environment: dict[str, str], *args: str) -> subprocess.Comple
     )
 
 
+@pytest.mark.slow
 def test_only_what_is_needed_is_downloaded(hub: dict[str, str], tmp_path: Path) -> None:
     done = run(FETCH, hub, "tiny/chatglm")
     assert done.returncode == 0, done.stderr
@@ -213,12 +214,14 @@ def test_a_bundle_is_loaded_by_its_id(bundle_hub: dict[str, str], tmp_path: Path
     assert len(Hub.asked) == before
 
 
+@pytest.mark.slow
 def test_published_weights_are_refused_before_they_are_fetched(hub: dict[str, str]) -> None:
     done = run(LOAD, hub, "tiny/chatglm", PANDA)
     assert "holds no bundle (seechat.json); expected" in done.stderr.splitlines()[-1]
     assert not any("resolve" in path for path in Hub.asked)
 
 
+@pytest.mark.slow
 def test_a_manifest_from_a_stranger_fetches_nothing_else(
     bundle_hub: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

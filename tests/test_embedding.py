@@ -39,6 +39,7 @@ def test_progress_can_end_the_loading(at: tuple[str, int]) -> None:
         sl.load(progress=progress)
 
 
+@pytest.mark.slow
 def test_one_model_answers_many_threads() -> None:
     """Chats of their own in eight threads: each gets the answer it would get alone."""
     pictures = sorted((ROOT / "docs/images").glob("*.png"))[:4]

@@ -48,6 +48,7 @@ def exhaustive(
 CONTEXT = 160
 
 
+@pytest.mark.slow
 @given(
     format=st.sampled_from(["seechat", "chatglm", "visualglm"]),
     said=st.lists(st.tuples(TEXT, TEXT, st.integers(0, 2)), max_size=40),
@@ -123,6 +124,7 @@ HISTORIES: list[list[Turn]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", sorted(FORMATS))
 @pytest.mark.parametrize("past", HISTORIES, ids=["long", "many", "old", "blanks"])
 def test_what_cannot_fit_is_not_tokenized(

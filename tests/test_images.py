@@ -171,6 +171,7 @@ def test_unknown_setting(setting: dict[str, str]) -> None:
         pixels(Image.new("RGB", (8, 8)), PixelSpec(**setting))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(MODES),
     st.tuples(st.integers(1, 90), st.integers(1, 90)) | st.sampled_from([(1, 5000), (5000, 1)]),

@@ -93,6 +93,7 @@ def test_what_changes_nothing(vision_bundle: Path, tmp_path: Path) -> None:
         assert model.chat().ask("hi", PANDA, max_new_tokens=2)
 
 
+@pytest.mark.slow
 def test_published_weights(tmp_path: Path) -> None:
     folder = copied(ROOT / "tests/data/chatglm_tiny", tmp_path / "weights")
     with sl.load(folder, engine="torch") as model:

@@ -122,6 +122,7 @@ def model() -> Iterator[sl.Model]:
         yield model
 
 
+@pytest.mark.slow
 def test_answers_of_200_random_schemas(model: sl.Model) -> None:
     """Every answer that ends by itself satisfies its schema; most of them end by themselves."""
     finished: list[bool] = []

@@ -89,6 +89,7 @@ def test_a_picture_without_words(tmp_path: Path) -> None:
         assert model.prompt("", attachments=[llm.Attachment(path=path)]).text() == "这是熊猫。"
 
 
+@pytest.mark.slow
 def test_json_of_a_schema(home: Path) -> None:
     pytest.importorskip("llguidance")
     legs = {"type": "integer", "minimum": 0, "maximum": 9}

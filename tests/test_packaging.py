@@ -146,7 +146,11 @@ def test_the_wheel_is_small_and_whole(tmp_path: Path) -> None:
     for needed in (
         "seechat_weights/builtin/bundle/seechat.json",
         "seechat_lite/py.typed",
-        *(f"seechat_lite/server/page/{p.relative_to(page).as_posix()}" for p in page.rglob("*.*")),
+        *(
+            f"seechat_lite/server/page/{p.relative_to(page).as_posix()}"
+            for p in page.rglob("*.*")
+            if p.suffix != ".pyc"
+        ),
     ):
         assert needed in names
     assert any(n.endswith("licenses/NOTICE") for n in names)

@@ -261,6 +261,7 @@ def test_a_decoder_that_takes_too_long_is_ended(
         assert "decoding takes more than" in refused(slow)
 
 
+@pytest.mark.slow
 def test_given_up_when_nobody_waits(slow: bytes) -> None:
     gone = threading.Event()
     threading.Timer(0.3, gone.set).start()
@@ -272,6 +273,7 @@ def test_given_up_when_nobody_waits(slow: bytes) -> None:
     assert not psutil.Process().children()
 
 
+@pytest.mark.slow
 def test_stop_ends_the_picture_that_is_being_decoded(slow: bytes) -> None:
     with sl.load() as model:
         chat = model.chat()
@@ -281,6 +283,7 @@ def test_stop_ends_the_picture_that_is_being_decoded(slow: bytes) -> None:
         assert chat.ask("这是什么？", data("images/01_rgb.png"))
 
 
+@pytest.mark.slow
 @POSIX
 @pytest.mark.parametrize("signal", ["SIGKILL", "SIGTERM"])
 def test_a_worker_ends_with_who_asked(signal: str, slow: bytes, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_top_p_keeps_the_fewest_that_reach_it(logits: list[float], top_p: float)
     assert plain_top_p(whole, top_p - 1e-5) <= set(ids.tolist()) <= plain_top_p(whole, top_p + 1e-5)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=40),
     st.sampled_from([0.001, 0.5, 1.0, 10.0]),

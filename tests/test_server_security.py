@@ -180,6 +180,7 @@ def test_a_body_too_large(server: Running) -> None:
     assert server.raw(head + chunks + b"0\r\n\r\n").startswith(b"HTTP/1.1 413 ")
 
 
+@pytest.mark.slow
 def test_bodies_too_large_together(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two clients hold back the ends of their bodies; a third must not fill the memory."""
     intakes: list[Intake] = []
@@ -230,6 +231,7 @@ def test_a_refused_body_is_not_held_while_it_is_drained(
         assert not intakes[0].budget.held
 
 
+@pytest.mark.slow
 def test_a_slow_body() -> None:
     with running(Settings(body_seconds=0.1)) as server:
         head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
@@ -630,6 +632,7 @@ def test_what_is_fetched_is_held(public: Https) -> None:
     assert 0 < budget.held <= 200_000
 
 
+@pytest.mark.slow
 def test_pictures_of_all_requests_are_bounded(public: Https) -> None:
     """Requests of a few bytes, each with a large picture and one that never comes."""
 

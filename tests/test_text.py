@@ -138,6 +138,7 @@ def test_json_can_be_read_whatever_the_encoding(encoding: str) -> None:
     assert b"lacks" not in done.stderr
 
 
+@pytest.mark.slow
 def test_text_that_cannot_be_written_is_said() -> None:
     done = seechat(*ASK, env={"PYTHONIOENCODING": "cp1252"})
     assert done.stdout.split() == [b"?????"] and done.returncode == 0

@@ -147,7 +147,10 @@ def _stop_here() -> None:
     _exit() waits for running calls, so their locks must be released first.
     """
     if _calls.running:
-        raise EngineError("the process is exiting")
+        raise EngineError(
+            "a thread uses a model while the process exits; expected the thread to have ended: "
+            "join it before"
+        )
     _never.acquire()
 
 
