@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from seechat_lite.vicuna_example import VICUNA_EXAMPLE
+from seechat_lite.written import Names, Text
 from seechat_weights.errors import ContextError
 
 
@@ -44,8 +45,8 @@ class Format:
     image_token_id: the id under a picture's embeddings (the repetition penalty sees it).
     single: the text of a conversation of one turn, if it differs.
     stop: text that ends an answer, besides the end-of-answer token.
-    specials: whether names of special tokens in the text become tokens, as in the published code;
-        otherwise they stay text.
+    specials: whether names of special tokens become tokens in what people write, as in the
+        published code; otherwise they stay text there, and only the format's own become tokens.
     trim: whether blanks around questions and answers are removed, see trimmed(). The published
         codes leave them in, so their formats do too.
     clean: cleans an answer before it is shown or enters the history.
@@ -186,9 +187,14 @@ def render(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]:
             for key in turn.images:
                 segments.image(format, key)
             segments.text(format.after_images if turn.question else "")
-        segments.text(before_answer.replace("{question}", written(turn.question)))
+        before_question, question, after_question = before_answer.partition("{question}")
+        segments.text(before_question)
+        segments.text(written(turn.question) if question else "", Names.NONE)
+        segments.text(after_question)
         if turn.answer or (turn.answer is not None and not format.drops_empty):
-            segments.text(format.answered + written(turn.answer) + after_answer)
+            segments.text(format.answered)
+            segments.text(written(turn.answer), Names.SAID)
+            segments.text(after_answer)
     return segments.items
 
 
@@ -197,21 +203,22 @@ class _Segments:
 
     def __init__(self) -> None:
         self._done: list[str | ImageSlot] = []
-        self._texts: list[str] = []  # since the last picture
+        self._texts: list[tuple[str, Names]] = []  # since the last picture
 
     @property
     def items(self) -> list[str | ImageSlot]:
-        text = "".join(self._texts)
+        text = Text(self._texts)
         return [*self._done, text] if text else self._done
 
-    def text(self, text: str) -> None:
-        self._texts.append(text)
+    def text(self, text: str, names: Names = Names.ALL) -> None:
+        if text:
+            self._texts.append((text, names))
 
     def image(self, format: Format, key: str) -> None:
         before, after = format.image
         self.text(before)
         self._done = [*self.items, ImageSlot(key, format.image_token_id)]
-        self._texts = [after]
+        self._texts = [(after, Names.ALL)] if after else []
 
 
 _DEMO_MAX_CHARS = 2000
@@ -338,7 +345,6 @@ _LLAVA: dict[str, Any] = {
     "answered": " ",
     "image": ("", "\n"),
     "marks": True,
-    "specials": True,
     "drops_empty": True,
     "penalizes_prompt": False,
     "describe": ("描述这张图片。", "Describe the image in detail."),
@@ -352,7 +358,6 @@ _MINIGPT4: dict[str, Any] = {
     "turn": "Human: {images}{question}###Assistant: {answer}###",
     "image": ("<Img>", "</Img>"),
     "after_images": " ",
-    "specials": True,
     "drops_empty": True,
     "penalizes_prompt": False,
     "stop": ("###",),
@@ -362,7 +367,12 @@ _MINIGPT4_LLAMA2: dict[str, Any] = _MINIGPT4 | {
     "first": _IMAGE_COMES + "<s>[INST] {images}{question} [/INST] {answer}",
     "turn": "<s>[INST] {images}{question} [/INST] {answer}",
 }
-_MINIGPT4_DEMO: dict[str, Any] = {"clean": _clean_minigpt4, "holdback": None, "exact": True}
+_MINIGPT4_DEMO: dict[str, Any] = {
+    "clean": _clean_minigpt4,
+    "holdback": None,
+    "exact": True,
+    "specials": True,
+}
 
 FORMATS: dict[str, Format] = {
     f.name: f
@@ -459,7 +469,6 @@ FORMATS: dict[str, Format] = {
             turn="{images}{question}\n{answer}\n",
             after_images="\n",
             marks=True,
-            specials=True,
             stop=("\n",),
             drops_empty=True,
             instructions=False,
@@ -469,14 +478,14 @@ FORMATS: dict[str, Format] = {
         # MiniGPT-4's two, with sensible pixels and answers that are shown as they grow
         Format(name="minigpt4", **_MINIGPT4),
         Format(name="minigpt4_llama2", **_MINIGPT4_LLAMA2),
-        # and as its demo does it: only the text behind the last "Assistant:" is the answer
+        # and as its demo does it: only the text behind the last "Assistant:" is the answer, and
+        # names of special tokens in a question are these tokens
         Format(name="minigpt4-compat", **_MINIGPT4 | _MINIGPT4_DEMO),
         Format(name="minigpt4_llama2-compat", **_MINIGPT4_LLAMA2 | _MINIGPT4_DEMO),
         # the picture's embeddings depend on the question, so no earlier turn is written
         Format(
             name="instructblip",
             turn="{images}</s>{question}{answer}",
-            specials=True,
             instructions=False,
             remembers=False,
             begins=False,

@@ -5,12 +5,14 @@ each piece stands for some bytes, spelled with one character a byte.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from seechat_lite.native import Native, guarded
 from seechat_lite.text_stream import AsWritten, TextStream
+from seechat_lite.written import split_names
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import BundleError, EngineError
 from seechat_weights.files.untrusted import read_file
@@ -18,7 +20,7 @@ from seechat_weights.libraries import import_error
 from seechat_weights.lm.tokenizer_file import MAX_BYTES
 
 # how texts are split before their bytes are merged; other patterns could take for ever
-_PATTERNS = (
+PATTERNS = (
     # LLaMA-3
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -62,7 +64,11 @@ class JsonTokenizer(AsWritten):
             if all(c in _BYTES for c in piece)
         }
         added = settings.get("added_tokens") or []
-        self._hidden = {t["id"] for t in added if t.get("special")}
+        hidden = {t["content"]: t for t in added if t.get("special")}
+        self._hidden = {t["id"] for t in hidden.values()}
+        self._special_ids = {name: t["id"] for name, t in hidden.items()}
+        self._special_names = {i: name for name, i in self._special_ids.items()}
+        self._names = (None, _finding(hidden), None)  # by written.Names
         self._bytes |= {t["id"]: t["content"].encode() for t in added if not t.get("special")}
         self.vocab_size = max([*vocabulary.values(), *(t["id"] for t in added)]) + 1
         self.prompt_begin = tuple(self._native.frame())
@@ -82,8 +88,10 @@ class JsonTokenizer(AsWritten):
         model = settings["model"]
         if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
             raise refuse(f"its model is {model.get('type')!r:.40}")
-        if not isinstance(model.get("vocab"), dict) or not all(
-            isinstance(i, int) and 0 <= i < 1 << 24 for i in model["vocab"].values()
+        if (
+            not model.get("vocab")
+            or not isinstance(model["vocab"], dict)
+            or not all(_is_id(i) for i in model["vocab"].values())
         ):
             raise refuse("its model has no vocabulary")
         if not any(part.get("type") == "ByteLevel" for part in _parts(settings.get("decoder"))):
@@ -93,12 +101,13 @@ class JsonTokenizer(AsWritten):
                 raise refuse(f"its normalizer is {part.get('type')!r:.40}")
         for part in _parts(settings.get("pre_tokenizer")):
             kind, pattern = part.get("type"), part.get("pattern")
-            known = isinstance(pattern, dict) and pattern.get("Regex") in _PATTERNS
+            known = isinstance(pattern, dict) and pattern.get("Regex") in PATTERNS
             if kind not in ("ByteLevel", "Digits") and not (kind == "Split" and known):
                 raise refuse(f"it splits text in an unknown way ({part!r:.120})")
-        for token in settings.get("added_tokens") or []:
-            sound = isinstance(token, dict) and isinstance(token.get("content"), str)
-            if not sound or not isinstance(token.get("id"), int) or not 0 <= token["id"] < 1 << 24:
+        added = settings.get("added_tokens") or []
+        for token in added if isinstance(added, list) else [added]:
+            content = token.get("content") if isinstance(token, dict) else None
+            if not content or not isinstance(content, str) or not _is_id(token.get("id")):
                 raise refuse("its added tokens are damaged")
 
     def check(self, lm: LMConfig) -> None:
@@ -121,12 +130,42 @@ class JsonTokenizer(AsWritten):
         specials: whether names of special tokens in the text become those tokens, as published.
             With False they are spelled out, so that nobody's words can end an answer.
         """
-        return self._native.encode(text.encode("utf-8", "replace").decode(), specials=specials)
+        text = text.encode("utf-8", "replace").decode()
+        return self._native.encode(text, specials=True) if specials else self._plain(text)
+
+    def encode_parts(self, parts: Iterable[tuple[str, int]]) -> list[int]:
+        """The token ids of one text that is given in parts, so that only some hold specials.
+
+        parts: each a text and what becomes of names of specials in it, see written.Names.
+        """
+        readable = ((text.encode("utf-8", "replace").decode(), names) for text, names in parts)
+        ids: list[int] = []
+        for i, piece in enumerate(split_names(readable, self._names)):
+            if i % 2:  # blanks around it belong to it where the file says so
+                found = self._special_ids.get(piece, self._special_ids.get(piece.strip()))
+                assert found is not None
+                ids.append(found)
+            elif piece:
+                ids += self._plain(piece)
+        return ids
+
+    def _plain(self, text: str) -> list[int]:
+        """The ids of a text in which no name of a special token is that token."""
+        ids = self._native.encode(text, specials=False)
+        if self._hidden.isdisjoint(ids):
+            return ids
+        spelled: list[int] = []  # the vocabulary has a name as a word: its characters, one by one
+        for i in ids:
+            for char in self._special_names.get(i, ""):
+                spelled += self._native.encode(char, specials=False)
+            if i not in self._hidden:
+                spelled.append(i)
+        return spelled
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens; spaces are not cleaned up.
 
-        ids: token ids; each byte of an incomplete UTF-8 sequence becomes U+FFFD.
+        ids: token ids; an incomplete UTF-8 sequence becomes U+FFFD.
 
         Raises IndexError for ids beyond the tokenizer's vocabulary.
         """
@@ -203,15 +242,20 @@ class _Encoder(Native):
 
 
 def _parts(component: Any) -> list[dict[str, Any]]:
-    """A part of a tokenizer.json, or the parts of a sequence."""
+    """A part of a tokenizer.json, or the parts of a sequence; what is damaged has no type."""
     if not isinstance(component, dict):
-        return []
+        return [] if component is None else [{}]
     inner = next(
         (component[k] for k in ("normalizers", "pretokenizers", "decoders") if k in component), None
     )
     if component.get("type") != "Sequence":
         return [component]
-    return [part for part in inner or [] if isinstance(part, dict)]
+    parts = inner if isinstance(inner, list) else []
+    return [part if isinstance(part, dict) else {} for part in parts]
+
+
+def _is_id(i: Any) -> bool:
+    return isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 1 << 24
 
 
 def _byte_characters() -> dict[str, int]:
@@ -222,3 +266,20 @@ def _byte_characters() -> dict[str, int]:
 
 
 _BYTES = _byte_characters()
+
+
+def _finding(tokens: Mapping[str, Mapping[str, Any]]) -> re.Pattern[str] | None:
+    """Finds names in a text, with the blanks around them that are part of them."""
+
+    def one(name: str) -> str:
+        token, found = tokens[name], re.escape(name)
+        if token.get("single_word"):
+            found = rf"(?<!\w){found}(?!\w)"
+        return (
+            (r"\s*" if token.get("lstrip") else "")
+            + found
+            + (r"\s*" if token.get("rstrip") else "")
+        )
+
+    names = sorted(filter(None, tokens), key=len, reverse=True)
+    return re.compile("(" + "|".join(map(one, names)) + ")") if names else None

@@ -15,10 +15,13 @@ from pathlib import Path
 
 from seechat_lite.pieces import open_pieces
 from seechat_lite.text_stream import AsWritten
+from seechat_lite.written import split_names
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import BundleError
 
 SPECIALS = ("<unk>", "<s>", "</s>")
+# added tokens that LLaVA's models say now and then; its code shows them, and reads them again
+SAID = ("<im_patch>", "<im_start>", "<im_end>")
 _SPACE = "\u2581"
 # A protobuf message that is appended to another is merged into it: ModelProto.normalizer_spec (3)
 # with add_dummy_prefix (3) false
@@ -54,9 +57,11 @@ class LlamaTokenizer(AsWritten):
         self.prompt_begin: tuple[int, ...] = (self.bos_id,)
         self.prompt_end: tuple[int, ...] = ()
         self.vocab_size = max([len(self._sp), *(i + 1 for i in self._added.values())])
-        # longest first, as the published tokenizer looks for them
-        names = sorted({*self._specials, *self._added}, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")")
+        said = [name for name in SAID if name in self._added]
+        # by Names: none, all, those that models say
+        self._names = (None, _finding([*self._specials, *self._added]), _finding(said))
+        # of these names none may come out of a text, even if the model's file has it as a word
+        self._structural = {self.bos_id, self.eos_id, *self._added.values()}
         # the U+2581 put before the text, and with a dummy prefix sentencepiece's own
         self.leading_spaces_dropped = 2 if legacy else 1
         self._unk = self._sp.encode(SPECIALS[0])
@@ -83,19 +88,15 @@ class LlamaTokenizer(AsWritten):
         """
         return self.encode_parts([(text, specials)])
 
-    def encode_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
+    def encode_parts(self, parts: Iterable[tuple[str, int]]) -> list[int]:
         """Token ids of one text that is given in parts, so that only some of them hold specials.
 
-        parts: each a text and whether names of specials in it become those tokens.
+        parts: each a text and what becomes of names of specials in it, see written.Names.
         """
-        pieces = [""]  # text, special, text, special, …, text
-        for text, specials in parts:
-            text = text.encode("utf-8", "replace").decode()
-            if not self._legacy:
-                text = text.replace(_SPACE, " ")
-            first, *rest = self._split.split(text) if specials else [text]
-            pieces[-1] += first
-            pieces += rest
+        readable = ((text.encode("utf-8", "replace").decode(), names) for text, names in parts)
+        if not self._legacy:
+            readable = ((text.replace(_SPACE, " "), names) for text, names in readable)
+        pieces = split_names(readable, self._names)
         if not self._legacy and pieces != [""]:
             # no prefix before a special
             pieces[0] = _SPACE + pieces[0] if pieces[0] or len(pieces) == 1 else ""
@@ -170,9 +171,25 @@ class LlamaTokenizer(AsWritten):
 
     def _encode_part(self, text: str) -> list[int]:
         if self._legacy or not text.startswith((_SPACE, " ")):
-            return self._sp.encode(text)
-        # without a dummy prefix sentencepiece would strip these: behind another piece it does not
-        return self._sp.encode(SPECIALS[0] + text)[len(self._unk) :]
+            ids = self._sp.encode(text)
+        else:  # sentencepiece strips these without a dummy prefix, but not behind another piece
+            ids = self._sp.encode(SPECIALS[0] + text)[len(self._unk) :]
+        return ids if self._structural.isdisjoint(ids) else self._spelled_out(ids)
+
+    def _spelled_out(self, ids: Sequence[int]) -> list[int]:
+        """Replace structural tokens by the pieces, or bytes, of the characters of their names."""
+        spelled: list[int] = []
+        for i in ids:
+            if i not in self._structural:
+                spelled.append(i)
+                continue
+            for char in self._sp.id_to_piece(i):
+                piece = self._sp.piece_to_id(char)
+                if self._sp.is_unknown(piece):
+                    spelled += [self._sp.piece_to_id(f"<0x{b:02X}>") for b in char.encode()]
+                else:
+                    spelled.append(piece)
+        return spelled
 
     def _decode_pieces(self, pieces: list[str]) -> str:
         first = pieces[0].removeprefix(_SPACE)
@@ -186,3 +203,9 @@ class LlamaTokenizer(AsWritten):
                 "LLaMA's tokenizer.model: use the tokenizer that belongs to the model"
             )
         return i
+
+
+def _finding(names: Sequence[str]) -> re.Pattern[str] | None:
+    """Finds names in a text, the longest first as the published tokenizer does."""
+    longest_first = sorted(set(names), key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if names else None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from seechat_lite.conversation import ImageSlot
+from seechat_lite.written import Text
 from seechat_weights.errors import ContextError
 
 if TYPE_CHECKING:  # engines take prompts but need no tokenizer
@@ -66,11 +67,10 @@ def build(
     tokenizer: the model's tokenizer.
     segments: from conversation.render.
     image_embeds: float32 [tokens, hidden] by picture key; a slot takes as many ids as rows.
-    specials: the format's; False (safe) keeps literal names such as "<sop>" in the text from
-        becoming tokens. With True they become tokens, as in the published tokenizers;
-        position_ids() and context_length() still take the final [gMASK] <sop> for the real ones, so
-        the dialogue stays sound.
-
+    specials: the format's; False (safe) keeps literal names such as "<sop>" in what people wrote
+        from becoming tokens; only those that a format writes itself do. With True all become
+        tokens, as in the published tokenizers; position_ids() and context_length() still take the
+        final [gMASK] <sop> for the real ones, so the dialogue stays sound.
     begins: the format's; whether the ids stand first with which the model's prompts begin.
 
     Raises ContextError if a picture has no embeddings.
@@ -78,6 +78,9 @@ def build(
     ids: list[int] = [*tokenizer.prompt_begin] if begins else []
     images: list[tuple[int, np.ndarray]] = []
     for segment in segments:
+        if isinstance(segment, Text) and not specials:
+            ids += tokenizer.encode_parts(segment.parts)
+            continue
         if isinstance(segment, str):
             ids += tokenizer.encode(segment, specials=specials)
             continue

@@ -7,10 +7,11 @@ shifted by the 20000 image tokens in front of them.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from seechat_lite.pieces import Pieces, open_pieces
+from seechat_lite.written import Names
 from seechat_weights.config import LMConfig
 from seechat_weights.errors import BundleError
 
@@ -82,6 +83,18 @@ class Tokenizer:
             part = part.rstrip() if i < len(parts) - 1 else part
             ids += self._encode_part(part)
         return ids
+
+    def encode_parts(self, parts: Iterable[tuple[str, int]]) -> list[int]:
+        """The token ids of one text that is given in parts.
+
+        No conversation format writes a name of its specials. So they are spelled out in the whole
+        text, unless all of it may hold them.
+
+        parts: each a text and what becomes of names of specials in it, see written.Names.
+        """
+        parts = list(parts)
+        text = "".join(text for text, _ in parts)
+        return self.encode(text, specials=all(names == Names.ALL for _, names in parts))
 
     def check(self, lm: LMConfig) -> None:
         """Check that this tokenizer belongs to a model of this shape.

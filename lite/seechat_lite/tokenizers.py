@@ -3,7 +3,7 @@
 A new one needs a class with the methods of TextTokenizer, a row in _KINDS and golden cases.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +33,13 @@ class TextTokenizer(Detokenizer, Protocol):
 
         text: the text.
         specials: whether names of special tokens in the text become those tokens, as published.
+        """
+        ...
+
+    def encode_parts(self, parts: Iterable[tuple[str, int]]) -> list[int]:
+        """The token ids of one text that is given in parts; none are added.
+
+        parts: each a text and what becomes of names of special tokens in it, see written.Names.
         """
         ...
 
