@@ -40,12 +40,14 @@ def run(capfd: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str
     return code, out, err
 
 
-def start(*args: object, seconds: float = 0.0, **options: Any) -> subprocess.Popen[bytes]:
+def start(
+    *args: object, seconds: float = 0.0, tty: int = subprocess.PIPE, **options: Any
+) -> subprocess.Popen[bytes]:
     """In a process of its own; every caption takes so many seconds."""
     return subprocess.Popen(
         [sys.executable, str(TELLING), *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE if tty == subprocess.PIPE else subprocess.DEVNULL,
+        stderr=tty,
         env=os.environ | {"TELLING_SECONDS": str(seconds)},
         **options,
     )
@@ -342,7 +344,41 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
         now[0] += 0.5
         progress.step(skipped=number < 20, failed=number == 30)
     assert progress.line(now[0]) == "40 of 1,000 pictures · 1.0/s · 16 min 0 s left · errors: 1"
-    assert progress.summary() == "40 pictures in 20 s (1.00/s) · errors: 1"
+    assert progress.summary() == "40 pictures · 20 of them done before · 20 s · 1.00/s · errors: 1"
+
+
+@posix
+@pytest.mark.slow
+def test_in_a_terminal(tmp_path: Path) -> None:
+    """A count that fits the terminal however narrow, what was done, and a word at Ctrl-C."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    write_pictures(tmp_path / "in", 30)
+    command = ["in", "-o", "out.jsonl"]
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 16, 0, 0))
+    try:
+        process = start(*command, seconds=0.2, cwd=tmp_path, tty=follower)
+        until = time.monotonic() + PATIENCE
+        while not (tmp_path / "out.jsonl").exists() or len(lines(tmp_path / "out.jsonl")) < 3:
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+        shown = os.read(leader, 1 << 16).decode()
+        counts, _, words = shown.partition("seechat: ")
+        assert all(len(count) < 16 for count in counts.rstrip().split("\r\x1b[K"))
+        assert "of 30" in counts and words.startswith("ended after ") and "goes on" in words
+        done = start(*command, cwd=tmp_path, tty=follower)
+        assert done.wait(PATIENCE) == 0
+        shown = os.read(leader, 1 << 16).decode()
+        assert "\r\x1b[K30 pictures · " in shown and "of them done before" in shown
+    finally:
+        os.close(leader)
+        os.close(follower)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import select
@@ -18,6 +19,8 @@ from typing import Any
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from reference import data
@@ -25,7 +28,7 @@ from seechat_lite.cli import ask
 from seechat_lite.cli import main as cli
 from seechat_lite.cli.chat import HELP
 from seechat_lite.cli.hints import quoted
-from seechat_lite.cli.terminal import show
+from seechat_lite.cli.terminal import PlainHandler, cut, say, show, width
 from seechat_lite.conversation import FORMATS
 from seechat_lite.engines import ENGINES
 from serving import PATIENCE, slow_command, wait_until
@@ -676,3 +679,31 @@ def test_what_a_model_says_cannot_command_the_terminal(
     monkeypatch.setattr(sys, "stdout", screen)
     show(["\x1b]0;title\x07红", "\r\x9b2J\t色\n"])
     assert screen.getvalue() == "]0;title红2J\t色\n\n"
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=40), st.integers(1, 30))
+def test_a_stage_fits_the_terminal(text: str, columns: int) -> None:
+    found = cut(text, columns)
+    assert width(found) <= columns
+    assert found == text or text.startswith(found.removesuffix("…"))
+    assert (found == text) == (width(text) <= columns)
+
+
+def test_chinese_takes_two_columns() -> None:
+    assert width("读取 a.png") == 10 and cut("读取 a.png", 4) == "读…"
+
+
+def test_a_stage_is_one_line_and_a_log_line_begins_its_own(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    say("a\nb" * 100)
+    record = logging.LogRecord("seechat", logging.WARNING, "", 0, "careful", None, None)
+    PlainHandler().emit(record)
+    _, first, second = screen.getvalue().split("\r\x1b[K")
+    assert "\n" not in first and len(first) == 79
+    assert second == "seechat: careful\n"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from reference import data
 from seechat_lite.images import ImageSource
 from seechat_lite.scoring.captions import CaptionFile, names_of
-from seechat_lite.scoring.chart import chart
+from seechat_lite.scoring.chart import chart, charts
 from seechat_lite.scoring.comparison import Candidate, Comparison, Scored, compare
 from seechat_lite.scoring.page import page
 from seechat_lite.scoring.pictures import candidates
@@ -359,12 +359,27 @@ def test_the_chart_is_svg() -> None:
     drawn = ET.fromstring(chart(shares, 1000))
     assert drawn.tag == "{http://www.w3.org/2000/svg}svg"
     text = "\n".join(drawn.itertext())
-    assert "50.0 %" in text and "一只猫: 30.0 %" in text
-    assert all(f"{name}: {share:.1f} %" in text for name, share in SHARES.items())
+    assert "50.0 %" in text and "30.0 % 一只猫" in text
+    assert all(f"{share:.1f} % {name}" in text for name, share in SHARES.items())
     assert not [e for e in drawn.iter() if e.tag.endswith("script")]
     whole = ET.fromstring(chart({"A": 1.0}, 1))
     assert [e for e in whole.iter() if e.tag.endswith("circle")]
     assert sum(SHARES.values()) == 100
+
+
+def test_every_slice_has_a_colour_of_its_own() -> None:
+    methods = {str(i): 1 / 32 for i in range(32)}
+    ours, _ = charts(methods, 1000)
+    colours = re.findall(r'<path [^>]* fill="([^"]+)"', ours.body)
+    assert len(colours) == 32 and len(set(colours)) == 32
+
+
+def test_the_page_says_what_is_chinese(tmp_path: Path) -> None:
+    """The page is English; Chinese captions are drawn, and read out, as Chinese."""
+    texts: dict[str, list[str | None]] = {"A": ["0.5 一只猫"] * 5, "B": ["0.1 a cat"] * 5}
+    html = page(compared(tmp_path, texts, shown=1), scorer="x")
+    assert '<html lang="en">' in html
+    assert '<td class="text" lang="zh">0.5 一只猫' in html and '<td class="text">0.1 a cat' in html
 
 
 def test_a_page_is_bounded(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seechat_lite.cli.hints import flag
 from seechat_lite.cli.options import add_format_option, add_vision_options, vision_files
+from seechat_lite.conversation import FORMATS
 from seechat_lite.memory import human
 from seechat_weights.bundle.precisions import BLOCK_SIZES, PRECISIONS, VISION_PRECISIONS
 from seechat_weights.errors import SeechatError
@@ -19,6 +20,9 @@ from seechat_weights.identify import check_given
 from seechat_weights.libraries import import_error
 from seechat_weights.model_files import Openings
 from seechat_weights.plain_text import one_line
+
+if TYPE_CHECKING:
+    from seechat_weights.bundle.manifest import Manifest
 
 # options that name published weights: a path, or a Hub id
 _PUBLISHED = (
@@ -186,10 +190,16 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         f"{one_line(out)}: {human(size)}, agrees with the torch networks\n"
         f"against the checkpoint: KL divergence {max(against['kl_divergence'], 0):.2g}, "
         f"top-1 agreement {against['top1_agreement']:.0%}\n"
-        f'try it: seechat ask --model {one_line(out)} "你好"',
+        f"try it: seechat ask --model {one_line(out)} {_question(manifest)}",
         file=sys.stderr,
     )
     return 0
+
+
+def _question(manifest: "Manifest") -> str:
+    """The arguments of a first question, in words that the model's format has for it."""
+    described = FORMATS[manifest.conversation].describe[0]
+    return f'PICTURE "{described or "What is this?"}"' if manifest.vision else '"你好"'
 
 
 def _import_error(error: Exception) -> SeechatError:

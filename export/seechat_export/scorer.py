@@ -149,7 +149,7 @@ def _write(
             f"{described.patch_size}"
         )
     manifest = ScorerManifest(
-        name=name or (f"Chinese-CLIP {weights.size}" if weights.size else place.out.name),
+        name=name or f"Chinese-CLIP {weights.size or f'({place.out.name})'}",
         size=weights.size,
         features=weights.features,
         logit_scale=weights.logit_scale,

@@ -6,11 +6,29 @@ answers first (server/listen.py), and a container's first process, which Linux s
 
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 EXIT_CODE = 130
 TERMINATED = 143  # a shell's exit code for programs that SIGTERM ended
 # a shell's exit code for programs that wrote to a pipe that nobody reads (SIGPIPE)
 OUTPUT_GONE = 141
+
+_last_words: Callable[[], str] | None = None
+
+
+@contextmanager
+def last_words(words: Callable[[], str]) -> Iterator[None]:
+    """Have Ctrl-C say something before it ends this process, while the context lasts.
+
+    words: returns what is said, in one line; called in another thread.
+    """
+    global _last_words
+    _last_words = words
+    try:
+        yield
+    finally:
+        _last_words = None
 
 
 def leave_on_ctrl_c() -> None:
@@ -46,5 +64,9 @@ def raise_on_ctrl_c() -> None:
 def _leave(number: int = signal.SIGINT) -> None:
     if number == signal.SIGTERM:
         os._exit(TERMINATED)
-    os.write(2, b"\n")  # after the terminal's ^C
-    os._exit(EXIT_CODE)
+    try:
+        os.write(2, b"\n")  # after the terminal's ^C
+        if words := _last_words:
+            os.write(2, f"seechat: {words()}\n".encode())
+    finally:
+        os._exit(EXIT_CODE)

@@ -20,6 +20,7 @@ from seechat_lite.cli.options import (
 )
 from seechat_lite.cli.progress import Progress
 from seechat_lite.cli.terminal import print_json
+from seechat_lite.interrupts import last_words
 from seechat_lite.text_lines import LineError, text_lines
 from seechat_weights.errors import ImageError
 from seechat_weights.plain_text import json_line
@@ -120,6 +121,8 @@ def _caption(args: argparse.Namespace, usage_error: UsageError) -> int:
             known=known,
             keep=keep,
         )
+        if file:
+            stack.enter_context(last_words(partial(_ended, progress)))
         with progress, closing(captions):
             for caption in captions:
                 _write(_line(caption, model.manifest.name, args), file)
@@ -129,12 +132,16 @@ def _caption(args: argparse.Namespace, usage_error: UsageError) -> int:
             f"{', '.join(args.places)[:200]}: no pictures; expected files that are named like "
             "pictures: check the place"
         )
-    if args.stats:
+    if args.stats or progress.visible:
         print(progress.summary(), file=sys.stderr)
     errors = progress.errors + (file.errors if file else 0)
     if errors:
         print(f"seechat: {errors} without a caption: their lines say why", file=sys.stderr)
     return 1 if errors else 0
+
+
+def _ended(progress: Progress) -> str:
+    return f"ended after {progress.done:,} pictures; the same command goes on with the others"
 
 
 def _check(args: argparse.Namespace, usage_error: UsageError) -> Callable[[str], bool] | None:

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from seechat_lite.cli.options import UsageError
 from seechat_lite.cli.progress import Progress
-from seechat_lite.cli.terminal import print_json
+from seechat_lite.cli.terminal import print_json, width
 from seechat_weights.errors import SeechatError
 from seechat_weights.plain_text import json_line, one_line
 
@@ -204,17 +204,11 @@ def _print(result: "Comparison", scorer: "ScorerManifest") -> None:
 
 def _columns(rows: Sequence[Sequence[str]]) -> None:
     """Print rows in columns, the first to the left; Chinese characters are two columns wide."""
-    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
     for first, *others in rows:
-        cells = [first + " " * (widths[0] - _width(first))]
-        cells += [" " * (w - _width(c)) + c for w, c in zip(widths[1:], others, strict=True)]
+        cells = [first + " " * (widths[0] - width(first))]
+        cells += [" " * (w - width(c)) + c for w, c in zip(widths[1:], others, strict=True)]
         print("  ".join(cells).rstrip())
-
-
-def _width(text: str) -> int:
-    from unicodedata import east_asian_width
-
-    return sum(2 if east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _report(result: "Comparison", scorer: "ScorerManifest") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from importlib.metadata import entry_points, version
 
 from seechat_lite.cli.terminal import (
     Parser,
-    PlainFormatter,
+    PlainHandler,
     complain,
     forget_unwritable_output,
     prepare_streams,
@@ -46,11 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = None
     try:
         args = _parse(argv)
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(PlainFormatter())
-        logging.basicConfig(
-            handlers=[handler], level=logging.INFO if args.verbose else logging.WARNING
-        )
+        level = logging.INFO if args.verbose else logging.WARNING
+        logging.basicConfig(handlers=[PlainHandler()], level=level)
         code = args.run(args) or 0
         sys.stdout.flush()
         tell_what_was_lost()

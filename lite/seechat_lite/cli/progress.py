@@ -21,6 +21,7 @@ class Progress:
 
     done: how many things are done.
     errors: how many of them failed.
+    visible: whether the count is shown.
     """
 
     def __init__(
@@ -45,8 +46,8 @@ class Progress:
         self._shown = 0.0
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        self._visible = visible and sys.stderr.isatty()
-        if self._visible:
+        self.visible = visible and sys.stderr.isatty()
+        if self.visible:
             threading.Thread(target=self._count, args=(count,), daemon=True).start()
 
     def step(self, *, skipped: bool = False, failed: bool = False) -> None:
@@ -60,7 +61,7 @@ class Progress:
             self._worked += not skipped
             self.errors += failed
             now = time.monotonic()
-            if not self._visible or now - self._shown < _EVERY:
+            if not self.visible or now - self._shown < _EVERY:
                 return
             self._shown = now
             if now - self._past[-1][0] >= 1:
@@ -89,9 +90,15 @@ class Progress:
     def summary(self) -> str:
         """What was done in all the time."""
         took = time.monotonic() - self._start
-        rate = self._worked / max(took, 1e-3)
-        text = f"{self.done:,} {self._what} in {duration(took)} ({rate:.2f}/s)"
-        return f"{text} · errors: {self.errors:,}" if self.errors else text
+        parts = [f"{self.done:,} {self._what}"]
+        if before := self.done - self._worked:
+            parts.append(f"{before:,} of them done before")
+        parts.append(duration(took))
+        if self._worked:
+            parts.append(f"{self._worked / max(took, 1e-3):.2f}/s")
+        if self.errors:
+            parts.append(f"errors: {self.errors:,}")
+        return " · ".join(parts)
 
     def _count(self, count: Callable[[Callable[[], bool]], int | None]) -> None:
         self._total = count(self._closed.is_set) or 0
@@ -106,7 +113,7 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self._closed.set()
-        if self._visible:
+        if self.visible:
             say("")
 
 

@@ -9,6 +9,7 @@ import shutil
 import sys
 import textwrap
 import traceback
+import unicodedata
 from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -33,6 +34,18 @@ class PlainFormatter(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
         return many_lines(super().formatException(ei))
+
+
+class PlainHandler(logging.StreamHandler):
+    """Writes log lines to stderr; none is joined to what say() shows there."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.setFormatter(PlainFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say("")
+        super().emit(record)
 
 
 class Parser(argparse.ArgumentParser):
@@ -159,6 +172,7 @@ def complain(error: Exception, known: Container[str] = ()) -> None:
         message = f"{where}: {error.strerror or error}"
     else:  # a mistake of ours
         message = f"{type(error).__name__}: {error} (please report it, with --debug's output)"
+    say("")
     print(f"seechat: {one_line(message)}", file=sys.stderr)
 
 
@@ -201,4 +215,44 @@ def say(stage: str) -> None:
     stage: what is being done; "" clears the line.
     """
     if sys.stderr.isatty():
-        print(f"\r\x1b[K{stage and stage + ' …'}", end="", file=sys.stderr, flush=True)
+        # only what fits: a line that was wrapped could not be overwritten
+        line = cut(one_line(stage) + " …", _columns() - 1) if stage else ""
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def width(text: str) -> int:
+    """How many columns of a terminal a text takes; Chinese characters take two.
+
+    text: the text, in one line.
+    """
+    return sum(map(_width, text))
+
+
+def cut(text: str, columns: int) -> str:
+    """The text, or its beginning and an ellipsis if it is wider.
+
+    text: the text, in one line.
+    columns: of the terminal.
+    """
+    if width(text) <= columns:
+        return text
+    taken = columns - 1  # the ellipsis takes one
+    for at, character in enumerate(text):
+        taken -= _width(character)
+        if taken < 0:
+            return text[:at].rstrip() + "…"
+    return text
+
+
+def _width(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _columns() -> int:
+    """The width of the terminal that stderr is; shutil would ask about stdout."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80

@@ -290,7 +290,7 @@ def load_llava(
         if near is None and not (own and is_openai(settings.tower)):
             raise CheckpointError(
                 f"{settings.file}: the vision tower is {shown(settings.tower)}, which is not "
-                "beside it; expected its folder: name it as clip (published at "
+                "beside it; expected its folder: name it as clip (from "
                 f"{published_at(settings.tower)})",
                 options={"clip": settings.tower},
             )
