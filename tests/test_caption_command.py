@@ -78,7 +78,7 @@ def test_a_line_a_picture(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     }  # fmt: skip
     assert list(first)[:2] == ["image", "sha256"] and second["image"] == str(two)
     code, out, err = run(capfd, folder, "-o", tmp_path / "out.jsonl", "--stats")
-    assert (code, out) == (0, "") and err.startswith("2 pictures in ")
+    assert (code, out) == (0, "") and err.startswith("2 pictures · ")
     assert lines(tmp_path / "out.jsonl") == [first, second]
 
 

@@ -477,6 +477,36 @@ def test_damage_never_raises_and_never_loses_quietly(at: int, damage: bytes) -> 
     assert len(found) >= 4 or errors or changed or renamed
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_archives_that_were_joined(tmp_path: Path, mode: str) -> None:
+    """`cat a.tar b.tar > both.tar`: nothing of the second is lost, its damage neither."""
+    parts = [
+        write_tar(tmp_path / f"{n}.tar", [(f"{n}.png", png(n))], mode).read_bytes()
+        for n in range(3)
+    ]
+    path = tmp_path / "both.tar"
+    path.write_bytes(b"".join(parts))
+    found = captions(pictures([str(path)]))
+    assert [c.sha256 for c in found] == [sha256(png(n)) for n in range(3)]
+    path.write_bytes(b"".join(parts) + b"left over" * 100)
+    assert captions(pictures([str(path)]))[-1].error
+
+
+def test_headers_without_end(tmp_path: Path) -> None:
+    path = sparse_tar(tmp_path / "a.tar", *[header("x", 0, tarfile.XGLTYPE)] * 5000)
+    (found,) = captions(pictures([str(path)]))
+    assert "without end" in str(found.error) and "recursion" not in str(found.error)
+
+
+def test_an_error_names_the_picture(tmp_path: Path) -> None:
+    """Also where the picture is bytes out of something else."""
+    bad = [b"", b"text", png(1)[:30], bytes(100)]
+    path = write_tar(tmp_path / "a.tar", [(f"{n}.png", data) for n, data in enumerate(bad)])
+    found = captions(pictures([str(path)]))
+    assert [str(c.error).partition(":")[0] for c in found] == [c.image for c in found]
+    assert len(found) == 4
+
+
 def test_no_archives_at_all(tmp_path: Path) -> None:
     for number, data in enumerate(
         (b"", b"hello", png(1), b"\x1f\x8b broken", b"BZh9x", b"\xfd7zXZ\0")

@@ -140,10 +140,11 @@ def message_picture(given: Any) -> ImageSource:
     return given
 
 
-def load_image(source: ImageSource) -> Picture:
+def load_image(source: ImageSource, *, name: str = "image bytes") -> Picture:
     """Read a picture's file and find its format; it is decoded when its pixels are asked for.
 
     source: the picture.
+    name: what errors call it if it is bytes.
 
     Raises ImageError: missing, empty, too large, of a wrong type, or not a picture.
     """
@@ -173,8 +174,8 @@ def load_image(source: ImageSource) -> Picture:
     except TypeError:
         raise _wrong_type(source) from None
     if view.nbytes > MAX_BYTES:
-        raise too_many_bytes("image bytes", view.nbytes)
-    return _from_bytes(view.tobytes(), "image bytes")
+        raise too_many_bytes(name, view.nbytes)
+    return _from_bytes(view.tobytes(), name)
 
 
 def pixels(

@@ -27,6 +27,7 @@ MAX_HEADERS = 1 << 20  # bytes of the headers before one member
 MAX_NAME = 1000  # characters of a member's name that are shown
 _PART = 1 << 20  # bytes read at once
 _BLOCK = 512  # bytes; tar consists of such
+_MAX_PADDING = 1 << 20  # bytes of zeros behind an archive; more are not looked through
 _OPENERS: dict[bytes, Callable[[Any], IO[bytes]]] = {
     b"\x1f\x8b": lambda file: cast("IO[bytes]", gzip.GzipFile(fileobj=file)),
     b"BZ": lambda file: cast("IO[bytes]", bz2.BZ2File(file)),
@@ -62,18 +63,24 @@ def _members(path: str, files: ExitStack) -> Iterator[Item]:
     tar: Any = tarfile.TarFile(  # Any: its `members` is no promise of the library's
         fileobj=cast(Any, reader), encoding="utf-8", errors="surrogateescape"
     )
+    padding = 0
     while True:
         reader.left = MAX_HEADERS
         member = tar.next()
         tar.members.clear()  # it keeps every header
         tar.pax_headers.clear()
-        if member is None:
+        if member:
+            padding = 0
+            if _is_wanted(member):
+                yield Item(_name(path, member.name), partial(_taken, path, tar, reader, member))
+            continue
+        # tarfile takes a header that it cannot read for the end
+        if reader.last_block.strip(b"\0"):
+            raise tarfile.ReadError("damaged in its middle")
+        padding += _BLOCK
+        if len(reader.last_block) < _BLOCK or padding > _MAX_PADDING:
             break
-        if _is_wanted(member):
-            yield Item(_name(path, member.name), partial(_taken, path, tar, reader, member))
-    # tarfile takes a header that it cannot read for the end
-    if reader.last_block.strip(b"\0"):
-        raise tarfile.ReadError("damaged in its middle")
+        tar.offset += _BLOCK  # another archive may follow the zeros: somebody joined two
 
 
 def _decompressed(path: str, files: ExitStack) -> IO[bytes]:
@@ -121,6 +128,8 @@ def _taken(path: str, tar: tarfile.TarFile, reader: "_Forward", member: tarfile.
 
 def _unreadable(name: str, error: Exception) -> ImageError:
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, RecursionError):  # tarfile calls itself for each
+        why = "headers that belong to headers, without end"
     return ImageError(
         f"{name}: cannot be read to its end ({why or type(error).__name__}); expected a whole tar "
         "archive: get it again, or write it again"

@@ -155,7 +155,7 @@ def captioned(
     def prepared(taken: _Taken) -> _Entry:
         entry = _Entry(taken.image)
         try:
-            picture = load_image(taken.picture())
+            picture = load_image(taken.picture(), name=taken.name)
             entry.key = picture.key
             entry.left_out = keep is not None and not keep(picture.key)
             if not entry.left_out:
@@ -181,6 +181,7 @@ class _Taken:
 
     def __init__(self, item: Item) -> None:
         self.image = item.image
+        self.name = item.image if isinstance(item.image, str) else "image bytes"
         self._picture: ImageSource | None = None
         self._error: ImageError | None = None
         try:

@@ -215,7 +215,7 @@ def _complete(
                 f"more than {MAX_PICTURES} pictures; expected fewer: compare a part of them"
             )
         try:
-            picture = load_image(candidate.take())
+            picture = load_image(candidate.take(), name=candidate.name)
             found = [file.find(candidate.names, picture.key) for file in files]
             for method, text in zip(result.methods, found, strict=True):
                 method.missing += text is None
