@@ -11,7 +11,7 @@ import seechat_lite as sl
 from seechat_lite.engines.base import Cancelled
 from seechat_lite.generate import generate
 from seechat_lite.prompt import Prompt
-from seechat_lite.prompt_lookup import LONGEST, PromptLookup
+from seechat_lite.prompt_lookup import ENOUGH, LONGEST, ROW_COSTS, PromptLookup, RowCost
 from seechat_lite.sampling import Sampling
 
 VOCABULARY = 40
@@ -109,7 +109,9 @@ class Fixed(Scripted):
 def test_repetition_is_faster_and_novelty_no_slower() -> None:
     prompt = list(range(30))
     copied = Scripted(prompt)
-    lookup = PromptLookup(prompt)
+    cost = RowCost()
+    cost.known = True  # else it is measured on this engine, where tokens cost what steps do
+    lookup = PromptLookup(prompt, cost)
     assert said(copied, prompt, lookup) == prompt
     assert copied.calls < 10
     assert lookup.right > 20
@@ -130,11 +132,48 @@ def test_it_pauses_where_it_is_wrong() -> None:
         for token in (1, 2, 3):
             lookup.append(token)
     assert asked < 25
-    lookup.learn(4, 4)
-    assert lookup.guess(100) == [1, 2, 3, 1, 2, 3, 1, 2]
+    for _ in range(5):
+        lookup.learn(LONGEST, LONGEST)
+    assert lookup.guess(100) == ([1, 2, 3] * LONGEST)[:LONGEST]
     assert lookup.guess(3) == [1, 2, 3]
-    lookup.learn(8, 1)
-    assert len(lookup.guess(100)) == 2
+    for _ in range(10):
+        lookup.learn(8, 1)
+    assert len(lookup.guess(100)) < 4
+
+
+@given(st.lists(st.tuples(st.integers(1, 16), st.integers(0, 16)), max_size=60))
+def test_dear_tokens_make_shorter_guesses(history: list[tuple[int, int]]) -> None:
+    """Whatever happened before; and never one that is longer than there is room for."""
+    lengths = []
+    for value in ROW_COSTS:
+        cost = RowCost()
+        cost.value = value
+        lookup = PromptLookup([1, 2, 3] * 4, cost)
+        for guessed, right in history:
+            lookup.learn(guessed, min(guessed, right))
+            lookup.learn(1, 1)  # no pause
+        lengths.append(len(lookup.guess(100)))
+        assert 1 <= lengths[-1] <= LONGEST
+        assert len(lookup.guess(2)) <= 2
+    assert lengths == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize("row", ROW_COSTS)
+def test_the_first_calls_tell_what_a_token_costs(row: float) -> None:
+    """Neither a busy moment nor what comes later changes it: the same machine finds the same."""
+    cost = RowCost()
+    cost.note(5, 100.0)  # beside nothing that it could be compared with
+    for i in range(ENOUGH):
+        cost.note(1, 5.0 if i == 0 else 1.0)
+    assert not cost.known and cost.value == ROW_COSTS[0]
+    for tokens, busy in ((5, 3.0), (2, 9.0), (5, 1.0), (4, 1.1)):
+        assert not cost.known
+        cost.note(tokens, busy * (1 + row * (tokens - 1)))
+    assert cost.known and cost.value == row
+    for _ in range(50):
+        cost.note(1, 1.0)
+        cost.note(9, 100.0)
+    assert cost.value == row
 
 
 def test_cancelling_ends_the_answer() -> None:

@@ -48,7 +48,7 @@ from seechat_lite.json_schema import Constraint, Verbatim, Vocabulary
 from seechat_lite.messages import read_messages
 from seechat_lite.one_at_a_time import OneAtATime
 from seechat_lite.prompt import Prompt
-from seechat_lite.prompt_lookup import PromptLookup
+from seechat_lite.prompt_lookup import PromptLookup, RowCost
 from seechat_lite.text_stream import TextStream
 from seechat_lite.tokenizers import TextTokenizer
 from seechat_lite.wordpiece import WordPiece
@@ -95,6 +95,7 @@ class Model:
             size=manifest.lm.vocab_size,
             ends={manifest.lm.eos_id, *manifest.lm.other_eos},
         )
+        self._row_cost = RowCost()
         self._closed = False
         self._answers = OneAtATime()
         self._pictures = OneAtATime()  # also keeps two threads from encoding the same picture
@@ -627,7 +628,7 @@ class Chat:
         # the last token needs no place in the cache
         room = model.engine.context - len(prompt.ids) + 1
         limit = min(generation.max_new_tokens, room)
-        lookup = PromptLookup(prompt.ids) if generation.speculate else None
+        lookup = PromptLookup(prompt.ids, model._row_cost) if generation.speculate else None
         tokens = generate(
             model.engine,
             prompt,

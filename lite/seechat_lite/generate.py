@@ -1,5 +1,6 @@
 """The one decode loop: prefill, then choose a token and step, until something ends the answer."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from seechat_lite.engines.base import Cancelled, Engine
@@ -74,6 +75,9 @@ def generate(
                 lookup.learn(len(guess), right)
                 engine.rewind(len(guess) - right)
             guess = lookup.guess(remaining - 1) if lookup else []
+            start = time.perf_counter()
             rows = engine.extend([token, *guess]) if guess else engine.step(token)[None]
+            if lookup:
+                lookup.cost.note(1 + len(guess), time.perf_counter() - start)
     except Cancelled:
         return
