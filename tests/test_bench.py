@@ -25,8 +25,10 @@ from seechat_weights.config import LMConfig
 def test_the_report_is_whole_and_its_sums_are_right(vision_bundle: Path) -> None:
     report = bench.measure(vision_bundle, options={"context": 300}, repeat=1, turns=3)
     manifest = read_manifest(vision_bundle)
-    assert list(report.prefill) == [32, 128]
-    assert list(report.decode) == [32, 256]
+    assert list(report.prefill) == list(report.decode) == [32, 225, 256]
+    assert list(report.together) == list(bench.TOGETHER)
+    assert report.not_measured == [] and report.runs == {"32": 1, "225": 1, "256": 1}
+    assert report.kernels and set(report.instructions) <= bench.processor._INSTRUCTIONS.keys()
     lm = manifest.lm
     step = 2 * lm.num_layers * lm.hidden_size * (256 - 32) * 4  # float32 keys and values
     assert report.token_bytes[256] - report.token_bytes[32] == step
@@ -44,6 +46,53 @@ def test_the_report_is_whole_and_its_sums_are_right(vision_bundle: Path) -> None
     share = report.token_bytes[32] / report.decode[32] / report.bandwidth
     assert report.roofline(32) == pytest.approx(share)
     assert json.loads(json.dumps(dataclasses.asdict(report)))["precision"] == report.precision
+
+
+def test_a_slow_machine_measures_less_instead_of_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing begins that would last beyond the limit; what was never measured is named."""
+    clock = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    for speed, measured in ((0.01, 3), (0.1, 3), (0.5, 2), (50.0, 1)):  # seconds a token
+        clock[0] = 0.0
+        said: list[float | None] = []
+
+        def run(number: int, tokens: int = 0, speed: float = speed) -> dict[str, list[float]]:
+            clock[0] += tokens * speed
+            return {f"prefill {tokens}": [tokens * speed]}
+
+        stages = [
+            bench.Stage(f"{n} tokens", lambda number, n=n: run(number, n), n) for n in bench.PROMPTS
+        ]
+        rounds = bench.Rounds(stages, 3, limit=200.0, say=lambda _, left, to=said: to.append(left))
+        rounds.run()
+        # a stage whose length is not known yet is the only one that may outlast it: the shortest
+        assert clock[0] <= max(200.0, speed * bench.PROMPTS[0])
+        assert all(left is None or 0 <= left <= 200 for left in said)
+        for n in bench.PROMPTS:
+            missing = f"{n} tokens" in rounds.skipped
+            assert (rounds.median(f"prefill {n}") is None) == missing
+        assert rounds.skipped == [f"{n} tokens" for n in bench.PROMPTS[measured:]]
+
+
+def test_the_processor_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the system says, or by numpy; kernels are the best of what there is."""
+    processor = bench.processor
+    arm = {"Features": "fp asimd asimddp i8mm"}
+    for said, expected, kernel in (
+        ({"flags": "avx2 fma"}, ["AVX2"], "AVX2"),
+        (
+            {"flags": "avx2 avx512f avx512bw avx512_vnni amx_int8"},
+            ["AVX2", "AVX-512", "AVX-512 VNNI", "AMX int8"],
+            "AVX-512 VNNI",
+        ),
+        (arm, ["NEON", "NEON dot product", "NEON int8 matrices"], "NEON int8 matrices"),
+        ({"flags": "sse2"}, [], "portable code"),
+    ):
+        monkeypatch.setattr(processor, "_cpuinfo", lambda said=said: said)
+        assert processor.instructions() == expected
+        assert processor.kernels(4, expected).endswith(f"by {kernel}")
+    monkeypatch.setattr(processor, "_cpuinfo", dict)
+    assert processor.name() and set(processor.instructions()) <= processor._INSTRUCTIONS.keys()
 
 
 def test_the_command_prints_a_table_or_one_json_line(text_bundle: Path) -> None:

@@ -3,17 +3,20 @@
 Speeds are compared with what the hardware allows. A decode step must read all of the decoder's
 weights and the whole cache once, so the memory bandwidth limits it (the roofline). The bandwidth is
 measured between the steps, so that a busy moment of the machine slows both. It is not measured for
-the torch engine, which may run elsewhere. Every figure is the median of its runs; the first run is
-not counted.
+the torch engine, which may run elsewhere.
+
+Everything is measured in rounds, the short prompts first. What a round took tells whether another
+one fits into the time; so a slow machine gets fewer runs, not a longer wait. Every figure is the
+median of its runs; the first one is not counted where there are others.
 """
 
 import logging
 import os
-import platform
 import statistics
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,16 +27,22 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from seechat_lite import processor
 from seechat_lite.chat import Model
 from seechat_lite.lm_families import framed, ordinary_ids
 from seechat_lite.loading import load
 from seechat_lite.memory import MemoryPlan, human
 from seechat_lite.prompt import Prompt
 from seechat_weights.bundle.manifest import Manifest
+from seechat_weights.bundle.precisions import PRECISIONS
 
-PREFILL = (32, 128, 512)  # prompt lengths, tokens
-DECODE = (32, 256, 1024, 1920)  # context lengths at which steps are timed
-STEPS = 8  # steps timed at each, in every repetition
+PROMPTS = (32, 256, 512)  # lengths, tokens; and the longest prompt that a chat sends
+THOROUGH = (32, 128, 256, 512, 1024, 1920)
+STEPS = 8  # steps timed after a prompt, in every round
+TOGETHER = (2, 5, 9)  # tokens that are run at once after a prompt of
+TOGETHER_AT = 256  # tokens
+SECONDS = 225  # after which no round begins that would last longer than what is left of it
+GROWTH = 1.15  # a longer prompt takes this much more, token by token
 TURN_TOKENS = 16  # of each answer in a dialogue
 WATCH_SECONDS = 0.02  # between two readings of the memory
 BANDWIDTH_BYTES = 1 << 28  # far more than any cache holds
@@ -51,13 +60,18 @@ class Report:
     dtype: str  # as it was chosen, or "auto"
     machine: str  # the machine's processor, whatever the device
     threads: int  # of the processor
+    instructions: list[str]  # of the processor
+    kernels: str | None  # that the decoder's products run in; None where it is not known
     context: int
     load: float
     first_token: float  # of a short question in a loaded model, with a picture if it has vision
     encode_image: float | None  # None for a text-only bundle
     next_question: float = 0.0  # of the next short question in the same conversation
+    runs: dict[str, int] = field(default_factory=dict)  # what was measured: how often
+    not_measured: list[str] = field(default_factory=list)  # for lack of time
     prefill: dict[int, float] = field(default_factory=dict)  # prompt tokens: tokens per second
     decode: dict[int, float] = field(default_factory=dict)  # context tokens: seconds per token
+    together: dict[int, float] = field(default_factory=dict)  # tokens at once: steps that they cost
     # not for the torch engine: bytes read from memory for one token, and per second by all threads
     token_bytes: dict[int, int] = field(default_factory=dict)
     bandwidth: float | None = None
@@ -84,19 +98,21 @@ def measure(
     options: Mapping[str, Any],
     repeat: int = 3,
     turns: int = 0,
-    say: Callable[[str], None] = lambda stage: None,
+    thorough: bool = False,
+    say: Callable[[str, float | None], None] = lambda stage, left: None,
 ) -> Report:
     """Load a model and measure it.
 
     path: what load() takes.
     options: the other arguments of load().
-    repeat: runs that are counted.
+    repeat: runs that are counted, if there is time.
     turns: turns of a dialogue held at the end, which shows what it does to the memory.
-    say: called with what is being measured.
+    thorough: more lengths of prompts, and as much time as all takes.
+    say: called with what is being measured, and the seconds that are left if they are known.
 
     Raises the errors of load() and of the engine.
     """
-    say("load")
+    say("load", None)
     plans: list[MemoryPlan] = []
     start = time.perf_counter()
     with Anonymous() as anonymous, load(path, **options, announce=plans.append) as model:
@@ -105,6 +121,8 @@ def measure(
         precision = manifest.decoder.precision if manifest.files else "as published"
         # whether this machine's memory holds the weights
         plan, here = plans[0], model.engine.step_bytes(0) is not None
+        instructions = processor.instructions()
+        stored = PRECISIONS.get(precision)
         report = Report(
             name=manifest.name,
             precision=options.get("quantize") or precision,
@@ -112,54 +130,196 @@ def measure(
             engine=model.engine.runtime(),
             device=options.get("device") or "auto",
             dtype=options.get("dtype") or "auto",
-            machine=_machine(),
+            machine=processor.name(),
             threads=options.get("threads") or _cores(),
+            instructions=instructions,
+            kernels=(
+                processor.kernels(stored.bits if stored.block else 0, instructions)
+                if here and stored
+                else None
+            ),
             context=context,
             load=loaded,
             first_token=0.0,
             encode_image=None,
             planned_memory=plan.total if here else None,
         )
-        if manifest.vision:
-            say("picture")
-            size = manifest.vision.pixels.image_size
-            noise = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
-            report.encode_image = _median(repeat, lambda: model.engine.encode_image(noise))
-        say("first token")
-        report.first_token, report.next_question = _first_tokens(model, repeat)
-        for length in (n for n in PREFILL if n < context):
-            say(f"prefill {length}")
-            # each time another prompt: of the same one, a cache may keep what was read
-            prompts = (_prompt(manifest, length, seed) for seed in range(repeat + 1))
-            seconds = _median(repeat, lambda p=prompts: model.engine.prefill(next(p)))
-            report.prefill[length] = length / seconds
-        # the longest prompt that a chat sends leaves a quarter of the context, at most 512 tokens
-        say("longest prompt")
-        model.engine.prefill(_prompt(manifest, context - min(context // 4, 512)))
-        model.engine.reset()
-        say("dialogue")
-        report.turns = list(_dialogue(model, turns))
-        report.peak_memory = _peak()
-        report.anonymous_memory = Anonymous.now()
-        report.peak_anonymous = anonymous.stop()
+        peak = _peak()
         # this machine's memory; the torch engine and GPUs do not read it
+        apart = anonymous.apart = BANDWIDTH_BYTES if here else 0
         bandwidth = Bandwidth(report.threads) if here else None
-        for length in (n for n in DECODE if n + repeat * STEPS < context):
-            say(f"decode {length}")
-            report.decode[length] = _decode(model, length, repeat, bandwidth)
+        limit = None if thorough else start + SECONDS
+        lengths = _lengths(context, THOROUGH if thorough else PROMPTS)
+        rounds = Rounds(_stages(model, lengths, bandwidth), repeat, limit=limit, say=say)
+        rounds.run()
+        _enter(report, rounds, lengths)
+        model.engine.reset()
+        say("dialogue", None)
+        report.turns = [resident - apart for resident in _dialogue(model, turns)]
+        report.peak_memory = max(peak, _peak() - apart)
+        between = Anonymous.now()
+        report.anonymous_memory = None if between is None else between - apart
+        report.peak_anonymous = anonymous.stop()
         if bandwidth:
             for length in report.decode:
-                report.token_bytes[length] = (
-                    model.engine.step_bytes(length + repeat * STEPS // 2) or 0
-                )
+                report.token_bytes[length] = model.engine.step_bytes(length + STEPS // 2) or 0
             report.bandwidth = bandwidth.median()
     return report
+
+
+def _lengths(context: int, wanted: Iterable[int]) -> list[int]:
+    """The prompts that fit, steps included, and the longest one that a chat sends.
+
+    That leaves a quarter of the context, at most 512 tokens.
+    """
+    longest = context - min(context // 4, 512)
+    room = STEPS + max(TOGETHER)
+    return sorted({longest, *(n for n in wanted if n + room < context)})
+
+
+@dataclass
+class Stage:
+    """One measurement, made once a round.
+
+    name: what is measured.
+    run: makes it; returns lists of seconds by their names.
+    tokens: of its prompt; 0 if it has none of a given length.
+    """
+
+    name: str
+    run: Callable[[int], Mapping[str, list[float]]]
+    tokens: int = 0
+    took: float | None = None  # seconds of its last run
+
+
+class Rounds:
+    """Runs stages in rounds, as long as there is time.
+
+    stages: in the order of their lengths.
+    repeat: rounds that are counted; one more comes before them.
+    limit: the moment at which all should be over, None for no limit.
+    say: see measure().
+    """
+
+    def __init__(
+        self,
+        stages: list[Stage],
+        repeat: int,
+        *,
+        limit: float | None,
+        say: Callable[[str, float | None], None],
+    ) -> None:
+        self.stages = stages
+        self.skipped: list[str] = []  # what was never run
+        self._rounds, self._limit, self._say = repeat + 1, limit, say
+        self._found: defaultdict[str, list[list[float]]] = defaultdict(list)
+
+    def run(self) -> None:
+        """Measure."""
+        for number in range(self._rounds):
+            for i, stage in enumerate(self.stages):
+                expected = self._expected(i)
+                now = time.perf_counter()
+                if self._limit is not None and now + expected > self._limit:
+                    if not number:
+                        self.skipped.append(stage.name)
+                    continue
+                self._say(
+                    f"{stage.name}, run {number + 1} of {self._rounds}", self._left(number, i)
+                )
+                found = stage.run(number)
+                stage.took = time.perf_counter() - now
+                for name, seconds in found.items():
+                    self._found[name].append(seconds)
+
+    def median(self, name: str) -> float | None:
+        """The median of all that was found under a name; None if there was no time for it.
+
+        name: a key of what the stages return.
+        """
+        runs = self._found.get(name, [])
+        found = [seconds for run in (runs[1:] or runs) for seconds in run]
+        return statistics.median(found) if found else None
+
+    def runs(self, name: str) -> int:
+        """How many runs median() counts."""
+        return max(len(self._found[name]) - 1, 1)
+
+    def _expected(self, index: int) -> float:
+        """Seconds that a stage will take: as the last time, or by the stage before it."""
+        stage = self.stages[index]
+        if stage.took is not None:
+            return stage.took
+        known = [s.took / s.tokens for s in self.stages[:index] if s.took and s.tokens]
+        return GROWTH * known[-1] * stage.tokens if known else 0.0
+
+    def _left(self, number: int, index: int) -> float | None:
+        """Seconds until the end; None as long as no prompt has told."""
+        if not any(s.took is not None for s in self.stages if s.tokens):
+            return None
+        expected = [self._expected(i) for i in range(len(self.stages))]
+        left = sum(expected[index:]) + (self._rounds - number - 1) * sum(expected)
+        return left if self._limit is None else min(left, self._limit - time.perf_counter())
+
+
+def _stages(model: Model, lengths: list[int], bandwidth: "Bandwidth | None") -> list[Stage]:
+    """All that is measured in rounds."""
+    manifest, stages = model.manifest, []
+    if manifest.vision:
+        size = manifest.vision.pixels.image_size
+        noise = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
+
+        def picture(number: int) -> dict[str, list[float]]:
+            return {"picture": _times([lambda: model.engine.encode_image(noise)])}
+
+        stages.append(Stage("a picture", picture))
+    stages.append(Stage("a question", lambda number: _first_tokens(model, number)))
+    together = min(lengths, key=lambda n: abs(n - TOGETHER_AT))
+    for length in lengths:
+
+        def prompt(number: int, length: int = length) -> dict[str, list[float]]:
+            # each time another prompt: of the same one, a cache may keep what was read
+            words = _prompt(manifest, length, number)
+            found = {f"prefill {length}": _times([lambda: model.engine.prefill(words)])}
+            if bandwidth:
+                bandwidth.measure()
+            room = model.engine.context - length
+            steps = ((lambda i=i: model.engine.step(5 + i)) for i in range(min(STEPS, room)))
+            found[f"decode {length}"] = _times(steps)
+            room -= STEPS
+            for tokens in (n for n in TOGETHER if length == together and n <= room):
+                ids = [*range(5, 5 + tokens)]
+                found[f"together {tokens}"] = _times([lambda ids=ids: model.engine.extend(ids)])
+                model.engine.rewind(tokens)
+            return found
+
+        stages.append(Stage(f"a prompt of {length} tokens and {STEPS} steps", prompt, length))
+    return stages
+
+
+def _enter(report: Report, rounds: Rounds, lengths: list[int]) -> None:
+    """Enter what was found into the report."""
+    report.encode_image = rounds.median("picture")
+    report.first_token = rounds.median("first token") or 0.0
+    report.next_question = rounds.median("next question") or 0.0
+    report.not_measured = rounds.skipped
+    for length in lengths:
+        if seconds := rounds.median(f"prefill {length}"):
+            report.prefill[length] = length / seconds
+            report.runs[str(length)] = rounds.runs(f"prefill {length}")
+        if seconds := rounds.median(f"decode {length}"):
+            report.decode[length] = seconds
+    at = min(lengths, key=lambda n: abs(n - TOGETHER_AT))
+    for tokens in TOGETHER:
+        if at in report.decode and (seconds := rounds.median(f"together {tokens}")):
+            report.together[tokens] = seconds / report.decode[at]
 
 
 class Anonymous:
     """Watches this process's anonymous memory, that is, memory that belongs to no file (Linux)."""
 
     def __init__(self) -> None:
+        self.apart = 0  # bytes that are not the model's
         self._peak = self.now()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -187,7 +347,7 @@ class Anonymous:
 
     def _watch(self) -> None:
         while not self._ended.wait(WATCH_SECONDS):
-            self._peak = max(self._peak or 0, self.now() or 0)
+            self._peak = max(self._peak or 0, (self.now() or 0) - self.apart)
 
 
 class Bandwidth:
@@ -227,8 +387,11 @@ def rows(report: Report) -> dict[str, str]:
         "model": f"{report.name} ({report.precision}{blocks})",
         "engine": f"{report.engine}, device {report.device}, dtype {report.dtype}",
         "machine": f"{report.machine}, {report.threads} threads",
+        "instructions": ", ".join(report.instructions) or "none that matter here",
         "load": f"{report.load:.2f} s",
     }
+    if report.kernels:
+        rows["kernels"] = report.kernels
     if report.encode_image is not None:
         rows["picture"] = f"{report.encode_image * 1e3:.3g} ms"
     rows["first token"] = f"{report.first_token * 1e3:.3g} ms"
@@ -241,6 +404,8 @@ def rows(report: Report) -> dict[str, str]:
             read, share = human(report.token_bytes[length]), report.roofline(length)
             of_it = f", {read} read, {share:.0%} of the bandwidth"
         rows[f"decode at {length}"] = f"{1 / seconds:.1f} tokens/s ({seconds * 1e3:.3g} ms{of_it})"
+    for tokens, steps in report.together.items():
+        rows[f"{tokens} tokens at once"] = f"{steps:.2f} steps"
     if report.bandwidth:
         rows["bandwidth"] = f"{report.bandwidth / 1e9:.1f} GB/s"
     if report.turns:
@@ -256,13 +421,9 @@ def rows(report: Report) -> dict[str, str]:
     if report.planned_memory:
         planned = human(report.planned_memory)
         rows["planned"] = f"{planned} at a context of {report.context} tokens"
+    if report.not_measured:
+        rows["not measured"] = f"for lack of time: {'; '.join(report.not_measured)}"
     return rows
-
-
-def _median(repeat: int, call: Callable[[], object]) -> float:
-    """Seconds that a call takes: the median of `repeat` calls, after one that is not counted."""
-    call()
-    return statistics.median(_times(call for _ in range(repeat)))
 
 
 def _times(calls: Iterable[Callable[[], object]]) -> list[float]:
@@ -282,17 +443,6 @@ def _prompt(manifest: Manifest, length: int, seed: int = 0) -> Prompt:
     return Prompt(framed(drawn.tolist(), lm))
 
 
-def _decode(model: Model, length: int, repeat: int, bandwidth: Bandwidth | None) -> float:
-    """Median seconds of one step with `length` tokens in the cache, or a few more."""
-    times = []
-    model.engine.prefill(_prompt(model.manifest, length))
-    for _ in range(repeat):
-        if bandwidth:
-            bandwidth.measure()
-        times += _times((lambda i=i: model.engine.step(5 + i)) for i in range(STEPS))
-    return statistics.median(times)
-
-
 def _dialogue(model: Model, turns: int) -> Iterator[int]:
     """Talk, about a picture if the model has vision; yield the resident memory after each turn."""
     chat, process = model.chat(), psutil.Process()
@@ -307,25 +457,19 @@ def _dialogue(model: Model, turns: int) -> Iterator[int]:
     log.setLevel(level)
 
 
-def _first_tokens(model: Model, repeat: int) -> tuple[float, float]:
-    """Median seconds from a question to its first token: the first about a picture, and the next.
-
-    Every time in a new chat with a new picture.
-    """
-    times = []
-    for i in range(repeat + 1):
-        chat = model.chat()
-        image = None
-        if model.manifest.vision:
-            image = Image.effect_noise((256, 256), 64 + i)
-        found = []
-        for question, shown in (("这是什么?", image), ("它是什么颜色?", None)):
-            chat.ask(question, shown, max_new_tokens=1)
-            assert chat.stats
-            found.append(chat.stats.first_token_seconds)
-        times.append(found)
-    first, then = zip(*times[1:], strict=True)
-    return statistics.median(first), statistics.median(then)
+def _first_tokens(model: Model, seed: int) -> dict[str, list[float]]:
+    """Seconds from a question to its first token: the first about a picture, and the next."""
+    chat = model.chat()
+    image = Image.effect_noise((256, 256), 64 + seed) if model.manifest.vision else None
+    found = {}
+    for name, question, shown in (
+        ("first token", "这是什么?", image),
+        ("next question", "它是什么颜色?", None),
+    ):
+        chat.ask(question, shown, max_new_tokens=1)
+        assert chat.stats
+        found[name] = [chat.stats.first_token_seconds]
+    return found
 
 
 def _peak() -> int:
@@ -346,12 +490,3 @@ def _status(name: str) -> int | None:
 def _cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def _machine() -> str:
-    """The processor's name, as far as the system tells it."""
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
