@@ -17,6 +17,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -89,18 +90,23 @@ def peak(resident: int) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def write_pictures(archive: Path, count: int) -> None:
-    """Pictures of a few colours, all different, as JPEG."""
+def generated(count: int) -> Iterator[bytes]:
+    """JPEGs of a few colours, all different."""
     rng = np.random.default_rng(0)
+    for _ in range(count):
+        small = Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8))
+        data = io.BytesIO()
+        small.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(data, "JPEG")
+        yield data.getvalue()
+
+
+def write_pictures(archive: Path, count: int) -> None:
+    """Write an archive of generated pictures."""
     with tarfile.open(archive, "w") as tar:
-        for number in range(count):
-            small = Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8))
-            data = io.BytesIO()
-            small.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(data, "JPEG")
+        for number, data in enumerate(generated(count)):
             member = tarfile.TarInfo(f"{number:06}.jpg")
-            member.size = data.tell()
-            data.seek(0)
-            tar.addfile(member, data)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ parser.add_argument("--actors", type=int, default=1, help="models in memory at o
 parser.add_argument("--cpus", type=int, default=1, help="cores for each")
 parser.add_argument("--gpus", type=float, default=0, help="GPUs for each, such as 0.5")
 args = parser.parse_args()
-
 source, root = fs.FileSystem.from_uri(args.pictures)
 target, out = fs.FileSystem.from_uri(args.captions)
 options = {"column": args.column, "loading": {"threads": args.cpus}}
@@ -32,7 +31,8 @@ for info in source.get_file_info(fs.FileSelector(root, recursive=True)):
     complete = target.get_file_info(f"{folder}/_SUCCESS").type != fs.FileType.NotFound
     if complete or not info.path.endswith(".parquet"):
         continue
-    ray.data.read_parquet(info.path, filesystem=source).map_batches(
+    rows = ray.data.read_parquet(info.path, filesystem=source)
+    rows.repartition(target_num_rows_per_block=64).map_batches(  # an actor that dies loses few
         CaptionBatches, fn_constructor_args=[args.model], fn_constructor_kwargs=options,
         compute=ray.data.ActorPoolStrategy(size=args.actors), batch_size=64,
         num_cpus=args.cpus - 0.5, num_gpus=args.gpus,  # the other half reads and writes

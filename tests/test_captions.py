@@ -1,5 +1,6 @@
 """Captions of many pictures: where they are found, in what order, and what is not done twice."""
 
+import contextlib
 import io
 import os
 import random
@@ -7,12 +8,14 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -207,6 +210,40 @@ def test_the_example_for_ray(tmp_path: Path) -> None:
         assert found["caption"] == ["这是熊猫。", "这是香蕉。", None] and found["error"][2]
         assert parquet.read_table(tmp_path / "out/b.parquet").num_rows == 2
     assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+@pytest.mark.slow
+def test_an_actor_of_ray_may_die(tmp_path: Path) -> None:
+    """Its pictures are captioned by the one that comes after it; each has one row."""
+    pytest.importorskip("ray")
+    from pyarrow import parquet
+
+    count = 200  # four blocks
+    (tmp_path / "in").mkdir()
+    columns = {"id": list(range(count)), "image": [png(i) for i in range(count)]}
+    write_table(tmp_path / "in/a.parquet", columns)
+    example = Path(__file__).parents[1] / "examples/captions_ray.py"
+    places = [str(tmp_path / "in"), str(tmp_path / "out")]
+    with subprocess.Popen([sys.executable, str(example), *places, "--actors", "2"]) as job:
+        actor = actor_at_work(psutil.Process(job.pid))
+        actor.kill()
+        assert job.wait(3 * PATIENCE) == 0
+    found = parquet.read_table(tmp_path / "out/a.parquet").to_pydict()
+    assert sorted(found["id"]) == columns["id"] and all(found["caption"])
+
+
+def actor_at_work(job: psutil.Process) -> psutil.Process:
+    """A process that captions for a job of Ray, as soon as there is one."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        for process in job.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                # its model is loaded, so it has computed for more than a second
+                name = " ".join(process.cmdline())
+                if name.startswith("ray::MapWorker") and process.cpu_times().user > 3:
+                    return process
+        time.sleep(0.1)
+    pytest.fail("no actor has come")
 
 
 # --- reading ahead
