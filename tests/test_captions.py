@@ -611,6 +611,33 @@ def test_odd_tables(tmp_path: Path) -> None:
     assert len(captions(pictures([str(empty)]))) == 1
 
 
+def test_every_kind_of_bytes_in_tables(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    data = [png(n) for n in (1, 2, 2, 1)]
+    sizes = pa.array([one.ljust(300, b"\0") for one in data], pa.binary(300))
+    for number, column in enumerate((
+        pa.array(data, pa.large_binary()), pa.array(data, pa.binary_view()), sizes,
+        pa.array(data).dictionary_encode(),
+        pa.array([{"bytes": d} for d in data], pa.struct([("bytes", pa.binary_view())])),
+    )):  # fmt: skip
+        path = write_table(tmp_path / f"{number}.parquet", {"image": column})
+        assert all(c.text for c in captions(pictures([str(path)]))), column.type
+
+
+@pytest.mark.parametrize("kind", ["plain", "struct", "named"])
+def test_a_table_cannot_ask_for_memory(tmp_path: Path, kind: str) -> None:
+    """Some kilobytes that become gigabytes."""
+    pa = pytest.importorskip("pyarrow")
+    data = [bytes([n]) * (90 << 20) for n in range(3)]
+    given: Any = [{"bytes": one} for one in data] if kind == "struct" else data
+    name = "a.b" if kind == "named" else "image"
+    path = write_table(tmp_path / "a.parquet", {name: pa.array(given)}, compression="zstd")
+    del given, data
+    assert path.stat().st_size < 1 << 20
+    (found,) = captions(pictures([str(path)]))
+    assert "grow by less than" in str(found.error)
+
+
 def test_without_pyarrow_nothing_is_written_about_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

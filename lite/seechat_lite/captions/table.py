@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".parquet", ".pq")
 NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "content")
-BATCH = 4  # rows read at once; the file decides how much more is decompressed with them
+# rows read at once: one value may be a whole page, however small that is while it is compressed;
+# the file decides how much more is decompressed with them
+BATCH = 1
+MAX_GROWTH = 200  # times; empty pages in BMP's form stay below
 _SHOWN = 8  # columns that a message names
 
 
@@ -42,6 +45,7 @@ def rows(path: str, *, column: str | None = None) -> Iterator[Item]:
     try:
         with _opened(parquet, path) as file:
             chosen = _column(path, file.schema_arrow, column)
+            _check_sizes(path, file.metadata, chosen)
             row = 0
             for batch in file.iter_batches(BATCH, columns=[chosen], use_threads=False):
                 values = batch.column(0)
@@ -105,22 +109,47 @@ def _column(path: str, schema: "pyarrow.Schema", wanted: str | None) -> str:
     )
 
 
+def _check_sizes(path: str, metadata: Any, column: str) -> None:
+    """Refuse a column that grows without measure when it is decompressed. Raises ImageError.
+
+    Arrow decompresses whole pages, and their sizes are in no list.
+    """
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        chunks = map(group.column, range(group.num_columns))
+        some = [c for c in chunks if f"{c.path_in_schema}.".startswith(f"{column}.")]
+        stored = sum(chunk.total_compressed_size for chunk in some)
+        size = sum(chunk.total_uncompressed_size for chunk in some)
+        if size > MAX_BYTES and size > MAX_GROWTH * stored:
+            raise ImageError(
+                f"{path}: {size // 1_000_000} MB of pictures in {stored / 1e6:.1f} MB; expected "
+                f"pictures, which grow by less than {MAX_GROWTH} times: check the file"
+            )
+
+
 def _holds_bytes(kind: Any) -> bool:
     """Whether a column's type is bytes, or the struct in which `datasets` keeps a picture."""
     from pyarrow import types
 
+    if types.is_dictionary(kind):
+        return _holds_bytes(kind.value_type)
     if types.is_struct(kind):
         at = kind.get_field_index("bytes")
         inner = kind.field(at).type if at >= 0 else None
         return inner is not None and (types.is_null(inner) or _holds_bytes(inner))
-    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+    known = types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view
+    return any(fits(kind) for fits in known)
 
 
 def _taken(name: str, values: Any, at: int) -> bytes:
     """The bytes of a row's picture. Raises ImageError."""
     value = values[at]
-    while value.is_valid and hasattr(value.type, "get_field_index"):
-        value = value["bytes"]
+    while value.is_valid:
+        if hasattr(value.type, "get_field_index"):  # a struct
+            value = value["bytes"]
+        elif hasattr(value, "dictionary"):
+            value = value.value
+        else:
+            break
     if not value.is_valid:
         raise ImageError(
             f"{name}: no bytes in this row; expected a picture's: write the table with the "
