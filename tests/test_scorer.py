@@ -595,7 +595,7 @@ def test_the_command(
     assert main([*command, *written, "--json", "--batch", "3"]) == 0
     captured = capfd.readouterr()
     report = json.loads(captured.out)
-    assert "third has 1 empty captions" in captured.err
+    assert "third has 1 empty caption, counted like others" in captured.err
     assert report["pictures"]["compared"] == 4 and not report["pictures"]["incomplete"]
     lines = [json.loads(line) for line in outs["scores"].read_text("utf-8").splitlines()]
     cosines = np.array([[line["cosine"][name] for name in files] for line in lines])

@@ -178,8 +178,11 @@ def test_a_bare_name_for_two_pictures(tmp_path: Path) -> None:
 
 
 def test_what_a_picture_may_be_called(tmp_path: Path) -> None:
-    found = names_of(str(tmp_path / "a/b.c.jpg"), str(tmp_path))
-    assert {"a/b.c.jpg", "b.c.jpg", "b.c"} <= set(found)
+    found = names_of(str(tmp_path / "a/b.c.jpg"))
+    # as captions were written in this folder, in one above and in one below
+    assert {f"{tmp_path.name}/a/b.c.jpg", "a/b.c.jpg", "b.c.jpg", "b.c"} <= set(found)
+    assert found.index("a/b.c.jpg") < found.index("b.c.jpg") < found.index("b.c")
+    assert len(names_of("x/" * 5000 + "y.jpg")) < 50
     assert found[0] == (tmp_path / "a/b.c.jpg").as_posix()
     assert "x/y.jpg" in names_of("./x//y.jpg")
 

@@ -121,6 +121,8 @@ class CaptionFile:
 
     def _open(self) -> None:
         """Open the file and hold it."""
+        if not self._path:
+            self._refuse("an empty name", "a file to write captions to", "name one")
         try:
             self._file = os.open(self._path, _FLAGS | os.O_EXCL, 0o666)
             self._made = True
@@ -167,7 +169,7 @@ class CaptionFile:
             self._refuse("removed at this moment", "a file that stays", "try again")
 
     def _refuse(self, found: str, expected: str, do: str) -> NoReturn:
-        raise OptionError(f"{self._path}: {found}; expected {expected}: {do}")
+        raise OptionError(f"{self._path or 'output'}: {found}; expected {expected}: {do}")
 
     # --- what it holds
 

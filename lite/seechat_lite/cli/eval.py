@@ -14,6 +14,7 @@ from seechat_lite.cli.options import UsageError
 from seechat_lite.cli.progress import Progress
 from seechat_lite.cli.terminal import print_json, width
 from seechat_weights.errors import SeechatError
+from seechat_weights.files.reading import shown
 from seechat_weights.plain_text import json_line, one_line
 
 if TYPE_CHECKING:
@@ -147,12 +148,13 @@ def _notes(result: "Comparison") -> Iterator[str]:
     """What is to be said of pictures and captions that did not count."""
     for method in result.methods:
         if method.missing:
-            errors = f" ({method.failed} errors in its file)" if method.failed else ""
-            yield f"{method.name} has no caption of {method.missing} pictures{errors}"
+            errors = f" ({_number(method.failed, 'error')} in its file)" if method.failed else ""
+            yield f"{method.name} has no caption of {_number(method.missing, 'picture')}{errors}"
         if method.unused:
-            yield f"{method.name} has {method.unused} captions of other pictures"
+            such = f", such as {shown(method.unused_name)}" if method.unused_name else ""
+            yield f"{method.name} has {_number(method.unused, 'caption')} of other pictures{such}"
         if method.empty:
-            yield f"{method.name} has {method.empty} empty captions, which count"
+            yield f"{method.name} has {_number(method.empty, 'empty caption')}, counted like others"
     if result.incomplete:
         yield (
             f"{result.incomplete} of {result.pictures} pictures are left out, because not every "
@@ -161,6 +163,10 @@ def _notes(result: "Comparison") -> Iterator[str]:
     if result.unreadable:
         first = result.reasons[0]
         yield f"{result.unreadable} of {result.pictures} pictures cannot be read: {first}"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _print(result: "Comparison", scorer: "ScorerManifest") -> None:
@@ -180,7 +186,7 @@ def _print(result: "Comparison", scorer: "ScorerManifest") -> None:
             f"{means[0]:.2f} to {means[1]:.2f}",
             f"{100 * method.cut / table.pictures:.1f}",
         ])  # fmt: skip
-    print(f"{table.pictures} pictures, judged by {one_line(scorer.name)}\n")
+    print(f"{_number(table.pictures, 'picture')}, judged by {one_line(scorer.name)}\n")
     _columns(rows)
     if len(names) > 1:
         print("\nhow often, in %, the method on the left beats the one above (95 %)\n")

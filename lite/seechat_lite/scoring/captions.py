@@ -4,7 +4,6 @@ import json
 import ntpath
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from seechat_weights.files.untrusted import open_file, read_file
 MAX_BYTES = 1 << 30
 MAX_LINE = 1 << 20  # bytes
 MAX_CAPTIONS = 2_000_000
+MAX_PARTS = 32  # of a path
 _EXPECTED = (
     'captions: JSON lines {"image": …, "caption": …}, one JSON object of pictures and captions, or '
     "lines of picture, tab, caption"
@@ -65,6 +65,12 @@ class CaptionFile:
     def unused(self) -> int:
         """How many captions belong to none of the pictures that were asked for so far."""
         return len(self) - self.errors - self._matched
+
+    @property
+    def unused_name(self) -> str:
+        """What one of these is called; "" if none has a name."""
+        others = (k for k, text in self._by_name.items() if text is not None)
+        return next((k for k in others if k not in self._used), "")
 
     def find(self, names: Sequence[str], content: str) -> str | None:
         """A picture's caption; None if there is none, or an error in its place.
@@ -114,18 +120,19 @@ def normal(path: str) -> str:
     return os.path.normpath(path).replace("\\", "/")
 
 
-def names_of(path: str, root: str | None = None) -> list[str]:
+def names_of(path: str) -> list[str]:
     """What a picture may be called in a file of captions, the most exact first.
 
+    These are its path, every end of its whole path, as captions may have been written in any folder
+    above, and its name without suffix.
+
     path: the picture's path.
-    root: the folder that it was found in.
     """
-    found = [path, os.path.abspath(path)]  # noqa: PTH100  resolve() would follow links
-    if root is not None:
-        with suppress(ValueError):  # another drive
-            found.append(os.path.relpath(path, root))
-    base = ntpath.basename(path)
-    return list(dict.fromkeys(map(normal, [*found, base, ntpath.splitext(base)[0]])))
+    whole = normal(os.path.abspath(path))  # noqa: PTH100  resolve() would follow links
+    parts = whole.split("/")
+    ends = ["/".join(parts[at:]) for at in range(max(1, len(parts) - MAX_PARTS), len(parts))]
+    stem = ntpath.splitext(ntpath.basename(path))[0]
+    return list(dict.fromkeys([normal(path), whole, *ends, normal(stem)]))
 
 
 Row = tuple[int, str, str | None, str | None]  # line, picture, its sha256, caption (None: an error)

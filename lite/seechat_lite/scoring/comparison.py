@@ -72,6 +72,7 @@ class Method:
     empty: captions without a character.
     cut: captions that were longer than the judge reads.
     unused: captions of pictures that are not among those compared.
+    unused_name: what one of these pictures is called.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Method:
     cut: int = 0
     failed: int = 0
     unused: int = 0
+    unused_name: str = ""
 
 
 @dataclass
@@ -172,7 +174,11 @@ def compare(
                 push(best, (spread, -len(rows), example))
     result.examples = [example for _, _, example in sorted(best, key=lambda b: (-b[0], -b[1]))]
     for method, file in zip(result.methods, files, strict=True):
-        method.unused, method.failed = file.unused, file.errors
+        method.unused, method.unused_name, method.failed = (
+            file.unused,
+            file.unused_name,
+            file.errors,
+        )
     if rows:
         result.table = win_table(np.array(rows), seed=seed)
     return result

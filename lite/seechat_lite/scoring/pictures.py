@@ -34,10 +34,9 @@ def candidates(
     pyarrow is not installed.
     """
     for place in _unlisted(given):
-        root = place if Path(place).is_dir() else os.path.dirname(place)  # noqa: PTH120
         for item in places.pictures([place], column=column):
             name = str(item.image)
-            yield Candidate(name, names_of(name, root), item.take)
+            yield Candidate(name, names_of(name), item.take)
 
 
 def count(given: Iterable[str | os.PathLike[str]], stopped: Callable[[], bool]) -> int | None:

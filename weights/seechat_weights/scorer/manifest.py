@@ -24,6 +24,7 @@ from seechat_weights.bundle.manifest import (
     pixel_rules,
 )
 from seechat_weights.config import PixelSpec
+from seechat_weights.errors import BundleError
 from seechat_weights.scorer.network import CONTEXT
 
 VERSION = 1
@@ -127,6 +128,12 @@ def read_scorer(folder: Path) -> ScorerManifest:
     Raises BundleError.
     """
     folder = Path(folder)
+    if folder.is_dir() and not (folder / MANIFEST).exists():
+        raise BundleError(
+            f"{folder}: holds no {MANIFEST}; expected a scorer of captions: export a Chinese-CLIP "
+            "to make one",
+            calls={"export": {"scorer": None}},
+        )
     manifest = ScorerManifest.from_json(manifest_text(folder), str(folder / MANIFEST))
     check_sizes(folder, manifest.files)
     return manifest

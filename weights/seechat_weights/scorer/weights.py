@@ -82,7 +82,7 @@ def open_scorer(
     """Open a Chinese-CLIP.
 
     path: the authors' file (clip_cn_*.pt), or a folder from Hugging Face.
-    vocabulary: the vocab.txt, if it is not beside the weights.
+    vocabulary: the vocab.txt, or its folder, if it is not beside the weights.
     opener: opens checkpoints.
 
     Raises CheckpointError.
@@ -101,6 +101,8 @@ def open_scorer(
         )
     folder = path if path.is_dir() else path.parent
     words = local_path(vocabulary) if vocabulary else folder / FILE
+    if words.is_dir():
+        words /= FILE
     if not vocabulary and not words.exists():
         raise CheckpointError(
             f"{folder}: holds no {FILE}; expected Chinese-CLIP's word pieces beside the weights: "
