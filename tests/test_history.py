@@ -199,3 +199,15 @@ def test_stop_ends_the_reading_of_a_history(
         assert chat.ask("?") == ""
         assert chat.stats and chat.stats.finish_reason == "cancelled"
         assert len(chat.turns) == 50
+
+
+def test_what_a_system_said_stays_when_its_turn_is_forgotten(tokenizer: Tokenizer) -> None:
+    turns = [Turn("问题" * 9, "回答" * 9, system="一"), *[Turn("问题" * 9, "回答" * 9)] * 9]
+    turns += [Turn("问", "答", system="二"), Turn("最后")]
+    options: dict[str, Any] = {"tokenizer": tokenizer, "context": CONTEXT, "reserve": 20}
+    prompt, left = fit(turns, {}, format=FORMATS["llama_3"], **options)
+    assert len(left) < len(turns) and left[0].system.startswith("一")
+    assert "\n".join(turn.system for turn in left if turn.system) == "一\n二"
+    assert len(prompt.ids) <= CONTEXT - 20
+    with pytest.raises(ContextError, match="what a system said have more than"):
+        fit([Turn("q", system="x" * 20_000)], {}, format=FORMATS["llama_3"], **options)

@@ -212,7 +212,9 @@ def test_any_history_is_answered_or_has_no_question(messages: Any, format: str) 
     question = [t.strip() for t in found.question.texts]
     # one format asks nothing about a picture
     assert any(question) or (found.question.images and chosen.describe == ("", ""))
-    kept = [t.strip() for e in exchanges for t in (*e.texts, *(e.answers or ())) if t.strip()]
+    kept = [
+        t.strip() for e in exchanges for t in (*e.told, *e.texts, *(e.answers or ())) if t.strip()
+    ]
     kept = [t for t in kept if t not in chosen.describe]
     if chosen.instructions:
         assert Counter(kept) <= texts and texts - Counter(kept) <= answer_at_end

@@ -55,7 +55,7 @@ from seechat_lite.wordpiece import WordPiece
 from seechat_weights.arguments import check_choice, check_integer, check_type
 from seechat_weights.bundle.manifest import Manifest
 from seechat_weights.config import PixelSpec
-from seechat_weights.errors import ContextError, EngineError
+from seechat_weights.errors import ContextError, EngineError, OptionError
 
 if TYPE_CHECKING:
     from seechat_lite.captions.run import Caption
@@ -424,6 +424,7 @@ class Chat:
         self._embeds: dict[str, np.ndarray] = {}  # pictures of the turns, by key
         # a question from messages, not yet answered
         self._asked: tuple[str, list[ImageSource]] | None = None
+        self._told = ""  # what the system says before the next question
         self._answering = False  # whether the engine works for this chat
         # held while the history changes, and by stop(), which keeps the engine from beginning
         # another chat's work meanwhile
@@ -496,9 +497,28 @@ class Chat:
         """
         found = read_messages(messages, format=self.format, asking=False)
         for past in found.past:
+            self.instruct(past.system())
             self.append(past.question(), past.answer(), map(message_picture, past.images))
         if turn := found.turn:
-            self._asked = turn.question(), [message_picture(image) for image in turn.images]
+            self.instruct(turn.system())
+            asked = turn.question(), [message_picture(image) for image in turn.images]
+            self._asked = asked if any(asked) else None
+
+    def instruct(self, text: str) -> None:
+        """Have the system tell the model something before the next question.
+
+        text: what it says; empty for nothing. It replaces what was said since the last question.
+
+        Raises OptionError if the conversation's format has no place for it.
+        """
+        check_type("text", text, str, "a text")
+        if text and not self.format.system:
+            formats = ", ".join(f.name for f in FORMATS.values() if f.system)
+            raise OptionError(
+                f"conversation format {self.format.name!r} has no place for a system's text; "
+                f"expected one of {formats}: put the text into the question"
+            )
+        self._told = text
 
     def append(
         self,
@@ -519,6 +539,7 @@ class Chat:
         with self._lock:
             self._embeds |= embeds
             self.turns.append(replace(turn, answer=answer))
+            self._told = ""
 
     def prompt(
         self,
@@ -560,7 +581,7 @@ class Chat:
         """
         with self._lock:
             self._cleared += 1
-            self.turns, self._embeds, self._asked = [], {}, None
+            self.turns, self._embeds, self._asked, self._told = [], {}, None, ""
 
     def _stopped_from_now(self) -> Callable[[], bool]:
         """Return what says whether stop() was called after this."""
@@ -635,7 +656,7 @@ class Chat:
             generation,
             max_new_tokens=limit,
             eos_id=model.tokenizer.eos_id,
-            other_eos=(model.manifest.lm.eos_id, *model.manifest.lm.other_eos),
+            other_eos=(model.manifest.lm.eos_id, *model.manifest.lm.other_eos, *self._ends()),
             stopped=stopped,
             lookup=lookup,
             said=None if self.format.penalizes_prompt else model.tokenizer.prompt_begin,
@@ -689,7 +710,12 @@ class Chat:
                     self.turns = [*turns[:-1], replace(turns[-1], answer=answer.shown)]
                     shown = {key for t in self.turns for key in t.images}
                     self._embeds = {k: e for k, e in (self._embeds | embeds).items() if k in shown}
-                    self._asked = None
+                    self._asked, self._told = None, ""
+
+    def _ends(self) -> list[int]:
+        """The tokens that end an answer in this format, as far as the tokenizer has them."""
+        found = map(self.model.tokenizer.encode, self.format.ends)
+        return [ids[0] for ids in found if len(ids) == 1]
 
     def _turn(
         self,
@@ -723,7 +749,8 @@ class Chat:
         if embeds and not trimmed(question):
             said = [text for turn in self.turns for text in (turn.question, turn.answer or "")]
             question = description_question(self.format, [*said, answer])
-        return Turn(question, images=tuple(key for key, _ in embeds)), dict(embeds)
+        keys = tuple(key for key, _ in embeds)
+        return Turn(question, images=keys, system=self._told), dict(embeds)
 
     def _fit(
         self,

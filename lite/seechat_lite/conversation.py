@@ -16,11 +16,15 @@ from seechat_weights.errors import ContextError
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer; `images` are the keys (content hashes) of its pictures."""
+    """One question and its answer; `images` are the keys (content hashes) of its pictures.
+
+    `system` is what a format with a place for it tells the model before the question.
+    """
 
     question: str
     answer: str | None = None
     images: tuple[str, ...] = ()
+    system: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Format:
     """How one family of models expects a conversation to be written.
 
     turn: a turn's text around {images}, {question} and {answer}; {round} counts turns from 0. A
-        format without {images} takes no pictures.
+        format without {images} takes no pictures. {system} is the place of a system's text.
     first: the text of the first turn, if it differs: with what the model is told of itself.
     answered: the text before an answer; a turn that waits for its answer is without it.
     image: the text around each picture.
@@ -45,6 +49,9 @@ class Format:
     image_token_id: the id under a picture's embeddings (the repetition penalty sees it).
     single: the text of a conversation of one turn, if it differs.
     stop: text that ends an answer, besides the end-of-answer token.
+    ends: names of tokens that end an answer as well, whatever the model's configuration says.
+    system: the text around a system's text, {system}. Without it, that text stands in the question.
+    told: what the system says if nobody says anything for it.
     specials: whether names of special tokens become tokens in what people write, as in the
         published code; otherwise they stay text there, and only the format's own become tokens.
     trim: whether blanks around questions and answers are removed, see trimmed(). The published
@@ -75,6 +82,9 @@ class Format:
     answered: str = ""
     marks: bool = False
     stop: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+    system: str = ""
+    told: str = ""
     specials: bool = False
     trim: bool = False
     clean: Callable[[str], str] = str.strip
@@ -182,6 +192,10 @@ def render(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]:
         template = format.first if format.first and not i else usual
         before_answer, after_answer = template.replace("{round}", str(i)).split("{answer}")
         before_images, images, before_answer = before_answer.rpartition("{images}")
+        before_system, system, before_images = before_images.rpartition("{system}")
+        segments.text(before_system)
+        if system:
+            _system(segments, format, turn.system or ("" if i else format.told))
         segments.text(before_images)
         if images and turn.images:
             for key in turn.images:
@@ -196,6 +210,15 @@ def render(format: Format, turns: Sequence[Turn]) -> list[str | ImageSlot]:
             segments.text(written(turn.answer), Names.SAID)
             segments.text(after_answer)
     return segments.items
+
+
+def _system(segments: "_Segments", format: Format, text: str) -> None:
+    """Write a system's text with what stands around it; nothing if there is none."""
+    if text:
+        before, after = format.system.split("{system}")
+        segments.text(before)
+        segments.text(trimmed(text) if format.trim else text, Names.NONE)
+        segments.text(after)
 
 
 class _Segments:
@@ -349,6 +372,14 @@ _LLAVA: dict[str, Any] = {
     "penalizes_prompt": False,
     "describe": ("描述这张图片。", "Describe the image in detail."),
 }
+# text models that talk; pictures stand in their questions as in LLaVA's
+_TALK: dict[str, Any] = {"image": ("", "\n"), "marks": True}
+_CHATML: dict[str, Any] = _TALK | {
+    "turn": "{system}<|im_start|>user\n{images}{question}<|im_end|>\n"
+    "<|im_start|>assistant\n{answer}<|im_end|>\n",
+    "system": "<|im_start|>system\n{system}<|im_end|>\n",
+    "ends": ("<|im_end|>",),
+}
 _IMAGE_COMES = (
     "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I "
     "provide it to you. Please answer my questions."
@@ -474,6 +505,31 @@ FORMATS: dict[str, Format] = {
             instructions=False,
             penalizes_prompt=False,
             describe=("", ""),
+        ),
+        # chat templates of text models
+        Format(name="chatml", **_CHATML),
+        Format(
+            name="smollm2",
+            told="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+            **_CHATML,
+        ),
+        Format(
+            name="llama_3",
+            turn="{system}<|start_header_id|>user<|end_header_id|>\n\n{images}{question}<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n{answer}<|eot_id|>",
+            system="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
+            ends=("<|eot_id|>", "<|end_of_text|>"),
+            trim=True,
+            **_TALK,
+        ),
+        Format(
+            name="llama_2",
+            first="[INST] {system}{images}{question} [/INST]{answer} </s>",
+            turn="<s>[INST] {system}{images}{question} [/INST]{answer} </s>",
+            system="<<SYS>>\n{system}\n<</SYS>>\n\n",
+            answered=" ",
+            trim=True,
+            **_TALK,
         ),
         # MiniGPT-4's two, with sensible pixels and answers that are shown as they grow
         Format(name="minigpt4", **_MINIGPT4),

@@ -1,10 +1,10 @@
 """Chooses which turns and pictures of a conversation go into the next prompt.
 
 Everything goes in while there is room. Else the oldest turns are left out whole, and their pictures
-move to the oldest turn that is left. The result is exact: the prompt that will be sent is what is
-measured. To avoid tokenizing a whole history again and again, every turn is first counted alone,
-from the newest on, until the room is used up. The prompt is then built at the border found so, and
-one turn to either side of it.
+and what a system said move to the oldest turn that is left. The result is exact: the prompt that
+will be sent is what is measured. To avoid tokenizing a whole history again and again, every turn is
+first counted alone, from the newest on, until the room is used up. The prompt is then built at the
+border found so, and one turn to either side of it.
 """
 
 from bisect import bisect_left
@@ -49,10 +49,13 @@ def fit(
     """
     *past, turn = turns
     limit = context - min(reserve, context // 4)
-    if len(turn.question) > context * MAX_CHARACTERS_PER_TOKEN:
+    told = sum(len(t.system) for t in turns)  # by a system: it stays when turns are forgotten
+    most = context * MAX_CHARACTERS_PER_TOKEN
+    if len(turn.question) + told > most:
+        what = "the question and what a system said have" if told else "the question has"
         raise ContextError(
-            f"the question has more than {context * MAX_CHARACTERS_PER_TOKEN} characters; too many "
-            f"for a context of {context} tokens: shorten it or load the model with more context"
+            f"{what} more than {most} characters; too many for a context of {context} tokens: "
+            "shorten it or load the model with more context"
         )
 
     def check() -> None:
@@ -131,7 +134,7 @@ def _estimate(
         if _characters([turn]) > (limit - total) * MAX_CHARACTERS_PER_TOKEN:
             break
         check()
-        texts = (turn.question, turn.answer or "")
+        texts = (turn.question, turn.answer or "", turn.system)
         tokens.append(around + sum(len(tokenizer.encode(t, specials=False)) for t in texts))
         total += tokens[-1]
         if total > limit:
@@ -148,19 +151,20 @@ def _estimate(
 
 def _frame(template: str) -> str:
     """The text around a turn's own words and pictures."""
-    for place in ("{round}", "{images}", "{question}", "{answer}"):
+    for place in ("{round}", "{system}", "{images}", "{question}", "{answer}"):
         template = template.replace(place, "")
     return template
 
 
 def _characters(turns: Sequence[Turn]) -> int:
-    return sum(len(turn.question) + len(turn.answer or "") for turn in turns)
+    return sum(len(t.question) + len(t.answer or "") + len(t.system) for t in turns)
 
 
 def _without_oldest(
     turns: Sequence[Turn], count: int, embeds: Mapping[str, np.ndarray], room: int
 ) -> list[Turn]:
-    """`turns` without the oldest `count`; their pictures go to the oldest turn that is left.
+    """`turns` without the oldest `count`; their pictures go to the oldest turn that is left, as do
+    a system's texts.
 
     So a conversation about a picture goes on when its beginning is forgotten. If the pictures have
     more than `room` tokens, only the latest stay, at least one.
@@ -176,4 +180,6 @@ def _without_oldest(
             break
         shown.add(key)
         carried.append(key)
-    return [replace(left[0], images=(*reversed(carried), *left[0].images)), *left[1:]]
+    told = "\n".join(turn.system for turn in turns[: count + 1] if turn.system)
+    images = (*reversed(carried), *left[0].images)
+    return [replace(left[0], images=images, system=told), *left[1:]]

@@ -40,13 +40,15 @@ class MessagesError(OptionError):
 class Exchange:
     """A question, its pictures as they were given, and its answer; None if it has no answer.
 
-    The texts are parts that line breaks join. They may be empty in a past exchange.
+    The texts are parts that line breaks join. They may be empty in a past exchange. `told` are a
+    system's texts before it, if the format has a place of their own for them.
     """
 
     texts: list[str] = field(default_factory=list)
     images: list[Any] = field(default_factory=list)
     answers: list[str] | None = None
     asked: bool = False  # whether any of the texts are the user's words
+    told: list[str] = field(default_factory=list)
 
     def question(self, most: int | None = None) -> str:
         """The question as one text.
@@ -62,6 +64,13 @@ class Exchange:
         most: as for question().
         """
         return joined(self.answers or (), most)
+
+    def system(self, most: int | None = None) -> str:
+        """What the system says before it, as one text.
+
+        most: as for question().
+        """
+        return joined(self.told, most)
 
 
 @dataclass(frozen=True)
@@ -90,8 +99,9 @@ def read_messages(
 ) -> Conversation:
     """Turn messages into exchanges; the last one is to be answered.
 
-    Texts of instructions and tools go to the question that follows, or to the last one. Messages of
-    one side that follow each other become one.
+    Texts of instructions and tools go to the question that follows, or to the last one; those of
+    instructions to their own place there, if the format has one. Messages of one side that follow
+    each other become one.
 
     messages: mappings with `role` and `content`, or objects with model_dump(), such as the OpenAI
         client's answers.
@@ -108,6 +118,7 @@ def read_messages(
         )
     exchanges: list[Exchange] = []
     waiting: list[str] = []  # texts for the next question
+    told: list[str] = []  # a system's, which the format writes in a place of their own
     pictures: list[Any] = []  # pictures for the next question
     unwritten: list[str] = []  # instructions that the format has no place for
     for i, given in enumerate(messages):
@@ -129,7 +140,8 @@ def read_messages(
             last.texts += waiting + texts
             last.images += pictures + images
             last.asked |= any(map(trimmed, texts))
-            waiting, pictures = [], []
+            last.told += told
+            waiting, pictures, told = [], [], []
         elif role == "assistant":
             if not any(texts) and (message.get("tool_calls") or message.get("function_call")):
                 continue  # it asked a tool; the tool's answer follows
@@ -144,29 +156,39 @@ def read_messages(
                 exchanges.append(last)
             last.texts += waiting
             last.images += pictures + images
+            last.told += told
             last.answers = list(filter(None, texts))
-            waiting, pictures = [], []
+            waiting, pictures, told = [], [], []
         else:
             pictures += images
             if role in INSTRUCTING and not format.instructions:
                 unwritten += filter(trimmed, texts)
+            elif role in INSTRUCTING and format.system:
+                told += filter(trimmed, texts)
             else:
                 waiting += filter(trimmed, texts)
     pictures += more
     if not exchanges and not waiting and not pictures and asking:
         waiting, unwritten = unwritten, []  # these are all the texts there are
-    if waiting or pictures:
-        if not exchanges or exchanges[-1].answers is not None:
+    is_open = bool(exchanges) and exchanges[-1].answers is None
+    if waiting or pictures or told:
+        if not is_open:
             exchanges.append(Exchange(asked=bool(waiting)))
         exchanges[-1].texts += waiting
         exchanges[-1].images += pictures
+        exchanges[-1].told += told
     ignored = ["system texts (this model has learnt none)"] if unwritten else []
-    while asking and len(exchanges) > 1 and _says_nothing(exchanges[-1]):
-        exchanges.pop()
-    if asking and exchanges and (answers := exchanges[-1].answers) is not None:
-        if any(map(trimmed, answers)):
+    unanswered = False
+    while asking and exchanges:
+        last = exchanges[-1]
+        if any(map(trimmed, last.answers or ())) and not unanswered:
             ignored.append("the last message, an answer (its question is answered anew)")
-        exchanges[-1].answers = None
+        unanswered, last.answers = True, None
+        if _says_nothing(last):  # then what the system says is the question
+            last.texts, last.told = last.told, []
+        if len(exchanges) == 1 or not _says_nothing(last):
+            break
+        exchanges.pop()
     _describe(exchanges, format)
     turn = exchanges.pop() if exchanges and exchanges[-1].answers is None else None
     if asking and not (turn and (turn.images or any(map(trimmed, turn.texts)))):

@@ -100,7 +100,12 @@ class Asking:
         read = await self._images.read(urls, held_by(request.scope))
         files = iter(await self.scheduler.prepare(read, format=format))
         *past, turn = (
-            Turn(e.question(self._most), tuple(next(files) for _ in e.images), e.answer(self._most))
+            Turn(
+                e.question(self._most),
+                tuple(next(files) for _ in e.images),
+                e.answer(self._most),
+                e.system(self._most),
+            )
             for e in exchanges
         )
         all_ignored = [*ignored, *found.ignored]

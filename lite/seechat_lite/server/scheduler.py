@@ -33,11 +33,15 @@ DECODERS = 2  # pictures that are decoded at a time
 
 @dataclass(frozen=True)
 class Turn:
-    """A question with the files of its pictures, and its answer if it is past."""
+    """A question with the files of its pictures, and its answer if it is past.
+
+    `system` is what a format with a place for it tells the model before.
+    """
 
     question: str
     images: tuple[bytes | PreparedImage, ...] = ()
     answer: str = ""
+    system: str = ""
 
 
 @dataclass(frozen=True)
@@ -319,7 +323,9 @@ class Scheduler:
             chat = self._loaded().chat(ask.format or self._format)
             running.follow(chat)
             for turn in ask.past:
+                chat.instruct(turn.system)
                 chat.append(turn.question, turn.answer, running.wanted(turn.images))
+            chat.instruct(ask.turn.system)
             question, images = ask.turn.question, ask.turn.images
             generation = ask.generation
             if ask.max_length is not None:

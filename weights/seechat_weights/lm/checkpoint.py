@@ -42,6 +42,7 @@ from seechat_weights.lm.lora import LoRA, check_adapter, check_pairs, open_adapt
 from seechat_weights.lm.names import LMNames, Published
 from seechat_weights.lm.prefix import read_prefix
 from seechat_weights.lm.quantized import Quantized
+from seechat_weights.lm.tokenizers import template_format
 from seechat_weights.model_files import SAT_CONFIG, SAT_FILE, find_model
 
 ALL = slice(None)
@@ -69,7 +70,7 @@ class LM:
     settings: its config.json.
     prefix: float32 [layers, 2 (key, value), heads, tokens, head_size], heads as published, or None.
     prefix_place: where the prefix comes from, for errors.
-    conversation: the format that its family speaks.
+    conversation: the format of its chat template, or that its family speaks.
     tokenizer: the file it should have.
     sources: role ("lm", "checkpoint", "adapter", "prefix") -> files read.
     ignored: role -> tensor -> reason.
@@ -320,10 +321,11 @@ def _open_base(path: Path, opener: Opener) -> tuple[LM, Checkpoint, LMNames, dic
     else:
         names = family.names(ours, config, where=str(file), settings=settings)
     vision = [key for key in checkpoint.shapes if key not in ours]
+    tokenizer = files.tokenizer(*family.tokenizers)
     lm = LM(
         config,
-        tokenizer=files.tokenizer(*family.tokenizers),
-        conversation=family.conversation(seeing=bool(vision)),
+        tokenizer=tokenizer,
+        conversation=template_format(tokenizer) or family.conversation(seeing=bool(vision)),
         settings=settings,
     )
     lm.vision_keys["lm"] = vision
