@@ -75,7 +75,7 @@ def test_cosines_are_those_of_transformers(
         pixels = np.stack([judge.picture(data("images") / name) for name in PICTURES])
         features, cut = judge.texts(TEXTS)
         found = judge.images(pixels) @ features.T
-        ids = [judge._words.encode(text)[0] for text in TEXTS]
+        ids = [judge._encode(text)[0] for text in TEXTS]
     assert cut == [False] * 5 + [True, False, False]
     assert ids[3] == [PIECES.index("[CLS]"), PIECES.index("[SEP]")]
     assert len(ids[5]) == 52 and max(len(text) for text in ids) == 52
@@ -323,7 +323,7 @@ def test_golden_word_pieces(golden: Path) -> None:
     said = json.loads((GOLDEN / "wordpiece_cases.json").read_text("utf-8"))
     with Scorer(golden) as judge:
         for case in said["cases"]:
-            assert judge._words.encode(case["text"])[0] == case["ids"], case["text"]
+            assert judge._encode(case["text"])[0] == case["ids"], case["text"]
 
 
 @needs_llama_reference

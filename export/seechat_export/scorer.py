@@ -39,8 +39,8 @@ from seechat_weights.scorer.manifest import (
     data_of,
 )
 from seechat_weights.scorer.network import CONTEXT, ResNetSizes
-from seechat_weights.scorer.vocabulary import MAX_BYTES
 from seechat_weights.scorer.weights import ScorerWeights, open_scorer
+from seechat_weights.wordpiece import MAX_BYTES
 
 GRAPHS = (IMAGE_GRAPH, TEXT_GRAPH)
 FILES = (*GRAPHS, *map(data_of, GRAPHS), VOCABULARY, PARITY, MANIFEST)

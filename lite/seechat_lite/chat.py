@@ -51,7 +51,7 @@ from seechat_lite.prompt import Prompt
 from seechat_lite.prompt_lookup import PromptLookup, RowCost
 from seechat_lite.text_stream import TextStream
 from seechat_lite.tokenizers import TextTokenizer
-from seechat_lite.wordpiece import WordPiece
+from seechat_lite.wordpiece import WordPieces, question_words
 from seechat_weights.arguments import check_choice, check_integer, check_type
 from seechat_weights.bundle.manifest import Manifest
 from seechat_weights.config import PixelSpec
@@ -103,7 +103,7 @@ class Model:
         self._images_lock = threading.RLock()
         self._image_cache = image_cache
         self._question_vocabulary = vocabulary
-        self._wordpiece: WordPiece | None = None
+        self._wordpiece: WordPieces | None = None
 
     def chat(self, format: str | None = None, *, messages: Sequence[Any] = ()) -> "Chat":
         """Begin a conversation.
@@ -221,11 +221,11 @@ class Model:
             return dict(seen)
         with self._pictures.held(partial(self._check, lambda: False)):
             if self._wordpiece is None:
-                assert self._question_vocabulary
-                rows = vision.network.query_words if vision.network else 0
-                pieces = vision.question.pieces
-                self._wordpiece = WordPiece(self._question_vocabulary, pieces=pieces, rows=rows)
-            ids = self._wordpiece.encode(question)
+                assert self._question_vocabulary and vision.network
+                size = vision.network.query_words
+                self._wordpiece = question_words(self._question_vocabulary, size)
+            # LAVIS reads the end of a long question
+            ids, _ = self._wordpiece.encode(question, most=vision.question.pieces, keep_end=True)
             asked = hashlib.sha256(repr(ids).encode()).hexdigest()
             found = {}
             for key, features in seen.items():

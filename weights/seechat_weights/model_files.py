@@ -130,10 +130,10 @@ def _sat_file(path: Path) -> Path:
                 "expected one: save it with SAT in one process (model_parallel_size 1)"
             )
         return found[0]
-    what = f"holds {len(found)} {SAT_FILE} and no config.json"
+    what = f"holds {f'{len(found)} {SAT_FILE} and ' if found else ''}no {CONFIG}"
     raise CheckpointError(
-        f"{path}: {what if path.exists() else 'no such folder'}; expected a ChatGLM-6B folder with "
-        f"config.json, weights and ice_text.model, or one {SAT_FILE}: name such a folder, or "
-        "download what it lacks (identify() says from where)",
+        f"{path}: {what if path.exists() else 'no such folder'}; expected a folder with {CONFIG}, "
+        f"weights and their tokenizer, or with one {SAT_FILE}: name such a folder, or download "
+        "what it lacks (identify() says from where)",
         calls={"identify": {"path": path}},
     )

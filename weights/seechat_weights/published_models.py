@@ -14,8 +14,6 @@ from seechat_weights.lm.families import LM_FAMILIES
 from seechat_weights.lm.lora import ADAPTER_CONFIG
 from seechat_weights.model_files import CONFIG, TOKENIZER, find_model, model_place
 from seechat_weights.scorer.names import is_scorer
-from seechat_weights.scorer.vocabulary import FILE as SCORER_VOCABULARY
-from seechat_weights.scorer.vocabulary import PLACE as SCORER_VOCABULARY_PLACE
 from seechat_weights.vision.bridge_names import bridge_names
 from seechat_weights.vision.clip_names import CLIP_FORMS, clip_library
 from seechat_weights.vision.llava import (
@@ -27,12 +25,9 @@ from seechat_weights.vision.llava import (
     published_at,
 )
 from seechat_weights.vision.network import BRIDGE_TENSORS
-from seechat_weights.vision.weights import (
-    LICENCES,
-    VOCABULARY,
-    WORDPIECE_HUB,
-    find_vocabulary,
-)
+from seechat_weights.vision.weights import LICENCES, find_vocabulary
+from seechat_weights.wordpiece import BERT_HUB, CHINESE_CLIP_PLACE
+from seechat_weights.wordpiece import FILE as WORDS
 
 CHATGLM_HUB = "https://huggingface.co/THUDM/chatglm-6b"
 VISUALGLM_HUB = "https://huggingface.co/THUDM/visualglm-6b"
@@ -53,7 +48,7 @@ PLACES = {
     "a Vicuna folder": "https://huggingface.co/Vision-CAIR/vicuna-7b",
     "a Vicuna 1.1 folder": "https://huggingface.co/lmsys/vicuna-7b-v1.1",
     "a Llama 2 folder": "https://huggingface.co/meta-llama/Llama-2-7b-chat-hf",
-    VOCABULARY: WORDPIECE_HUB,
+    WORDS: BERT_HUB,
     "a CLIP ViT-L/14": "https://huggingface.co/openai/clip-vit-large-patch14",
     "a projector": "the training run that made it; SEEChat publishes none for CLIP",
 }
@@ -234,8 +229,8 @@ def _instructblip(path: Path, shapes: Shapes, _: object) -> Identity | None:
         find_vocabulary(None, [path])
         words = None
     except CheckpointError:
-        missing |= need(VOCABULARY)
-        words = VOCABULARY
+        missing |= need(WORDS)
+        words = WORDS
     rest = None if whole_one else INSTRUCTBLIP
     options = export(lm="VICUNA", qformer=rest, checkpoint=path, wordpiece=words)
     return Identity(path, "instructblip", "InstructBLIP", facts, missing, options)
@@ -323,11 +318,11 @@ def _chinese_clip(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Iden
             words = shapes.get(f"{start}embeddings.word_embeddings.weight")
             facts["texts"] = f"BERT, {layers} layers, {_size(words, 0)} word pieces"
     folder = path if path.is_dir() else path.parent
-    whole_words = (folder / SCORER_VOCABULARY).is_file()
-    missing = {} if whole_words else {SCORER_VOCABULARY: SCORER_VOCABULARY_PLACE}
+    whole_words = (folder / WORDS).is_file()
+    missing = {} if whole_words else {WORDS: CHINESE_CLIP_PLACE}
     options: dict[str, Path | str] = {"scorer": path}
     if missing:
-        options["tokenizer"] = SCORER_VOCABULARY
+        options["tokenizer"] = WORDS
     return Identity(
         path, "chinese-clip", "Chinese-CLIP, a scorer of captions", facts, missing, options
     )
@@ -412,8 +407,8 @@ def _llama(path: Path, shapes: Shapes, config: Mapping[str, Any]) -> Identity | 
         try:
             find_vocabulary(None, [where / "qformer_tokenizer", where])
         except CheckpointError:
-            missing |= need(VOCABULARY)
-            words = VOCABULARY
+            missing |= need(WORDS)
+            words = WORDS
     options = export(lm=where, clip=clip, wordpiece=words)
     return Identity(path, "llama", title, facts, missing, options, runs=not missing)
 

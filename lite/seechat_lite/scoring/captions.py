@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from seechat_lite.json_structure import too_complex
-from seechat_lite.scoring.wordpiece import MAX_TEXT
 from seechat_lite.text_lines import LineError, text_lines
 from seechat_weights.errors import OptionError
 from seechat_weights.files.reading import MAX_JSON, decoded, line, local_path, shown
@@ -17,6 +16,7 @@ from seechat_weights.files.untrusted import open_file, read_file
 MAX_BYTES = 1 << 30
 MAX_LINE = 1 << 20  # bytes
 MAX_CAPTIONS = 2_000_000
+MAX_TEXT = 20_000  # characters of a caption; it is cut to 50 pieces, which have far fewer
 MAX_PARTS = 32  # of a path
 _EXPECTED = (
     'captions: JSON lines {"image": …, "caption": …}, one JSON object of pictures and captions, or '

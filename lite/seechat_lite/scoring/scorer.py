@@ -13,18 +13,19 @@ from seechat_lite.images import ImageSource, load_image, pixels
 from seechat_lite.memory import available_memory, human
 from seechat_lite.native import Native, guarded
 from seechat_lite.onnx_runtime import ort
-from seechat_lite.scoring.wordpiece import WordPieces
+from seechat_lite.scoring.captions import MAX_TEXT
+from seechat_lite.wordpiece import WordPieces
 from seechat_weights.arguments import check_integer
 from seechat_weights.bundle.onnx_graph import check_tower
 from seechat_weights.errors import BundleError, CheckpointError, EngineError, MemoryPlanError
 from seechat_weights.files.in_use import FilesInUse
 from seechat_weights.files.reading import local_path
-from seechat_weights.files.untrusted import read_file
 from seechat_weights.scorer.manifest import ScorerManifest, data_of, read_scorer
-from seechat_weights.scorer.vocabulary import MAX_BYTES, parse_vocabulary
+from seechat_weights.wordpiece import CHINESE_CLIP_PLACE, read_vocabulary
 
 log = logging.getLogger(__name__)
 
+MAX_WORD = 200  # characters; the authors' code cuts longer words than BERT's does
 TEXTS_AT_ONCE = 64  # of the same length
 PIXELS, IDS = "pixel_values", "input_ids"
 WORKSPACE = 300_000_000  # bytes; activations of a few pictures, and the library's own
@@ -64,13 +65,16 @@ class Scorer(Native):
         verify_once(folder, self.manifest, progress)
         text = self.manifest.text
         try:
-            data = read_file(folder / text.vocabulary, limit=MAX_BYTES)
-            where = str(folder / text.vocabulary)
-            vocabulary = parse_vocabulary(data, text.vocab_size, where)
-        except (CheckpointError, OSError) as e:
+            vocabulary = read_vocabulary(
+                folder / text.vocabulary, text.vocab_size, place=CHINESE_CLIP_PLACE
+            )
+        except CheckpointError as e:
             raise BundleError(f"{e}, or export the scorer again") from None
         self._threads = threads
-        self._words = WordPieces(vocabulary, context=text.context)
+        # no special pieces: "[SEP]" in a text is five characters and three letters
+        self._words = WordPieces(
+            vocabulary, max_word=MAX_WORD, needed="expected it, to score captions"
+        )
         self._check_memory()
         side = self.manifest.image.pixels.image_size
         self._run: ort.RunOptions | None = None
@@ -106,7 +110,7 @@ class Scorer(Native):
 
         Raises EngineError.
         """
-        encoded = [self._words.encode(text) for text in texts]
+        encoded = [self._encode(text) for text in texts]
         # what is said twice is computed once, so that equal texts have equal scores
         rows: dict[tuple[int, ...], list[int]] = {}
         for row, (ids, _) in enumerate(encoded):
@@ -122,6 +126,10 @@ class Scorer(Native):
                 for ids, feature in zip(part, found, strict=True):
                     features[rows[ids]] = feature
         return features, [cut for _, cut in encoded]
+
+    def _encode(self, text: str) -> tuple[list[int], bool]:
+        """A text's ids, and whether it was cut."""
+        return self._words.encode(text[:MAX_TEXT], most=self.manifest.text.context)
 
     def cancel(self) -> None:
         """End the running call soon. May be called from any thread."""

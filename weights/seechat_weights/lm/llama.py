@@ -115,7 +115,7 @@ def llama_config(config: Mapping[str, Any], *, where: str = "config.json") -> LM
     if lm.hidden_size % lm.num_heads or lm.head_size % 2 or lm.num_heads % lm.kv_heads:
         raise refuse(
             f"hidden_size {lm.hidden_size} with {lm.num_heads} heads, {lm.kv_heads} of keys",
-            "heads of an even size, and a whole number of them for each of the keys'",
+            "heads of an even size, as many for each head of keys",
             "download the file again",
         )
     head = config.get("head_dim") or lm.head_size

@@ -25,8 +25,8 @@ from seechat_weights.scorer.network import (
     ResNetSizes,
     TextSizes,
 )
-from seechat_weights.scorer.vocabulary import FILE, PLACE, read_vocabulary
 from seechat_weights.vision.clip_config import clip_settings
+from seechat_weights.wordpiece import CHINESE_CLIP_PLACE, FILE, read_vocabulary
 
 CONFIG = "config.json"
 _SIZES = "RN50, ViT-B-16, ViT-L-14, ViT-L-14-336 and ViT-H-14"
@@ -106,10 +106,10 @@ def open_scorer(
     if not vocabulary and not words.exists():
         raise CheckpointError(
             f"{folder}: holds no {FILE}; expected Chinese-CLIP's word pieces beside the weights: "
-            f"get them from {PLACE}, or name the file as tokenizer",
+            f"get them from {CHINESE_CLIP_PLACE}, or name the file as tokenizer",
             options={"tokenizer": None},
         )
-    read_vocabulary(words, text.vocab_size)
+    read_vocabulary(words, text.vocab_size, place=CHINESE_CLIP_PLACE)
     scale = float(checkpoint.read("logit_scale").reshape(()))
     if not math.isfinite(scale) or abs(scale) > 20:
         raise CheckpointError(

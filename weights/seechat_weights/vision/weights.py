@@ -55,11 +55,10 @@ from seechat_weights.vision.network import (
     TOWER,
 )
 from seechat_weights.vision.part import TensorMapping, Tensors
+from seechat_weights.wordpiece import BERT, BERT_HUB, FILE, read_question_vocabulary
 
 PUBLISHED = BlipSettings()
 GRAPH = "vision.onnx"
-WORDPIECE, VOCABULARY = "bert-base-uncased", "vocab.txt"
-WORDPIECE_HUB = f"https://huggingface.co/google-bert/{WORDPIECE}"
 MOST_PIECES = 128  # that LAVIS lets the Q-Former read of a question
 # what publishers say of their weights, by the conversation format
 LICENCES = {
@@ -464,6 +463,7 @@ def _blip(
         longest = min(MOST_PIECES, names.network.query_positions)
         config = dataclasses.replace(config, question=QuestionConfig(pieces=longest))
         vocabulary = find_vocabulary(wordpiece, places)
+        read_question_vocabulary(vocabulary, names.network.query_words)
     return dataclasses.replace(
         _published(config, names.outputs, [("", names, source)]),
         conversation=_BLIP_FORMATS[names.bridge],
@@ -481,19 +481,17 @@ def find_vocabulary(given: str | Path | None, places: Sequence[Path]) -> Path:
     Raises CheckpointError if there is none.
     """
     folders = [place if place.is_dir() else place.parent for place in places]
-    found = [
-        folder / name for folder in folders for name in (VOCABULARY, f"{WORDPIECE}/{VOCABULARY}")
-    ]
+    found = [folder / name for folder in folders for name in (FILE, f"{BERT}/{FILE}")]
     if given:
         path = local_path(given)
-        found = [path / VOCABULARY if path.is_dir() else path]
+        found = [path / FILE if path.is_dir() else path]
     for file in found:
         if file.is_file():
             return file
     raise CheckpointError(
-        f"{found[0] if found else VOCABULARY}: no such file; expected the WordPiece vocabulary "
-        f"with which the Q-Former reads questions: name {WORDPIECE}'s {VOCABULARY} as wordpiece "
-        f"(published at {WORDPIECE_HUB})",
+        f"{found[0] if found else FILE}: no such file; expected the WordPiece vocabulary "
+        f"with which the Q-Former reads questions: name {BERT}'s {FILE} as wordpiece "
+        f"(published at {BERT_HUB})",
         options={"wordpiece": None},
     )
 
