@@ -1,6 +1,6 @@
 """Builds ChatGLM-6B's decoder graph.
 
-    inputs_embeds [1, s, hidden]
+    inputs_embeds [b, s, hidden]
       └─ per layer: LayerNorm ─ qkv ─ rotary(q, k) ─ If bidirectional:
                         │           then MultiHeadAttention, TensorScatter into the cache
                         │           else GroupQueryAttention: causal, appends to the cache
@@ -24,7 +24,7 @@ from seechat_weights.config import ALPHA
 class ChatGLMGraph(DecoderGraph):
     """A DecoderGraph with one more input, `bidirectional`, bool [].
 
-    A bidirectional call must start with a cache that holds only the prefix.
+    A bidirectional call is of one sequence, and must start with a cache that holds only the prefix.
     """
 
     def extra_inputs(self) -> None:

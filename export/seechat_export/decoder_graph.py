@@ -9,6 +9,9 @@ The cache belongs to the caller: past and present are the same buffers, and atte
 them. It is float16 unless the weights are float32. This takes half the memory, is read faster, and
 changes the logits by 1e-4.
 
+A call appends either several tokens to one sequence, or one token to each of several sequences (b).
+Their caches are the rows of one buffer. All weights are read once in either case.
+
 For GPUs a second graph, `half`, computes in float16 over the same weights and has no control flow.
 An If must know the lengths on the host; every layer would fetch them from the device, and that
 waits for all work before.
@@ -40,7 +43,7 @@ def cache_dtype(precision: Precision) -> ir.DataType:
 
 
 def hidden_name(layer: int) -> str:
-    """The name of a layer's input, [1, s, hidden].
+    """The name of a layer's input, [b, s, hidden].
 
     layer: its number; the number of layers gives the input of the last norm.
     """
@@ -137,13 +140,15 @@ class DecoderGraph:
         else.
     half: write the graph for GPUs.
 
-    Inputs of the graph (number: float16 with `half`, else float32; s new tokens, `capacity` the
-    length of the cache buffers, t = cached tokens + s):
+    Inputs of the graph (number: float16 with `half`, else float32; b sequences, each with s new
+    tokens, b or s is 1; `capacity` the length of the cache buffers, t = cached tokens + s of each
+    sequence):
 
-    inputs_embeds number [1, s, hidden] · rotary_cos, rotary_sin number [s, head / 2] ·
-    last_index int32 [1] = t - 1 · total_length int32 [] = t · the family's own `extra_inputs` ·
-    logit_rows int64 [r]: the new tokens whose logits are wanted ·
-    past_key_i, past_value_i cache_dtype [1, kv_heads, capacity, head]: `head` is padded_head_size
+    inputs_embeds number [b, s, hidden] · rotary_cos, rotary_sin number [b * s, head / 2] ·
+    rotary_row int64 [b, s]: the row of these for each token · last_index int32 [b] = t - 1 ·
+    total_length int32 []: the largest t · the family's own `extra_inputs` ·
+    logit_rows int64 [r]: the new tokens, of all b * s, whose logits are wanted ·
+    past_key_i, past_value_i cache_dtype [b, kv_heads, capacity, head]: `head` is padded_head_size
 
     Outputs: logits float32 [r, vocab]; present_key_i, present_value_i, to be bound to the same
     buffers as the past.
@@ -167,7 +172,7 @@ class DecoderGraph:
         self.kind = cache_dtype(precision)
         self.head = config.padded_head_size
         self.heads, self.kv_heads = config.num_heads, config.kv_heads
-        self.cache_shape = [1, self.kv_heads, "capacity", self.head]
+        self.cache_shape = ["b", self.kv_heads, "capacity", self.head]
         opsets = {"": HALF_OPSET if half else OPSET, MICROSOFT: 1}
         self.graph = ir.Graph((), (), nodes=(), opset_imports=opsets, name="decoder")
         self.tape = Tape(self.graph)
@@ -180,13 +185,11 @@ class DecoderGraph:
 
     def constants(self) -> None:
         """Make the small constants that all layers share."""
-        start = ir.tensor(np.zeros(1, np.int64), name="rotary_start")
-        self._rotary_start = self.tape.initializer(start)
 
     def layer(self, x: ir.Value, index: int) -> ir.Value:
-        """Add a whole layer; returns its output, [1, s, hidden].
+        """Add a whole layer; returns its output, [b, s, hidden].
 
-        x: its input, [1, s, hidden].
+        x: its input, [b, s, hidden].
         index: the layer's number.
         """
         raise NotImplementedError
@@ -202,10 +205,11 @@ class DecoderGraph:
     def build(self) -> ir.Model:
         """Return the finished graph."""
         hidden = self.config.hidden_size
-        x = embeds = self.declare(hidden_name(0), self.dtype, [1, "s", hidden])
-        self.cos = self.declare("rotary_cos", self.dtype, ["s", self.head // 2])
-        self.sin = self.declare("rotary_sin", self.dtype, ["s", self.head // 2])
-        self.last_index = self.declare("last_index", ir.DataType.INT32, [1])
+        x = embeds = self.declare(hidden_name(0), self.dtype, ["b", "s", hidden])
+        self.cos = self.declare("rotary_cos", self.dtype, ["tokens", self.head // 2])
+        self.sin = self.declare("rotary_sin", self.dtype, ["tokens", self.head // 2])
+        self.rotary_row = self.declare("rotary_row", ir.DataType.INT64, ["b", "s"])
+        self.last_index = self.declare("last_index", ir.DataType.INT32, ["b"])
         self.total_length = self.declare("total_length", ir.DataType.INT32, [])
         self.extra_inputs()
         logit_rows = self.declare("logit_rows", ir.DataType.INT64, ["r"])
@@ -213,9 +217,9 @@ class DecoderGraph:
         for i in range(self.config.num_layers):
             x = self.layer(x, i)
             x.name, x.type, x.shape = hidden_name(i + 1), embeds.type, embeds.shape
-        batch = self.tape.initializer(ir.tensor(np.array([0]), name="batch"))
-        squeezed = self.tape.op("Squeeze", [x, batch])
-        rows = self.tape.op("Gather", [squeezed, logit_rows], {"axis": 0})
+        tokens = self.tape.initializer(ir.tensor(np.array([-1, hidden]), name="tokens"))
+        flat = self.tape.op("Reshape", [x, tokens])
+        rows = self.tape.op("Gather", [flat, logit_rows], {"axis": 0})
         logits = self.weights.linear(self.norm(rows, "final_layernorm"), "lm_head", bias=False)
         if self.half:
             logits = self.tape.op("Cast", [logits], {"to": ir.DataType.FLOAT})
@@ -256,10 +260,10 @@ class DecoderGraph:
     def rotated(self, x: ir.Value, heads: int) -> ir.Value:
         """Rotate queries or keys by their positions.
 
-        x: [1, s, heads * head].
+        x: [b, s, heads * head].
         heads: how many.
         """
-        inputs = [x, self._rotary_start, self.cos, self.sin]
+        inputs = [x, self.rotary_row, self.cos, self.sin]
         return self.tape.op("RotaryEmbedding", inputs, {"num_heads": heads}, domain=MICROSOFT)
 
     def cached(self, tape: Tape, x: ir.Value) -> ir.Value:

@@ -1,6 +1,6 @@
 """LLaMA's decoder graph.
 
-    inputs_embeds [1, s, hidden]
+    inputs_embeds [b, s, hidden]
       └─ per layer: RMSNorm ─ qkv ─ rotary(q, k) ─ GroupQueryAttention: causal, appends to the cache
                     ├─ + ── dense ──┘
                     └─ RMSNorm ─ gate and up ─ silu(gate) * up ─ down, added the same way

@@ -234,7 +234,7 @@ class _Stages:
         """Run one layer of the graph in two calls, of the ids before the split and of the rest."""
         past = [f"past_{part}_{i}" for part in ("key", "value")]
         present = [f"present_{part}_{i}" for part in ("key", "value")]
-        shared = ["rotary_cos", "rotary_sin", "last_index", "total_length"]
+        shared = ["rotary_cos", "rotary_sin", "rotary_row", "last_index", "total_length"]
         if not LM_FAMILIES[self.lm.family].causal:
             shared.append("bidirectional")
         session = self._cut([hidden_name(i), *shared, *past], [hidden_name(i + 1), *present])
@@ -255,6 +255,7 @@ class _Stages:
             feeds = (
                 x[:, start:end].numpy(),
                 *(rows[start:end] for rows in self.rows),
+                np.arange(end - start)[None],
                 np.array([before + end - 1], np.int32),
                 np.array(before + end, np.int32),
                 np.array(start == 0),

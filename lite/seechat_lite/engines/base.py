@@ -1,6 +1,6 @@
 """Defines what every engine does: pictures to embeddings, a prompt to logits, a token to logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -63,12 +63,18 @@ class Cancelled(EngineError):  # noqa: N818 (an event, not a fault)
 
 
 class Engine(Protocol):
-    """Executes one loaded bundle and holds one key/value cache, so one answer at a time."""
+    """Executes one loaded bundle.
+
+    It has one key/value cache in which an answer is read and written. If it `batches`, it also has
+    slots: read answers move there, each with a cache of its own, and are written together. A step
+    of many answers reads the weights once, so it takes little longer than a step of one.
+    """
 
     reads_checkpoints: ClassVar[bool]  # published weights too, or only bundles
     own_options: ClassVar[frozenset[str]]  # the names of OPTIONAL that it takes
     context: int  # tokens the cache has room for, prompt and answer together
     held_tokens: int  # of the last prompt that were there already, and were not read
+    batches: bool  # whether it can have slots
 
     def __init__(
         self, source: Source, *, context: int, options: EngineOptions, plan: MemoryPlan
@@ -176,6 +182,50 @@ class Engine(Protocol):
         """
         ...
 
+    def open_slots(self, count: int, *, tokens: int) -> int:
+        """Make room for answers that are written together, until close_slots().
+
+        Their memory is taken when it is used. It comes on top of the plan.
+
+        count: answers, at most.
+        tokens: that each of them may have, prompt included.
+
+        Returns how many there is room for, in the free memory and the budget; 0 if the engine does
+        not batch, or has slots already.
+        """
+        ...
+
+    def close_slots(self) -> None:
+        """Let all slots go, with what is in them. Without slots this does nothing."""
+        ...
+
+    def adopt(self) -> int:
+        """Move the answer that prefill() began into a free slot; returns the slot's number.
+
+        The engine can then read another prompt.
+
+        Raises EngineError if there is no answer or no free slot, ContextError if it is too long.
+        """
+        ...
+
+    def step_slots(self, token_ids: Mapping[int, int]) -> dict[int, np.ndarray]:
+        """Append a token to the answer in each slot; returns the next token's logits of each.
+
+        token_ids: the token of every slot in use, by the slot's number.
+
+        Returns logits by the slot's number, float32 [vocab] each.
+
+        Raises the errors of step(); no answer has then got its token.
+        """
+        ...
+
+    def free_slot(self, slot: int) -> None:
+        """Let the answer in a slot go.
+
+        slot: its number.
+        """
+        ...
+
     def cancel(self) -> None:
         """End the running call soon, or the next call before reset(); that call raises Cancelled.
 
@@ -237,6 +287,25 @@ def embedded(
             )
         embeds[start : start + len(image)] = image
     return embeds, positions, traits.context(ids, lm)
+
+
+def fitting(
+    count: int, each: int, needed: MemoryPlan, *, free: int | None, budget: int | None
+) -> int:
+    """How many slots fit beside a loaded model.
+
+    count: slots that are wanted.
+    each: bytes that one takes.
+    needed: the model's plan; its weights are in memory already, the rest may not be.
+    free: bytes that are free; None if that is not known.
+    budget: bytes that the model may take; None for any number.
+    """
+    rooms = [count * each]
+    if free is not None:
+        rooms.append(free - (needed.total - needed.weights))
+    if budget is not None:
+        rooms.append(budget - needed.total)
+    return max(min(rooms) // each, 0)
 
 
 def check_room(tokens: int, free: int, context: int) -> None:

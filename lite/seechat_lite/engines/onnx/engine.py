@@ -5,6 +5,9 @@ present are both bound to it, so that no step copies it. It lives as long as one
 model is causal, it may be kept, and so may those of other conversations (see engines.kept). On a
 GPU it stays there between the steps and lives as long as the engine.
 
+Answers that are written together have their caches in slots (see engines.slots), on the CPU.
+Graphs that were exported before there were slots take one answer at a time.
+
 The context of a ChatGLM prompt is one bidirectional call; everything from <sop> on is causal (see
 seechat_export.chatglm_graph). All of a LLaMA prompt is causal. The embedding table is never loaded:
 the few rows that a prompt needs are read from its file.
@@ -14,12 +17,13 @@ token is recorded.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from seechat_lite import memory
 from seechat_lite.allocation import trim_heap, untouched
 from seechat_lite.engines.base import (
     Cancelled,
@@ -27,6 +31,7 @@ from seechat_lite.engines.base import (
     check_pixels,
     check_room,
     embedded,
+    fitting,
 )
 from seechat_lite.engines.kept import KeptCaches
 from seechat_lite.engines.onnx.devices import (
@@ -44,6 +49,7 @@ from seechat_lite.engines.onnx.memory import (
     check_memory,
     float_bytes_on_gpu,
 )
+from seechat_lite.engines.onnx.slots import Slots
 from seechat_lite.engines.onnx.vision import OnnxVision
 from seechat_lite.lm_families import TRAITS
 from seechat_lite.memory import MemoryPlan
@@ -78,7 +84,7 @@ class OnnxEngine(Native):
         self._folder, self._manifest = source.path, source.manifest
         self._device = find_device(options.device)
         assert isinstance(plan, OnnxPlan)
-        self._plan = plan
+        self._plan, self._budget = plan, options.max_memory
         options = replace(options, keep_vision=plan.keep_vision)
         self._files = source.opened_files()
         self._vision = OnnxVision(source, options, self._files)
@@ -183,11 +189,15 @@ class OnnxEngine(Native):
         self._head = cache.shape[3]
         self._cache_dtype = np.dtype({"tensor(float)": "f4", "tensor(float16)": "f2"}[cache.type])
         self._cache: dict[str, ort.OrtValue] = {}  # by the names of the graph's past inputs
+        self._array: np.ndarray | None = None  # what it lies in, see _Buffers
         self._kept: KeptCaches[_Buffers] | None = None  # None: nothing is kept between answers
         self.held_tokens = 0
         self._on_gpu: dict[str, ort.OrtValue] = {}  # the same on a GPU, where it outlives an answer
         self._recorded: Recorded | None = None
         self._binding: ort.IOBinding | None = self._opened().io_binding()
+        self._takes_rows = any(i.name == "rotary_row" for i in self._opened().get_inputs())
+        self.batches = self._takes_rows and not self._device.on_gpu
+        self._slots: Slots | None = None
         self._length = 0  # tokens in the cache, those of a prefix included
         # of the token that the next step appends
         self._next_position = np.zeros((TRAITS[self._manifest.lm.family].rows, 1), np.int64)
@@ -253,6 +263,54 @@ class OnnxEngine(Native):
             self._kept.rewind(tokens)
         self._next_position[-1] -= tokens
 
+    @guarded
+    def open_slots(self, count: int, *, tokens: int) -> int:
+        if self._slots is not None or not self.batches:
+            return 0
+        lm, precision = self._manifest.lm, PRECISIONS[self._manifest.decoder.precision]
+        tokens = len(self._prefix) + min(tokens, self.context)
+        each, free = cache_bytes(lm, precision, tokens), memory.available_memory()
+        count = fitting(count, each, self._plan, free=free, budget=self._budget)
+        if count:
+            shape = (lm.kv_heads, tokens, self._head)
+            self._slots = Slots(_cache_names(lm), count, shape, self._cache_dtype)
+        log.info("%d answers at once, with caches of %s each", count, memory.human(each))
+        return count
+
+    def close_slots(self) -> None:
+        with self._lock:
+            self._slots = None
+
+    @guarded
+    def adopt(self) -> int:
+        if not self._cache:
+            raise EngineError(
+                "adopt() before prefill(); expected an answer that has begun: call prefill() first"
+            )
+        assert self._array is not None
+        slot = self._opened_slots().adopt(self._array, self._length, self._next_position)
+        self._empty()
+        return slot
+
+    @guarded
+    def step_slots(self, token_ids: Mapping[int, int]) -> dict[int, np.ndarray]:
+        slots = self._opened_slots()
+        embeds = self._rows(slots.tokens(token_ids))
+        lengths = np.array(slots.lengths, np.int32)
+        feeds = self._feeds(embeds[:, None], slots.positions, lengths=lengths)
+        self._options = run_options()
+        binding = self._opened().io_binding()
+        slots.bind(binding)
+        with self._memory_planned():
+            logits = self._called(binding, feeds, len(embeds), tokens=int(lengths.max()))
+        slots.stepped()
+        return dict(zip(slots.used, logits, strict=True))
+
+    def free_slot(self, slot: int) -> None:
+        with self._lock:
+            if self._slots is not None:  # they are gone if the engine was closed
+                self._slots.free(slot)
+
     def cancel(self) -> None:
         self._cancelled = True  # first, because a prompt may be changing the options now
         if self._options:
@@ -269,14 +327,14 @@ class OnnxEngine(Native):
         if self._binding:
             self._binding.clear_binding_inputs()  # the cache goes with its bindings
             self._binding.clear_binding_outputs()
-        self._cache = {}
+        self._cache, self._array = {}, None
         self._length = 0
         trim_heap()
 
     def _release(self) -> None:
         self._empty()
         self._on_gpu.clear()
-        self._kept = None
+        self._kept = self._slots = None
         # a binding holds its session, embeddings hold their file
         self._recorded = self._binding = self._decoder = self._arrays = None
         self._vision.close()
@@ -286,6 +344,11 @@ class OnnxEngine(Native):
         self.check_open()
         assert self._decoder
         return self._decoder
+
+    def _opened_slots(self) -> Slots:
+        if self._slots is None:
+            raise EngineError("the engine has no slots; expected some: call open_slots() first")
+        return self._slots
 
     def _begin(self, prompt: Prompt) -> int:
         """Begin with a cache that holds only the prefix, or of the prompt what is kept of it.
@@ -297,11 +360,14 @@ class OnnxEngine(Native):
         held = 0
         if self._kept:
             buffers, held = self._kept.begin(prompt)
-            self._cache = buffers.values
+            self._cache, self._array = buffers.values, buffers.array
+        elif self._on_gpu:
+            self._cache = dict(self._on_gpu)
         else:
-            self._cache = dict(self._on_gpu) or self._new_cache().values
+            buffers = self._new_cache()
+            self._cache, self._array = buffers.values, buffers.array
             if self._device.on_gpu:
-                self._on_gpu = dict(self._cache)
+                self._on_gpu, self._array = dict(self._cache), None
         self._bind_cache(self._binding)
         self._length = len(self._prefix) + held
         self._options = run_options(return_memory=True)
@@ -342,47 +408,84 @@ class OnnxEngine(Native):
 
         Returns the logits of the last `rows` tokens, [rows, vocab]. Raises Cancelled.
         """
+        feeds = self._feeds(
+            embeds[None],
+            positions,
+            lengths=np.array([self._length + len(embeds) - 1], np.int32),
+            bidirectional=bidirectional,
+            rows=rows,
+        )
+        assert self._binding
+        logits = self._called(self._binding, feeds, rows, tokens=self._length)
+        self._length += len(embeds)
+        return logits
+
+    def _feeds(
+        self,
+        embeds: np.ndarray,
+        positions: np.ndarray,
+        *,
+        lengths: np.ndarray,
+        bidirectional: bool = False,
+        rows: int | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The graph's inputs beside the cache.
+
+        embeds: [b, s, hidden]: s tokens of one sequence, or one of each of b sequences.
+        positions: [rows, b * s].
+        lengths: int32 [b], tokens before the last new one of each sequence.
+        rows: how many of the last tokens' logits are wanted; None for all.
+        """
+        new = positions.shape[1]
+        cos, sin = rotary_rows(self._rotary, positions, self._head // 2)
+        feeds = {
+            "inputs_embeds": embeds.astype(self._dtype, copy=False),
+            "rotary_cos": cos.astype(self._dtype, copy=False),
+            "rotary_sin": sin.astype(self._dtype, copy=False),
+            "last_index": lengths,
+            "total_length": np.array(lengths.max() + 1, np.int32),
+            "logit_rows": np.arange(new - (new if rows is None else rows), new),
+        }
+        if self._takes_rows:
+            feeds["rotary_row"] = np.arange(new).reshape(embeds.shape[:2])
+        if not LM_FAMILIES[self._manifest.lm.family].causal:
+            feeds["bidirectional"] = np.array(bidirectional)
+        return {name: np.asarray(array, order="C") for name, array in feeds.items()}
+
+    def _called(
+        self, binding: ort.IOBinding, feeds: dict[str, np.ndarray], rows: int, *, tokens: int
+    ) -> np.ndarray:
+        """Call the decoder; returns logits [rows, vocab].
+
+        tokens: in the cache, for errors.
+
+        Raises Cancelled, EngineError.
+        """
         if self._cancelled:
             raise Cancelled
         self._files.check()
-        total = self._length + len(embeds)
-        cos, sin = rotary_rows(self._rotary, positions, self._head // 2)
-        feeds = {
-            "inputs_embeds": embeds[None].astype(self._dtype, copy=False),
-            "rotary_cos": cos.astype(self._dtype, copy=False),
-            "rotary_sin": sin.astype(self._dtype, copy=False),
-            "last_index": np.array([total - 1], np.int32),
-            "total_length": np.array(total, np.int32),
-            "logit_rows": np.arange(len(embeds) - rows, len(embeds)),
-        }
-        if not LM_FAMILIES[self._manifest.lm.family].causal:
-            feeds["bidirectional"] = np.array(bidirectional)
-        feeds = {name: np.asarray(array, order="C") for name, array in feeds.items()}
         try:
-            logits = self._call(feeds, rows)
+            return self._call(binding, feeds, rows)
         except Exception as e:  # ONNX Runtime raises its own unrelated exception types
             if self._cancelled:
                 raise Cancelled from None
             raise EngineError(
-                f"ONNX Runtime failed after {self._length} tokens ({str(e).splitlines()[0]}); "
+                f"ONNX Runtime failed after {tokens} tokens ({str(e).splitlines()[0]}); "
                 "expected a step: "
                 "if memory was short, load the model with a smaller context"
             ) from e
-        self._length = total
-        return logits
 
-    def _call(self, feeds: dict[str, np.ndarray], rows: int) -> np.ndarray:
+    def _call(self, binding: ort.IOBinding, feeds: dict[str, np.ndarray], rows: int) -> np.ndarray:
         """Call the decoder once; a recorded step runs if it appends one token to cached tokens."""
         decoder = self._opened()
         alone = self._records and len(feeds["rotary_cos"]) == 1
         if alone and self._recorded and self._recorded.proven:
             return self._recorded.run(feeds)
-        assert self._binding
         for name, array in feeds.items():
-            self._binding.bind_cpu_input(name, array)
+            binding.bind_cpu_input(name, array)
         logits = np.empty((rows, self._manifest.lm.vocab_size), np.float32)
-        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
-        decoder.run_with_iobinding(self._binding, self._options)
+        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        decoder.run_with_iobinding(binding, self._options)
         if alone:
             self._prove(feeds, logits)
         return logits

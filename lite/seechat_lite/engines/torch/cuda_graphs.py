@@ -1,6 +1,7 @@
 """Records the torch engine's steps as CUDA graphs, one for each number of tokens; replays them."""
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from seechat_lite.engines.torch.decoder import Decoder
 from seechat_lite.engines.torch.kernels import KERNEL_ROWS
-from seechat_lite.engines.torch.ops import Cache, KernelOps
+from seechat_lite.engines.torch.ops import Cache, KernelOps, SlotKernelOps
 
 RECORDING = threading.Lock()  # CUDA records one graph at a time in a process
 
@@ -24,11 +25,14 @@ class Recorder:
     decoder: the network.
     cache: its cache; it must stay where it is.
     vocab_size: width of the logits.
+    slots: whether the cache is one of slots; the steps then append a token to each.
     """
 
-    def __init__(self, decoder: Decoder, cache: Cache, *, vocab_size: int) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: Cache, *, vocab_size: int, slots: bool = False
+    ) -> None:
         like = cache.keys[0]
-        self._decoder, self._cache = decoder, cache
+        self._decoder, self._cache, self._slots = decoder, cache, slots
         # logits of steps of any number of tokens, on the device and here
         self._logits = like.new_empty((KERNEL_ROWS, vocab_size), dtype=torch.float32)
         self._answer = torch.empty(self._logits.shape, pin_memory=True)
@@ -43,18 +47,18 @@ class Recorder:
         """
         return rows in self._steps
 
-    def run(self, embeds: Tensor, positions: np.ndarray, length: int) -> np.ndarray:
+    def run(self, embeds: Tensor, positions: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
         """Append tokens; returns their logits, float32 [rows, vocab].
 
         embeds: [rows, hidden], at most KERNEL_ROWS rows.
         positions: int64 [1 or 2, rows].
-        length: tokens in the cache before.
+        lengths: tokens in the cache before; of slots, one for each.
         """
         rows = len(embeds)
         step = self._steps.get(rows) or _Step(
-            self._decoder, self._cache, self._logits[:rows], positions
+            self._decoder, self._cache, self._logits[:rows], positions, slots=self._slots
         )
-        step.take(embeds, positions, length)
+        step.take(embeds, positions, lengths)
         if rows not in self._steps:
             with RECORDING:
                 step.record(self._stream, self._pool)
@@ -68,25 +72,34 @@ class _Step:
     """A step of some tokens, with the memory that it reads and writes."""
 
     def __init__(
-        self, decoder: Decoder, cache: Cache, logits: Tensor, positions: np.ndarray
+        self,
+        decoder: Decoder,
+        cache: Cache,
+        logits: Tensor,
+        positions: np.ndarray,
+        *,
+        slots: bool,
     ) -> None:
         """Prepare.
 
         logits: float32 [rows, vocab], where the step leaves them.
         positions: as those of every step.
+        slots: as for Recorder.
         """
         like, rows = cache.keys[0], len(logits)
         self._decoder, self._cache, self._logits = decoder, cache, logits
         hidden = decoder.final_layernorm.normalized_shape[0]
         self._embeds = like.new_zeros((rows, hidden))
         self._positions = torch.zeros(positions.shape, dtype=torch.int64, device=like.device)
-        self._length = torch.zeros(1, dtype=torch.int32, device=like.device)
+        self._ops = SlotKernelOps if slots else KernelOps
+        lengths = rows if slots else 1
+        self._lengths = torch.zeros(lengths, dtype=torch.int32, device=like.device)
         self._graph = torch.cuda.CUDAGraph()
 
-    def take(self, embeds: Tensor, positions: np.ndarray, length: int) -> None:
+    def take(self, embeds: Tensor, positions: np.ndarray, lengths: Sequence[int]) -> None:
         self._embeds.copy_(embeds.to(self._embeds.dtype))
         self._positions.copy_(torch.from_numpy(positions))
-        self._length.fill_(length)
+        self._lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
 
     def record(self, stream: torch.cuda.Stream, pool: Any) -> None:
         # once without recording: this compiles kernels and allocates what libraries keep. What
@@ -104,6 +117,6 @@ class _Step:
         self._graph.replay()
 
     def _run(self) -> None:
-        place = KernelOps(self._positions, self._length)
+        place = self._ops(self._positions, self._lengths)
         rows = len(self._logits)
         self._logits.copy_(self._decoder(self._embeds, place, self._cache, logit_rows=rows))

@@ -5,13 +5,16 @@ forward of known size: ChatGLM's context sees itself both ways, and the rest is 
 step on a GPU is a recorded CUDA graph of Triton kernels (engines.torch.kernels); it reads the
 number of tokens on the device. Elsewhere a step is plain torch. The embedding table is never
 loaded: the few rows that a prompt needs are read from its file.
+
+Answers that are written together have their caches in slots (see engines.slots). All linears of a
+step run for all of them at once; attention runs for each by itself.
 """
 
 import logging
 import re
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,8 +31,10 @@ from seechat_lite.engines.base import (
     check_pixels,
     check_room,
     embedded,
+    fitting,
 )
 from seechat_lite.engines.kept import KeptCaches
+from seechat_lite.engines.slots import Rows
 from seechat_lite.engines.torch.cuda_graphs import Recorder
 from seechat_lite.engines.torch.decoder import Decoder
 from seechat_lite.engines.torch.kernels import KERNEL_ROWS, fused
@@ -38,6 +43,9 @@ from seechat_lite.engines.torch.ops import (
     Cache,
     KernelOps,
     PromptKernelOps,
+    SlotKernelOps,
+    SlotOps,
+    StepOps,
     TorchOps,
     owned,
 )
@@ -72,6 +80,7 @@ class TorchEngine(Native):
 
     reads_checkpoints = True
     own_options = frozenset(OPTIONAL)
+    batches = True
     _cancelled = False
 
     @guarded
@@ -121,6 +130,9 @@ class TorchEngine(Native):
         causal = LM_FAMILIES[manifest.lm.family].causal and options.kept_cache != 0
         self._kept = KeptCaches(self._new_cache, _no_copy, **_ONE) if causal else None
         self._recorder: Recorder | None = None
+        self._slots: Rows | None = None
+        self._slot_cache: Cache | None = None
+        self._slot_recorder: Recorder | None = None
         self._length = 0  # tokens in the cache, those of a prefix included; 0 before a prompt
         # positions of the token that comes next
         self._next = np.zeros((TRAITS[manifest.lm.family].rows, 1), np.int64)
@@ -255,9 +267,13 @@ class TorchEngine(Native):
                         self._opened(), self._cache, vocab_size=self._manifest.lm.vocab_size
                     )
                 with nullcontext() if self._recorder.has(rows) else self._device_lock:
-                    logits = self._recorder.run(embeds, positions, self._length)
+                    logits = self._recorder.run(embeds, positions, [self._length])
             else:
-                logits = owned(self._run(embeds, positions))
+                at = torch.from_numpy(positions).to(self._device)
+                place = TorchOps(at, self._length)
+                if self._fused:
+                    place = KernelOps(at, self._length_there())
+                logits = owned(self._run(embeds, place, self._cache))
         self._length += rows
         self._next[-1] += rows
         if self._kept:
@@ -271,19 +287,96 @@ class TorchEngine(Native):
             self._kept.rewind(tokens)
         self._next[-1] -= tokens
 
+    @guarded
+    @torch.inference_mode()
+    def open_slots(self, count: int, *, tokens: int) -> int:
+        if self._slots is not None:
+            return 0
+        capacity = self._before + min(tokens, self.context)
+        lm, host = self._manifest.lm, self._plan.on_host
+        each = 2 * lm.num_layers * lm.kv_heads * self._head * capacity * self._dtype.itemsize
+        free = memory.available_memory() if host else torch.cuda.mem_get_info(self._device)[0]
+        count = fitting(count, each, self._plan, free=free, budget=self._options.max_memory)
+        if count:
+            with self._memory_planned():
+                self._slot_cache = self._new_cache(capacity, slots=count)
+            self._slots = Rows(count, capacity)
+        log.info("%d answers at once, with caches of %s each", count, memory.human(each))
+        return count
+
+    def close_slots(self) -> None:
+        with self._lock:
+            self._slots = self._slot_cache = self._slot_recorder = None
+            self._return_memory()
+
+    @guarded
+    @torch.inference_mode()
+    def adopt(self) -> int:
+        if self._cache is None or not self._length:
+            raise EngineError(
+                "adopt() before prefill(); expected an answer that has begun: call prefill() first"
+            )
+        rows, cache = self._opened_slots()
+        slot = rows.take(self._length, self._next)
+        place, length = len(rows) - 1, self._length
+        for there, here in zip(_buffers(cache), _buffers(self._cache), strict=True):
+            there[place, :, :length] = here[:, :length]
+        self._empty()
+        return slot
+
+    @guarded
+    @torch.inference_mode()
+    def step_slots(self, token_ids: Mapping[int, int]) -> dict[int, np.ndarray]:
+        rows, cache = self._opened_slots()
+        ids, positions, lengths = rows.tokens(token_ids), rows.positions, rows.lengths
+        self._raise_if_cancelled()
+        embeds = torch.from_numpy(self._rows(ids))
+        with self._memory_planned():
+            if self._records and len(ids) <= KERNEL_ROWS:
+                if self._slot_recorder is None:
+                    size = self._manifest.lm.vocab_size
+                    self._slot_recorder = Recorder(
+                        self._opened(), cache, vocab_size=size, slots=True
+                    )
+                recorded = self._slot_recorder.has(len(ids))
+                with nullcontext() if recorded else self._device_lock:
+                    logits = self._slot_recorder.run(embeds, positions, lengths)
+            else:
+                at = torch.from_numpy(positions).to(self._device)
+                place = SlotOps(at, 0, lengths=lengths)
+                if self._fused:
+                    there = torch.tensor(lengths, dtype=torch.int32, device=self._device)
+                    place = SlotKernelOps(at, there)
+                logits = owned(self._run(embeds, place, cache))
+        rows.stepped()
+        return dict(zip(rows.used, logits, strict=True))
+
+    @torch.inference_mode()
+    def free_slot(self, slot: int) -> None:
+        with self._lock:
+            if self._slots is None or self._slot_cache is None:  # the engine was closed
+                return
+            source, target, tokens = self._slots.drop(slot)
+            for buffer in _buffers(self._slot_cache) if tokens else ():
+                buffer[target, :, :tokens] = buffer[source, :, :tokens]
+
     def cancel(self) -> None:
         self._cancelled = True
 
     def reset(self) -> None:
         with self._lock:
             self._cancelled = False
-            self._length = 0
-            # recorded steps still use the memory of this one cache
-            if self._recorder is None and self._kept is None:
-                self._cache = None
+            self._empty()
+
+    def _empty(self) -> None:
+        self._length = 0
+        # recorded steps still use the memory of this one cache
+        if self._recorder is None and self._kept is None:
+            self._cache = None
 
     def _release(self) -> None:
         self._recorder = self._kept = None
+        self._slots = self._slot_cache = self._slot_recorder = None
         self.reset()
         self._decoder = self._weights = None
         if self._device.type == "cuda" and self._options.max_memory is not None:
@@ -313,14 +406,19 @@ class TorchEngine(Native):
     def _length_there(self) -> Tensor:
         return torch.tensor([self._length], dtype=torch.int32, device=self._device)
 
-    def _new_cache(self) -> Cache:
-        assert self._weights
+    def _opened_slots(self) -> tuple[Rows, Cache]:
+        if self._slots is None or self._slot_cache is None:
+            raise EngineError("the engine has no slots; expected some: call open_slots() first")
+        return self._slots, self._slot_cache
+
+    def _new_cache(self, capacity: int | None = None, slots: int | None = None) -> Cache:
         return Cache.empty(
             self._manifest.lm,
-            self._weights.head,
-            self._before + self.context,
+            self._head,
+            self._before + self.context if capacity is None else capacity,
             dtype=self._dtype,
             device=self._device,
+            slots=slots,
         )
 
     def _begin(self, prompt: Prompt) -> int:
@@ -340,17 +438,16 @@ class TorchEngine(Native):
         self._length = self._before + held
         return held
 
-    def _run(self, embeds: Tensor, positions: np.ndarray) -> Tensor:
-        """Run a step that is not recorded; returns its logits, [rows, vocab]."""
-        assert self._cache is not None
-        at = torch.from_numpy(positions).to(self._device)
-        place = TorchOps(at, self._length)
-        if self._fused:
-            place = KernelOps(at, self._length_there())
+    def _run(self, embeds: Tensor, place: StepOps, cache: Cache) -> Tensor:
+        """Run a step that is not recorded; returns its logits, [rows, vocab].
+
+        place: how tokens go through a layer.
+        cache: the cache that it appends to.
+        """
         return self._opened()(
             embeds.to(self._dtype).to(self._device),
             place,
-            self._cache,
+            cache,
             logit_rows=len(embeds),
             between_layers=self._raise_if_cancelled,
         )
@@ -409,6 +506,10 @@ class TorchEngine(Native):
 
 # the one cache stays where it is: recorded steps use its memory
 _ONE: dict[str, Any] = {"token_bytes": 0, "budget": 0, "single": True}
+
+
+def _buffers(cache: Cache) -> list[Tensor]:
+    return [*cache.keys, *cache.values]
 
 
 def _no_copy(source: Cache, target: Cache, tokens: int) -> None:

@@ -4,6 +4,7 @@ No size changes from step to step. On a GPU, steps run the kernels of engines.to
 `add_norm`, `add_rms_norm`, `append` and `attend` do the same in plain torch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,14 +27,21 @@ def owned(tensor: Tensor) -> np.ndarray:
 
 @dataclass
 class Cache:
-    """Keys and values of each layer, [kv_heads, capacity, head]."""
+    """Keys and values of each layer, [kv_heads, capacity, head]; of slots, with a row for each."""
 
     keys: list[Tensor]
     values: list[Tensor]
 
     @classmethod
     def empty(
-        cls, config: LMConfig, head: int, capacity: int, *, dtype: torch.dtype, device: torch.device
+        cls,
+        config: LMConfig,
+        head: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        slots: int | None = None,
     ) -> "Cache":
         """A cache of zeros.
 
@@ -41,8 +49,9 @@ class Cache:
         head: size of a head of the weights.
         capacity: tokens that it has room for.
         dtype, device: of the buffers.
+        slots: how many rows it has; None for a cache without rows.
         """
-        shape = (config.kv_heads, capacity, head)
+        shape = (*(() if slots is None else (slots,)), config.kv_heads, capacity, head)
         layers = range(config.num_layers)
         keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         return cls(keys, [torch.zeros_like(k) for k in keys])
@@ -118,6 +127,60 @@ class PromptKernelOps(KernelOps):
         return self.prompt.attend(queries, keys, values, scale)
 
 
+@dataclass(frozen=True)
+class SlotOps(TorchOps):
+    """Plain torch for a token of each slot; `lengths` are the tokens before it.
+
+    Keys and values are [slots, kv_heads, capacity, head]: token i belongs to row i.
+    """
+
+    lengths: Sequence[int] = ()
+
+    def append(self, qkv: Tensor, rotary: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        queries, new_keys, new_values = rotated(qkv, rotary, self.positions, keys.shape[1])
+        for i, length in enumerate(self.lengths):
+            keys[i, :, length], values[i, :, length] = new_keys[i], new_values[i]
+        return queries
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        return torch.cat(
+            [
+                attend(queries[i : i + 1], keys[i], values[i], length, scale=scale)
+                for i, length in enumerate(self.lengths)
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class SlotKernelOps(KernelOps):
+    """SlotOps with the kernels of a step; `length` is int32 [slots] on the device."""
+
+    def append(self, qkv: Tensor, rotary: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return torch.cat(
+            [
+                kernels.attention.append(
+                    qkv[i : i + 1],
+                    rotary,
+                    self.positions[:, i : i + 1].contiguous(),
+                    self.length[i : i + 1],
+                    keys[i],
+                    values[i],
+                )
+                for i in range(len(qkv))
+            ]
+        )
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        return torch.cat(
+            [
+                kernels.attention.attend(
+                    queries[i : i + 1], keys[i], values[i], self.length[i : i + 1], scale=scale
+                )
+                for i in range(len(queries))
+            ]
+        )
+
+
 def add_norm(branch: Tensor, x: Tensor, norm: nn.LayerNorm, *, alpha: float) -> Tensor:
     """The layer norm of branch + alpha * x.
 
@@ -153,19 +216,32 @@ def append(
 
     Returns [rows, heads, head].
     """
+    queries, new_keys, new_values = rotated(qkv, rotary, positions, len(keys))
+    new = slice(length, length + len(qkv))
+    keys[:, new], values[:, new] = new_keys.transpose(0, 1), new_values.transpose(0, 1)
+    return queries
+
+
+def rotated(
+    qkv: Tensor, rotary: Tensor, positions: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split queries, keys and values, and rotate the first two.
+
+    qkv, rotary, positions: as for append().
+    kv_heads: heads of keys, and of values.
+
+    Returns [rows, heads, head] and twice [rows, kv_heads, head].
+    """
     # [2, n, rows, head / 2 / n] to two of [rows, 1, head / 2]
     cos, sin = rotary[:, positions].transpose(1, 2).flatten(2)[:, :, None]
 
-    def rotated(x: Tensor) -> Tensor:
+    def turned(x: Tensor) -> Tensor:
         a, b = x.float().chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
-    kv_heads = len(keys)
     sizes = [qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads]
-    queries, new_keys, new_values = qkv.split(sizes, dim=1)
-    new = slice(length, length + len(qkv))
-    keys[:, new], values[:, new] = rotated(new_keys).transpose(0, 1), new_values.transpose(0, 1)
-    return rotated(queries)
+    queries, keys, values = qkv.split(sizes, dim=1)
+    return turned(queries), turned(keys), values
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, length: int, *, scale: float) -> Tensor:
