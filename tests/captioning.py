@@ -31,6 +31,7 @@ class TellingModel:
     """
 
     manifest = SimpleNamespace(name="telling", conversation="seechat", vision=True)
+    engine = SimpleNamespace(batches=False)
 
     def __init__(
         self,

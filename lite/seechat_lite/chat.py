@@ -1,6 +1,7 @@
 """Holds a loaded model (Model) and its conversations (Chat), and streams answers.
 
-The engine has one cache, so it generates one answer at a time; a second thread waits its turn.
+An answer has the engine for itself, and a second thread waits its turn; or its chat has a seat,
+beside other answers (see together.Together).
 Pictures are remembered by their content: each is encoded once, in whatever turn or chat it is
     shown.
 """
@@ -11,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from seechat_lite.conversation import (
 )
 from seechat_lite.engines import Engine
 from seechat_lite.engines.base import Cancelled
-from seechat_lite.generate import generate
+from seechat_lite.generate import Alone, Seat, decode
 from seechat_lite.generation import Generation, GenerationOptions
 from seechat_lite.images import (
     ImageSource,
@@ -144,7 +145,8 @@ class Model:
         prompt: what is asked about each; None or blank asks for a description.
         language: of that description: "zh" or "en".
         format: a name of conversation.FORMATS; None for the bundle's.
-        batch: how many pictures are in work at once. Their captions are still written one by one.
+        batch: how many pictures are in work at once. Their captions are written together, as far as
+            the engine batches and memory allows (see engines.base.Engine.open_slots).
         generation: all options of the answers as one value.
         options: fields of generation.Generation by name; they override those of `generation`.
 
@@ -379,19 +381,46 @@ class AnswerStream(Iterator[str]):
     stats: what the answer took, once it has ended; None before.
     """
 
-    def __init__(self, chat: "Chat", pieces: Generator[str, None, None]) -> None:
+    def __init__(self, chat: "Chat", pieces: Generator[str | None, None, None]) -> None:
         self._chat = chat
         self._pieces = pieces
         self._begun = False
         self.stats: Stats | None = None
 
     def __next__(self) -> str:
+        while (piece := self.advance()) is None:
+            pass
+        return piece
+
+    def advance(self) -> str | None:
+        """The next piece, or None while the answer waits for its chat's seat.
+
+        Raises StopIteration at the end, and the errors of Chat.stream().
+        """
         self._begun = True
         try:
             return next(self._pieces)
         except StopIteration:
             self.stats = self.stats or self._chat.stats
             raise
+
+    def whole(self) -> Generator[None, None, "Answer"]:
+        """The whole answer, which the generator returns; it yields while the answer waits.
+
+        Raises the errors of Chat.stream().
+        """
+        text = ""
+        while True:
+            try:
+                piece = self.advance()
+            except StopIteration:
+                break
+            if piece is None:
+                yield
+            else:
+                text += piece
+        assert self.stats is not None
+        return Answer(text, self.stats)
 
     def close(self) -> None:
         """End the answer here. Its turn stays in the history with the text said so far."""
@@ -413,6 +442,8 @@ class Chat:
     """One conversation, made by Model.chat.
 
     Two threads must not use it at once, except for stop() and clear().
+
+    seat: where its answers run; None: they have the engine for themselves.
     """
 
     def __init__(self, model: Model, format: Format) -> None:
@@ -425,7 +456,8 @@ class Chat:
         # a question from messages, not yet answered
         self._asked: tuple[str, list[ImageSource]] | None = None
         self._told = ""  # what the system says before the next question
-        self._answering = False  # whether the engine works for this chat
+        self.seat: Seat | None = None
+        self._working: Seat | None = None  # of the answer for which the engine works
         # held while the history changes, and by stop(), which keeps the engine from beginning
         # another chat's work meanwhile
         self._lock = threading.RLock()
@@ -570,8 +602,8 @@ class Chat:
         """
         with self._lock:
             self._stopped += 1
-            if self._answering:
-                self.model.engine.cancel()
+            if self._working:
+                self._working.cancel()
         self.model.wake()
 
     def clear(self) -> None:
@@ -600,10 +632,10 @@ class Chat:
         generation: Generation,
         stopped: Callable[[], bool],
         constraint: Constraint | None,
-    ) -> Generator[str, None, None]:
+    ) -> Generator[str | None, None, None]:
         start = time.perf_counter()
         try:
-            with self.model.answering(stopped):
+            with nullcontext() if self.seat else self.model.answering(stopped):
                 yield from self._answer(
                     question, image, generation, stopped, constraint=constraint, start=start
                 )
@@ -627,8 +659,8 @@ class Chat:
         *,
         constraint: Constraint | None,
         start: float,
-    ) -> Iterator[str]:
-        """The rest of _stream(), once the engine is ours.
+    ) -> Iterator[str | None]:
+        """The rest of _stream(), once the engine, or a seat, is ours.
 
         Raises Cancelled if the chat is stopped before the engine works.
         """
@@ -650,8 +682,9 @@ class Chat:
         room = model.engine.context - len(prompt.ids) + 1
         limit = min(generation.max_new_tokens, room)
         lookup = PromptLookup(prompt.ids, model._row_cost) if generation.speculate else None
-        tokens = generate(
-            model.engine,
+        seat = self.seat or Alone(model.engine)
+        tokens = decode(
+            seat,
             prompt,
             generation,
             max_new_tokens=limit,
@@ -669,9 +702,12 @@ class Chat:
             text = TextStream(model.tokenizer, stop=(*self.format.stop, *generation.stop))
             answer = CleanStream(self.format)
         count, first, finish, failed = 0, 0.0, "cancelled", False
-        self._answering = True
+        self._working = seat
         try:
             for token in tokens:
+                if token is None:
+                    yield None
+                    continue
                 count += 1
                 first = first or time.perf_counter() - start
                 if piece := answer.push(text.push(token)):
@@ -688,9 +724,9 @@ class Chat:
             raise
         finally:
             with self._lock:
-                self._answering = False
+                self._working = None
             # unless it is kept, a later turn is read again; its memory is free until then
-            model.engine.reset()
+            seat.reset()
             # closed early, interrupted or stopped: what was said so far stays said
             seconds = time.perf_counter() - start
             self.stats = Stats(
@@ -702,7 +738,7 @@ class Chat:
                 finish,
                 guessed_tokens=lookup.guessed if lookup else 0,
                 right_guesses=lookup.right if lookup else 0,
-                held_tokens=model.engine.held_tokens if count else 0,
+                held_tokens=seat.held_tokens if count else 0,
             )
             said = answer.shown or finish != "cancelled"
             with self._lock:

@@ -1,15 +1,16 @@
-"""Captions pictures one after the other: each content once, in order, in bounded memory."""
+"""Captions many pictures: each content once, in order, in bounded memory."""
 
 import hashlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from seechat_lite.captions.ahead import ReadAhead
 from seechat_lite.captions.known import Known
-from seechat_lite.captions.writer import OneByOne, Writer
+from seechat_lite.captions.writer import Writer, open_writer
 from seechat_lite.conversation import FORMATS, trimmed
 from seechat_lite.generation import Generation
 from seechat_lite.images import ImageSource, PreparedImage, load_image
@@ -169,11 +170,11 @@ def captioned(
 
     most = max(batch, 2)
     ahead = ReadAhead(map(_Taken, items), prepared, most=most, size=_Taken.size)
-    writer = OneByOne(model, question, format, generation)
-    try:
+    with (
+        closing(ahead),
+        closing(open_writer(model, question, format, generation, batch=batch)) as writer,
+    ):
         yield from _Run(ahead, writer, known, most=most + writer.slots).captions()
-    finally:
-        ahead.close()
 
 
 class _Taken:
