@@ -19,6 +19,7 @@ from seechat_weights.errors import SeechatError
 from seechat_weights.libraries import import_error
 
 KEY_VARIABLE = "SEECHAT_API_KEY"
+MAX_SLOTS = 256
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -73,6 +74,14 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     add("--https-images", action="store_true", help="fetch pictures from public https: addresses")
     add("--media-path", type=Path, metavar="DIR", help="read file: pictures below this folder")
+    add(
+        "--slots",
+        type=int,
+        default=4,
+        metavar="N",
+        help="answers that are written at once, each with a cache of its own; fewer if memory is "
+        "short (%(default)s)",
+    )
     add("--queue", type=int, default=32, metavar="N", help="requests that may wait (%(default)s)")
     add("--max-body", type=float, default=32, metavar="MB", help="largest request (%(default)s)")
     add(
@@ -106,9 +115,12 @@ def _check_origin(origin: str, usage_error: Callable[[str], Any]) -> None:
 
 
 def _serve(args: argparse.Namespace, usage_error: UsageError) -> int:
-    for name, least in (("port", 0), ("queue", 0), ("max_body", 0), ("image_cache", 0)):
+    counts = (("port", 0), ("slots", 1), ("queue", 0), ("max_body", 0), ("image_cache", 0))
+    for name, least in counts:
         if getattr(args, name) < least:
             usage_error(f"--{name.replace('_', '-')}: expected {least} or more")
+    if args.slots > MAX_SLOTS:
+        usage_error(f"--slots: expected at most {MAX_SLOTS}")
     if args.port > 65535:
         usage_error("--port: expected at most 65535")
     if args.keep_alive is not None and args.keep_alive < 0:
@@ -144,6 +156,7 @@ def _serve(args: argparse.Namespace, usage_error: UsageError) -> int:
         allow_host="start it with --host-name",
         allow_origin="start it with --cors-origin",
         aliases=tuple(args.alias),
+        slots=args.slots,
         queue=args.queue,
         keep_alive=args.keep_alive,
     )

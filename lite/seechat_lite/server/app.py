@@ -61,6 +61,7 @@ def create_app(
     scheduler = Scheduler(
         load,
         format=format,
+        slots=settings.slots,
         queue=settings.queue,
         keep_alive=settings.keep_alive,
         observe=metrics.answered,

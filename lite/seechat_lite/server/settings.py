@@ -25,6 +25,7 @@ class Settings:
     allow_host: str = "its operator can add that to its hosts"
     allow_origin: str = "its operator can add to its cors_origins"  # and then the origin
     aliases: tuple[str, ...] = ()  # names of the model, besides its own
+    slots: int = 1  # answers that run at once, if the engine and the memory allow it
     queue: int = 32  # requests that may wait
     keep_alive: float | None = None  # the model is unloaded after this time without a request
     grace: float = 2.5  # on shutdown, a running answer may go on for this time
