@@ -299,8 +299,7 @@ class OnnxEngine(Native):
         lengths = np.array(slots.lengths, np.int32)
         feeds = self._feeds(embeds[:, None], slots.positions, lengths=lengths)
         self._options = run_options()
-        binding = self._opened().io_binding()
-        slots.bind(binding)
+        binding = slots.binding(self._opened())
         with self._memory_planned():
             logits = self._called(binding, feeds, len(embeds), tokens=int(lengths.max()))
         slots.stepped()

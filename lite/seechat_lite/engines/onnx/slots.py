@@ -25,7 +25,7 @@ class Slots(Rows):
         self._names, self._dtype = names, dtype
         self._shape = (len(names), count, *shape)
         self._buffers: np.ndarray | None = None  # [layers * 2, slots, heads, tokens, head]
-        self._bound: dict[int, list[ort.OrtValue]] = {}  # by the number of rows
+        self._bindings: dict[int, ort.IOBinding] = {}  # by the number of rows
 
     def adopt(self, cache: np.ndarray, length: int, position: np.ndarray) -> int:
         """Copy an answer's cache into a free slot; returns the slot.
@@ -51,19 +51,20 @@ class Slots(Rows):
             assert self._buffers is not None
             self._buffers[:, target, :, :tokens] = self._buffers[:, source, :, :tokens]
         if not len(self):
-            self._bound.clear()
+            self._bindings.clear()
             self._buffers = None
 
-    def bind(self, binding: ort.IOBinding) -> None:
-        """Bind the rows in use as the graph's past and present.
+    def binding(self, decoder: ort.InferenceSession) -> ort.IOBinding:
+        """A binding with the rows in use as the graph's past and present.
 
-        binding: of the decoder.
+        decoder: the session.
         """
         assert self._buffers is not None
-        values = self._bound.get(len(self))
-        if values is None:
-            rows = (buffer[: len(self)] for buffer in self._buffers)
-            values = self._bound[len(self)] = [ort.OrtValue.ortvalue_from_numpy(r) for r in rows]
-        for name, value in zip(self._names, values, strict=True):
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(name.replace("past", "present"), value)
+        count = len(self)
+        if count not in self._bindings:
+            binding = self._bindings[count] = decoder.io_binding()
+            for name, buffer in zip(self._names, self._buffers, strict=True):
+                value = ort.OrtValue.ortvalue_from_numpy(buffer[:count])
+                binding.bind_ortvalue_input(name, value)
+                binding.bind_ortvalue_output(name.replace("past", "present"), value)
+        return self._bindings[count]
