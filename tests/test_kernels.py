@@ -282,6 +282,17 @@ def test_steps_of_the_engine(form: str, tmp_path: Path, monkeypatch: pytest.Monk
             found.append(engine.step(11))
             engine.reset()
         assert (engine._recorder is not None) == (device == "cuda")
+        assert engine.open_slots(2, tokens=40) == 2
+        slots = []
+        for start in (0, 2):  # answers that are written together
+            engine.prefill(Prompt(ids[start:]))
+            slots.append(engine.adopt())
+        for used in (slots, slots[1:]):
+            for token in (8, 10):
+                stepped = engine.step_slots({slot: token + slot for slot in used})
+                found += [stepped[slot] for slot in used]
+            engine.free_slot(used[0])
+        assert (engine._slot_recorder is not None) == (device == "cuda")
         return found
 
     expected = logits("cpu")

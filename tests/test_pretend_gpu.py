@@ -69,6 +69,16 @@ def answers(engine: TorchEngine, *, picture: bool) -> list[np.ndarray]:
     found = [engine.prefill(Prompt(ids, images)), engine.step(7), *engine.extend([9, 50, 8])]
     engine.reset()
     found.append(engine.prefill(Prompt(ids, images)))
+    assert engine.open_slots(3, tokens=60) == 3
+    slots = [engine.adopt()]
+    for length in (3, 9):  # three answers of different lengths; the first leaves
+        engine.prefill(Prompt([*ids[-length:]]))
+        slots.append(engine.adopt())
+    for used in (slots, slots[1:]):
+        for token in (7, 9):
+            stepped = engine.step_slots({slot: token + slot for slot in used})
+            found += [stepped[slot] for slot in used]
+        engine.free_slot(used[0])
     engine.close()
     return found
 
@@ -147,5 +157,5 @@ def test_steps_are_recorded_with_plain_operations_as_well(gpu: torch.device) -> 
     keys = torch.zeros(1, 8, 4, device=gpu)
     recorder = Recorder(Doubles(), Cache([keys], [keys]), vocab_size=4)  # type: ignore[arg-type]
     for value in (1.0, 5.0):
-        found = recorder.run(torch.full((2, 4), value), np.zeros((2, 2), np.int64), 3)
+        found = recorder.run(torch.full((2, 4), value), np.zeros((2, 2), np.int64), [3])
         assert (found == 2 * value).all() and found.shape == (2, 4)
