@@ -197,8 +197,12 @@ def slow_command(seconds: float) -> list[str]:
 def serving(
     *options: str, step_seconds: float = 0, log: Path | None = None
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command itself: its process and its address. log: the file that takes its stderr."""
+    """The command itself: its process and its address. log: the file that takes its stderr.
+
+    With step_seconds it has one slot, so that others wait while it answers.
+    """
     start = slow_command(step_seconds) if step_seconds else ["-m", "seechat_lite"]
+    options = (*(("--slots", "1") if step_seconds else ()), *options)
     with tempfile.TemporaryFile("w+") if log is None else log.open("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, *start, "serve", "--port", "0", *options],
