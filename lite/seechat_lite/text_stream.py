@@ -72,9 +72,8 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = tuple(s for s in stop if s)
         self._bytes = b""  # an incomplete character
-        self._each = (
-            True  # whether each byte of no character becomes U+FFFD, or what belongs together
-        )
+        # whether each byte that is in no character becomes a U+FFFD, or those that belong together
+        self._bytewise = True
         self._leading = tokenizer.leading_spaces_dropped  # how many more spaces the start swallows
         self._raw = ""  # text that may be the start of a whitespace marker
         self._held = ""  # text that may be the start of a stop marker
@@ -89,7 +88,7 @@ class TextStream:
         if surface is None or self.stopped:
             return ""
         if not isinstance(surface, str):
-            self._each = isinstance(surface, int)  # sentencepiece's way; tokenizers' is the other
+            self._bytewise = isinstance(surface, int)  # as sentencepiece, not as tokenizers
             self._bytes += surface if isinstance(surface, bytes) else bytes((surface,))
             return self._release(self._characters(final=False))
         text = self._characters(final=True)
@@ -126,7 +125,7 @@ class TextStream:
                 # "unexpected end": the beginning is valid, and more bytes may complete it
                 if not final and e.reason == "unexpected end of data":
                     break
-                text, n = text + "\ufffd", 1 if self._each else e.end - e.start
+                text, n = text + "\ufffd", 1 if self._bytewise else e.end - e.start
             data = data[n:]
         self._bytes = data
         if text:

@@ -121,25 +121,20 @@ class Asking:
 
     def generation(
         self,
+        given: schemas.AnswerOptions,
         *,
         limit: int | None,
-        stop: str | Sequence[str] | None,
-        temperature: float | None,
-        top_p: float | None,
-        top_k: int | None,
-        repetition_penalty: float | None,
-        seed: int | None,
         schema: Mapping[str, Any] | None = None,
     ) -> Generation:
         """The options of an answer as clients mean them.
 
+        given: what the request says of them; None there is the model's default, or ours.
         limit: tokens of the answer; negative for as many as the context holds.
-        stop, temperature, top_p, top_k, repetition_penalty, seed, schema: see
-            generation.Generation; None for the model's default, or ours.
+        schema: see generation.Generation.
 
         Raises ApiError.
         """
-        stops = [stop] if isinstance(stop, str) else stop or []
+        stops = [given.stop] if isinstance(given.stop, str) else given.stop or []
         stops = [text for text in stops if text]  # an empty field of a form stops nothing
         if len(stops) > MAX_STOPS or any(len(text) > MAX_STOP_LENGTH for text in stops):
             raise ApiError(
@@ -149,11 +144,12 @@ class Asking:
                 param="stop",
             )
         usual = self._sampling
-        heat = _first(temperature, usual and usual.temperature, 0.0)
-        reach = _first(top_p, usual and usual.top_p, 1.0)
+        heat = _first(given.temperature, usual and usual.temperature, 0.0)
+        reach = _first(given.top_p, usual and usual.top_p, 1.0)
         if reach == 0 or heat < 0.001:  # only the likeliest token is left
             heat, reach = 0.0, 1.0
         # a seed names an answer; without one, or with -1 as in other servers, it is drawn anew
+        seed = given.seed
         seed = secrets.randbits(63) if seed in (None, -1) else seed % 2**63
         limit = limit or Generation.max_new_tokens
         return Generation(
@@ -161,8 +157,10 @@ class Asking:
             max_new_tokens=schemas.MAX_INTEGER if limit < 0 else limit,  # the context limits it
             temperature=heat,
             top_p=reach,
-            top_k=max(_first(top_k, usual and usual.top_k, 0), 0),
-            repetition_penalty=_first(repetition_penalty, usual and usual.repetition_penalty, 1.0),
+            top_k=max(_first(given.top_k, usual and usual.top_k, 0), 0),
+            repetition_penalty=_first(
+                given.repetition_penalty, usual and usual.repetition_penalty, 1.0
+            ),
             seed=seed,
             schema=schema,
         )

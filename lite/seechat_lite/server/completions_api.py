@@ -82,15 +82,7 @@ class OldCompletions:
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         if len(prompts) != 1:
             raise ApiError(400, "prompt: expected one text", code="invalid_value", param="prompt")
-        chosen = self._asking.generation(
-            limit=body.max_tokens,
-            stop=body.stop,
-            temperature=body.temperature,
-            top_p=body.top_p,
-            top_k=body.top_k,
-            repetition_penalty=body.repetition_penalty,
-            seed=body.seed,
-        )
+        chosen = self._asking.generation(body, limit=body.max_tokens)
         ask, ignored = await self._asking.ask(
             request,
             [{"role": "user", "content": prompts[0]}],

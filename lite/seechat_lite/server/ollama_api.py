@@ -155,13 +155,8 @@ class Ollama:
     def _generation(self, body: schemas.OllamaChat | schemas.OllamaGenerate) -> Generation:
         given = body.options or schemas.OllamaOptions.model_validate({})
         return self._asking.generation(
+            given,
             limit=-1 if given.num_predict == -2 else given.num_predict,
-            stop=given.stop,
-            temperature=given.temperature,
-            top_p=given.top_p,
-            top_k=given.top_k,
-            repetition_penalty=given.repeat_penalty,
-            seed=given.seed,
             schema=ollama_schema(body.format),
         )
 

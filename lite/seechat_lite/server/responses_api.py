@@ -70,13 +70,10 @@ class Responses:
                 raise unsupported(name, advice, param=name)
         form = body.text and body.text.format
         chosen = self._asking.generation(
+            schemas.AnswerOptions.model_validate(
+                {"temperature": body.temperature, "top_p": body.top_p}
+            ),
             limit=body.max_output_tokens,
-            stop=None,
-            temperature=body.temperature,
-            top_p=body.top_p,
-            top_k=None,
-            repetition_penalty=None,
-            seed=None,
             schema=chat_schema(form, param="text.format"),
         )
         ask, ignored = await self._asking.ask(

@@ -89,15 +89,9 @@ class StreamOptions(_Request):
     include_usage: bool | None = None
 
 
-class ChatRequest(_Request):
-    """POST /v1/chat/completions, after OpenAI's; top_k and repetition_penalty are additions."""
+class AnswerOptions(_Request):
+    """How tokens are drawn and what ends an answer; what is left out is as the model has it."""
 
-    model: str | None = Field(None, description="the served model's name; may be left out")
-    messages: FastList[Message] = Field(min_length=1, max_length=2048)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: Limit | None = Field(None, description="-1: as many as fit, as LM Studio has it")
-    max_completion_tokens: Limit | None = None
     temperature: Annotated[float | None, Number] = Field(None, ge=0, le=2)
     top_p: Annotated[float | None, Number] = Field(None, ge=0, le=1)
     top_k: Annotated[int | None, Number] = Field(
@@ -108,6 +102,17 @@ class ChatRequest(_Request):
         None, ge=-MAX_INTEGER - 1, le=MAX_INTEGER, description="-1: as good as none"
     )
     stop: str | FastList[str] | None = None
+
+
+class ChatRequest(AnswerOptions):
+    """POST /v1/chat/completions, after OpenAI's; top_k and repetition_penalty are additions."""
+
+    model: str | None = Field(None, description="the served model's name; may be left out")
+    messages: FastList[Message] = Field(min_length=1, max_length=2048)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Limit | None = Field(None, description="-1: as many as fit, as LM Studio has it")
+    max_completion_tokens: Limit | None = None
     n: Annotated[int | None, Number] = None
     frequency_penalty: Annotated[float | None, Number] = None
     presence_penalty: Annotated[float | None, Number] = None
@@ -125,7 +130,7 @@ class ChatRequest(_Request):
     )
 
 
-class CompletionRequest(_Request):
+class CompletionRequest(AnswerOptions):
     """POST /v1/completions, OpenAI's older API: `prompt` is taken as a question."""
 
     model: str | None = None
@@ -133,12 +138,6 @@ class CompletionRequest(_Request):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Limit | None = None
-    temperature: Annotated[float | None, Number] = Field(None, ge=0, le=2)
-    top_p: Annotated[float | None, Number] = Field(None, ge=0, le=1)
-    top_k: Annotated[int | None, Number] = Field(None, ge=-1, le=MAX_INTEGER)
-    repetition_penalty: Annotated[float | None, Number] = Field(None, ge=0.01, le=100)
-    seed: Annotated[int | None, Number] = Field(None, ge=-MAX_INTEGER - 1, le=MAX_INTEGER)
-    stop: str | FastList[str] | None = None
     n: Annotated[int | None, Number] = None
     frequency_penalty: Annotated[float | None, Number] = None
     presence_penalty: Annotated[float | None, Number] = None
@@ -177,16 +176,14 @@ class ResponsesRequest(_Request):
     conversation: str | dict[str, Any] | None = None
 
 
-class OllamaOptions(_Request):
+class OllamaOptions(AnswerOptions):
     """Of an answer; others are ignored, as Ollama does."""
 
     num_predict: Annotated[int | None, Number] = Field(None, ge=-2, le=MAX_INTEGER)
     temperature: Annotated[float | None, Number] = Field(None, ge=0, le=100)
-    top_p: Annotated[float | None, Number] = Field(None, ge=0, le=1)
-    top_k: Annotated[int | None, Number] = Field(None, ge=-1, le=MAX_INTEGER)
-    repeat_penalty: Annotated[float | None, Number] = Field(None, ge=0.01, le=100)
-    seed: Annotated[int | None, Number] = Field(None, ge=-MAX_INTEGER - 1, le=MAX_INTEGER)
-    stop: str | FastList[str] | None = None
+    repetition_penalty: Annotated[float | None, Number] = Field(
+        None, ge=0.01, le=100, validation_alias="repeat_penalty"
+    )
 
 
 class OllamaChat(_Request):
