@@ -2,6 +2,7 @@
 
     python bench/faithfulness.py            # a few minutes; writes docs/benchmarks/faithfulness.md
     python bench/faithfulness.py --llama DIR   # a LLaMA against transformers; prints a table
+    python bench/faithfulness.py --real FILE.gguf   # four bits on a real LM, llama.cpp's as well
 
 Every linear weight is rounded, put back into the torch network, and its next-token distributions
 are compared with those of the unrounded model, over the answers of some hundred dialogues. One row
@@ -462,7 +463,15 @@ def main() -> int:
     parser.add_argument("--builtin", type=Path, default=RECIPE / "work/lm", metavar="DIR")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/faithfulness.md")
     parser.add_argument("--llama", type=Path, metavar="DIR")
+    parser.add_argument("--real", type=Path, metavar="GGUF", help="see real_lm.py")
+    parser.add_argument("--methods", nargs="+", help="of --real: nearest, ours, llama.cpp")
     args = parser.parse_args()
+    if args.real:
+        from real_lm import METHODS, lines
+
+        for line in lines(args.real, args.methods or METHODS):
+            print(line, flush=True)
+        return 0
     if args.llama:
         with tempfile.TemporaryDirectory() as name:
             for line in llama_rows(args.llama, Path(name)):

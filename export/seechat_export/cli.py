@@ -73,6 +73,16 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         help="of the vision network's weights; default: fp16, or fp32 with --precision fp32",
     )
     add_format_option(parser)
+    add(
+        "--calibrate",
+        nargs="?",
+        type=Path,
+        const=True,
+        default=False,
+        metavar="PATH",
+        help="round int4 weights for what layers see: with dialogues in Chinese and English that "
+        "come along, or a text, a picture, or a folder of them; takes tens of minutes",
+    )
     add("--offline", action="store_true", help="take Hub ids from the cache, open no connection")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
@@ -176,6 +186,7 @@ def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             block_size=args.block_size,
             vision_precision=args.vision_precision,
             conversation=args.format,
+            calibrate=args.calibrate,
             name=args.name,
             announce=lambda plan: print(f"this will take {plan}", file=sys.stderr),
             provenance={"downloads": downloads} if downloads else None,

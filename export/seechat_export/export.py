@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from seechat_export import parity
+from seechat_export.calibration import Calibrator, examples
 from seechat_export.chatglm_graph import ChatGLMGraph
 from seechat_export.llama_graph import LlamaGraph
 from seechat_export.plan import PROBE, ExportPlan, Parts, check_room, make_plan
@@ -33,7 +34,7 @@ from seechat_lite.memory import human
 from seechat_lite.nn.block_quantization import FRACTIONS
 from seechat_lite.source import Source as ModelSource
 from seechat_lite.source import described_tokenizer, spoken_format
-from seechat_lite.tokenizers import open_tokenizer
+from seechat_lite.tokenizers import TextTokenizer, open_tokenizer
 from seechat_weights.arguments import check_choice, refuse
 from seechat_weights.bundle.layout import TensorLayout, decoder_layout, reordered_prefix
 from seechat_weights.bundle.manifest import (
@@ -91,6 +92,7 @@ def export_bundle(
     block_size: int = 128,
     vision_precision: str | None = None,
     conversation: str | None = None,
+    calibrate: bool | str | Path = False,
     name: str | None = None,
     provenance: dict[str, Any] | None = None,
     announce: Callable[[ExportPlan], None] = lambda plan: None,
@@ -109,6 +111,8 @@ def export_bundle(
     vision_precision: "fp32", "fp16" or "int8"; None for fp32 in an fp32 bundle, else fp16.
     conversation: the default format; None for the one that the LM speaks, or for ChatGLM-6B with a
         vision tower of its own "seechat".
+    calibrate: round the LM's weights for the inputs that its layers see: True with dialogues that
+        come with this, or a text (.txt, .md), a picture, or a folder of them. Only at int4.
     name: the bundle's name.
     provenance: facts to add to the manifest's provenance.
     announce: called with the plan once all sources are checked, before the work begins.
@@ -126,6 +130,9 @@ def export_bundle(
         check_choice("conversation", conversation, FORMATS)
     if vision_precision is not None:
         check_choice("vision_precision", vision_precision, VISION_PRECISIONS)
+    given = None if isinstance(calibrate, bool) else local_path(calibrate)
+    if calibrate and precision != "int4":
+        refuse("calibrate", calibrate, f"none at {precision}", "export at int4 to calibrate")
     if os.path.lexists(out) or out.name in ("", ".."):  # a broken link, too
         raise BundleError(
             f"{out}: exists already; expected a new folder: remove it or choose another place",
@@ -157,9 +164,29 @@ def export_bundle(
         described = dataclasses.replace(described, precision=vision_precision)
         seen = parity.VisionCheck(network, described, source.config.hidden_size)
     form = source.form(PRECISIONS[precision])
+    calibrator = None
+    if calibrate:
+        kept = sum(0 < model.bits(key) <= PRECISIONS[precision].bits for key in model.shapes)
+        if kept:
+            refuse(
+                "calibrate",
+                calibrate,
+                "weights that are still floats",
+                f"leave it out: {kept} of them are kept as their authors quantized them",
+            )
+        found = examples(
+            given,
+            tokenizer=source.opened_tokenizer(),
+            lm=source.config,
+            conversation=conversation,
+            network=network,
+            vision=described,
+        )
+        items = decoder_layout(source.config, form, block_size)
+        calibrator = Calibrator(source, found, items, block_size)
     graphs = (described.graph, described.weights, described.half) if described else ()
     place = Workplace(out, {*FILES, *VISION_FILES, *graphs})
-    writer = _Writer(source, place, form, block_size if form.block else 0, progress)
+    writer = _Writer(source, place, form, block_size if form.block else 0, progress, calibrator)
     with writer.opened():
         announce(writer.plan(network, vision_precision))
         writer.weights()
@@ -200,6 +227,7 @@ def export_bundle(
                 "ignored": source.ignored(ignored, seeing=vision is not None),
                 "versions": {p: version(p) for p in ("torch", "onnx", "onnxruntime")},
                 **({"license": licence} if licence else {}),
+                **({"calibration": calibrator.described()} if calibrator else {}),
                 **(provenance or {}),
             },
         )
@@ -229,7 +257,11 @@ class Source:
         self.config: LMConfig = lm.config
         self.tokenizer = local_path(tokenizer) if tokenizer else lm.tokenizer
         self.tokenizer_config = described_tokenizer(self.tokenizer, lm, vision)
-        open_tokenizer(self.tokenizer, self.tokenizer_config, self.config)
+        self.opened_tokenizer()
+
+    def opened_tokenizer(self) -> TextTokenizer:
+        """The tokenizer, loaded."""
+        return open_tokenizer(self.tokenizer, self.tokenizer_config, self.config)
 
     def write_tokenizer(self, path: Path) -> None:
         """Write the tokenizer's file; an early form becomes the form that is published now.
@@ -313,8 +345,10 @@ class _Writer:
         precision: Precision,
         block_size: int,
         progress: Progress,
+        calibrator: Calibrator | None = None,
     ) -> None:
         self.source = source
+        self.calibrator = calibrator
         self.place = place
         self.out, self.folder = place.out, place.folder
         self.precision = precision
@@ -371,6 +405,15 @@ class _Writer:
             # traced, written and run a layer at a time; only the int8 kernels hold it whole
             vision_memory=VISION_WORK + (parts.vision if form.integers else 0) if vision else 0,
         )
+        if self.calibrator:
+            # of a layer that is partly written, all is rounded again
+            begun = {i.key.split(".")[1] for i in self.items[:done] if i.key.startswith("layers.")}
+            seconds = self.calibrator.seconds(layers=lm.num_layers - max(len(begun) - 1, 0))
+            plan = dataclasses.replace(
+                plan,
+                seconds=plan.seconds + seconds,
+                memory=max(plan.memory, self.calibrator.memory()),
+            )
         try:
             check_room(plan, lm, self.precision, out=self.out)
         except SeechatError:
@@ -389,13 +432,7 @@ class _Writer:
             for i, item in enumerate(self.items[done:], start=done):
                 self.progress("weights", self.items[i - 1].end if i else 0, self.size)
                 self.source.lm.audit(item.key)
-                arrays = stored_arrays(
-                    item,
-                    self.source.weight(item, self.block_size),
-                    self.source.config,
-                    self.precision,
-                    self.block_size,
-                )
+                arrays = self._arrays(item, f)
                 for stored, array in zip(item.stored, arrays, strict=True):
                     if array.dtype == torch.float16:
                         check_half(array.numpy(), self.source.lm.place(item.key))
@@ -413,6 +450,27 @@ class _Writer:
             self.precision,
             self.block_size,
             prefix_tokens=self.prefix_tokens,
+        )
+
+    def _arrays(self, item: TensorLayout, file: IO[bytes]) -> list[Tensor]:
+        """The arrays of an item; `file` holds those of the items before it."""
+        if self.calibrator and item.bits:
+
+            def written(item: TensorLayout) -> list[np.ndarray]:
+                found = []
+                for span in item.stored:
+                    file.seek(span.offset)
+                    data = np.frombuffer(file.read(span.nbytes), span.dtype)
+                    found.append(data.reshape(span.shape))
+                return found
+
+            return self.calibrator.arrays(item, written)
+        return stored_arrays(
+            item,
+            self.source.weight(item, self.block_size),
+            self.source.config,
+            self.precision,
+            self.block_size,
         )
 
     def embeddings(self) -> None:
@@ -474,6 +532,8 @@ class _Writer:
             "fractions": FRACTIONS,
             "tensors": [dataclasses.asdict(i) for i in self.items],
         }
+        if self.calibrator:
+            facts["calibration"] = self.calibrator.fingerprint()
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _done(self) -> int:

@@ -70,21 +70,46 @@ def quantize_blocks(
 def _quantize_chunk(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes and scales of whole blocks, float32 [rows, blocks, block_size]."""
     middle = 2 ** (bits - 1)
+    best = block_scales(blocks, bits=bits)
+    values = (blocks / best).round_().clamp_(-middle, middle - 1)
+    return block_codes(values, bits=bits), best.squeeze(-1)
+
+
+def block_scales(blocks: Tensor, *, bits: int, weights: Tensor | None = None) -> Tensor:
+    """The scale of least squared error for each block, [rows, blocks, 1].
+
+    blocks: float32 [rows, blocks, block_size].
+    bits: 8 or 4.
+    weights: what the squared error of each place counts, [block_size]; None for the same.
+    """
+    middle = 2 ** (bits - 1)
     full = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -middle
     full = torch.where(full == 0, 1, full)
     best, most = full, torch.zeros_like(full)
+    weighted = blocks if weights is None else blocks * weights
     for fraction in FRACTIONS[bits]:
         values = (blocks / (full * fraction)).round_().clamp_(-middle, middle - 1)
         # weights w as these values q: the best scale is wq / qq, its squared error ww - wq² / qq
-        wq = (values * blocks).sum(-1, keepdim=True)
-        scale = wq / values.square_().sum(-1, keepdim=True).clamp_min_(1)
+        wq = (values * weighted).sum(-1, keepdim=True)
+        if weights is None:
+            qq = values.square_().sum(-1, keepdim=True).clamp_min_(1)
+        else:
+            qq = (values.square_() * weights).sum(-1, keepdim=True).clamp_min_(1e-30)
+        scale = wq / qq
         gain = wq * scale
         better = gain > most
         best, most = torch.where(better, scale, best), torch.where(better, gain, most)
-    codes = (blocks / best).round_().clamp_(-middle, middle - 1).add_(middle).to(torch.uint8)
-    if bits == 4:
-        codes = codes[..., 0::2] | codes[..., 1::2] << 4
-    return codes, best.squeeze(-1)
+    return best
+
+
+def block_codes(values: Tensor, *, bits: int) -> Tensor:
+    """Packed codes, uint8 [..., block_size * bits / 8], of rounded values.
+
+    values: whole numbers, [..., block_size].
+    bits: 8 or 4.
+    """
+    codes = (values + 2 ** (bits - 1)).to(torch.uint8)
+    return codes[..., 0::2] | codes[..., 1::2] << 4 if bits == 4 else codes
 
 
 def dequantize_blocks(codes: Tensor, scales: Tensor, *, bits: int, inputs: int) -> Tensor:
