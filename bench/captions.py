@@ -1,6 +1,6 @@
 """Measures how many pictures `seechat caption` describes a second, and whether its memory grows.
 
-    python bench/captions.py [--pictures 1000 10000] [--threads N] [--instant]
+    python bench/captions.py [--pictures 1000 10000] [--batch 8] [--threads N] [--instant]
 
 Generated pictures in one tar archive, the built-in model, lines into a file; each size in a process
 of its own. --instant takes the model away: it measures reading, decoding and writing alone, and
@@ -33,28 +33,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--pictures", type=int, nargs="+", default=[1000, 10_000], metavar="N")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the engine")
+    parser.add_argument("--batch", type=int, nargs="+", default=[8], metavar="N")
     parser.add_argument("--instant", action="store_true", help="without a model")
     parser.add_argument("--in", dest="archive", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.archive:
-        caption(args.archive, args.threads, instant=args.instant)
+        caption(args.archive, args.threads, args.batch[0], instant=args.instant)
         return
     found: dict[str, str | list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in args.pictures:
             archive = Path(folder) / f"{count}.tar"
             write_pictures(archive, count)
-            command = [sys.executable, __file__, "--in", str(archive)]
-            command += ["--threads", str(args.threads), *["--instant"] * args.instant]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-            took = json.loads(done.stdout)
-            rate = count / took["seconds"]
-            megabytes = [f"{took[name] / 1e6:.1f} MB {name}" for name in ("resident", "peak")]
-            found[f"{count:,} pictures"] = f"{rate:.1f} a second · {' · '.join(megabytes)}"
+            for batch in args.batch:
+                command = [sys.executable, __file__, "--in", str(archive), "--batch", str(batch)]
+                command += ["--threads", str(args.threads), *["--instant"] * args.instant]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+                took = json.loads(done.stdout)
+                rate = count / took["seconds"]
+                megabytes = [f"{took[name] / 1e6:.1f} MB {name}" for name in ("resident", "peak")]
+                what = f"{count:,} pictures, {batch} at once"
+                found[what] = f"{rate:.1f} a second · {' · '.join(megabytes)}"
+                archive.with_suffix(".jsonl").unlink()
     print_table(found)
 
 
-def caption(archive: Path, threads: int, *, instant: bool) -> None:
+def caption(archive: Path, threads: int, batch: int, *, instant: bool) -> None:
     """Caption an archive in this process; print what it took as JSON."""
     import psutil
 
@@ -67,7 +71,8 @@ def caption(archive: Path, threads: int, *, instant: bool) -> None:
     out = archive.with_suffix(".jsonl")
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        code = cli.main(["caption", str(archive), "-o", str(out), "--threads", str(threads)])
+        options = ["-o", str(out), "--threads", str(threads), "--batch", str(batch)]
+        code = cli.main(["caption", str(archive), *options])
     seconds = time.perf_counter() - start
     resident = psutil.Process().memory_info().rss
     took = {"seconds": seconds, "resident": resident, "peak": peak(resident)}

@@ -87,6 +87,53 @@ def test_greedy_answers(engine: Engine, name: str) -> None:
     assert greedy(engine, case["input_ids"][0].tolist(), len(expected)) == expected
 
 
+@pytest.mark.parametrize("count", [1, 3, 8, 17])
+@pytest.mark.parametrize("name", ENGINES)
+def test_greedy_answers_together(bundle_of: Callable[..., Path], name: str, count: int) -> None:
+    """Recorded answers are written together; each leaves when it is complete."""
+    engine = open_engine(bundle_of("chatglm_tiny"), name)
+    recorded = load_json("chatglm_tiny/cases.json")["cases"]
+    left = [CASES[i % len(CASES)] for i in range(17)]
+    found: dict[int, tuple[list[int], list[int]]] = {}  # slot -> answer, what is expected
+    assert engine.open_slots(count, tokens=300) == count
+    while left or found:
+        if left and len(found) < count:  # one joins before each step
+            case = left.pop()
+            ids = tensors(f"chatglm_tiny/case_{case}.safetensors")["input_ids"][0].tolist()
+            first = int(engine.prefill(Prompt(ids)).argmax())
+            found[engine.adopt()] = [first], recorded[case]["greedy"]
+        logits = engine.step_slots({slot: said[-1] for slot, (said, _) in found.items()})
+        for slot, (said, expected) in list(found.items()):
+            said.append(int(logits[slot].argmax()))
+            if len(said) >= len(expected):
+                assert said[: len(expected)] == expected
+                engine.free_slot(slot)
+                del found[slot]
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_prefix_in_slots(tmp_path: Path, name: str) -> None:
+    source = data("chatglm_tiny")
+    prefix = source / "ptuning_embed_pytorch_model.bin"
+    export_bundle(lm=source, prefix=prefix, out=tmp_path / "b", precision="fp32")
+    case = tensors("chatglm_tiny/case_prefix_embed.safetensors")
+    recorded = load_json("chatglm_tiny/cases.json")["cases"]["prefix_embed"]
+    engine = open_engine(tmp_path / "b", name, context=len(recorded["greedy"]) + 50)
+    ids = case["input_ids"][0].tolist()
+    tokens = len(ids) + len(recorded["greedy"])
+    assert engine.open_slots(2, tokens=tokens) == 2  # those of the prefix come on top
+    said: dict[int, list[int]] = {}
+    for _ in range(2):
+        first = int(engine.prefill(Prompt(ids)).argmax())
+        said[engine.adopt()] = [first]
+    while len(said[0]) < len(recorded["greedy"]):
+        for slot, logits in engine.step_slots({s: a[-1] for s, a in said.items()}).items():
+            said[slot].append(int(logits.argmax()))
+    assert list(said.values()) == [recorded["greedy"]] * 2
+    engine.close()
+
+
 def test_pictures_as_embeddings(engine: Engine) -> None:
     case = tensors("chatglm_tiny/case_seechat_embeds.safetensors")
     ids, image = case["input_ids"][0].tolist(), case["image_embeds"][0]

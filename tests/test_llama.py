@@ -135,6 +135,31 @@ def test_recorded_turns(model: tuple[str, Engine, LMConfig]) -> None:
     check_row(rows[-1], case, "turn3_with_cache.logits")
 
 
+def test_recorded_answers_together(model: tuple[str, Engine, LMConfig]) -> None:
+    """In slots; the caches that are kept between answers live on beside them."""
+    name, engine, _ = model
+    recorded = cases(f"llama_tiny/{name}/cases.json")
+    prompts = {p: recorded[p]["input_ids"] for p in ("p0", "p1", "p2")}
+    expected = [recorded[p]["greedy_ids"] for p in prompts]
+    assert engine.open_slots(4, tokens=300) == 4
+    said: dict[int, list[int]] = {}
+
+    def step() -> None:
+        for slot, logits in engine.step_slots({s: a[-1] for s, a in said.items()}).items():
+            said[slot].append(int(logits.argmax()))
+
+    for ids in prompts.values():
+        first = int(engine.prefill(Prompt(ids)).argmax())
+        said[engine.adopt()] = [first]
+        step()
+    while any(len(a) < len(e) for a, e in zip(said.values(), expected, strict=True)):
+        step()
+    for answer, whole in zip(said.values(), expected, strict=True):
+        assert answer[: len(whole)] == whole
+    again = engine.prefill(Prompt(prompts["p0"]))
+    assert greedy(engine, again, len(expected[0])) == expected[0]
+
+
 def test_recorded_penalty(model: tuple[str, Engine, LMConfig]) -> None:
     name, engine, lm = model
     recorded = cases(f"llama_tiny/{name}/cases.json")
