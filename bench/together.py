@@ -72,31 +72,31 @@ def prompt(model: Model, length: int, seed: int) -> Prompt:
 
 
 def steps(args: argparse.Namespace) -> dict[str, str]:
+    """Steps of one answer and of several in turn, as a machine's speed may change."""
     found: dict[str, str] = {}
     with opened(args) as model:
-        engine, seconds = model.engine, {}
-        engine.prefill(prompt(model, args.length, 0))
-        alone = [timed(lambda i=i: engine.step(5 + i)) for i in range(args.repeat)]
-        engine.reset()
-        one = statistics.median(alone)
-        found["a step of one, by itself"] = f"{1 / one:.1f} tokens/s ({one * 1e3:.0f} ms)"
+        engine = model.engine
         most = engine.open_slots(max(args.rows), tokens=CONTEXT)
-        engine.prefill(prompt(model, args.length, 0))
-        slots = [engine.adopt()]
-        for rows in sorted(r for r in args.rows if r <= most):
-            while len(slots) < rows:  # the same prompt again: only the time is of interest
-                engine.prefill(prompt(model, args.length, 0))
-                slots.append(engine.adopt())
-            times = []
+        slots = []
+        while len(slots) < most:
+            engine.prefill(prompt(model, args.length, len(slots)))
+            slots.append(engine.adopt())
+        engine.prefill(prompt(model, args.length, most))
+        for rows in sorted((r for r in args.rows if r <= most), reverse=True):
+            while len(slots) > rows:
+                engine.free_slot(slots.pop())
+            alone, together = [], []
             for i in range(args.repeat):
+                alone.append(timed(partial(engine.step, 5 + i)))
+                engine.rewind(1)
                 tokens = {slot: 5 + i + slot for slot in slots}
-                times.append(timed(lambda t=tokens: engine.step_slots(t)))
-            seconds[rows] = took = statistics.median(times[1:])
+                together.append(timed(partial(engine.step_slots, tokens)))
+            one, took = statistics.median(alone[1:]), statistics.median(together[1:])
             found[f"a step of {rows}"] = (
-                f"{rows / took:.1f} tokens/s ({took * 1e3:.0f} ms), {rows * one / took:.2f} times"
+                f"{took * 1e3:.0f} ms, {rows / took:.1f} tokens/s; of one by itself "
+                f"{one * 1e3:.0f} ms, {1 / one:.1f} tokens/s: {rows * one / took:.2f} times"
             )
-        resident = psutil.Process().memory_info().rss
-        found["resident"] = f"{resident / 1e9:.2f} GB"
+        found["resident"] = f"{psutil.Process().memory_info().rss / 1e9:.2f} GB"
     return found
 
 
