@@ -59,9 +59,12 @@ def main() -> None:
 
 
 def opened(args: argparse.Namespace) -> Model:
-    return load(
+    model = load(
         args.model, engine=args.engine, device=args.device, threads=args.threads, context=CONTEXT
     )
+    if not model.engine.batches:  # of a synthetic one, remove the folder and write it anew
+        raise SystemExit("this bundle's graph takes one answer at a time: export it again")
+    return model
 
 
 def prompt(model: Model, length: int, seed: int) -> Prompt:
