@@ -2,15 +2,23 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reference import data, lm_error
 from seechat_export.export import export_bundle
+from seechat_export.quantize import restored_tensor
 from seechat_lite.engines import EngineOptions, create
+from seechat_lite.engines.torch import kernels
+from seechat_lite.engines.torch.linears import BlockLinear
+from seechat_lite.nn.block_quantization import dequantize_blocks, pack_zeros, unpack_zeros
 from seechat_lite.prompt import Prompt
 from seechat_lite.source import open_source
 from seechat_weights.bundle.arrays import BundleArrays
@@ -113,29 +121,41 @@ def test_the_weights_are_found(form: str, bits: int, tmp_path: Path) -> None:
         lm.audit(key)
         np.testing.assert_allclose(lm.read(key), weight, rtol=0, atol=1e-6)
         np.testing.assert_allclose(lm.read(key, slice(3, 50)), weight[3:50], rtol=0, atol=1e-6)
-        assert lm.bits(key) == (bits if form in ("gptq", "gptq_v2") else 0)
+        assert lm.bits(key) == (0 if form == "gptq-act-order" else bits)
+        if lm.bits(key):
+            assert lm.has_zeros(key) == (form in ("awq", "gptq-asymmetric"))
         if lm.bits(key):
             np.testing.assert_array_equal(lm.quantized(key).dequantized(), lm.read(key))
     assert lm.bits("lm_head.weight") == 0
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_an_export_keeps_the_integers(bits: int, tmp_path: Path) -> None:
-    """A bundle of as many bits loses nothing: its scales and integers are the published ones."""
-    make(tmp_path / "m", "gptq", bits)
+KEPT = [("gptq", 4), ("gptq", 8), ("gptq-asymmetric", 4), ("gptq-asymmetric", 8), ("awq", 4)]
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+@pytest.mark.parametrize(("form", "bits"), KEPT)
+def test_an_export_keeps_the_integers(form: str, bits: int, precision: str, tmp_path: Path) -> None:
+    """A bundle of as many bits, or more, loses nothing: its weights are the published ones."""
+    if bits == 8 and precision == "int4":
+        pytest.skip("4 bits cannot hold 8")
+    make(tmp_path / "m", form, bits)
     lm = open_lm(tmp_path / "m")
     manifest = export_bundle(
-        lm=tmp_path / "m", out=tmp_path / "b", precision=f"int{bits}", block_size=32
+        lm=tmp_path / "m", out=tmp_path / "b", precision=precision, block_size=32
     )
-    assert manifest.decoder.head_bits == (8 if bits == 4 else 0)
+    assert manifest.decoder.head_bits == (8 if precision == "int4" else 0)
+    assert manifest.decoder.zeros == (form in ("awq", "gptq-asymmetric"))
     arrays = BundleArrays(tmp_path / "b", manifest)
     for item in arrays.items:
         if not item.bits or item.key == "lm_head.weight":
             continue
-        codes, scales = arrays.stored(item)
+        stored = arrays.stored(item)
         published = lm.quantized(item.key)
-        np.testing.assert_array_equal(codes, published.blocks(32))
-        np.testing.assert_array_equal(scales, published.block_scales(32))
+        if published.bits == item.bits:
+            np.testing.assert_array_equal(stored[0], published.blocks(32))
+            np.testing.assert_array_equal(stored[1], published.block_scales(32))
+        restored = restored_tensor(item, stored, manifest.lm).numpy()
+        np.testing.assert_array_equal(restored, lm.read(item.key))
     options = EngineOptions(device="cpu")
     found = [
         create(engine, open_source(path), context=32, options=options).prefill(Prompt([1, 40, 9]))
@@ -146,6 +166,16 @@ def test_an_export_keeps_the_integers(bits: int, tmp_path: Path) -> None:
     # ONNX Runtime's integer products also round what they multiply the weights by
     assert np.corrcoef(found)[0].min() > 0.999
     np.testing.assert_allclose(found[1], found[2], rtol=0, atol=0.2)  # the head has fewer bits
+
+
+def test_groups_of_another_order_are_rounded_again_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path / "m", "gptq-act-order")
+    manifest = export_bundle(lm=tmp_path / "m", out=tmp_path / "b", precision="int4", block_size=32)
+    assert not manifest.decoder.zeros
+    assert "layers.0.mlp.down.weight: its groups have an order of their own" in caplog.text
+    assert "rounded again" in caplog.text
 
 
 def test_other_blocks_round_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -171,3 +201,36 @@ def test_refused(tmp_path: Path) -> None:
     assert "integers of 4 or 8 bits" in error(scales=np.zeros((7, 64), "f2"))
     assert "integers of 4 or 8 bits" in error(qzeros=np.zeros((3, 8), "f4"))
     assert "integers of 4 or 8 bits" in error(g_idx=np.zeros(5, np.int32))
+
+
+def test_the_kernels_product_is_mended_where_blocks_have_zeros(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernels take the middle for 0; both ways of multiplying give the weights' product."""
+    generator = torch.Generator().manual_seed(0)
+    outputs, inputs, block = 24, 80, 32  # the last block is half padding
+    codes = torch.randint(0, 256, (outputs, 3, block // 2), generator=generator).to(torch.uint8)
+    zeros = torch.randint(0, 16, (outputs, 3), generator=generator).to(torch.uint8)
+    scales = torch.rand(outputs, 3, generator=generator)
+    weight = dequantize_blocks(codes, scales, bits=4, inputs=inputs, zeros=zeros)
+    packed = pack_zeros(zeros, bits=4)
+    assert packed.shape == (outputs, 2)
+    assert torch.equal(unpack_zeros(packed, bits=4, blocks=3), zeros)
+
+    def kernel(
+        x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, *, bits: int, gelu: bool
+    ) -> Tensor:
+        assert not gelu
+        return F.linear(x, dequantize_blocks(codes, scales, bits=bits, inputs=inputs), bias)
+
+    monkeypatch.setitem(vars(kernels), "linear", SimpleNamespace(block_linear=kernel))
+    linear = BlockLinear(codes, scales, inputs=inputs, bits=4, zeros=zeros)
+    linear.bias = nn.Parameter(torch.rand(outputs, generator=generator))
+    for rows in (1, 3):
+        x = torch.randn(rows, inputs, generator=generator)
+        for gelu in (False, True):
+            expected = F.linear(x, weight, linear.bias)
+            expected = F.gelu(expected, approximate="tanh") if gelu else expected
+            for fused in (False, True):
+                linear.fused = fused
+                torch.testing.assert_close(linear(x, gelu=gelu), expected, rtol=1e-4, atol=1e-4)

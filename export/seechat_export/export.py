@@ -217,6 +217,7 @@ def export_bundle(
                 form.head_bits,
                 prefix=PREFIX if model.prefix is not None else None,
                 prefix_tokens=writer.prefix_tokens,
+                zeros=form.zeros,
             ),
             tokenizer=source.tokenizer_config,
             conversation=conversation,
@@ -291,6 +292,12 @@ class Source:
         item: says how it is to be stored.
         block_size: inputs that share a scale.
         """
+        if item.bits and self.lm.ordered(item.key):
+            log.warning(
+                "%s: its groups have an order of their own (act-order), which blocks cannot have: "
+                "its weights are rounded again. One made without act-order is kept as it is",
+                item.key,
+            )
         if 0 < self.lm.bits(item.key) <= item.bits:
             group = self.lm.group(item.key)
             if not group % block_size:  # of one scale a row, as well
@@ -305,13 +312,16 @@ class Source:
     def form(self, precision: Precision) -> Precision:
         """The precision, with a head of 8 bits if its authors quantized everything except the head.
 
-        With 4 bits the head would be all that such a bundle loses, and it would lose a lot.
+        With 4 bits the head would be all that such a bundle loses, and it would lose a lot. Blocks
+        get zeros if those of the authors are not all the middle of the range.
 
         precision: the precision that was asked for.
         """
-        kept = any(0 < self.lm.bits(key) <= precision.bits for key in self.lm.shapes)
-        wider = precision.block and precision.bits < 8
-        if not wider or not kept or self.lm.bits("lm_head.weight"):
+        kept = [key for key in self.lm.shapes if 0 < self.lm.bits(key) <= precision.bits]
+        if not precision.block or not kept:
+            return precision
+        precision = dataclasses.replace(precision, zeros=any(map(self.lm.has_zeros, kept)))
+        if precision.bits == 8 or self.lm.bits("lm_head.weight"):
             return precision
         return dataclasses.replace(precision, head_bits=8)
 

@@ -11,7 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seechat_lite.nn.block_quantization import dequantize_blocks, quantize_blocks
+from seechat_lite.nn.block_quantization import (
+    dequantize_blocks,
+    pack_zeros,
+    quantize_blocks,
+    unpack_zeros,
+)
 from seechat_weights.bundle.layout import TensorLayout, head_order, inverse_order, reordered
 from seechat_weights.bundle.precisions import Precision
 from seechat_weights.config import LMConfig
@@ -25,6 +30,7 @@ def _published_blocks(
 ) -> list[Tensor]:
     """What quantize_blocks would return, without loss from published integers and scales."""
     scales = weight.block_scales(block_size)
+    made = _zeros(item, weight, config, block_size) if len(item.stored) > 2 else []
     if item.bits > weight.bits:
         weight = replace(weight, stored=weight.codes, bits=item.bits)
     if item.heads:
@@ -33,7 +39,21 @@ def _published_blocks(
     if item.heads == "rows":
         scales = _reordered(scales, item, config)
     codes = torch.from_numpy(weight.blocks(block_size))
-    return [codes, torch.from_numpy(np.ascontiguousarray(scales)).expand(codes.shape[:2])]
+    return [codes, torch.from_numpy(np.ascontiguousarray(scales)).expand(codes.shape[:2]), *made]
+
+
+def _zeros(
+    item: TensorLayout, weight: Quantized, config: LMConfig, block_size: int
+) -> list[Tensor]:
+    """The zeros of an item's blocks as they are stored."""
+    zeros = weight.block_zeros(block_size)
+    # integers keep their distance from the middle of a wider range
+    zeros += np.uint8((1 << item.bits - 1) - (1 << weight.bits - 1))
+    more = item.stored[1].shape[1] - zeros.shape[1]  # a block of padding has any zero
+    zeros = np.pad(zeros, ((0, 0), (0, more)), constant_values=1 << item.bits - 1)
+    if item.heads == "rows":
+        zeros = _reordered(zeros, item, config)
+    return [pack_zeros(torch.from_numpy(np.ascontiguousarray(zeros)), bits=item.bits)]
 
 
 def _reordered(array: Any, item: TensorLayout, config: LMConfig) -> Any:
@@ -65,7 +85,11 @@ def stored_arrays(
     if item.kind == "vector":
         return [weight.float()]
     if item.bits:
-        return list(quantize_blocks(weight, bits=item.bits, block_size=block_size))
+        codes, scales = quantize_blocks(weight, bits=item.bits, block_size=block_size)
+        if len(item.stored) < 3:
+            return [codes, scales]
+        middle = torch.full(scales.shape, 1 << item.bits - 1, dtype=torch.uint8)
+        return [codes, scales, pack_zeros(middle, bits=item.bits)]
     # copied into place: transposing first and converting then would take twice the memory
     turned = torch.empty(weight.shape[::-1], dtype=getattr(torch, precision.dtype))
     return [turned.copy_(weight.t())]
@@ -86,7 +110,10 @@ def restored_tensor(
     if item.kind == "vector":
         tensor = arrays[0]
     elif item.bits:
-        tensor = dequantize_blocks(*arrays, bits=item.bits, inputs=item.shape[1])
+        codes, scales, *zeros = arrays
+        zero = unpack_zeros(zeros[0], bits=item.bits, blocks=codes.shape[1]) if zeros else None
+        inputs = item.shape[1]
+        tensor = dequantize_blocks(codes, scales, bits=item.bits, inputs=inputs, zeros=zero)
     else:
         tensor = arrays[0].float().t()
     if not item.heads:

@@ -1,7 +1,8 @@
 """Quantizes weights to blocks of 8 or 4 bits, as a bundle stores them, and back.
 
 The layout is that of ONNX Runtime's MatMulNBits. Every run of `block_size` inputs of an output row
-shares one scale. A weight is scale * (code - 2**(bits-1)). Two 4-bit codes share a byte; the
+shares one scale. A weight is scale * (code - zero), where the zero is 2**(bits-1) except in weights
+of others that say one for each block. Two 4-bit codes share a byte; the
 earlier one is in the low nibble. Zeros pad the inputs to whole blocks.
 """
 
@@ -112,15 +113,43 @@ def block_codes(values: Tensor, *, bits: int) -> Tensor:
     return codes[..., 0::2] | codes[..., 1::2] << 4 if bits == 4 else codes
 
 
-def dequantize_blocks(codes: Tensor, scales: Tensor, *, bits: int, inputs: int) -> Tensor:
+def dequantize_blocks(
+    codes: Tensor, scales: Tensor, *, bits: int, inputs: int, zeros: Tensor | None = None
+) -> Tensor:
     """The weight, float32 [outputs, inputs], from what quantize_blocks returned: its inverse.
 
     codes: uint8 [outputs, blocks, block_size * bits / 8].
     scales: float32 [outputs, blocks].
     bits: 8 or 4.
     inputs: width of the weight, without padding.
+    zeros: uint8 [outputs, blocks], the code for 0; None for the middle of the range.
     """
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-    values = codes.float().sub_(2 ** (bits - 1)).mul_(scales[..., None])
+    middle = 2 ** (bits - 1) if zeros is None else zeros.float()[..., None]
+    values = codes.float().sub_(middle).mul_(scales[..., None])
     return values.flatten(1)[:, :inputs]
+
+
+def pack_zeros(zeros: Tensor, *, bits: int) -> Tensor:
+    """Zeros as a bundle stores them, uint8 [outputs, blocks * bits / 8, rounded up].
+
+    zeros: uint8 [outputs, blocks].
+    bits: 8 or 4.
+    """
+    if bits == 8:
+        return zeros
+    pairs = F.pad(zeros, (0, zeros.shape[1] % 2))
+    return pairs[:, 0::2] | pairs[:, 1::2] << 4
+
+
+def unpack_zeros(stored: Tensor, *, bits: int, blocks: int) -> Tensor:
+    """The inverse of pack_zeros, uint8 [outputs, blocks].
+
+    stored: what it returned.
+    bits: 8 or 4.
+    blocks: of an output.
+    """
+    if bits == 8:
+        return stored
+    return torch.stack([stored & 15, stored >> 4], dim=-1).flatten(1)[:, :blocks]

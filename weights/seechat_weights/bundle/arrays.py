@@ -89,7 +89,9 @@ class BundleArrays:
     def items(self) -> Sequence[TensorLayout]:
         """The decoder's tensors in file order."""
         decoder = self.manifest.decoder
-        precision = stored_precision(decoder.precision, head_bits=decoder.head_bits)
+        precision = stored_precision(
+            decoder.precision, head_bits=decoder.head_bits, zeros=decoder.zeros
+        )
         return decoder_layout(self.manifest.lm, precision, decoder.block_size)
 
     def stored(self, item: TensorLayout) -> list[np.ndarray]:

@@ -54,7 +54,7 @@ class TensorLayout:
     shape: of the tensor once its heads are rearranged; [outputs, inputs] for a linear.
     heads: the axis that runs over heads and is rearranged first: "rows" (query_key_value),
         "columns" (the attention's dense) or "" for neither.
-    stored: its arrays: one, or codes and scales.
+    stored: its arrays: one, or codes and scales, or these and zeros.
     bits: size of the integers of a linear in blocks; 0 for every other tensor.
     """
 
@@ -138,8 +138,9 @@ def decoder_layout(config: LMConfig, precision: Precision, block_size: int) -> l
     """The decoder's tensors in file order, without the word embeddings.
 
     A linear of float weights is stored transposed, [inputs, outputs]. A linear in blocks is stored
-    as codes, uint8 [outputs, blocks, block_size * bits / 8], and scales, [outputs, blocks]. See
-    ONNX Runtime's MatMulNBits.
+    as codes, uint8 [outputs, blocks, block_size * bits / 8], and scales, [outputs, blocks]. Where
+    blocks have zeros, these follow, uint8 [outputs, blocks * bits / 8], the earlier of two of 4
+    bits in the low nibble. See ONNX Runtime's MatMulNBits.
 
     config: the decoder's shape.
     precision: how its linears are stored.
@@ -161,6 +162,8 @@ def decoder_layout(config: LMConfig, precision: Precision, block_size: int) -> l
                 (f"{name}.quant", "uint8", (outputs, blocks, block_size * bits // 8)),
                 (f"{name}.scales", precision.dtype, (outputs, blocks)),
             ]
+            if precision.zeros and key != HEAD:
+                arrays.append((f"{name}.zeros", "uint8", (outputs, -(-blocks * bits // 8))))
         stored = []
         for name, dtype, size in arrays:
             stored.append(ArraySpan(name, dtype, size, -(-end // ALIGN) * ALIGN))

@@ -65,6 +65,7 @@ class Decoder:
     # [layers, 2 (key, value), heads, prefix_tokens, head size of the graph], heads in its order
     prefix: str | None = None
     prefix_tokens: int = 0
+    zeros: bool = False  # whether blocks, except of lm_head, have integers of their own for 0
 
     @property
     def half(self) -> str:

@@ -146,7 +146,9 @@ def check_decoder(folder: Path, manifest: Manifest, graph: str) -> None:
     Raises BundleError.
     """
     decoder = manifest.decoder
-    precision = stored_precision(decoder.precision, head_bits=decoder.head_bits)
+    precision = stored_precision(
+        decoder.precision, head_bits=decoder.head_bits, zeros=decoder.zeros
+    )
     weights = f"{decoder.graph}.data"
     items = decoder_layout(manifest.lm, precision, decoder.block_size)
     places = {

@@ -20,6 +20,7 @@ class Precision:
         result. fp16 rounds what the cache holds; products of integers round their inputs to 8 bits
         a block.
     head_bits: bits of lm_head, if an export gives it more than the other weights.
+    zeros: whether each block has an integer of its own that stands for 0, except in lm_head.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Precision:
     dtype: str  # numpy name of the stored float weights, or of the scales
     tolerance: float
     head_bits: int = 0  # of lm_head, where an export gives it more than the other weights
+    zeros: bool = False  # each block has its own integer for 0
 
     @property
     def exact(self) -> bool:
@@ -66,13 +68,14 @@ QUANTIZATIONS = ("int4", "nf4", "fp4", "int8")
 BLOCK_SIZES = (32, 64, 128)
 
 
-def stored_precision(name: str, *, head_bits: int) -> Precision:
+def stored_precision(name: str, *, head_bits: int, zeros: bool = False) -> Precision:
     """The precision of a bundle's decoder.
 
     name: the manifest's name for it.
     head_bits: the manifest's bits of lm_head.
+    zeros: whether, by the manifest, each block has its own integer for 0.
     """
-    return replace(PRECISIONS[name], head_bits=head_bits)
+    return replace(PRECISIONS[name], head_bits=head_bits, zeros=zeros)
 
 
 def smaller_precisions(name: str) -> list[Precision]:

@@ -202,6 +202,24 @@ class LM:
         packed = self._tensors[key].parts[0].packed
         return packed.group if packed else 0
 
+    def ordered(self, key: str) -> bool:
+        """Whether integers of a tensor are in groups that do not follow each other ("act-order").
+
+        key: our name of a tensor.
+        """
+        tensor = self._tensors[key]
+        packed = [part.packed for part in tensor.parts]
+        return any(p is not None and not p.in_order(tensor.checkpoint.read) for p in packed)
+
+    def has_zeros(self, key: str) -> bool:
+        """Whether other integers than the middle of their range stand for 0 in a tensor.
+
+        key: our name of a tensor that has `bits`.
+        """
+        tensor = self._tensors[key]
+        packed = [part.packed for part in tensor.parts]
+        return not all(p is None or p.centred(tensor.checkpoint.read) for p in packed)
+
     def quantized(self, key: str, rows: Rows = ALL) -> Quantized:
         """A tensor as its authors quantized it, or some of its rows.
 
@@ -445,6 +463,11 @@ def _quantized(tensor: _Tensor, rows: Rows) -> Quantized:
         found = [place.packed.quantized(read) for place in parts if place.packed]
         stored = np.concatenate([each.stored for each in found])[rows]
         scales = np.concatenate([each.scales for each in found])[rows]
-        return Quantized(stored, scales, found[0].bits, found[0].group)
+        zeros = None
+        if any(each.zeros is not None for each in found):
+            none = [np.zeros(each.scales.shape, np.int16) for each in found]
+            pairs = zip(found, none, strict=True)
+            zeros = np.concatenate([n if q.zeros is None else q.zeros for q, n in pairs])[rows]
+        return Quantized(stored, scales, found[0].bits, found[0].group, zeros)
     scales = read(parts[0].scale)[rows].astype(np.float32)
     return Quantized(read(parts[0].key)[rows], scales, parts[0].bits)

@@ -6,8 +6,9 @@ A weight is scale * (integer - zero). Eight integers of 4 bits, or four of 8, sh
           one, except in its second format; g_idx [inputs] is the group of each input
     AWQ   qweight [inputs, outputs / 8], outputs in the order _AWQ
 
-(AutoGPTQ's qlinear and AutoAWQ's packing utilities.) Where all zeros are the middle of the range
-and groups follow each other, the integers are those that a bundle can hold.
+(AutoGPTQ's qlinear and AutoAWQ's packing utilities.) Where groups follow each other, a bundle can
+hold the integers as they are. GPTQ's g_idx may order groups otherwise ("act-order"): such a linear
+is made into floats.
 """
 
 from collections.abc import Callable, Mapping
@@ -56,16 +57,31 @@ class Packed:
 
         read: reads a published tensor.
         """
-        middle = 1 << (self.bits - 1)
-        return bool((self._zeros(read) == middle).all()) and self._in_order(read)
+        # a zero of 0 that was stored less one reads as one more than the integers can be
+        return bool((self._zeros(read) < 1 << self.bits).all()) and self.in_order(read)
+
+    def centred(self, read: Read) -> bool:
+        """Whether the middle of the range stands for 0 everywhere.
+
+        read: reads a published tensor.
+        """
+        return bool((self._zeros(read) == 1 << (self.bits - 1)).all())
 
     def quantized(self, read: Read) -> Quantized:
         """The integers, where they can be kept.
 
         read: reads a published tensor.
         """
-        codes = (self._codes(read).astype(np.int16) - (1 << (self.bits - 1))).astype(np.int8)
-        return Quantized(pack(codes, bits=self.bits), self._scales(read), self.bits, self.group)
+        middle = 1 << (self.bits - 1)
+        codes = (self._codes(read).astype(np.int16) - middle).astype(np.int8)
+        zeros = self._zeros(read).astype(np.int16) - middle
+        return Quantized(
+            pack(codes, bits=self.bits),
+            self._scales(read),
+            self.bits,
+            self.group,
+            zeros if zeros.any() else None,
+        )
 
     def dequantized(self, read: Read) -> np.ndarray:
         """The weights, float32 [outputs, inputs].
@@ -81,7 +97,11 @@ class Packed:
         weights *= scales[:, group]
         return weights
 
-    def _in_order(self, read: Read) -> bool:
+    def in_order(self, read: Read) -> bool:
+        """Whether groups follow each other, so that the place of an input says its group.
+
+        read: reads a published tensor.
+        """
         if not self.ordered:
             return True
         expected = np.arange(self.shape[1]) // self.group

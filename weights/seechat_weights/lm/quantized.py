@@ -19,6 +19,7 @@ class Quantized:
     scales: np.ndarray  # float32 [outputs], or [outputs, groups]
     bits: int  # 8 or 4
     group: int = 0  # inputs that share a scale; 0: all of a row
+    zeros: np.ndarray | None = None  # int16 [outputs, groups], the integers for 0; None: they are 0
 
     @property
     def codes(self) -> np.ndarray:
@@ -28,6 +29,8 @@ class Quantized:
     def dequantized(self) -> np.ndarray:
         """The weights, float32 [outputs, inputs]; exact, as products of at most 8 and 11 bits."""
         codes = self.codes.astype(np.float32)
+        if self.zeros is not None:
+            codes -= self.zeros.repeat(self.group, axis=1)[:, : codes.shape[1]]
         if self.group:
             return codes * self.scales.repeat(self.group, axis=1)[:, : codes.shape[1]]
         return codes * self.scales[:, None]
@@ -40,6 +43,17 @@ class Quantized:
         if not self.group:
             return self.scales[:, None]
         return self.scales.repeat(self.group // block_size, axis=1)
+
+    def block_zeros(self, block_size: int) -> np.ndarray:
+        """What stands for 0 in each block, as `blocks` gives integers: uint8 [outputs, blocks].
+
+        block_size: integers in a block; a group must be a whole number of blocks.
+        """
+        middle = 1 << (self.bits - 1)
+        if self.zeros is None:
+            blocks = self.codes.shape[1] // block_size
+            return np.full((len(self.stored), blocks), middle, np.uint8)
+        return (self.zeros + middle).astype(np.uint8).repeat(self.group // block_size, axis=1)
 
     def blocks(self, block_size: int) -> np.ndarray:
         """The integers as a bundle holds them: uint8 [outputs, blocks, block_size * bits / 8].

@@ -184,7 +184,9 @@ class OnnxEngine(Native):
     def _begin_empty(self) -> None:
         """Prepare names, shapes and counters of a cache that does not exist yet."""
         decoder = self._manifest.decoder
-        precision = stored_precision(decoder.precision, head_bits=decoder.head_bits)
+        precision = stored_precision(
+            decoder.precision, head_bits=decoder.head_bits, zeros=decoder.zeros
+        )
         cache = next(i for i in self._opened().get_inputs() if i.name == "past_key_0")
         self._head = cache.shape[3]
         self._cache_dtype = np.dtype({"tensor(float)": "f4", "tensor(float16)": "f2"}[cache.type])

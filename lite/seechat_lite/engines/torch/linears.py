@@ -38,9 +38,19 @@ class BlockLinear(nn.Module):
         nn.block_quantization.
     inputs: width of the weight, without padding.
     bits: 8 or 4.
+    zeros: uint8 [outputs, blocks], the code for 0 of each block; None for the middle of the range.
+        The kernels take the middle for 0; the sum of a block's inputs then mends their product.
     """
 
-    def __init__(self, codes: Tensor, scales: Tensor, *, inputs: int, bits: int) -> None:
+    def __init__(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        *,
+        inputs: int,
+        bits: int,
+        zeros: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.inputs = inputs
         self.bits = bits
@@ -51,6 +61,10 @@ class BlockLinear(nn.Module):
             codes = kernels.linear.interleaved(codes, bits=bits)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales.expand(codes.shape[:2]))
+        self.block = codes.shape[2] * 8 // bits
+        self.shifts: Tensor | None  # [outputs, blocks]: what 0 in the middle makes of each weight
+        shifts = None if zeros is None else (2 ** (bits - 1) - zeros.float()) * self.scales
+        self.register_buffer("shifts", shifts)
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None)
 
@@ -61,8 +75,7 @@ class BlockLinear(nn.Module):
         gelu: whether to apply the GELU.
         """
         if self.fused and len(x) <= kernels.KERNEL_ROWS:
-            weight = self.codes, self.scales, self.bias
-            return kernels.linear.block_linear(x.contiguous(), *weight, bits=self.bits, gelu=gelu)
+            return self._by_kernel(x.contiguous(), gelu=gelu)
         parts = []
         # plain torch first makes the weight in float32, with copies of its codes
         rows = max(1, (CHUNK if self.fused else CHUNK // 8) // self.inputs)
@@ -70,6 +83,16 @@ class BlockLinear(nn.Module):
             bias = None if self.bias is None else self.bias[i : i + rows]
             parts.append(F.linear(x, self.weight(slice(i, i + rows), x.dtype), bias))
         y = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        return F.gelu(y, approximate="tanh") if gelu else y
+
+    def _by_kernel(self, x: Tensor, *, gelu: bool) -> Tensor:
+        stored = self.codes, self.scales, self.bias
+        if self.shifts is None:
+            return kernels.linear.block_linear(x, *stored, bits=self.bits, gelu=gelu)
+        y = kernels.linear.block_linear(x, *stored, bits=self.bits, gelu=False)
+        blocks = F.pad(x, (0, self.shifts.shape[1] * self.block - x.shape[1]))
+        sums = blocks.unflatten(1, (-1, self.block)).float().sum(-1)  # [rows, blocks]
+        y = (y + sums @ self.shifts.t()).to(x.dtype)
         return F.gelu(y, approximate="tanh") if gelu else y
 
     def weight(self, rows: slice, dtype: torch.dtype) -> Tensor:
@@ -80,10 +103,15 @@ class BlockLinear(nn.Module):
         """
         codes, scales = self.codes[rows], self.scales[rows]
         if self.fused:
-            return kernels.linear.dequantized(
+            made = kernels.linear.dequantized(
                 codes, scales, bits=self.bits, inputs=self.inputs, dtype=dtype
             )
-        return dequantize_blocks(codes, scales, bits=self.bits, inputs=self.inputs).to(dtype)
+        else:
+            made = dequantize_blocks(codes, scales, bits=self.bits, inputs=self.inputs).to(dtype)
+        if self.shifts is not None:
+            shifts = self.shifts[rows].to(dtype)
+            made += shifts.repeat_interleave(self.block, 1)[:, : self.inputs]
+        return made
 
 
 def with_gelu(linear: nn.Module, x: Tensor) -> Tensor:

@@ -52,11 +52,15 @@ def device_plan(
     """
     blocks = blocks or {}
     lm, decoder = manifest.lm, manifest.decoder
-    precision = stored_precision(decoder.precision, head_bits=decoder.head_bits)
+    precision = stored_precision(
+        decoder.precision, head_bits=decoder.head_bits, zeros=decoder.zeros
+    )
     weights = 0.0
     for item in decoder_layout(lm, precision, decoder.block_size):
         if item.bits:
             weights += sum(s.nbytes for s in item.stored)
+            if len(item.stored) > 2:  # zeros become floats, one a block as the scales are
+                weights += item.stored[1].nbytes
         elif bits := blocks.get(item.key):
             (outputs, inputs), scales = item.shape, 1
             count = -(-inputs // BLOCK)

@@ -20,7 +20,7 @@ from seechat_lite.engines.torch.linears import (
     bitsandbytes_linear,
 )
 from seechat_lite.lm_families import TRAITS
-from seechat_lite.nn.block_quantization import quantize_blocks
+from seechat_lite.nn.block_quantization import quantize_blocks, unpack_zeros
 from seechat_lite.source import Source
 from seechat_weights.bundle.arrays import BundleArrays
 from seechat_weights.bundle.layout import HEAD, head_order, reordered_prefix
@@ -33,7 +33,9 @@ from seechat_weights.lm.checkpoint import ALL, LM
 
 @dataclass(frozen=True)
 class LoadedTensor:
-    """One tensor of ours: an array [outputs, inputs] or [size], or codes and scales.
+    """One tensor of ours: an array [outputs, inputs] or [size], or codes, scales, and zeros if any.
+
+    Zeros are those of blocks, uint8 [outputs, blocks].
 
     bits: of the blocks that a weight is in; for one array, of the blocks that it is to be put into.
     place: where it comes from, for errors.
@@ -98,6 +100,11 @@ class BundleWeights:
             arrays = self._arrays.stored(item)
             if item.kind == "linear" and not item.bits:  # stored transposed
                 arrays = [arrays[0].T]
+            codes = arrays[0]
+            if len(arrays) > 2:
+                zeros = torch.from_numpy(arrays[2].copy())
+                zeros = unpack_zeros(zeros, bits=item.bits, blocks=codes.shape[1])
+                arrays = [codes, arrays[1], zeros.numpy()]
             yield LoadedTensor(item.key, arrays, item.bits, Place(file, item.key))
 
 
@@ -135,6 +142,8 @@ class CheckpointWeights:
                 published = self.lm.quantized(key, rows)
                 size = published.group or BLOCK
                 blocks = [published.blocks(size), published.block_scales(size)]
+                if published.zeros is not None:
+                    blocks.append(published.block_zeros(size))
                 yield LoadedTensor(key, blocks, bits)
             elif key != "word_embeddings.weight":
                 yield LoadedTensor(key, [self.lm.read(key, rows)], bits, self.lm.place(key))
@@ -231,14 +240,17 @@ def build(
         if quantize == "int4" and linear:
             bits = 4
         if bits:
+            zeros = None
             if len(given.arrays) == 1:
                 (weight,) = given.arrays
                 stored = quantize_blocks(tensor(weight), bits=bits, block_size=BLOCK, device=device)
             else:
-                codes, scales = given.arrays
+                codes, scales, *more = given.arrays
                 stored = placed(codes, torch.uint8), placed(scales, torch.float32)
+                zeros = placed(more[0], torch.uint8) if more else None
             inputs = cast(nn.Linear, module).in_features
-            decoder.set_submodule(name, BlockLinear(*stored, inputs=inputs, bits=bits))
+            linear_ = BlockLinear(*stored, inputs=inputs, bits=bits, zeros=zeros)
+            decoder.set_submodule(name, linear_)
         elif few_bits and linear:
             decoder.set_submodule(name, few_bits(numbers(given)))
         else:
