@@ -351,6 +351,7 @@ def llama_rows(folder: Path, scratch: Path) -> Iterator[str]:
     published = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     truth: list[Tensor] = []
     answers: list[list[int]] = []
+    text = english()
     head = ("precision", "KL divergence", "top-1 agreement", "perplexity", "difference", "answers")
     yield f"| {' | '.join(head)} |"
     yield f"|---|{'---:|' * (len(head) - 1)}"
@@ -358,7 +359,7 @@ def llama_rows(folder: Path, scratch: Path) -> Iterator[str]:
         out = scratch / precision
         export_bundle(lm=folder, out=out, precision=precision, block_size=32)
         with sl.load(out, context=WINDOW + 2, kept_cache=0) as model:
-            ids = model.tokenizer.encode(english(), specials=False)
+            ids = model.tokenizer.encode(text, specials=False)
             windows = [ids[i : i + WINDOW] for i in range(0, len(ids) - WINDOW, WINDOW)]
             starts = [window[: 8 + i] for i, window in enumerate(windows * GREEDY)][:GREEDY]
             if not truth:

@@ -25,6 +25,7 @@ from seechat_weights.errors import CheckpointError, EngineError
 from seechat_weights.identify import identify
 from seechat_weights.lm.checkpoint import open_lm
 from seechat_weights.lm.llama import llama_config
+from serving import Running, asking, data_url, running
 
 pytestmark = needs_llama_reference
 TOLERANCE = 5e-4
@@ -369,6 +370,54 @@ def taken(model: sl.Model) -> int:
     """Bytes that the caches of a model have touched."""
     kept = getattr(model.engine, "_kept", None)
     return kept._taken() if kept else 0
+
+
+def test_many_conversations_through_the_server(tmp_path: Path) -> None:
+    """The same 50 turns over HTTP, where each request brings the whole conversation again."""
+    source = open_source(LLAMA.parent / "llava_tiny/llava_v1")
+    bundle = tmp_path / "b"
+    export_bundle(lm=source, out=bundle, vision=source.vision, precision="fp32")
+    pictures = sorted((LLAMA.parent / "pictures").glob("*.png"))[:3]
+    urls = [data_url(picture.read_bytes()) for picture in pictures]
+    budget, context = 300_000, 220
+    said: dict[int, dict[int, list[str]]] = {}
+    for kept in (0, budget):
+        models: list[sl.Model] = []
+
+        def load(kept: int = kept, models: list[sl.Model] = models) -> sl.Model:
+            models.append(sl.load(bundle, context=context, kept_cache=kept))
+            return models[-1]
+
+        with running(load=load, manifest=read_manifest(bundle)) as server:
+            answers: dict[int, list[str]] = {i: [] for i in range(4)}
+            cached = [0] * 4
+
+            def talk(
+                i: int,
+                server: Running = server,
+                models: list[sl.Model] = models,
+                answers: Any = answers,
+                cached: list[int] = cached,
+            ) -> None:
+                messages: list[Any] = []
+                for turn in range(13 if i < 2 else 12):
+                    shown = [urls[(i + turn) % 3]] if turn % 4 == 0 else []
+                    messages += asking(f"{i}{turn}?", *shown)["messages"]
+                    answer = server.post({"messages": messages, "max_tokens": 6, "temperature": 0})
+                    text = answer["choices"][0]["message"]["content"]
+                    messages.append({"role": "assistant", "content": text})
+                    answers[i].append(text)
+                    usage = answer["usage"]
+                    cached[i] += usage["prompt_tokens_details"]["cached_tokens"]
+                    assert usage["prompt_tokens"] <= context
+                    assert taken(models[-1]) <= context * 2048
+
+            with ThreadPoolExecutor(4) as threads:
+                list(threads.map(talk, range(4)))
+            assert len(models) == 1 and bool(sum(cached)) == bool(kept)
+            said[kept] = answers
+    assert sum(map(len, said[0].values())) == 50
+    assert said[0] == said[budget]
 
 
 def test_many_conversations_at_once(tmp_path: Path) -> None:
