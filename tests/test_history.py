@@ -211,3 +211,25 @@ def test_what_a_system_said_stays_when_its_turn_is_forgotten(tokenizer: Tokenize
     assert len(prompt.ids) <= CONTEXT - 20
     with pytest.raises(ContextError, match="what a system said have more than"):
         fit([Turn("q", system="x" * 20_000)], {}, format=FORMATS["llama_3"], **options)
+
+
+def test_a_published_code_may_cut_off_the_beginning(tokenizer: Tokenizer) -> None:
+    form = replace(FORMATS["minigpt4-compat"], cut=80)
+    turns = [Turn("一" * 30, "二" * 30, ("x",)), Turn("三" * 9)]
+    embeds = {"x": np.arange(128, dtype=np.float32).reshape(16, 8)}
+    options: dict[str, Any] = {"tokenizer": tokenizer, "context": 400, "reserve": 20}
+    whole = prompts.build(tokenizer, render(form, turns), embeds, specials=form.specials)
+    ((at, _),) = whole.images
+    for tokens in (*range(len(whole.ids) - at - 18, len(whole.ids) - at + 3), len(whole.ids) + 9):
+        cut = replace(form, cut=tokens + 20)
+        prompt, left = fit(turns, embeds, format=cut, **options)
+        assert left == turns and prompt.ids == whole.ids[-tokens:]
+        for start, part in prompt.images:
+            gone = len(whole.ids) - len(prompt.ids)
+            np.testing.assert_array_equal(part, embeds["x"][max(gone - at, 0) :])
+            assert start == max(at - gone, 0)
+        assert bool(prompt.images) == (len(whole.ids) - len(prompt.ids) < at + 16)
+    prompt, left = fit(turns, embeds, format=replace(form, cut=10**6), **options | {"context": 50})
+    assert len(prompt.ids) <= 50 - 12
+    prompt, left = fit([Turn("x" * 3000, "y" * 90_000), turns[1]], {}, format=form, **options)
+    assert len(left) == 1

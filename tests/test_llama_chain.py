@@ -5,6 +5,7 @@ and greedy answers.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,25 @@ def test_minigpt4(name: str, engine: str, tmp_path_factory: pytest.TempPathFacto
                     repetition_penalty=penalty,
                 )
                 assert answer == turn[key], (turn["key"], penalty)
+
+
+def test_minigpt4_loses_the_beginning_of_a_long_prompt(
+    engine: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """As published; its system's text goes first, and the picture may be cut through."""
+    cut = golden.cases("minigpt4_tiny/cases.json")["max_length_cut"]
+    with load("minigpt4", engine, tmp_path_factory) as model:
+        _, turns, turn = next(minigpt4_turns("minigpt4"))
+        assert turn["prompt_length"] == cut["full_length"]
+        chat = model.chat("minigpt4-compat")
+        chat.format = replace(chat.format, cut=cut["max_length"])
+        prompt = chat.prompt(
+            turns[0].question, pictures(turns[0]), max_new_tokens=cut["max_new_tokens"]
+        )
+        whole = model.chat("minigpt4-compat").prompt(turns[0].question, pictures(turns[0]))
+        assert len(whole.ids) == cut["full_length"]
+        assert prompt.ids == whole.ids[-cut["kept_last"] :]
+        greedy(model, prompt, cut["greedy_ids"])
 
 
 def pictures(turn: Turn) -> list[Path]:

@@ -65,6 +65,8 @@ class Format:
     begins: whether the ids with which the model's prompts begin stand before all text.
     penalizes_prompt: whether the repetition penalty counts the prompt as said. The published code
         of models whose prompts are embeddings counts only the answer, after the first token.
+    cut: tokens of prompt and answer together beyond which the prompt loses its beginning, wherever
+        that is, as in the published code of some models; 0: the oldest turns are left out whole.
     exact: whether pictures become pixels as in the published code, see PixelSpec.exact.
     demo: write the history as SEEChat's published demo does, see _render_demo.
     instructions: whether a system's texts are written, before the question that follows. A model
@@ -93,6 +95,7 @@ class Format:
     remembers: bool = True
     begins: bool = True
     penalizes_prompt: bool = True
+    cut: int = 0
     exact: bool = False
     demo: bool = False
     instructions: bool = True
@@ -403,6 +406,7 @@ _MINIGPT4_DEMO: dict[str, Any] = {
     "holdback": None,
     "exact": True,
     "specials": True,
+    "cut": 2000,
 }
 
 FORMATS: dict[str, Format] = {

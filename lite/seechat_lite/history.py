@@ -85,6 +85,10 @@ def fit(
             built[dropped] = build(left)
         return len(built[dropped].ids) <= limit
 
+    if format.cut:
+        if _characters(turns) > max(limit, format.cut) * MAX_CHARACTERS_PER_TOKEN:
+            turns = kept(len(past))  # what would be cut off is not even tokenized
+        return _without_beginning(build(turns), min(limit, format.cut - reserve)), list(turns)
     if not past or ((_characters(turns) <= 4 * limit or format.demo) and fits(0)):
         dropped = 0
     elif format.demo:  # its text is short, however long the history
@@ -113,6 +117,17 @@ def fit(
             "more context"
         )
     return prompt, left
+
+
+def _without_beginning(prompt: Prompt, tokens: int) -> Prompt:
+    """The last tokens of a prompt, at least one; the cut may go through a picture."""
+    start = max(0, len(prompt.ids) - max(tokens, 1))
+    images = []
+    for at, embeds in prompt.images:
+        rest = embeds[max(0, start - at) :]
+        if len(rest):
+            images.append((max(at - start, 0), rest))
+    return Prompt(prompt.ids[start:], images)
 
 
 def _estimate(
