@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reference import data, lm_error
-from seechat_export.export import export_bundle
+from seechat_export import plan
+from seechat_export.export import Source, export_bundle
 from seechat_export.quantize import restored_tensor
 from seechat_lite.engines import EngineOptions, create
 from seechat_lite.engines.torch import kernels
@@ -22,6 +23,8 @@ from seechat_lite.nn.block_quantization import dequantize_blocks, pack_zeros, un
 from seechat_lite.prompt import Prompt
 from seechat_lite.source import open_source
 from seechat_weights.bundle.arrays import BundleArrays
+from seechat_weights.bundle.layout import HEAD, decoder_layout
+from seechat_weights.bundle.precisions import PRECISIONS
 from seechat_weights.lm.checkpoint import open_lm
 
 HIDDEN, INNER, VOCAB, GROUP = 64, 96, 760, 32
@@ -166,6 +169,15 @@ def test_an_export_keeps_the_integers(form: str, bits: int, precision: str, tmp_
     # ONNX Runtime's integer products also round what they multiply the weights by
     assert np.corrcoef(found)[0].min() > 0.999
     np.testing.assert_allclose(found[1], found[2], rtol=0, atol=0.2)  # the head has fewer bits
+
+
+def test_an_export_is_planned_with_zeros(tmp_path: Path) -> None:
+    make(tmp_path / "m", "awq")
+    source = Source(open_lm(tmp_path / "m"))
+    form = source.form(PRECISIONS["int4"])
+    items = [i for i in decoder_layout(source.config, form, 32) if i.key != HEAD]
+    speed = plan._measure(source, items, tmp_path, form, 32, 1 << 20)
+    assert min(speed.convert, speed.check) > 0
 
 
 def test_groups_of_another_order_are_rounded_again_and_named(

@@ -212,7 +212,7 @@ def _measure(
     def check(number: int) -> None:
         stored = [array.clone() for array in arrays]
         if item.bits:
-            restored = dequantize_blocks(*stored, bits=item.bits, inputs=inputs)
+            restored = dequantize_blocks(*stored[:2], bits=item.bits, inputs=inputs)
         else:
             restored = stored[0].float().t()
         x = torch.ones(CHECK_TOKENS, inputs)
