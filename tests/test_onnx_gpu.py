@@ -307,7 +307,7 @@ def test_bytes_are_multiplied_a_few_tokens_at_a_time(bundles: Path, gpu: Pretend
     engine = opened(bundles / "int8", device="cuda")
     assert isinstance(engine, OnnxEngine)
     call = engine._call
-    engine._call = lambda feeds, rows: lengths.append(rows) or call(feeds, rows)
+    engine._call = lambda to, feeds, rows: lengths.append(rows) or call(to, feeds, rows)
     prompt = Prompt(tensors("chatglm_tiny/case_p1.safetensors")["input_ids"][0].tolist())
     engine.prefill(prompt)
     lengths.clear()
