@@ -391,16 +391,15 @@ class Scheduler:
                 else:
                     running[together.join(partial(self._answer, one, model))] = one
             changed = False
-            for task in together.advance() if together else ():
+            for task in together.advance() if together is not None else ():
                 error = task.error
                 changed |= isinstance(error, BundleError | CheckpointError)
                 running.pop(task).end(error or task.result)
             for task, one in running.items():
                 if task.seat.begun:
                     one.read()
-            if changed:
+            if changed and together is not None:
                 self._forget()  # so the next request loads what is there now
-            if changed and together:
                 while running:  # these end as the model is closed
                     for task in together.advance():
                         running.pop(task).end(task.error or task.result)
