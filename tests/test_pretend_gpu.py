@@ -116,14 +116,16 @@ def test_answers_are_those_of_the_cpu(
 def test_a_refused_budget_is_not_in_force_afterwards(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, shares = data("chatglm_tiny"), []
+    folder, shares, engines = data("chatglm_tiny"), [], []
     lend = lambda share, device: shares.append(share)  # noqa: E731
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lend)
     for budget in (1000, 12 << 30, None):
         options = EngineOptions(device="cuda", max_memory=budget)
         with pytest.raises(MemoryPlanError) if budget == 1000 else nullcontext():
-            TorchEngine(open_source(folder), context=60, options=options)
+            engines.append(TorchEngine(open_source(folder), context=60, options=options))
     assert shares == [0.5, 1.0]
+    engines.clear()  # what nobody has any more gives its share back
+    assert shares == [0.5, 1.0, 1.0]
 
 
 def test_the_gpu_program_runs_to_its_end(

@@ -258,8 +258,8 @@ def test_each_file_is_opened_once(
     monkeypatch.setattr(weights, "load_seechat", partial(load_seechat, settings=tiny))
     monkeypatch.setattr("sys.stdin", stdin(""))
     monkeypatch.setattr(server, "serve", lambda load, *_, **__: load().close() or 0)
-    for name in ("PREFILL", "DECODE"):
-        monkeypatch.setattr(bench, name, ())
+    monkeypatch.setattr(bench, "PROMPTS", (8,))
+    monkeypatch.setattr(bench, "TOGETHER", (2,))
     if command == "export":
         out = tmp_path / "b"
         assert main(["export", "--lm", path, *flags(files), "--out", str(out)]) == 0

@@ -35,7 +35,9 @@ class Native:
     """Base of an object that works in native code; methods that run such code are `guarded`."""
 
     _fork: Literal["never", "idle", "any"] = "never"  # when a forked process may go on using it
-    _inherited = False  # from the process that forked this one
+    # from the process that forked this one; freeing would wait for threads, which are not here
+    _inherited = False
+    _freed = False
     _lock: "threading.RLock"  # held by the running call
     _ended: str  # why it can no longer be used, else ""
 
@@ -69,7 +71,8 @@ class Native:
         self._ended = self._ended or "the model is closed: load it again"
         self.cancel()
         with self._lock:
-            if not self._inherited:  # freeing would wait for its threads, which are not here
+            if not self._inherited and not self._freed:
+                self._freed = True
                 self._release()
 
     def cancel(self) -> None:
@@ -108,6 +111,8 @@ def guarded(
                 self.check_open()
                 return method(self, *args, **options)
         except Exception:
+            if _nobody_listens():
+                _stop_here()
             self.check_open()
             raise
 
