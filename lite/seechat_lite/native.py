@@ -19,9 +19,10 @@ import ctypes
 import functools
 import os
 import threading
+import time
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Concatenate, Literal, ParamSpec, Self, TypeVar
 
 from seechat_weights.errors import EngineError
@@ -58,7 +59,7 @@ class Native:
 
     def __del__(self) -> None:
         """Free what native code allocated; the interpreter does not exit meanwhile."""
-        with _freeing:
+        with guarded_block():
             if not _exited:
                 with suppress(Exception):  # an object that was never fully made
                     self.close()
@@ -119,6 +120,26 @@ def guarded(
     return call
 
 
+@contextmanager
+def guarded_block() -> Iterator[None]:
+    """Run native code that belongs to no object; the interpreter does not exit meanwhile."""
+    block = object()
+    _blocks.add(block)
+    try:
+        if _exited and _nobody_listens():
+            _blocks.discard(block)
+            _never.acquire()
+        with _calls:
+            yield
+    except Exception:
+        _blocks.discard(block)
+        if _nobody_listens():
+            _stop_here()
+        raise
+    finally:
+        _blocks.discard(block)
+
+
 class _Calls(threading.local):
     """Counts the guarded calls that a thread is in."""
 
@@ -132,7 +153,7 @@ class _Calls(threading.local):
 
 
 _calls = _Calls()
-_freeing = threading.RLock()  # held while an object is freed because nobody has it any more
+_blocks: set[object] = set()  # guarded blocks that run; a lock would make them wait for each other
 _never = threading.Lock()  # never released
 _never.acquire()
 _living: weakref.WeakSet[Native] = weakref.WeakSet()
@@ -166,8 +187,9 @@ def _exit() -> None:
     for native in list(_living):
         with suppress(Exception):  # an object that was never fully made
             native.close()
-    _freeing.acquire()  # for good
     _exited = True
+    while _blocks:
+        time.sleep(0.001)
 
 
 def _before_fork() -> None:
@@ -182,8 +204,7 @@ def _after_fork() -> None:
 
 def _in_child() -> None:
     """Go on with objects that were idle. One that was in a call stays as that call left it."""
-    global _freeing
-    _freeing = threading.RLock()
+    _blocks.clear()
     idle = set(map(id, _held))
     _after_fork()
     for native in list(_living):

@@ -53,7 +53,7 @@ from seechat_lite.engines.onnx.slots import Slots
 from seechat_lite.engines.onnx.vision import OnnxVision
 from seechat_lite.lm_families import TRAITS
 from seechat_lite.memory import MemoryPlan
-from seechat_lite.native import Native, guarded
+from seechat_lite.native import Native, guarded, guarded_block
 from seechat_lite.onnx_runtime import ort
 from seechat_lite.prompt import Prompt
 from seechat_lite.rotary import rotary_rows
@@ -107,6 +107,7 @@ class OnnxEngine(Native):
         self._fork = "never" if self._device.on_gpu else "idle"
 
     @classmethod
+    @guarded_block()
     def plan(cls, source: Source, *, context: int, options: EngineOptions) -> OnnxPlan:
         manifest, device = source.manifest, find_device(options.device)
         seeing = find_device(options.vision_device or options.device)
@@ -131,6 +132,7 @@ class OnnxEngine(Native):
         )
 
     @classmethod
+    @guarded_block()
     def check(cls, plan: MemoryPlan, source: Source, *, options: EngineOptions) -> None:
         assert isinstance(plan, OnnxPlan)
         check_memory(plan, source.manifest, budget=options.max_memory)

@@ -54,7 +54,7 @@ from seechat_lite.engines.torch.vision import TorchVision
 from seechat_lite.engines.torch.weights import CheckpointWeights, Weights, build, weights_of
 from seechat_lite.lm_families import TRAITS
 from seechat_lite.memory import MemoryPlan
-from seechat_lite.native import Native, guarded
+from seechat_lite.native import Native, guarded, guarded_block
 from seechat_lite.prompt import Prompt
 from seechat_lite.source import Source
 from seechat_weights.errors import EngineError, MemoryPlanError
@@ -152,6 +152,7 @@ class TorchEngine(Native):
         self._records = self._fused and options.quantize in (None, "int4")
 
     @classmethod
+    @guarded_block()
     def plan(
         cls,
         source: Source,
@@ -184,6 +185,7 @@ class TorchEngine(Native):
         return replace(found, device=str(device), quantizable=not in_bits)
 
     @classmethod
+    @guarded_block()
     def check(cls, plan: MemoryPlan, source: Source, *, options: EngineOptions) -> None:
         assert isinstance(plan, TorchPlan)
         free = memory.available_memory()
