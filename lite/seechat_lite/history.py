@@ -86,8 +86,11 @@ def fit(
         return len(built[dropped].ids) <= limit
 
     if format.cut:
-        if _characters(turns) > max(limit, format.cut) * MAX_CHARACTERS_PER_TOKEN:
-            turns = kept(len(past))  # what would be cut off is not even tokenized
+        # what would be cut off is not even tokenized; every turn takes a token at least
+        most = max(limit, format.cut)
+        turns = kept(max(len(past) - most, 0))
+        if _characters(turns) > most * MAX_CHARACTERS_PER_TOKEN:
+            turns = kept(len(past))
         return _without_beginning(build(turns), min(limit, format.cut - reserve)), list(turns)
     if not past or ((_characters(turns) <= 4 * limit or format.demo) and fits(0)):
         dropped = 0
